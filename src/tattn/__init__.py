@@ -1,0 +1,21 @@
+"""Higher-order (tensor) attention: linear in the sequence length, with a bound on its error, on any array library."""
+
+from __future__ import annotations
+
+from .attention import tensor_attention, tensor_attention_vjp
+from .checks import PlanError
+from .estimation import measure_error
+from .planning import Plan, plan, plan_for
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "PlanError",
+    "__version__",
+    "measure_error",
+    "plan",
+    "plan_for",
+    "tensor_attention",
+    "tensor_attention_vjp",
+]

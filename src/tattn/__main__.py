@@ -1,0 +1,63 @@
+"""`python -m tattn plan …` and `python -m tattn demo …`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from . import __version__
+from .checks import METHODS, SERIES
+from .planning import plan_for
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tattn", description="Tensor attention, fast and with a bound on its error."
+    )
+    parser.add_argument("--version", action="version", version=f"tattn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    plan = commands.add_parser("plan", help="what a call would cost and how wrong it could be")
+    plan.add_argument("--n", type=int, required=True, help="rows of query and of every view")
+    plan.add_argument("--dim", type=int, required=True, help="channels of query and keys")
+    plan.add_argument("--bound", type=float, required=True, help="largest |score|")
+    plan.add_argument("--tol", type=float, default=1e-3, help="largest error allowed (default: %(default)s)")
+    plan.add_argument("--order", type=int, default=3, help="views and one for the query (default: %(default)s)")
+    plan.add_argument("--dtype", default="float32", help="default: %(default)s")
+    plan.add_argument("--value-dim", type=int, help="channels of the values (default: dim)")
+    plan.add_argument("--scale", type=float, help="factor of the scores (default: 1/dim)")
+    plan.add_argument("--degree", type=int, help="force the polynomial method at this degree")
+    plan.add_argument("--method", choices=METHODS, default="auto")
+    plan.add_argument("--series", choices=SERIES, default="minimax")
+    plan.add_argument("--json", action="store_true", help="for programs")
+
+    demo = commands.add_parser("demo", help="attention heads of a trained encoder on a real text")
+    demo.add_argument("--tokens", type=int, default=8192, help="rows of every head (default: %(default)s)")
+    demo.add_argument("--text", choices=("reference", "library"), default="reference", help="default: %(default)s")
+    demo.add_argument(
+        "--plot", default="tattn-demo.png", metavar="FILE", help="where to save the plot (default: %(default)s)"
+    )
+    demo.add_argument("--json", action="store_true", help="for programs, and no progress bar")
+
+    given = vars(parser.parse_args(arguments))
+    command, as_json = given.pop("command"), given.pop("json")
+    try:
+        if command == "plan":
+            planned = plan_for(**given)
+            print(json.dumps(asdict(planned)) if as_json else planned)
+        else:
+            from .demo import run
+
+            run(as_json=as_json, **given)
+    except (ImportError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

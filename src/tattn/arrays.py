@@ -1,0 +1,87 @@
+"""The arrays of a call: their flat order, leading dimensions and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .backends import Array, Backend
+
+
+def broadcast_leading(*arrays: Array | None) -> tuple[int, ...]:
+    """The leading dimensions (all but the last two) that the arrays have together."""
+    return np.broadcast_shapes(*(tuple(a.shape[:-2]) for a in arrays if a is not None))
+
+
+def sum_to_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
+    """Sum over the leading dimensions that a view with `leading` was broadcast along."""
+    extra = array.ndim - 2 - len(leading)
+    axes = (*range(extra), *(extra + i for i, size in enumerate(leading) if size != array.shape[extra + i]))
+    if not axes:
+        return array
+    summed = backend.xp.sum(array, axis=axes, keepdims=True)
+    return backend.xp.reshape(summed, (*leading, *array.shape[-2:]))
+
+
+def unpack(
+    views: int, arrays: Sequence[Array | None]
+) -> tuple[Array, list[Array], list[Array], list[Array | None], tuple[Array, ...]]:
+    """(query, keys, values, masks, what follows) out of the flat sequence in which gradients are bound."""
+    q, rest = arrays[0], list(arrays[1:])
+    return q, rest[:views], rest[views : 2 * views], rest[2 * views : 3 * views], tuple(rest[3 * views :])
+
+
+def clean(rows: Array, mask: Array | None, backend: Backend) -> Array:
+    """Rows (..., n, k) with those that the mask (..., n, 1) leaves out set to 0, whatever they held."""
+    return rows if mask is None else backend.xp.where(mask, rows, 0.0)
+
+
+def swap_outer(array: Array, backend: Backend) -> Array:
+    """(..., i, j, k) → (..., j, i, k)."""
+    n = array.ndim
+    return backend.xp.permute_dims(array, (*range(n - 3), n - 2, n - 3, n - 1))
+
+
+def in_parts(
+    function: Callable[..., tuple[Array, ...]],
+    limit: int,
+    targets: Sequence[Array | None],
+    call: Any,
+    backend: Backend,
+    arrays: Sequence[Array | None],
+) -> tuple[Array, ...]:
+    """``function(call, backend, arrays)`` for at most `limit` problems at a time, cut along leading dimensions.
+
+    Result i has the leading dimensions of ``targets[i]``, or all of them where that is None; along one that it lacks,
+    parts are summed, as gradients are.
+    """
+    leading = broadcast_leading(*arrays)
+    axis = next((i for i, size in enumerate(leading) if size > 1), None)
+    if axis is None or prod(leading) <= limit:
+        return function(call, backend, arrays)
+    from_right = len(leading) - axis + 2
+
+    def has_axis(a: Array | None) -> bool:
+        return a is not None and a.ndim >= from_right and a.shape[-from_right] > 1
+
+    step = max(1, limit // prod(leading[axis + 1 :]))
+    results: list[list[Array]] = []
+    for start in range(0, leading[axis], step):
+        cut = (Ellipsis, slice(start, min(start + step, leading[axis])), *(slice(None),) * (from_right - 1))
+        part = [a[cut] if a is not None and has_axis(a) else a for a in arrays]
+        part_targets = [t[cut] if t is not None and has_axis(t) else t for t in targets]
+        results.append(list(in_parts(function, limit, part_targets, call, backend, part)))
+    return tuple(
+        backend.xp.concat(list(parts), axis=-from_right) if t is None or has_axis(t) else _sum(parts)
+        for t, parts in zip(targets, zip(*results, strict=True), strict=True)
+    )
+
+
+def _sum(parts: Sequence[Array]) -> Array:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

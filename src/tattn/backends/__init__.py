@@ -1,0 +1,75 @@
+"""One small file for each array library, looked up by the arrays of a call.
+
+A library is imported only if an array of it arrives. Further libraries plug in through the entry point
+group ``tattn.backends``: the entry's name is the top-level module in which the library's array type is
+defined, its value a `Backend` instance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+
+from .base import Array, Backend, memoized
+
+__all__ = ["Array", "Backend", "backend_of"]
+
+
+def backend_of(array: Any) -> Backend | None:
+    """The backend for an array, or None if it is no array of the array API standard."""
+    for cls in type(array).__mro__:
+        found = _by_module(cls.__module__.partition(".")[0])
+        if found is not None:
+            return found
+    if not array_api_compat.is_array_api_obj(array):
+        return None
+    return _generic(array_api_compat.array_namespace(array))
+
+
+def _by_module(module: str) -> Backend | None:
+    """The backend for array types that a top-level module defines."""
+    # Import statements, since torch.compile follows these and not importlib.
+    if module == "numpy":
+        from .numpy import BACKEND as numpy_backend
+
+        return numpy_backend
+    if module == "torch":
+        from .torch import BACKEND as torch_backend
+
+        return torch_backend
+    if module in ("jax", "jaxlib"):
+        from .jax import BACKEND as jax_backend
+
+        return jax_backend
+    if module == "cupy":
+        from .cupy import BACKEND as cupy_backend
+
+        return cupy_backend
+    if module == "array_api_strict":
+        from .array_api_strict import BACKEND as strict_backend
+
+        return strict_backend
+    return _plugged(module)
+
+
+@memoized
+def _plugged(module: str) -> Backend | None:
+    """The backend that an installed package offers for its arrays."""
+    # Slow to import, and needed for libraries from outside only.
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="tattn.backends", name=module):
+        plugged = entry.load()
+        if not isinstance(plugged, Backend):
+            raise TypeError(
+                f"entry point {entry.value!r} of group 'tattn.backends' should be a tattn.backends.Backend, "
+                f"got {type(plugged).__name__}"
+            )
+        return plugged
+    return None
+
+
+@memoized
+def _generic(xp: Any) -> Backend:
+    return Backend(xp)

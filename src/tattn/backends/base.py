@@ -1,0 +1,167 @@
+"""What every backend offers beside the array API standard, with answers that suit any library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
+from types import ModuleType
+from typing import Any, TypeVar
+
+import array_api_compat
+import numpy as np
+
+Array = Any
+F = TypeVar("F", bound=Callable[..., Any])
+Body = Callable[..., tuple[Any, tuple[Array, ...]]]
+
+
+class Backend:
+    """One array library: its namespace, and the few things that the standard cannot say.
+
+    Attributes
+    ----------
+    name : str
+        Name of the library as a person writes it.
+    writable : bool
+        Whether arrays may be assigned to in place, through views.
+    workspace : int
+        Bytes that the temporaries of one block of rows should stay below.
+    """
+
+    name = "array API"
+    writable = False
+    workspace = 2 << 20
+
+    def __init__(self, xp: ModuleType | None = None) -> None:
+        self._xp = xp
+
+    @property
+    def xp(self) -> Any:
+        """The array API namespace."""
+        return self._xp
+
+    def for_arrays(self, arrays: Sequence[Array]) -> Backend:
+        """The backend to compute on these arrays with; gradients or devices may ask for another."""
+        return self
+
+    def is_traced(self, arrays: Sequence[Array]) -> bool:
+        """Whether values cannot be read now because a transformation is tracing the call."""
+        return False
+
+    def device(self, array: Array) -> Any:
+        """Where the array is."""
+        return array_api_compat.device(array)
+
+    def is_supported(self, array: Array) -> str | None:
+        """A reason to refuse this array, or None."""
+        return None
+
+    def dtype_name(self, dtype: Any) -> str:
+        """Name of a dtype: 'float32', 'bfloat16', …"""
+        return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+
+    def compute_dtype(self, dtype: Any) -> Any:
+        """The dtype to compute in: float32 where the dtype is narrower, else the same."""
+        return dtype if self.dtype_name(dtype) == "float64" else self.xp.float32
+
+    def cast(self, array: Array, dtype: Any) -> Array:
+        """The array in another floating dtype."""
+        return array if array.dtype == dtype else self.xp.astype(array, dtype)
+
+    def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
+        """The NumPy table ``function(*args)`` as an array on the device of `like`; integers unless `dtype` is given."""
+        if dtype is None:
+            return self.indices(function(*args), like)
+        return self.xp.asarray(function(*args), dtype=dtype, device=self.device(like))
+
+    def indices(self, numbers: np.ndarray, like: Array) -> Array:
+        """Whole numbers as an array on the device of `like`."""
+        return self.xp.asarray(numbers, dtype=self.xp.int64, device=self.device(like))
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """Values on the host, in a dtype that NumPy has."""
+        wide = array if self.dtype_name(array.dtype) == "float64" else self.xp.astype(array, self.xp.float32)
+        return np.from_dlpack(wide)
+
+    def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+        """The same arrays as values alone, without what records gradients."""
+        return tuple(arrays)
+
+    def multiply_into(self, target: Array, left: Array, right: Array) -> None:
+        """Write left · right into `target`, a view of a buffer; only called if `writable`."""
+        target[...] = left * right
+
+    def scan_rows(
+        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """Run `body` over blocks of rows, carrying a state and collecting outputs.
+
+        Parameters
+        ----------
+        body : callable
+            ``body(carry, *blocks) -> (carry, outputs)``; an output has the rows of its block.
+        carry : nested tuples of arrays
+            State handed from block to block, of constant shape.
+        rows : sequence of arrays (..., n, k), or None
+            Cut along the last axis but one. All have the same n.
+        block : int
+            Rows in a block.
+        """
+        n = next(r.shape[-2] for r in rows if r is not None)
+        if n <= block:
+            return body(carry, *rows)
+        pieces: list[tuple[Array, ...]] = []
+        whole: tuple[Array, ...] = ()
+        for start in range(0, n, block):
+            stop = min(start + block, n)
+            carry, outputs = body(carry, *(None if r is None else r[..., start:stop, :] for r in rows))
+            if not self.writable:
+                pieces.append(outputs)
+                continue
+            if start == 0:
+                whole = tuple(
+                    self.xp.empty((*o.shape[:-2], n, o.shape[-1]), dtype=o.dtype, device=self.device(o))
+                    for o in outputs
+                )
+            for target, o in zip(whole, outputs, strict=True):
+                target[..., start:stop, :] = o
+        if not self.writable:
+            whole = tuple(self.xp.concat(list(parts), axis=-2) for parts in zip(*pieces, strict=True))
+        return carry, whole
+
+    def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
+        """``function(call, backend, arrays)``, compiled where the library does so; `call` is hashable."""
+        return function(call, self, tuple(arrays))
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
+    ) -> tuple[Array, Array]:
+        """``forward(call, backend, arrays)[:2]`` with `backward` as its gradient, if the library has gradients."""
+        out, lse, _ = self.run(forward, call, arrays)
+        return out, lse
+
+    def synchronize(self, array: Array) -> None:
+        """Wait until `array` has been computed."""
+
+
+def memoized(function: F) -> F:
+    """Compute once for each tuple of hashable arguments; compilers that trace Python take the result as it is."""
+    results: dict[Any, Any] = {}
+
+    @wraps(function)
+    def look_up(*args: Any) -> Any:
+        if args not in results:
+            results[args] = function(*args)
+        return results[args]
+
+    # What torch.compiler.assume_constant_result sets; torch must not be imported for it.
+    look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return look_up  # type: ignore[return-value]
+
+
+@memoized
+def block_rows(row_bytes: int, workspace: int, at_most: int) -> int:
+    """Rows in a block whose temporaries take `row_bytes` a row: a power of two, for few distinct shapes."""
+    fitting = max(1, workspace // max(1, row_bytes))
+    return max(16, min(at_most, 1 << int(math.log2(fitting))))

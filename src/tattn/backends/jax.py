@@ -1,0 +1,121 @@
+"""JAX: loops become lax.scan, calls are compiled, gradients bind through custom_vjp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .base import Array, Backend, Body
+
+
+class JaxBackend(Backend):
+    name = "JAX"
+
+    def __init__(self, workspace: int = Backend.workspace) -> None:
+        super().__init__(jnp)
+        self.workspace = workspace
+
+    def for_arrays(self, arrays: Sequence[Array]) -> Backend:
+        return _ON_GPU if jax.default_backend() == "gpu" else BACKEND
+
+    def is_traced(self, arrays: Sequence[Array]) -> bool:
+        return any(isinstance(a, jax.core.Tracer) for a in arrays)
+
+    def cast(self, array: Array, dtype: Any) -> Array:
+        return array.astype(dtype)
+
+    def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
+        return jnp.asarray(function(*args), dtype=dtype or jnp.int32)
+
+    def indices(self, numbers: np.ndarray, like: Array) -> Array:
+        return jnp.asarray(numbers, dtype=jnp.int32)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.asarray(array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32))
+
+    def scan_rows(
+        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        n = next(r.shape[-2] for r in rows if r is not None)
+        if n <= block:
+            return body(carry, *rows)
+        whole = n // block
+
+        def step(state: Any, index: Array) -> tuple[Any, tuple[Array, ...]]:
+            return body(
+                state,
+                *(
+                    None if r is None else jax.lax.dynamic_slice_in_dim(r, index * block, block, axis=r.ndim - 2)
+                    for r in rows
+                ),
+            )
+
+        carry, stacked = jax.lax.scan(step, carry, jnp.arange(whole))
+        outputs = tuple(_unstack(o) for o in stacked)
+        if whole * block < n:
+            carry, rest = body(carry, *(None if r is None else r[..., whole * block :, :] for r in rows))
+            outputs = tuple(jnp.concatenate(pair, axis=-2) for pair in zip(outputs, rest, strict=True))
+        return carry, outputs
+
+    def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
+        return _compiled(function)(call, tuple(arrays))
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
+    ) -> tuple[Array, Array]:
+        result: tuple[Array, Array] = _bound(forward, backward)(call, tuple(arrays))
+        return result
+
+    def synchronize(self, array: Array) -> None:
+        array.block_until_ready()
+
+
+def _unstack(stacked: Array) -> Array:
+    """(blocks, ..., rows, k) -> (..., blocks · rows, k)."""
+    moved = jnp.moveaxis(stacked, 0, -3)
+    return moved.reshape(*moved.shape[:-3], -1, moved.shape[-1])
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    @partial(jax.jit, static_argnums=0)
+    def compiled(call: Any, arrays: tuple[Array | None, ...]) -> Any:
+        # Rounding bounds assume full products; on a GPU JAX's default would be TF32.
+        with jax.default_matmul_precision("highest"):
+            return function(call, BACKEND.for_arrays(arrays), arrays)
+
+    return compiled
+
+
+@cache
+def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    run_forward, run_backward = _compiled(forward), _compiled(backward)
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attention(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Array, Array]:
+        out, lse, _ = run_forward(call, arrays)
+        return out, lse
+
+    def attention_forward(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Any, Any]:
+        out, lse, normaliser = run_forward(call, arrays)
+        return (out, lse), (arrays, out, normaliser)
+
+    def attention_backward(call: Any, residuals: Any, cotangents: Any) -> tuple[tuple[Array | None, ...]]:
+        arrays, out, normaliser = residuals
+        grad_out, grad_lse = (jnp.asarray(c) for c in cotangents)
+        grads = run_backward(call, (*arrays, out, normaliser, grad_out, grad_lse))
+        masks = arrays[len(grads) :]
+        no_grads = (None if m is None else np.zeros(m.shape, jax.dtypes.float0) for m in masks)
+        return ((*grads, *no_grads),)
+
+    attention.defvjp(attention_forward, attention_backward)
+    return attention
+
+
+BACKEND = JaxBackend()
+_ON_GPU = JaxBackend(workspace=256 << 20)

@@ -1,0 +1,36 @@
+"""NumPy: products written straight into the buffer that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from .base import Array, Backend
+
+
+class NumpyBackend(Backend):
+    name = "NumPy"
+    writable = True
+
+    def is_supported(self, array: Array) -> str | None:
+        if isinstance(array, np.matrix):
+            return "np.matrix, whose products are not those of arrays"
+        if isinstance(array, np.ma.MaskedArray):
+            return "a masked array; pass the mask as key_masks"
+        if not isinstance(array, np.ndarray):
+            return "a NumPy scalar"
+        return None
+
+    def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
+        # What overflows becomes inf or NaN and is dealt with as that, as in the other libraries.
+        with np.errstate(all="ignore"):
+            return function(call, self, tuple(arrays))
+
+    def multiply_into(self, target: Array, left: Array, right: Array) -> None:
+        np.multiply(left, right, out=target)
+
+
+BACKEND = NumpyBackend(xp)

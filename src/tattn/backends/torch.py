@@ -1,0 +1,212 @@
+"""torch: gradients bind through an autograd Function that torch.func and torch.compile understand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+
+from .base import Array, Backend, memoized
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def __init__(self, writable: bool, workspace: int) -> None:
+        super().__init__(xp)
+        self.writable = writable
+        self.workspace = workspace
+
+    def for_arrays(self, arrays: Sequence[Array]) -> Backend:
+        tensors = [a for a in arrays if a is not None]
+        # In-place writes would break the graph that autograd or the compiler records.
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return _VARIANTS[not recorded and not self.is_traced(tensors), tensors[0].device.type != "cpu"]
+
+    def is_traced(self, arrays: Sequence[Array]) -> bool:
+        return torch.compiler.is_compiling() or any(
+            torch._C._functorch.is_functorch_wrapped_tensor(a)
+            or isinstance(a, torch._subclasses.FakeTensor)
+            or a.device.type == "meta"
+            for a in arrays
+            if isinstance(a, torch.Tensor)
+        )
+
+    def is_supported(self, array: Array) -> str | None:
+        if array.layout is not torch.strided:
+            return f"a tensor of layout {array.layout}"
+        return None
+
+    def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+        return tuple(None if a is None else a.detach() for a in arrays)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        dtype = torch.float64 if array.dtype == torch.float64 else torch.float32
+        host: np.ndarray = array.detach().to("cpu", dtype).numpy()
+        return host
+
+    def multiply_into(self, target: Array, left: Array, right: Array) -> None:
+        torch.mul(left, right, out=target)
+
+    def cast(self, array: Array, dtype: Any) -> Array:
+        return array.to(dtype)
+
+    def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
+        if torch.compiler.is_compiling():
+            return torch.tensor(_numbers(function, *args), dtype=dtype or torch.int64, device=like.device)
+        return _table(function, args, dtype or torch.int64, like.device)
+
+    def device(self, array: Array) -> Any:
+        return array.device
+
+    def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
+        # The rounding bounds assume full products and no autocast.
+        device = arrays[0].device.type  # type: ignore[union-attr]
+        with torch.autocast(device, enabled=False):
+            if not torch.compiler.is_compiling():
+                with _full_precision():
+                    return function(call, self.for_arrays(arrays), tuple(arrays))
+            if _precision() != "highest":
+                raise RuntimeError(
+                    "a compiled call cannot change torch's float32 precision: call "
+                    "torch.set_float32_matmul_precision('highest') before, which the error bounds assume"
+                )
+            return function(call, self.for_arrays(arrays), tuple(arrays))
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
+    ) -> tuple[Array, Array]:
+        function = _COMPILED[len(arrays)] if torch.compiler.is_compiling() else _Attention
+        out, lse, _ = function.apply((forward, backward, call), *arrays)
+        return out, lse
+
+    def synchronize(self, array: Array) -> None:
+        if array.device.type == "cuda":
+            torch.cuda.synchronize(array.device)
+
+
+@memoized
+def _numbers(function: Callable[..., np.ndarray], *args: Any) -> list[Any]:
+    """A table as numbers, which torch.compile can take for constants."""
+    numbers: list[Any] = function(*args).tolist()
+    return numbers
+
+
+@memoized
+def _table(function: Callable[..., np.ndarray], args: Any, dtype: Any, device: Any) -> Array:
+    return torch.as_tensor(np.array(function(*args))).to(dtype=dtype, device=device)
+
+
+def _precision() -> str:
+    precision: str = torch.get_float32_matmul_precision()
+    return precision
+
+
+# What torch.compile can't trace it takes as constant: the precision when the call is compiled.
+_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Full float32 products, whatever the caller's setting."""
+    precision = _precision()
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _compute(method: Any, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    forward, _, call = method
+    out, lse, normaliser = BACKEND.run(forward, call, arrays)
+    # torch.compile wants an output to be returned once.
+    return out, lse, normaliser.clone() if normaliser is lse else normaliser
+
+
+class _Adjoint(torch.autograd.Function):
+    """Inputs: (forward, backward, what they depend on besides arrays), and the arrays."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.method, *arrays = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*arrays, output[0], output[2])
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Array, grad_lse: Array, _: Array) -> tuple[Array | None, ...]:
+        forward, backward, call = ctx.method
+        *arrays, out, normaliser = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A second derivative needs the path from the inputs to these residuals.
+            out, _, normaliser = BACKEND.run(forward, call, arrays)
+        grads = BACKEND.run(backward, call, (*arrays, out, normaliser, grad_out, grad_lse))
+        return (None, *grads, *(None for _ in arrays[len(grads) :]))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, method: Any, *arrays: Array | None) -> Any:
+        # A mapped axis becomes one more leading axis, left of those that are there already.
+        mapped = list(zip(arrays, in_dims[1:], strict=True))
+        ndim = max(a.ndim - (d is not None) for a, d in mapped if a is not None)
+        moved = []
+        for a, d in mapped:
+            if a is not None and d is not None:
+                a = a.movedim(d, 0)
+                a = a.reshape(a.shape[0], *(1,) * (ndim - a.ndim + 1), *a.shape[1:])
+            moved.append(a)
+        results: Any = _Attention.apply(method, *moved)  # type: ignore[no-untyped-call]
+        return results, (0, 0, 0)
+
+
+class _Attention(_Adjoint):
+    """For eager calls and torch.func."""
+
+    @staticmethod
+    def forward(method: Any, *arrays: Array | None) -> tuple[Array, Array, Array]:
+        return _compute(method, arrays)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Array | None) -> tuple[Array, Array, None]:
+        forward, _, call = ctx.method
+        arrays = ctx.saved_tensors
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+
+        def along(*moved: Array) -> tuple[Array, Array]:
+            here = list(arrays)
+            for i, a in zip(moving, moved, strict=True):
+                here[i] = a
+            result: tuple[Array, Array] = BACKEND.run(forward, call, here)[:2]
+            return result
+
+        primals = tuple(arrays[i] for i in moving)
+        out, lse = torch.func.jvp(along, primals, tuple(tangents[i] for i in moving))[1]
+        return out, lse, None
+
+
+def _with_arguments(count: int) -> Any:
+    """For torch.compile: `count` arrays by name, since it takes ctx for the first of ``*arrays``, and no jvp."""
+    names = ", ".join(f"a{i}" for i in range(count))
+    forward = eval(f"lambda method, {names}: compute(method, ({names},))", {"compute": _compute})
+    return type(f"_Attention{count}", (_Adjoint,), {"forward": staticmethod(forward)})
+
+
+# Query, and keys, values and masks of up to eight views.
+_COMPILED = {count: _with_arguments(count) for count in range(4, 26, 3)}
+
+# Calls cost more here than in NumPy, so blocks are larger; in (writable, accelerator), in-place writes would break a
+# graph that is being recorded, and an accelerator wants larger blocks still.
+BACKEND = TorchBackend(writable=True, workspace=8 << 20)
+_VARIANTS = {
+    (True, False): BACKEND,
+    (False, False): TorchBackend(writable=False, workspace=8 << 20),
+    (True, True): TorchBackend(writable=True, workspace=256 << 20),
+    (False, True): TorchBackend(writable=False, workspace=256 << 20),
+}

@@ -1,0 +1,234 @@
+"""Every error that a caller can cause, raised in one place and before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, isfinite
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .backends import Array, Backend, backend_of
+
+METHODS = ("auto", "polynomial", "exact")
+SERIES = ("minimax", "taylor")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class PlanError(ValueError):
+    """No plan meets what was asked for, or a plan does not fit the call that it is used for."""
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, checked."""
+
+    backend: Backend
+    arrays: tuple[Array | None, ...]  # query, *keys, *values, *masks; masks (..., n, 1) or None
+    views: int
+    dim: int
+    value_dim: int
+    dtype: str
+    lengths: tuple[int, ...]  # n, n_1, …, n_m
+    leading: tuple[int, ...]
+    traced: bool
+
+
+def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs:
+    """The arrays of a call; `values` may be None. TypeError or ValueError names the argument."""
+    backend = _backend("query", query)
+    keys = _sequence("keys", keys)
+    if values is None:
+        values = (None,) * len(keys)
+    else:
+        values = _sequence("values", values)
+        if len(keys) != len(values):
+            raise ValueError(f"keys and values should be as many, got {len(keys)} keys and {len(values)} values")
+    if key_masks is None:
+        masks: tuple[Any, ...] = (None,) * len(keys)
+    else:
+        masks = _sequence("key_masks", key_masks)
+        if len(masks) != len(keys):
+            raise ValueError(f"key_masks should have one entry for each of the {len(keys)} keys, got {len(masks)}")
+
+    named = [("query", query)]
+    named += [(f"keys[{i}]", k) for i, k in enumerate(keys)]
+    named += [(f"values[{i}]", v) for i, v in enumerate(values) if v is not None]
+    for name, a in named:
+        _same_library(name, a, backend)
+        _floating(name, a, query, backend)
+        _shape(name, a)
+    dim = query.shape[-1]
+    for i, k in enumerate(keys):
+        if k.shape[-1] != dim:
+            raise ValueError(f"keys[{i}] should have the query's last dimension {dim}, got shape {tuple(k.shape)}")
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        if v is None:
+            continue
+        if v.shape[-2] != k.shape[-2]:
+            raise ValueError(
+                f"values[{i}] should have as many rows as keys[{i}], {k.shape[-2]}, got shape {tuple(v.shape)}"
+            )
+        if v.shape[-1] != values[0].shape[-1]:
+            raise ValueError(
+                f"values[{i}] should have the last dimension of values[0], {values[0].shape[-1]}, "
+                f"got shape {tuple(v.shape)}"
+            )
+    columns = []
+    for i, (k, mask) in enumerate(zip(keys, masks, strict=True)):
+        if mask is not None:
+            _mask(f"key_masks[{i}]", mask, f"keys[{i}]", k, query, backend)
+            named.append((f"key_masks[{i}]", mask[..., None]))
+            mask = mask[..., None]
+        columns.append(mask)
+    leading = _leading(named)
+    arrays = (query, *keys, *values, *columns)
+    return Inputs(
+        backend=backend,
+        arrays=arrays,
+        views=len(keys),
+        dim=dim,
+        value_dim=dim if values[0] is None else values[0].shape[-1],
+        dtype=backend.dtype_name(query.dtype),
+        lengths=tuple(a.shape[-2] for a in (query, *keys)),
+        leading=leading,
+        traced=backend.is_traced([a for a in arrays if a is not None]),
+    )
+
+
+def checked_options(scale: Any, dim: int, tol: Any, method: Any) -> float:
+    """The scale as a float; ValueError names the option."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method should be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    positive("tol", tol)
+    return 1 / dim if scale is None else positive("scale", scale)
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above 0 as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} should be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = inf
+    if not (isfinite(number) and number > 0):
+        raise ValueError(f"{name} should be finite and above 0, got {value}")
+    return number
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} should be a whole number, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} should be at least {least}, got {value}")
+    return int(value)
+
+
+def checked_finite(largest: Sequence[float], views: int) -> None:
+    """ValueError if the largest entry of query, keys or values is not a finite number."""
+    names = ["query", *(f"keys[{i}]" for i in range(views)), *(f"values[{i}]" for i in range(views))]
+    for name, value in zip(names, largest, strict=True):
+        if not isfinite(value):
+            raise ValueError(
+                f"{name} should hold finite numbers, got {'NaN' if value != value else 'infinity'} among them"
+            )
+
+
+def checked_output(name: str, array: Any, shape: tuple[int, ...], like: Array, inputs: Inputs, of: str) -> Array:
+    """An output or its gradient: the library, dtype and device of `like`, and the shape of the output."""
+    _same_library(name, array, inputs.backend)
+    _floating(name, array, like, inputs.backend, like=of)
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name} should have the shape of the output, {shape}, got {tuple(array.shape)}")
+    return array
+
+
+def checked_series(series: Any) -> str:
+    """ValueError if there is no such series."""
+    if not isinstance(series, str) or series not in SERIES:
+        raise ValueError(f"series should be one of {', '.join(map(repr, SERIES))}, got {series!r}")
+    return series
+
+
+def _sequence(name: str, given: Any) -> tuple[Any, ...]:
+    if not isinstance(given, (list, tuple)):
+        hint = "; a single view goes in a tuple of one" if hasattr(given, "shape") else ""
+        raise TypeError(
+            f"{name} should be a list or tuple of arrays, one for each view, got {type(given).__name__}{hint}"
+        )
+    if not given:
+        raise ValueError(f"{name} should hold at least one array, got none")
+    return tuple(given)
+
+
+def _backend(name: str, array: Any) -> Backend:
+    backend = backend_of(array)
+    if backend is None:
+        raise TypeError(
+            f"{name} should be an array (NumPy, torch, JAX, CuPy or any library of the array API standard), "
+            f"got {type(array).__name__}"
+        )
+    refused = backend.is_supported(array)
+    if refused:
+        raise TypeError(f"{name} should be an array, got {refused}")
+    return backend
+
+
+def _same_library(name: str, array: Any, backend: Backend) -> None:
+    other = _backend(name, array)
+    if other is not backend:
+        raise TypeError(f"{name} should be an array of {backend.name}, like query, got one of {other.name}")
+
+
+def _floating(name: str, array: Any, query: Any, backend: Backend, like: str = "query") -> None:
+    dtype = backend.dtype_name(array.dtype)
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name} should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
+    if array.dtype != query.dtype:
+        raise TypeError(f"{name} should have the {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
+    _device(name, array, query, backend)
+
+
+def _device(name: str, array: Any, query: Any, backend: Backend) -> None:
+    if backend.is_traced([array, query]):
+        return
+    device, expected = backend.device(array), backend.device(query)
+    if device != expected:
+        raise ValueError(f"{name} should be on the query's device {expected}, got {device}")
+
+
+def _shape(name: str, array: Any) -> None:
+    shape = tuple(array.shape)
+    if len(shape) < 2:
+        raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"{name} should have no dimension of length 0, got shape {shape}")
+
+
+def _mask(name: str, mask: Any, key_name: str, key: Any, query: Any, backend: Backend) -> None:
+    _same_library(name, mask, backend)
+    dtype = backend.dtype_name(mask.dtype)
+    if dtype != "bool":
+        raise TypeError(f"{name} should be boolean, True where to attend, got dtype {dtype}")
+    if mask.ndim < 1 or mask.shape[-1] != key.shape[-2]:
+        raise ValueError(
+            f"{name} should have shape (..., {key.shape[-2]}), one entry for each row of {key_name}, "
+            f"got shape {tuple(mask.shape)}"
+        )
+    _device(name, mask, query, backend)
+
+
+def _leading(named: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
+    """Leading dimensions of all arrays together; the error names the one that does not broadcast."""
+    leading: tuple[int, ...] = ()
+    for name, a in named:
+        own = tuple(a.shape[:-2])
+        try:
+            leading = np.broadcast_shapes(leading, own)
+        except ValueError:
+            raise ValueError(
+                f"{name} should have leading dimensions that broadcast with {leading}, those of the arrays before it, "
+                f"got {own}"
+            ) from None
+    return leading

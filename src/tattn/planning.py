@@ -1,0 +1,522 @@
+"""Plans: which method computes a call, at what degree, with what error, at what cost, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, floor, inf, isfinite, log10, prod
+
+from .backends import Array
+from .checks import (
+    Inputs,
+    PlanError,
+    checked_finite,
+    checked_inputs,
+    checked_options,
+    checked_series,
+    positive,
+    whole,
+)
+from .estimation import estimate
+from .exponential import Polynomial, smallest
+from .exponential import minimax as minimax_polynomial
+from .exponential import taylor as taylor_polynomial
+from .monomials import rank as rank_of
+from .ranges import RangeCall, Ranges, ranges
+from .rounding import exact_errors, lowrank_errors, lowrank_rounding
+
+MAX_RANK = 1 << 18
+_MAX_DEGREE = 40
+# Value channels and rows that a plan made from numbers alone allows for in its rounding.
+_USUAL_VALUE_DIM, _MANY_ROWS = 128, 1 << 24
+
+
+@dataclass(frozen=True)
+class Plan:
+    r"""How a call is computed, and what is promised about the answer. Hashable; holds no arrays.
+
+    Attributes
+    ----------
+    method : {"polynomial", "exact"}
+    series : {"minimax", "taylor", "fitted"} or None
+        Where the polynomial's coefficients come from.
+    degree, rank : int
+        Degree g of the polynomial and number of monomials C(d + g, g); 0 for the exact method.
+    bound : float
+        R: the scores lie in [−R, R].
+    source : {"data", "promise", "estimate"}
+        Whether R was bounded on data (and is checked again on other eager data), promised by the caller (and never
+        checked), or estimated from samples.
+    certified : bool
+        Whether `error` and `grad_error` are bounds, given R. False for estimates.
+    error : float
+        |out − exact| ≤ error · Π_μ max_j |values_μ[j, e]|, from the polynomial and from rounding (whose model
+        docs/errors.md states). For float16 and bfloat16 the result is rounded once more, to half a unit in its last place.
+        Gradients of value view μ: ≤ error · Π_{ν≠μ} max |values_ν[:, e]| · Σ_i |g[i, e]|.
+    grad_error : float
+        With W_i = Σ_e |g[i, e]| Π_μ max |values_μ[:, e]|, the query's gradient is within
+        grad_error · scale · Π_μ max |keys_μ[:, c]| · W_i, that of key view μ within
+        grad_error · scale · max |query[:, c]| · Π_{ν≠μ} max |keys_ν[:, c]| · Σ_i W_i.
+    scale : float
+    dim : int
+        Channels d of query and keys.
+    order : int
+        Number of views and one for the query: 3 is the paper's.
+    dtype : str
+    coefficients : tuple of float
+        c_0 … c_g of the polynomial.
+    lowest_mean : float
+        The mean score of no query row is below this.
+    lengths, value_dim, leading
+        Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and how many problems side by side.
+    flops_exact, flops_polynomial : float
+        Operations of a forward call by either method; a gradient takes three times as many in all.
+    bytes_exact, bytes_polynomial : float
+        Memory beyond inputs and outputs.
+    reason : str
+        Why this method.
+    """
+
+    method: str
+    series: str | None
+    degree: int
+    rank: int
+    bound: float
+    source: str
+    certified: bool
+    error: float
+    grad_error: float
+    scale: float
+    dim: int
+    order: int
+    dtype: str
+    coefficients: tuple[float, ...]
+    lowest_mean: float
+    lengths: tuple[int, ...]
+    value_dim: int
+    leading: int
+    flops_exact: float
+    flops_polynomial: float
+    bytes_exact: float
+    bytes_polynomial: float
+    reason: str
+
+    def __str__(self) -> str:
+        kind = {"data": "bounded on the data", "promise": "promised by the caller", "estimate": "estimated"}[
+            self.source
+        ]
+        rows = [("method", self.method if self.series is None else f"{self.method} ({self.series})")]
+        if self.method == "polynomial":
+            rows.append(("degree, rank", f"{self.degree}, {self.rank:,}"))
+        word = "certified" if self.certified else "estimated"
+        size = "x".join(f"{n:,}" for n in self.lengths)
+        rows += [
+            ("score bound R", f"{self.bound:.4g}, {kind}" if isfinite(self.bound) else "unknown"),
+            ("error", f"{self.error:.2e}, {word}" if isfinite(self.error) else "no bound: the range is unknown"),
+            ("gradient error", f"{self.grad_error:.2e}, {word}" if isfinite(self.grad_error) else "no bound"),
+            ("scale", f"{self.scale:.6g}"),
+            ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
+            ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
+            ("exact", f"{_si(self.flops_exact)}flop, {_si(self.bytes_exact)}B"),
+            ("polynomial", f"{_si(self.flops_polynomial)}flop, {_si(self.bytes_polynomial)}B"),
+            ("reason", self.reason),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def plan(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array] | None = None,
+    *,
+    scale: float | None = None,
+    tol: float = 1e-3,
+    method: str = "auto",
+    degree: int | None = None,
+    bound: float | str | None = None,
+    series: str = "minimax",
+    key_masks: Sequence[Array | None] | None = None,
+) -> Plan:
+    """Choose a method for arrays like these, and say what it costs and how wrong it can be.
+
+    Parameters
+    ----------
+    query, keys, values, scale, tol, key_masks
+        As in `tensor_attention`. Only shapes are read of `values`, and finiteness.
+    method : {"auto", "polynomial", "exact"}
+    degree : int, optional
+        Forces the polynomial method at this degree, whatever error that gives.
+    bound : float or "estimated", optional
+        By default R is bounded on the data: certified, one linear pass. A number is the caller's own promise that
+        no |score| exceeds it: no value is read, now or when the plan is used. "estimated" samples scores, fits the
+        polynomial to them and measures the error on sampled rows: ``certified=False``; check the answer with
+        `measure_error`.
+    series : {"minimax", "taylor"}
+        Taylor is there for comparison with the paper.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    PlanError
+        If ``method="polynomial"`` cannot meet `tol`; the message gives the range found, degree and rank it would
+        take and what to do.
+    TypeError, ValueError
+        For arguments that do not fit, by name.
+
+    Examples
+    --------
+    >>> import numpy as np, tattn
+    >>> query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 5000, 4))
+    >>> plan = tattn.plan(query, keys)
+    >>> plan.method, plan.error < 1e-3
+    ('polynomial', True)
+    """
+    inputs = checked_inputs(query, keys, values, key_masks)
+    number = checked_options(scale, inputs.dim, tol, method)
+    return plan_inputs(inputs, scale=number, tol=tol, method=method, degree=degree, bound=bound, series=series)
+
+
+def plan_for(
+    *,
+    n: int | Sequence[int],
+    dim: int,
+    bound: float,
+    order: int = 3,
+    tol: float = 1e-3,
+    dtype: str = "float32",
+    scale: float | None = None,
+    value_dim: int | None = None,
+    method: str = "auto",
+    degree: int | None = None,
+    series: str = "minimax",
+) -> Plan:
+    """Plan from numbers alone, for a call that does not exist yet.
+
+    Parameters
+    ----------
+    n : int or sequence of int
+        Rows of query and of every view, or (n, n_1, …, n_m).
+    dim : int
+        Channels of query and keys.
+    bound : float
+        The caller's promise that no |score| exceeds it.
+    order : int
+        Views and one for the query, at least 2.
+    dtype : {"float64", "float32", "float16", "bfloat16"}
+    value_dim : int, optional
+        Channels of the values; `dim` if not given.
+    tol, scale, method, degree, series
+        As in `plan`.
+
+    Examples
+    --------
+    >>> import tattn
+    >>> plan = tattn.plan_for(n=1_000_000, dim=8, bound=1.0, tol=1e-3)
+    >>> plan.method, plan.rank < 2000
+    ('polynomial', True)
+    """
+    order, dim = whole("order", order, 2), whole("dim", dim, 1)
+    if isinstance(n, Sequence):
+        lengths = tuple(whole(f"n[{i}]", x, 1) for i, x in enumerate(n))
+        if len(lengths) != order:
+            raise ValueError(f"n should be a number or {order} of them for order {order}, got {len(lengths)}")
+    else:
+        lengths = (whole("n", n, 1),) * order
+    if dtype not in ("float64", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+    number = checked_options(scale, dim, tol, method)
+    checked_series(series)
+    shape = _Shape(order - 1, dim, dim if value_dim is None else whole("value_dim", value_dim, 1), dtype, lengths, 1)
+    promised = positive("bound", bound)
+    return _choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
+
+
+def plan_inputs(
+    inputs: Inputs,
+    *,
+    scale: float,
+    tol: float,
+    method: str,
+    degree: int | None = None,
+    bound: float | str | None = None,
+    series: str = "minimax",
+) -> Plan:
+    """`plan` for arrays that were checked."""
+    checked_series(series)
+    shape = _Shape(
+        inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading)
+    )  # fmt: skip
+    if isinstance(bound, str) and bound != "estimated":
+        raise TypeError(f"bound should be a number or 'estimated', got the str {bound!r}")
+    if bound is not None and not isinstance(bound, str):
+        promised = positive("bound", bound)
+        return _choose(shape, scale, tol, method, degree, series, "promise", promised, -promised)
+    if inputs.traced:
+        if method == "exact" and bound is None:
+            return _choose(shape, scale, tol, method, degree, series, "promise", inf, -inf)
+        raise PlanError("the arrays are traced and their range cannot be read: give a bound of your own, bound=...")
+    found = measured(inputs, scale)
+    checked_finite(found.largest, inputs.views)
+    if bound is not None and method != "exact":
+        return _estimated(inputs, shape, scale, tol, method, degree, found)
+    return _choose(shape, scale, tol, method, degree, series, "data", found.bound, found.lowest_mean)
+
+
+def measured(inputs: Inputs, scale: float) -> Ranges:
+    """Range of the scores and largest entries of eager arrays."""
+    return ranges(RangeCall(scale, inputs.views), inputs.backend, inputs.backend.values_of(inputs.arrays))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    views: int
+    dim: int
+    value_dim: int
+    dtype: str
+    lengths: tuple[int, ...]
+    leading: int
+
+    def polynomial_cost(self, rank: int) -> tuple[float, float]:
+        """Operations and bytes of the polynomial method."""
+        itemsize = 8 if self.dtype == "float64" else 4
+        rows = sum(self.lengths) * self.leading
+        flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
+        memory = itemsize * rank * (self.value_dim + 1) * (self.views + 2) * self.leading + (2 << 20)
+        return flops, memory
+
+    def exact_cost(self) -> tuple[float, float]:
+        """Operations and bytes of the exact method; an exponential counts as 16."""
+        return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+
+
+def _choose(
+    shape: _Shape,
+    scale: float,
+    tol: float,
+    method: str,
+    degree: int | None,
+    series: str,
+    source: str,
+    bound: float,
+    lowest_mean: float,
+) -> Plan:
+    """The plan for scores within `bound` whose row means are at least `lowest_mean`."""
+    if degree is not None:
+        degree = whole("degree", degree, 1)
+        if method == "exact":
+            raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
+        _check_rank(shape, degree)
+    rounded = _round_up(bound)
+
+    def plan_with(polynomial: Polynomial, reason: str) -> Plan:
+        error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean)
+        rank = rank_of(shape.dim, polynomial.degree)
+        return _plan(
+            shape, scale, "polynomial", series, source, rounded, lowest_mean, error, grad_error, reason,
+            polynomial.coefficients, rank,
+        )  # fmt: skip
+
+    def exact_plan(reason: str, rank: int) -> Plan:
+        error, grad_error = exact_errors(
+            rounded, dim=shape.dim, views=shape.views, value_dim=shape.value_dim, lengths=sum(shape.lengths),
+            dtype=shape.dtype,
+        )  # fmt: skip
+        return _plan(
+            shape, scale, "exact", None, source, rounded, lowest_mean, error, grad_error, reason, (), rank
+        )  # fmt: skip
+
+    if degree is not None:
+        fitted = minimax_polynomial(degree, rounded) if series == "minimax" else taylor_polynomial(degree, rounded)
+        if not any(fitted.coefficients):
+            raise PlanError(f"scores may reach {rounded:.4g}, where no polynomial of degree {degree} resembles exp")
+        return plan_with(fitted, f"degree {degree} was asked for")
+    if method == "exact" and not isfinite(rounded):
+        return exact_plan("exact was asked for", 0)
+
+    best = _smallest(shape, rounded, lowest_mean, tol, series) if isfinite(rounded) else None
+    needed = best.degree if best else _needed_degree(rounded, tol, series)
+    if method == "exact":
+        return exact_plan("exact was asked for", 0 if needed is None else rank_of(shape.dim, needed))
+    problem = _why_not(shape, rounded, tol, needed)
+    if method == "polynomial":
+        if best is None:
+            raise PlanError(
+                f"the polynomial method cannot meet tol={tol:g}: {problem}. Use method='exact' "
+                f"({_si(shape.exact_cost()[0])}flop), a larger tol, a smaller scale or inputs of smaller norm, "
+                "degree=... to take what error a degree gives, or bound='estimated'"
+            )
+        return plan_with(best, "polynomial was asked for")
+    if best is None:
+        return exact_plan(
+            f"no polynomial meets tol={tol:g}: {problem}", 0 if needed is None else rank_of(shape.dim, needed)
+        )
+    rank = rank_of(shape.dim, best.degree)
+    ratio = shape.exact_cost()[0] / shape.polynomial_cost(rank)[0]
+    if ratio <= 1:
+        return exact_plan(f"exact takes {1 / ratio:.3g} times fewer operations than degree {best.degree}", rank)
+    return plan_with(best, f"degree {best.degree} meets tol={tol:g} with {ratio:.3g} times fewer operations than exact")
+
+
+def _plan(
+    shape: _Shape,
+    scale: float,
+    method: str,
+    series: str | None,
+    source: str,
+    bound: float,
+    lowest_mean: float,
+    error: float,
+    grad_error: float,
+    reason: str,
+    coefficients: tuple[float, ...],
+    rank: int,
+) -> Plan:
+    """A plan with its costs; `rank` is that of the polynomial it was compared with, if any."""
+    flops, memory = shape.polynomial_cost(rank) if rank else (inf, inf)
+    flops_exact, bytes_exact = shape.exact_cost()
+    polynomial = method == "polynomial"
+    return Plan(
+        method=method,
+        series=series,
+        degree=len(coefficients) - 1 if polynomial else 0,
+        rank=rank if polynomial else 0,
+        bound=bound,
+        source=source,
+        certified=source != "estimate" and isfinite(error),
+        error=error,
+        grad_error=grad_error,
+        scale=scale,
+        dim=shape.dim,
+        order=shape.views + 1,
+        dtype=shape.dtype,
+        coefficients=coefficients,
+        lowest_mean=lowest_mean,
+        lengths=shape.lengths,
+        value_dim=shape.value_dim,
+        leading=shape.leading,
+        flops_exact=flops_exact,
+        flops_polynomial=flops,
+        bytes_exact=bytes_exact,
+        bytes_polynomial=memory,
+        reason=reason,
+    )
+
+
+def _polynomial_errors(shape: _Shape, polynomial: Polynomial, lowest_mean: float) -> tuple[float, float]:
+    """(error, grad_error) of a polynomial for this shape."""
+    if not polynomial.delta < 1:
+        return inf, inf
+    rho, rho_prime = lowrank_rounding(
+        polynomial.coefficients,
+        polynomial.bound,
+        lowest_mean,
+        delta=polynomial.delta,
+        rank=rank_of(shape.dim, polynomial.degree),
+        views=shape.views,
+        value_dim=max(shape.value_dim, _USUAL_VALUE_DIM),
+        dtype=shape.dtype,
+    )
+    return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime)
+
+
+def _smallest(shape: _Shape, bound: float, lowest_mean: float, tol: float, series: str) -> Polynomial | None:
+    """The polynomial of least degree that meets `tol` at a rank that can be afforded."""
+    affordable = max((g for g in range(1, _MAX_DEGREE + 1) if rank_of(shape.dim, g) <= MAX_RANK), default=0)
+
+    def accept(polynomial: Polynomial) -> bool:
+        return polynomial.degree >= 1 and _polynomial_errors(shape, polynomial, lowest_mean)[0] <= tol
+
+    return smallest(bound, accept, series=series, max_degree=affordable) if affordable else None  # type: ignore[arg-type]
+
+
+def _needed_degree(bound: float, tol: float, series: str) -> int | None:
+    """The least degree whose polynomial would meet `tol` in exact arithmetic, whatever its rank."""
+    if not isfinite(bound):
+        return None
+
+    def accept(polynomial: Polynomial) -> bool:
+        return polynomial.degree >= 1 and lowrank_errors(polynomial.delta, 0.0, 0.0, 0.0)[0] <= tol
+
+    found = smallest(bound, accept, series=series, max_degree=_MAX_DEGREE)  # type: ignore[arg-type]
+    return None if found is None else found.degree
+
+
+def _why_not(shape: _Shape, bound: float, tol: float, needed: int | None) -> str:
+    """What stands against the polynomial method, in words."""
+    where = f"scores may reach {bound:.4g}"
+    if needed is None:
+        return f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {rank_of(shape.dim, _MAX_DEGREE):,}"
+    rank = rank_of(shape.dim, needed)
+    take = f"{where}, which takes degree {needed} and rank {rank:,} at dim {shape.dim}"
+    if rank > MAX_RANK:
+        return f"{take}, beyond the largest rank of {MAX_RANK:,}"
+    return f"{take}, where rounding in {shape.dtype} exceeds tol"
+
+
+def _check_rank(shape: _Shape, degree: int) -> None:
+    rank = rank_of(shape.dim, degree)
+    if rank > MAX_RANK:
+        memory = shape.polynomial_cost(rank)[1]
+        raise ValueError(
+            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {_si(memory)}B for summaries, "
+            f"beyond the largest rank of {MAX_RANK:,}"
+        )
+
+
+def _estimated(
+    inputs: Inputs, shape: _Shape, scale: float, tol: float, method: str, degree: int | None, found: Ranges
+) -> Plan:
+    """A plan from sampled scores; never certified."""
+    if degree is not None:
+        degree = whole("degree", degree, 1)
+        _check_rank(shape, degree)
+    affordable = [g for g in range(1, _MAX_DEGREE + 1) if rank_of(shape.dim, g) <= MAX_RANK]
+    sampled = estimate(inputs, scale, tol, [degree] if degree is not None else affordable)
+    rank = rank_of(shape.dim, len(sampled.coefficients) - 1)
+    if sampled.error < inf:
+        rho, rho_prime = lowrank_rounding(
+            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, rank=rank, views=shape.views,
+            value_dim=max(shape.value_dim, _USUAL_VALUE_DIM), dtype=shape.dtype,
+        )  # fmt: skip
+        rounding, grad_rounding = lowrank_errors(0.0, 0.0, rho, rho_prime)
+        sampled = sampled._replace(error=sampled.error + rounding, grad_error=sampled.grad_error + grad_rounding)
+    asked = f"degree {degree} was asked for" if degree is not None else f"estimated to meet tol={tol:g}"
+    plan = _plan(
+        shape, scale, "polynomial", "fitted", "estimate", sampled.bound, found.lowest_mean, sampled.error,
+        sampled.grad_error, asked, sampled.coefficients, rank,
+    )  # fmt: skip
+    if degree is None and sampled.error > tol:
+        if method == "polynomial":
+            raise PlanError(
+                f"the polynomial method is estimated not to meet tol={tol:g}: sampled scores reach {sampled.bound:.4g}, and "
+                f"degree {plan.degree}, rank {rank:,}, gives {sampled.error:.2g}. Use method='exact' "
+                f"({_si(plan.flops_exact)}flop), a larger tol or degree=..."
+            )
+        return _choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
+    if method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
+        exact = _choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
+        return replace(exact, reason="exact takes fewer operations than the polynomial that was estimated to do")
+    return plan
+
+
+def _round_up(bound: float) -> float:
+    """To three significant digits, so that polynomials are found again in the cache."""
+    if not isfinite(bound) or bound <= 0:
+        return bound
+    step = 10.0 ** (floor(log10(bound)) - 2)
+    rounded = ceil(bound / step) * step
+    return rounded if rounded >= bound else rounded + step
+
+
+def _si(number: float) -> str:
+    """A number with three digits and a prefix: '1.2 G'."""
+    if not isfinite(number):
+        return "unknown "
+    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(number) >= 10.0**power:
+            return f"{number / 10.0**power:.3g} {prefix}"
+    return f"{number:.3g} "

@@ -1,0 +1,189 @@
+"""How large the scores can be, from one linear look at the rows and without looking at a score.
+
+Every bound holds for Σ_c |scale · q_ic a_jc b_kc| as well, which is what rounding is measured by:
+
+* entries: scale · d · max|q| · max|a| · max|b|, the bound of the paper;
+* channels: scale · Σ_c max|q_c| · max|a_c| · max|b_c|, never larger;
+* Hölder: scale · max_i ‖q_i‖_p · max_j ‖a_j‖_p′ · max_k ‖b_k‖_p″ with 1/p + 1/p′ + 1/p″ = 1, after a rescaling of
+  the channels that leaves the scores as they are.
+
+The smallest is taken. The mean score of a query row is a product of means and costs as little; by Jensen's
+inequality it bounds the row's normaliser from below, far better than −R does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, isfinite, isnan
+from typing import Any, NamedTuple
+
+from .arrays import clean, unpack
+from .backends import Array, Backend
+from .lowrank import prod_of, sum_of
+
+BLOCK = 8192
+
+
+class Ranges(NamedTuple):
+    """What a look at the rows tells; floats only."""
+
+    bound: float  # largest |score| possible
+    lowest_mean: float  # smallest mean score of a query row
+    entries: float  # the paper's bound, for comparison
+    largest: tuple[float, ...]  # largest entry of query, keys and values, NaN or inf where one is not finite
+
+
+class RangeCall(NamedTuple):
+    """What the look depends on besides arrays; hashable."""
+
+    scale: float
+    views: int
+
+
+def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
+    """Look at (query, *keys, *values, *masks); a value may be None."""
+    found = [float(x) for x in backend.run(_survey, call, arrays)]
+    channel, mean, entries, *rest = found
+    holder, largest = rest[: len(rest) - 2 * call.views - 1], rest[len(rest) - 2 * call.views - 1 :]
+    bound = min(x for x in (channel, *holder, entries) if not isnan(x)) if all(map(isfinite, largest)) else inf
+    # Sums over channels round; means over many rows round more, and are wanted to a percent only.
+    slack = 1e-5 if backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64" else 1e-12  # type: ignore[union-attr]
+    bound *= 1 + slack
+    lowest = max(-bound, min(mean, bound) - 0.01 * bound) if isfinite(bound) else -inf
+    return Ranges(bound, lowest, entries, tuple(largest))
+
+
+def exponents(views: int) -> list[tuple[float, ...]]:
+    """Hölder exponents to try, one for the query and one for each view: reciprocals add up to one."""
+    count = views + 1
+    tried: list[tuple[float, ...]] = [(float(count),) * count]
+    for one in range(count):
+        tried.append(tuple(1.0 if i == one else inf for i in range(count)))
+        if count == 3:
+            tried.append(tuple(2.0 if i == one else 4.0 for i in range(count)))
+        for other in range(one + 1, count):
+            if count > 2:
+                tried.append(tuple(2.0 if i in (one, other) else inf for i in range(count)))
+    return tried
+
+
+def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Scalars: channel bound, lowest mean score, entry bound, Hölder bounds, largest entries."""
+    q, keys, values, masks, _ = unpack(call.views, arrays)
+    xp = backend.xp
+    dtype = backend.compute_dtype(q.dtype)
+    views = [(q, None), *zip(keys, masks, strict=True)]
+    stats = [_channel_stats(x, mask, dtype, backend) for x, mask in views]
+    largest = [xp.max(top) for top, _, _ in stats]
+    for v, mask in zip(values, masks, strict=True):
+        largest.append(largest[0] * 0.0 if v is None else xp.max(_channel_stats(v, mask, dtype, backend)[0]))
+    dim = q.shape[-1]
+    entries = prod_of(largest[: call.views + 1]) * (call.scale * dim)
+    channel = xp.max(xp.sum(prod_of([top for top, _, _ in stats]), axis=-1)) * call.scale
+    # The mean over pairs of a trilinear score is the score of the means.
+    means = prod_of([mean for _, _, mean in stats[1:]])
+    mean = xp.min(_row_means(q, means, dtype, backend)) * call.scale
+    bounds = []
+    tried = exponents(call.views)
+    for profile in (0, 1):
+        units = _balancing_units([s[profile] for s in stats], backend)
+        norms = [
+            _largest_norms(x, mask, unit, call.views, dtype, backend)
+            for (x, mask), unit in zip(views, units, strict=True)
+        ]
+        bounds += [xp.max(prod_of([n[p] for n, p in zip(norms, ps, strict=True)])) * call.scale for ps in tried]
+    return channel, mean, entries, *bounds, *largest
+
+
+def _channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array]:
+    """Largest |entry|, root mean square and mean of every channel, (..., 1, d)."""
+    xp = backend.xp
+    device = backend.device(x)
+
+    def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
+        top, squares, total, count = carry
+        rows = backend.cast(clean(rows, mask, backend), dtype)
+        top = xp.maximum(top, xp.max(xp.abs(rows), axis=-2, keepdims=True))
+        present = (
+            xp.ones((*rows.shape[:-1], 1), dtype=dtype, device=device) if mask is None else backend.cast(mask, dtype)
+        )
+        return (
+            top,
+            squares + xp.sum(rows * rows, axis=-2, keepdims=True),
+            total + xp.sum(rows, axis=-2, keepdims=True),
+            count + xp.sum(present, axis=-2, keepdims=True),
+        ), ()
+
+    leading = clean(x[..., :1, :], None if mask is None else mask[..., :1, :], backend).shape[:-2]
+    zero = xp.zeros((*leading, 1, x.shape[-1]), dtype=dtype, device=device)
+    counts = xp.zeros((*(leading if mask is None else mask.shape[:-2]), 1, 1), dtype=dtype, device=device)
+    (top, squares, total, count), _ = backend.scan_rows(body, (zero, zero, zero, counts), (x, mask), BLOCK)
+    some = xp.where(count > 0, count, 1.0)
+    return top, xp.sqrt(squares / some), total / some
+
+
+def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
+    """Σ_c q_ic · means_c, the smallest over blocks of rows."""
+    xp = backend.xp
+
+    def body(carry: Array, rows: Array) -> tuple[Array, tuple[()]]:
+        return xp.minimum(carry, xp.min(xp.sum(backend.cast(rows, dtype) * means, axis=-1))), ()
+
+    start = xp.min(means) * 0.0 + xp.inf
+    start = xp.where(xp.isnan(start), xp.inf, start)
+    lowest, _ = backend.scan_rows(body, start, (q,), BLOCK)
+    return lowest
+
+
+def _balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
+    """Factors (..., 1, d) for the channels of every view, of product one, that give the views the same sizes."""
+    xp = backend.xp
+    # Views may broadcast differently; factors must not depend on an axis that some view lacks.
+    ndim = max(s.ndim for s in sizes)
+    sizes = [xp.reshape(s, (*(1,) * (ndim - s.ndim), *s.shape)) for s in sizes]
+    for axis in range(ndim - 2):
+        if len({s.shape[axis] for s in sizes}) > 1:
+            sizes = [xp.max(s, axis=axis, keepdims=True) for s in sizes]
+    logs = [xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]
+    empty = prod_of(sizes) == 0
+    target = sum_of(logs) * (1 / len(logs))
+    units = [xp.where(empty, 1.0, xp.exp(target - x)) for x in logs]
+    # The last factor makes the product one to rounding.
+    units[-1] = 1 / prod_of(units[:-1])
+    return units
+
+
+def _largest_norms(
+    x: Array, mask: Array | None, unit: Array, views: int, dtype: Any, backend: Backend
+) -> dict[float, Array]:
+    """The largest ℓ_p norm of a row, for each p that some Hölder bound asks of any view: p → (...)."""
+    xp = backend.xp
+    wanted = sorted({p for ps in exponents(views) for p in ps})
+
+    def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
+        size = xp.abs(backend.cast(clean(rows, mask, backend), dtype) * unit)
+        # Powers of entries relative to the largest neither overflow nor vanish.
+        top = xp.max(size, axis=-1, keepdims=True)
+        relative = size / xp.where(top > 0, top, 1.0)
+        powers = {1.0: relative, 2.0: relative * relative}
+        new = []
+        for p, old in zip(wanted, carry, strict=True):
+            if p == inf:
+                norm = top[..., 0]
+            else:
+                if p not in powers:
+                    powers[p] = (
+                        powers[2.0] * powers[2.0]
+                        if p == 4.0
+                        else powers[p - 1] * relative
+                        if p - 1 in powers
+                        else relative**p
+                    )
+                norm = top[..., 0] * xp.sum(powers[p], axis=-1) ** (1 / p)
+            new.append(xp.maximum(old, xp.max(norm, axis=-1)))
+        return tuple(new), ()
+
+    leading = (clean(x[..., :1, :], None if mask is None else mask[..., :1, :], backend) * unit).shape[:-2]
+    zero = xp.zeros(leading, dtype=dtype, device=backend.device(x))
+    found, _ = backend.scan_rows(body, (zero,) * len(wanted), (x, mask), BLOCK)
+    return dict(zip(wanted, found, strict=True))

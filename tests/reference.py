@@ -1,0 +1,98 @@
+"""The definition in dense NumPy, forward and gradient, to measure everything against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LETTERS = "abcd"
+
+
+class Dense(NamedTuple):
+    """Output, lse and the gradients for the upstream gradients given."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    dquery: np.ndarray
+    dkeys: list[np.ndarray]
+    dvalues: list[np.ndarray]
+
+
+def dense(
+    query: np.ndarray,
+    keys: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    *,
+    scale: float | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
+    grad_out: np.ndarray | None = None,
+    grad_lse: np.ndarray | None = None,
+    function: Callable[[np.ndarray], np.ndarray] = np.exp,
+    derivative: Callable[[np.ndarray], np.ndarray] = np.exp,
+    precision: type[np.floating] = np.float64,
+) -> Dense:
+    """Tensor attention with `function` in place of exp; O(Π lengths) memory."""
+    q = np.asarray(query, precision)
+    ks, vs = [np.asarray(k, precision) for k in keys], [np.asarray(v, precision) for v in values]
+    scale = precision(1 / q.shape[-1] if scale is None else scale)
+    m = len(ks)
+    views = LETTERS[:m]
+    scores = scale * np.einsum(f"...xz,{','.join(f'...{c}z' for c in views)}->...x{views}", q, *ks)
+    present = np.ones((1,) * (m + 1), bool)
+    for i, mask in enumerate(masks or ()):
+        if mask is not None:
+            shape = (*mask.shape[:-1], 1, *(mask.shape[-1] if j == i else 1 for j in range(m)))
+            present = present & np.asarray(mask).reshape(shape)
+    axes = tuple(range(-m, 0))
+    # exp is shifted by the largest score; a polynomial is taken as it is.
+    masked = np.where(present, scores, -np.inf)
+    top = masked.max(axis=axes, keepdims=True) if function is np.exp else np.zeros_like(masked[(..., *(slice(1),) * m)])
+    top = np.where(np.isfinite(top), top, 0.0)
+    weights = np.where(present, function(scores - top), 0.0)
+    slopes = np.where(present, derivative(scores - top), 0.0)
+    total = weights.sum(axis=axes, keepdims=True)
+    empty = total == 0
+    total = np.where(empty, 1.0, total)
+    f, f_slope = weights / total, slopes / total
+    pairs = f"{','.join(f'...{c}e' for c in views)}"
+    out = np.einsum(f"...x{views},{pairs}->...xe", f, *vs)
+    with np.errstate(divide="ignore"):
+        lse = np.where(empty, -np.inf, np.log(total) + top).reshape(total.shape[:-m])
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in (q, *ks, *vs)), out.shape[:-2])
+    out = np.broadcast_to(out, (*leading, *out.shape[-2:]))
+    lse = np.broadcast_to(lse, (*leading, lse.shape[-1]))
+    g = np.zeros_like(out) if grad_out is None else np.asarray(grad_out, precision)
+    g_lse = np.zeros_like(lse) if grad_lse is None else np.asarray(grad_lse, precision)
+    w = np.einsum(f"...xe,{pairs}->...x{views}", g, *vs)
+    r = (g * out).sum(-1) - g_lse
+    p = f_slope * (w - r.reshape(*r.shape, *(1,) * m))
+
+    def gradient(
+        letters: str, target: np.ndarray, weight: np.ndarray, factors: list[np.ndarray], names: str
+    ) -> np.ndarray:
+        other = ",".join(f"...{c}{letters[1]}" for c in names)
+        full = np.einsum(f"...x{views},{other}->...{letters}", weight, *factors)
+        extra = full.ndim - target.ndim
+        full = full.sum(axis=tuple(range(extra)))
+        axes = tuple(i for i, s in enumerate(target.shape[:-2]) if s == 1 and full.shape[i] != 1)
+        return full.sum(axis=axes, keepdims=True)
+
+    dquery = scale * gradient("xz", q, p, ks, views)
+    dkeys, dvalues = [], []
+    for i, c in enumerate(views):
+        rest = views[:i] + views[i + 1 :]
+        dkeys.append(scale * gradient(f"{c}z", ks[i], p, [q, *ks[:i], *ks[i + 1 :]], "x" + rest))
+        dvalues.append(gradient(f"{c}e", vs[i], f, [g, *vs[:i], *vs[i + 1 :]], "x" + rest))
+    return Dense(out, lse, dquery, dkeys, dvalues)
+
+
+def value_sizes(values: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] | None = None) -> np.ndarray:
+    """Π_μ max_j |values_μ[j, e]| (..., 1, dv)."""
+    size = np.ones(1)
+    for i, v in enumerate(values):
+        mask = None if masks is None else masks[i]
+        v = np.abs(np.asarray(v, np.float64))
+        size = size * (v if mask is None else np.where(mask[..., None], v, 0)).max(axis=-2, keepdims=True)
+    return size

@@ -1,0 +1,291 @@
+"""Output, lse and all gradients against the dense definition, on every library, by both methods."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.polynomial.polynomial import polyder, polyval
+from reference import Dense, dense
+
+import tattn
+
+LENGTHS = (9, 7, 6, 4)
+
+
+class Call(NamedTuple):
+    query: np.ndarray
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    masks: list[np.ndarray | None] | None
+    grad_out: np.ndarray
+    grad_lse: np.ndarray
+
+
+def draw(views: int, *, masked: bool = False, broadcast: bool = False, size: float = 1.0, seed: int = 0) -> Call:
+    rng = np.random.default_rng(seed)
+    leading = {"q": (), "k": (), "v": (), "m": ()}
+    if broadcast:
+        leading = {"q": (2, 3), "k": (2, 1), "v": (3,), "m": (2, 1)}
+    query = rng.uniform(-size, size, (*leading["q"], LENGTHS[0], 3))
+    keys = [rng.uniform(-size, size, (*leading["k"], n, 3)) for n in LENGTHS[1 : views + 1]]
+    values = [rng.normal(size=(*leading["v"], n, 5)) for n in LENGTHS[1 : views + 1]]
+    masks: list[np.ndarray | None] | None = None
+    if masked:
+        masks = [rng.random((*leading["m"], n)) < 0.7 for n in LENGTHS[1 : views + 1]]
+        for mask in masks:
+            mask[..., 0] = True
+        if views > 1:
+            masks[1] = None
+        if broadcast:
+            masks[0][0] = False  # one problem has nothing to attend to
+    full = leading["q"]
+    return Call(query, keys, values, masks, rng.normal(size=(*full, 9, 5)), rng.normal(size=(*full, 9)))
+
+
+def run(library: Any, call: Call, **options: Any) -> tuple[Dense, Any]:
+    """Everything that the library computes, in NumPy, and the library's own output."""
+    query, keys, values, grad_out, grad_lse = library.arrays(
+        call.query, call.keys, call.values, call.grad_out, call.grad_lse
+    )
+    masks = None if call.masks is None else library.arrays(call.masks)
+    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, key_masks=masks, return_lse=True, **options)
+    dquery, dkeys, dvalues = pullback(grad_out, grad_lse)
+    for got, given in zip((dquery, *dkeys, *dvalues), (query, *keys, *values), strict=True):
+        assert tuple(got.shape) == tuple(given.shape)
+        assert got.dtype == given.dtype
+        assert library.device(got) == library.device(given)
+        assert library.is_array(got)
+    read = library.numpy
+    return Dense(read(out), read(lse), read(dquery), [*map(read, dkeys)], [*map(read, dvalues)]), out
+
+
+def assert_close(got: Dense, expected: Dense, tolerance: float) -> None:
+    for name, a, b in zip(
+        (
+            "out",
+            "lse",
+            "dquery",
+            *(f"dkeys[{i}]" for i in range(len(got.dkeys))),
+            *(f"dvalues[{i}]" for i in range(len(got.dvalues))),
+        ),
+        (got.out, got.lse, got.dquery, *got.dkeys, *got.dvalues),
+        (expected.out, expected.lse, expected.dquery, *expected.dkeys, *expected.dvalues),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+CASES = [
+    pytest.param(
+        {"views": m, "masked": masked, "broadcast": broadcast},
+        id=f"{m} views{' masked' * masked}{' broadcast' * broadcast}",
+    )
+    for m in (1, 2, 3)
+    for masked in (False, True)
+    for broadcast in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exact_is_the_definition(library: Any, case: dict[str, Any]) -> None:
+    call = draw(**case, size=3.0)
+    got, _ = run(library, call, method="exact")
+    expected = dense(
+        call.query, call.keys, call.values, masks=call.masks, grad_out=call.grad_out, grad_lse=call.grad_lse
+    )
+    assert_close(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_polynomial_is_the_definition_with_its_polynomial(library: Any, case: dict[str, Any]) -> None:
+    """Forward and adjoint of the polynomial method are exactly those of softmax with P in place of exp."""
+    call = draw(**case)
+    plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=4, dtype="float64")
+    got, _ = run(library, call, plan=plan)
+    p = plan.coefficients
+    expected = dense(
+        call.query, call.keys, call.values, masks=call.masks, grad_out=call.grad_out, grad_lse=call.grad_lse,
+        function=lambda x: polyval(x, p), derivative=lambda x: polyval(x, polyder(p)),
+    )  # fmt: skip
+    assert_close(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_auto_dtype_device_and_library_are_kept(library: Any, dtype: str, method: str) -> None:
+    call = draw(2)
+    query, keys, values = library.arrays(
+        call.query.astype(dtype), [k.astype(dtype) for k in call.keys], [v.astype(dtype) for v in call.values]
+    )
+    out, lse = tattn.tensor_attention(query, keys, values, tol=1e-2, method=method, return_lse=True)
+    for got in (out, lse):
+        assert library.is_array(got)
+        assert got.dtype == query.dtype
+        assert library.device(got) == library.device(query)
+    assert tuple(lse.shape) == (9,)
+    expected = dense(call.query, call.keys, call.values)
+    np.testing.assert_allclose(library.numpy(out), expected.out, atol=2e-2 if method == "polynomial" else 1e-5)
+
+
+def test_inputs_are_left_alone(library: Any) -> None:
+    """NumPy's inputs are read-only here; the others are compared with what they were."""
+    call = draw(2, masked=True)
+    query, keys, values = library.arrays(call.query, call.keys, call.values)
+    masks = library.arrays(call.masks)
+    for method in ("exact", "polynomial"):
+        _, pullback = tattn.tensor_attention_vjp(query, keys, values, key_masks=masks, method=method, tol=1e-2)
+        pullback(library.array(call.grad_out))
+    for a, b in zip((query, *keys, *values), (call.query, *call.keys, *call.values), strict=True):
+        assert np.array_equal(library.numpy(a), b)
+
+
+def test_blocks_and_chains_are_joined(library: Any) -> None:
+    """More rows than a block and than a chain, a remainder in both; more monomials than a chain."""
+    rng = np.random.default_rng(1)
+    lengths = (1100, 600, 20)
+    query, *keys = [rng.uniform(-1, 1, (n, 6)) for n in lengths]
+    values = [rng.normal(size=(n, 2)) for n in lengths[1:]]
+    grad = rng.normal(size=(1100, 2))
+    plan = tattn.plan_for(n=1100, dim=6, bound=1.0, degree=5, dtype="float64")
+    assert plan.rank > 256
+    expected = dense(query, keys, values, grad_out=grad, function=lambda x: polyval(x, plan.coefficients),
+                     derivative=lambda x: polyval(x, polyder(plan.coefficients)))  # fmt: skip
+    call = Call(query, keys, values, None, grad, np.zeros(1100))
+    got, _ = run(library, call, plan=plan)
+    assert_close(got, expected, 1e-11)
+    query, keys, values, grad = query[:200], [keys[0][:150], keys[1]], [values[0][:150], values[1]], grad[:200]
+    got, _ = run(library, Call(query, keys, values, None, grad, np.zeros(200)), method="exact")
+    assert_close(got, dense(query, keys, values, grad_out=grad), 1e-11)
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_many_problems_are_taken_in_parts(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed one after another or side by side, heads give the same; shared keys collect their gradients."""
+    from tattn import exact, lowrank
+
+    call = draw(2, masked=True, broadcast=True)
+    options = {"method": method, "tol": 1e-6} if method == "exact" else {
+        "plan": tattn.plan_for(n=9, dim=3, bound=1.0, degree=3, dtype="float64")
+    }  # fmt: skip
+    together, _ = run(library, call, **options)
+    for module in (exact, lowrank):
+        monkeypatch.setattr(module, "leading_limit", lambda *_: 1)
+    if library.name.startswith("jax"):
+        import jax
+
+        jax.clear_caches()
+    apart, _ = run(library, call, **options)
+    if library.name.startswith("jax"):
+        jax.clear_caches()
+    assert_close(apart, together, 1e-13)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_gradients_are_finite_differences(views: int, method: str) -> None:
+    call = draw(views, masked=True)
+    plan = tattn.plan_for(n=9, dim=3, order=views + 1, bound=1.0, tol=1e-2, dtype="float64", method=method)
+
+    def loss(arrays: list[np.ndarray]) -> float:
+        out, lse = tattn.tensor_attention(
+            arrays[0], arrays[1 : views + 1], arrays[views + 1 :], plan=plan, key_masks=call.masks, return_lse=True
+        )
+        return float((out * call.grad_out).sum() + (lse * call.grad_lse).sum())
+
+    arrays = [call.query, *call.keys, *call.values]
+    _, pullback = tattn.tensor_attention_vjp(call.query, call.keys, call.values, plan=plan, key_masks=call.masks)
+    dquery, dkeys, dvalues = pullback(call.grad_out, call.grad_lse)
+    rng = np.random.default_rng(2)
+    for i, gradient in enumerate((dquery, *dkeys, *dvalues)):
+        direction = rng.normal(size=gradient.shape)
+        step = 1e-5
+        ahead, behind = (
+            [a + (j == i) * sign * step * direction if j == i else a for j, a in enumerate(arrays)] for sign in (1, -1)
+        )
+        np.testing.assert_allclose(
+            (loss(ahead) - loss(behind)) / (2 * step), (gradient * direction).sum(), rtol=1e-7, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_masked_rows_do_not_matter_whatever_they_hold(library: Any, method: str) -> None:
+    call = draw(2, masked=True)
+    keys, values = [k.copy() for k in call.keys], [v.copy() for v in call.values]
+    for x in (keys[0], values[0]):
+        x[~call.masks[0]] = 1e30
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, dtype="float64") if method == "polynomial" else None
+    expected, _ = run(library, call, method=method, plan=plan)
+    got, _ = run(library, call._replace(keys=keys, values=values), method=method, plan=plan)
+    assert_close(got, expected, 1e-14)
+    # A mask counts for the range, too: without it these keys would be beyond any degree.
+    planned = tattn.plan(*library.arrays(call.query, keys), key_masks=library.arrays(call.masks), tol=1e-2)
+    assert planned.bound < 10
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_nothing_to_attend_to_gives_zeros(library: Any, method: str) -> None:
+    call = draw(2)
+    masks = [np.zeros(k.shape[0], bool) for k in call.keys]
+    got, _ = run(library, call._replace(masks=masks), method=method, tol=1e-2)
+    assert (got.lse == -np.inf).all()
+    for a in (got.out, got.dquery, *got.dkeys, *got.dvalues):
+        assert (a == 0).all()
+
+
+def test_exact_takes_any_finite_input(library: Any) -> None:
+    """Scores of ±10⁴ neither overflow nor give NaN."""
+    call = draw(2, size=30.0)
+    got, _ = run(library, call, method="exact", scale=0.5)
+    expected = dense(call.query, call.keys, call.values, scale=0.5, grad_out=call.grad_out, grad_lse=call.grad_lse)
+    assert_close(got, expected, 1e-9)
+
+
+def test_scores_beyond_a_promise_are_not_silent() -> None:
+    """A polynomial of odd degree turns negative there: NaN, not a number that looks right."""
+    query, keys, values = np.full((3, 2), -6.0), [np.full((4, 2), 3.0)] * 2, [np.ones((4, 2))] * 2
+    plan = tattn.plan_for(n=4, dim=2, bound=0.5, degree=3, dtype="float64")
+    out, lse = tattn.tensor_attention(query, keys, values, plan=plan, return_lse=True)
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_narrow_dtypes_compute_in_float32(method: str) -> None:
+    """The error is at most twice that of rounding inputs and output to the narrow dtype."""
+    call = draw(2)
+    query, *rest = [a.astype(np.float16) for a in (call.query, *call.keys, *call.values)]
+    out, pullback = tattn.tensor_attention_vjp(query, rest[:2], rest[2:], method=method, tol=1e-3)
+    dquery, _, _ = pullback(call.grad_out.astype(np.float16))
+    assert out.dtype == dquery.dtype == np.float16
+    expected = dense(query, rest[:2], rest[2:], grad_out=call.grad_out.astype(np.float16))
+    rounded = np.abs(expected.out.astype(np.float16) - expected.out).max()
+    assert np.abs(out - expected.out).max() <= 2 * rounded + 1e-3
+    assert np.abs(dquery - expected.dquery).max() <= 2e-3 * np.abs(expected.dquery).max() + 1e-3
+
+
+def test_huge_and_tiny_channels_neither_overflow_nor_vanish() -> None:
+    """float32 monomials of 1e12 and of 1e-12 that multiply to ordinary scores."""
+    rng = np.random.default_rng(3)
+    query, *keys = rng.uniform(-1, 1, (3, 40, 3)).astype(np.float32)
+    values = list(rng.normal(size=(2, 40, 2)).astype(np.float32))
+    factors = np.float32([1e12, 1e-12, 1e3])
+    grown = [query * factors, keys[0] / factors, keys[1]]
+    plan = tattn.plan(query, keys, values, method="polynomial")
+    expected, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+    out, grown_pullback = tattn.tensor_attention_vjp(grown[0], grown[1:], values, tol=1e-3, method="polynomial")
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    grad = rng.normal(size=out.shape).astype(np.float32)
+    np.testing.assert_allclose(grown_pullback(grad)[0] * factors, pullback(grad)[0], atol=1e-3)
+
+
+def test_a_channel_that_is_zero_still_has_a_gradient() -> None:
+    call = draw(2)
+    keys = [call.keys[0] * [0.0, 1.0, 1.0], call.keys[1]]
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, tol=1e-9, dtype="float64", method="polynomial")
+    _, pullback = tattn.tensor_attention_vjp(call.query, keys, call.values, plan=plan)
+    expected = dense(call.query, keys, call.values, grad_out=call.grad_out)
+    got = pullback(call.grad_out)[1][0]
+    assert np.abs(expected.dkeys[0][:, 0]).max() > 1e-3
+    np.testing.assert_allclose(got, expected.dkeys[0], atol=1e-8)

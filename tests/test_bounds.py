@@ -1,0 +1,158 @@
+"""No error ever exceeds what the plan states: random and adversarial draws, output and all gradients.
+
+The references are dense softmax, in long double where float64 is under test;
+the errors are measured in the units of `tattn.Plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from reference import Dense, dense, value_sizes
+
+import tattn
+
+DRAWS = 300
+
+
+class Sample(NamedTuple):
+    query: np.ndarray
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    grad: np.ndarray
+
+
+Kind = Callable[[np.random.Generator, tuple[int, ...], int], np.ndarray]
+
+
+def heavy(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    return rng.standard_t(2.5, shape)
+
+
+def one_channel(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    x = rng.normal(size=shape) * 1e-3
+    x[:, 0] = rng.normal(size=shape[0]) * 1e3
+    return x
+
+
+def corners(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    """Every entry ±B: the bound on the range is attained."""
+    return np.where(rng.random(shape) < 0.5, -1.0, 1.0)
+
+
+def aligned(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    """Every score is −R: all keys are one row, and the series cancels most."""
+    return np.ones(shape) * (-0.7 if view == 0 else 0.7)
+
+
+def two_sided(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    """Every score is +R or −R."""
+    return np.ones(shape) * np.where(rng.random((shape[0], 1)) < 0.5, -0.9, 0.9)
+
+
+def one_huge_row(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    x = rng.normal(size=shape) * 0.1
+    x[rng.integers(shape[0])] *= 30
+    return x
+
+
+KINDS: dict[str, Kind] = {
+    "uniform": lambda rng, shape, view: rng.uniform(-1, 1, shape),
+    "normal": lambda rng, shape, view: rng.normal(size=shape),
+    "heavy": heavy,
+    "one channel": one_channel,
+    "corners": corners,
+    "aligned": aligned,
+    "two-sided": two_sided,
+    "one huge row": one_huge_row,
+}
+
+
+def sample(kind: str, seed: int, views: int, bound: float, dtype: str) -> tuple[Sample, float]:
+    """A draw, scaled so that its scores reach about `bound`, and the scale."""
+    rng = np.random.default_rng([seed, views, len(kind)])
+    dim, value_dim = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    lengths = rng.integers(1, 24, views + 1)
+    arrays = [KINDS[kind](rng, (int(n), dim), i).astype(dtype) for i, n in enumerate(lengths)]
+    q, *keys = [np.abs(a.astype(float)) for a in arrays]
+    top = q
+    for k in keys:
+        top = (top[:, None, :] * k[None]).reshape(-1, dim)
+    reach = top.sum(-1).max()
+    signs = rng.choice([-1.0, 1.0])
+    values = [
+        np.where(rng.random((int(n), value_dim)) < 0.5, 1.0, signs) * rng.choice([1.0, rng.random()])
+        for n in lengths[1:]
+    ]
+    grad = rng.normal(size=(int(lengths[0]), value_dim))
+    return Sample(arrays[0], arrays[1:], [v.astype(dtype) for v in values], grad.astype(dtype)), float(bound / reach)
+
+
+def ratios(plan: tattn.Plan, drawn: Sample, got: Dense, truth: Dense) -> list[float]:
+    """Largest error of output, dquery, dkeys and dvalues over what the plan allows for it."""
+    q, keys, values, g = (np.asarray(drawn.query, float), [k.astype(float) for k in drawn.keys],
+                          [v.astype(float) for v in drawn.values], np.abs(drawn.grad.astype(float)))  # fmt: skip
+    sizes = value_sizes(values)[0]
+    weight = (g * sizes).sum(-1)  # W_i
+    tops = [np.abs(k).max(0) for k in keys]
+    result = [np.abs(got.out - truth.out) / (plan.error * sizes)]
+    result.append(
+        np.abs(got.dquery - truth.dquery) / (plan.grad_error * plan.scale * np.prod(tops, 0) * weight[:, None])
+    )
+    for i in range(len(keys)):
+        others = np.prod([np.abs(q).max(0), *tops[:i], *tops[i + 1 :]], 0)
+        result.append(np.abs(got.dkeys[i] - truth.dkeys[i]) / (plan.grad_error * plan.scale * others * weight.sum()))
+        rest = np.prod([np.ones(sizes.shape), *(np.abs(v).max(0) for j, v in enumerate(values) if j != i)], 0)
+        result.append(np.abs(got.dvalues[i] - truth.dvalues[i]) / (plan.error * rest * g.sum(0)))
+    return [float(np.nanmax(r)) for r in result]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_no_error_exceeds_the_plan(kind: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    worst: list[list[float]] = []
+    precision = np.float64 if dtype == "float32" else np.longdouble
+    for seed in range(DRAWS):
+        rng = np.random.default_rng(seed)
+        views, bound = int(rng.integers(1, 4)), float(rng.choice([0.1, 0.5, 1.0, 2.0, 3.0]))
+        drawn, scale = sample(kind, seed, views, bound, dtype)
+        options = [{"degree": int(rng.integers(1, 9))}, {"method": "exact"}]
+        for option in options:
+            promise = {} if seed % 2 else {"bound": bound * (1 + 1e-6)}
+            plan = tattn.plan(drawn.query, drawn.keys, drawn.values, scale=scale, **promise, **option)
+            if not np.isfinite(plan.error):
+                continue
+            out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan)
+            dquery, dkeys, dvalues = pullback(drawn.grad)
+            got = Dense(out, out, dquery, list(dkeys), list(dvalues))
+            truth = dense(drawn.query, drawn.keys, drawn.values, scale=scale, grad_out=drawn.grad, precision=precision)
+            found = ratios(plan, drawn, got, truth)
+            assert max(found) <= 1, (seed, option, found, str(plan))
+            worst.append(found[:2])
+    output, gradient = np.array(worst).T
+    with capsys.disabled():
+        print(
+            f"\n  {kind}, {dtype}, {len(worst)} draws: bound/error at the median "
+            f"{1 / np.median(output[output > 0]):.3g} for the output, {1 / np.median(gradient[gradient > 0]):.3g} for the "
+            f"query's gradient; at least {1 / output.max():.3g} and {1 / gradient.max():.3g}"
+        )
+
+
+@pytest.mark.parametrize("value", [1 / 3, 0.1, 0.7, 0.3])
+@pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
+def test_float32_sums_of_one_number_stay_within_the_rounding_model(value: float, bound: float) -> None:
+    """Thousands of equal rows round the same way at every step, which the model's independent roundings do not cover."""
+    n, dim = 4096, 2
+    query = np.full((8, dim), -value, np.float32)
+    keys = [np.full((n, dim), value, np.float32)] * 2
+    values = list(np.random.default_rng(0).choice(np.float32([value, 1]), (2, n, 3)))
+    scale = bound / (dim * float(np.float32(value)) ** 3)
+    plan = tattn.plan_for(n=n, dim=dim, bound=bound * (1 + 1e-6), degree=8, dtype="float32", scale=scale)
+    assert plan.error < 0.01
+    out = tattn.tensor_attention(query, keys, values, plan=plan)
+    # All scores are equal, so softmax is uniform.
+    exact = values[0].astype(float).mean(0) * values[1].astype(float).mean(0)
+    assert (np.abs(out - exact) <= plan.error * value_sizes(values)[0]).all()

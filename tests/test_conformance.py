@@ -1,0 +1,50 @@
+"""All libraries side by side: the same call gives the same numbers, output, lse and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CPU, LIBRARIES, make_library
+from test_attention import CASES, draw, run
+
+import tattn
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("other", [pytest.param(n, marks=[] if n in CPU else [pytest.mark.gpu]) for n in LIBRARIES[1:]])
+def test_every_library_agrees_with_numpy(other: str, case: dict[str, Any], method: str, dtype: str) -> None:
+    call = draw(**case)
+    call = call._replace(
+        query=call.query.astype(dtype),
+        keys=[k.astype(dtype) for k in call.keys],
+        values=[v.astype(dtype) for v in call.values],
+        grad_out=call.grad_out.astype(dtype),
+        grad_lse=call.grad_lse.astype(dtype),
+    )
+    plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, tol=1e-2, dtype=dtype, method=method)
+    expected, _ = run(make_library("numpy"), call, plan=plan)
+    got, _ = run(make_library(other), call, plan=plan)
+    tolerance = 1e-12 if dtype == "float64" else 2e-5
+    for a, b in zip(
+        (got.out, got.lse, got.dquery, *got.dkeys, *got.dvalues),
+        (expected.out, expected.lse, expected.dquery, *expected.dkeys, *expected.dvalues),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("other", [pytest.param(n, marks=[] if n in CPU else [pytest.mark.gpu]) for n in LIBRARIES[1:]])
+def test_every_library_makes_the_same_plan(other: str) -> None:
+    call = draw(2, masked=True, broadcast=True)
+    plans = []
+    for name in ("numpy", other):
+        library = make_library(name)
+        query, keys, values = library.arrays(call.query, call.keys, call.values)
+        plans.append(tattn.plan(query, keys, values, key_masks=library.arrays(call.masks)))
+    a, b = plans
+    assert (a.method, a.degree, a.rank, a.lengths) == (b.method, b.degree, b.rank, b.lengths)
+    np.testing.assert_allclose([a.bound, a.error, a.lowest_mean], [b.bound, b.error, b.lowest_mean], rtol=1e-9)

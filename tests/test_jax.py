@@ -1,0 +1,117 @@
+"""JAX's transformations of a planned call: right, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tattn
+
+jax = pytest.importorskip("jax")
+jnp = pytest.importorskip("jax.numpy")
+
+PLANS = {
+    "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
+    "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),
+}
+
+
+@pytest.fixture(params=list(PLANS))
+def plan(request: pytest.FixtureRequest) -> tattn.Plan:
+    return PLANS[request.param]
+
+
+@pytest.fixture
+def arrays() -> list[Any]:
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.uniform(-1, 1, s)) for s in [(6, 3), (5, 3), (4, 3), (5, 2), (4, 2)]]
+
+
+def loss(plan: tattn.Plan) -> Callable[..., Any]:
+    def of(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+        out, lse = tattn.tensor_attention(q, [a, b], [u, v], plan=plan, return_lse=True)
+        return jnp.sin(out).sum() + jnp.cos(lse).sum()
+
+    return of
+
+
+def same(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients(plan: tattn.Plan, arrays: list[Any]) -> None:
+    of = loss(plan)
+    gradients = jax.grad(of, tuple(range(5)))(*arrays)
+    rng = np.random.default_rng(1)
+    for i, g in enumerate(gradients):
+        direction = rng.normal(size=g.shape)
+        ahead, behind = ([a + (s * 1e-5 * direction if j == i else 0) for j, a in enumerate(arrays)] for s in (1, -1))
+        np.testing.assert_allclose((of(*ahead) - of(*behind)) / 2e-5, (g * direction).sum(), rtol=1e-7, atol=1e-8)
+    for a, b in zip(jax.jit(jax.grad(of, tuple(range(5))))(*arrays), gradients, strict=True):
+        same(a, b)
+    for a, b in zip(jax.grad(jax.checkpoint(of), tuple(range(5)))(*arrays), gradients, strict=True):
+        same(a, b)
+
+
+def test_vmap(plan: tattn.Plan, arrays: list[Any]) -> None:
+    of = loss(plan)
+    stacked = [jnp.stack([a, 0.7 * a, -0.2 * a]) for a in arrays]
+    mapped = jax.vmap(jax.grad(of, tuple(range(5))))(*stacked)
+    for i in range(3):
+        for a, b in zip(mapped, jax.grad(of, tuple(range(5)))(*(s[i] for s in stacked)), strict=True):
+            same(a[i], b)
+
+
+def test_second_derivatives(plan: tattn.Plan, arrays: list[Any]) -> None:
+    of = loss(plan)
+
+    def first(q: Any) -> Any:
+        return of(q, *arrays[1:])
+
+    second = jax.jacrev(jax.grad(first))(arrays[0])
+    step = 1e-5
+    for i, c in ((0, 1), (5, 2)):
+        ahead, behind = (jax.grad(first)(arrays[0].at[i, c].add(s * step)) for s in (1, -1))
+        np.testing.assert_allclose((ahead - behind) / (2 * step), second[:, :, i, c], rtol=1e-6, atol=1e-8)
+
+
+def test_masks_take_no_gradient(plan: tattn.Plan, arrays: list[Any]) -> None:
+    q, a, b, u, v = arrays
+    mask = jnp.asarray([True, False, True, True, False])
+
+    def of(mask: Any, a: Any) -> Any:
+        return tattn.tensor_attention(q, [a, b], [u, v], plan=plan, key_masks=[mask, None]).sum()
+
+    gradient = jax.jit(jax.grad(of, 1))(mask, a)
+    assert (np.asarray(gradient)[[1, 4]] == 0).all()
+    assert (np.asarray(gradient)[[0, 2]] != 0).any()
+
+
+def test_forward_mode_is_refused(plan: tattn.Plan, arrays: list[Any]) -> None:
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss(plan), arrays, arrays)
+
+
+def test_traced_calls_say_what_they_need(arrays: list[Any]) -> None:
+    q, a, b, u, v = arrays
+    with pytest.raises(tattn.PlanError, match="traced and its values cannot be read, so it needs a plan"):
+        jax.jit(lambda q: tattn.tensor_attention(q, [a, b], [u, v]))(q)
+    planned = tattn.plan(q, [a, b], method="polynomial", tol=1e-2)
+    with pytest.raises(tattn.PlanError, match="a promise of your own"):
+        jax.grad(lambda q: tattn.tensor_attention(q, [a, b], [u, v], plan=planned).sum())(q)
+
+
+def test_bfloat16() -> None:
+    rng = np.random.default_rng(3)
+    wide = [rng.uniform(-1, 1, (32, 4)) for _ in range(5)]
+    narrow = [jnp.asarray(a, jnp.bfloat16) for a in wide]
+    for method in ("exact", "polynomial"):
+        out = tattn.tensor_attention(narrow[0], narrow[1:3], narrow[3:], method=method)
+        assert out.dtype == jnp.bfloat16
+        exact = [np.asarray(a, np.float64) for a in narrow]
+        truth = tattn.tensor_attention(exact[0], exact[1:3], exact[3:], method="exact")
+        assert np.abs(np.asarray(out, np.float64) - truth).max() <= 2**-7 * np.abs(truth).max() + 1e-3

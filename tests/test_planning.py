@@ -1,0 +1,202 @@
+"""What plans promise, choose and say; ranges, estimates and the check of an answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import dense
+
+import tattn
+from tattn.__main__ import main
+from tattn.checks import checked_inputs
+from tattn.planning import measured
+
+
+def draw(
+    seed: int = 0, n: int = 60, dim: int = 4, size: float = 1.0
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    query, *keys = rng.uniform(-size, size, (3, n, dim))
+    return query, keys, list(rng.normal(size=(2, n, 3)))
+
+
+def scores(query: np.ndarray, keys: list[np.ndarray], scale: float) -> np.ndarray:
+    return scale * np.einsum("...ic,...jc,...kc->...ijk", query, *keys)
+
+
+def test_a_plan_is_frozen_hashable_and_readable() -> None:
+    plan = tattn.plan(*draw())
+    assert hash(plan) == hash(tattn.plan(*draw()))
+    assert plan == tattn.plan(*draw())
+    with pytest.raises(FrozenInstanceError):
+        plan.degree = 3  # type: ignore[misc]
+    text = str(plan)
+    for word in ("polynomial", "degree, rank", f"{plan.rank}", "certified", "reason", "flop"):
+        assert word in text
+
+
+def test_auto_takes_the_cheaper() -> None:
+    assert tattn.plan_for(n=10, dim=8, bound=1.0).method == "exact"
+    assert tattn.plan_for(n=100_000, dim=8, bound=1.0).method == "polynomial"
+    far = tattn.plan_for(n=100_000, dim=8, bound=9.0)
+    assert far.method == "exact"
+    assert "no polynomial meets tol" in far.reason
+    for n in (30, 100, 300):
+        plan = tattn.plan_for(n=n, dim=3, bound=1.0)
+        assert (plan.method == "exact") == (plan.flops_exact <= plan.flops_polynomial)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_smallest_degree_that_meets_tol(dtype: str) -> None:
+    for bound in (0.2, 1.0, 1.5):
+        for tol in (1e-1, 1e-2, 2e-3):
+            plan = tattn.plan_for(n=1000, dim=4, bound=bound, tol=tol, dtype=dtype, method="polynomial")
+            assert plan.error <= tol
+            if plan.degree > 1:
+                less = tattn.plan_for(n=1000, dim=4, bound=bound, degree=plan.degree - 1, dtype=dtype)
+                assert less.error > tol
+
+
+def test_taylor_needs_a_higher_degree() -> None:
+    needed = {
+        series: tattn.plan_for(n=10**5, dim=4, bound=2.0, dtype="float64", method="polynomial", series=series)
+        for series in ("minimax", "taylor")
+    }
+    assert needed["taylor"].degree >= needed["minimax"].degree + 2
+
+
+def test_float32_serves_a_range_of_two() -> None:
+    """The range of a layer that is bounded by construction, at the default tolerance."""
+    plan = tattn.plan_for(n=10**6, dim=8, bound=2.0, method="polynomial")
+    assert plan.error <= 1e-3
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_range_holds_every_score(library: Any, seed: int) -> None:
+    """Heads, shared keys, masks, huge channels; and the range is not far from the truth."""
+    rng = np.random.default_rng(seed)
+    kinds = [lambda s: rng.normal(size=s), lambda s: rng.standard_t(2.5, s), lambda s: rng.uniform(-1, 1, s)]
+    kind = kinds[seed % 3]
+    query, keys = kind((2, 3, 40, 4)), [kind((2, 1, 30, 4)), kind((20, 4))]
+    if seed % 2:
+        query, keys[0] = query * [1e5, 1, 1, 1], keys[0] * [1e-4, 1, 1, 10]
+    mask = rng.random((2, 1, 30)) < 0.6
+    mask[..., 0] = True
+    keys[0][~mask] = 1e6
+    given = library.arrays(query, keys)
+    inputs = checked_inputs(given[0], given[1], None, library.arrays([mask, None]))
+    found = measured(inputs, 0.25)
+    x = scores(query, [np.where(mask[..., None], keys[0], 0), keys[1]], 0.25)
+    assert np.abs(x).max() <= found.bound
+    means = np.where(mask[:, :, None, :, None], x, 0).sum((-1, -2)) / (mask.sum(-1)[..., None] * 20)
+    assert found.lowest_mean <= means.min()
+    assert found.lowest_mean >= means.min() - 0.02 * found.bound
+
+
+def test_the_range_of_aligned_corners_is_tight() -> None:
+    query, keys = np.ones((5, 4)), [np.ones((6, 4)), -np.ones((7, 4))]
+    plan = tattn.plan(query, keys, method="exact")
+    assert 1 <= plan.bound <= 1.01
+
+
+def test_holder_beats_channels_on_rows_of_one_length() -> None:
+    """Random directions of one norm: far below the channel bound."""
+    rng = np.random.default_rng(0)
+    rows = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(3, 500, 16))]
+    channels = np.prod([np.abs(x).max(0) for x in rows], axis=0).sum()
+    assert tattn.plan(rows[0], rows[1:], scale=1.0, method="exact").bound < 0.8 * channels
+
+
+def test_a_plan_is_checked_on_other_data() -> None:
+    query, keys, values = draw()
+    plan = tattn.plan(query, keys, values, method="polynomial")
+    tattn.tensor_attention(0.9 * query, keys, values, plan=plan)
+    with pytest.raises(tattn.PlanError, match=r"serves scores up to .*the data's may reach"):
+        tattn.tensor_attention(2 * query, keys, values, plan=plan)
+    promise = tattn.plan(query, keys, values, bound=plan.bound, method="polynomial")
+    tattn.tensor_attention(2 * query, keys, values, plan=promise)
+
+
+def test_an_estimated_plan_is_not_certified_and_can_be_checked(library: Any) -> None:
+    """Rows of large norm that never meet: the certified range is far beyond what scores do."""
+    rng = np.random.default_rng(0)
+    query, *keys = rng.standard_t(4, (3, 800, 16)).astype(np.float32)
+    values = list(rng.normal(size=(2, 800, 4)).astype(np.float32))
+    query, keys, values = library.arrays(query, keys, values)
+    assert tattn.plan(query, keys, values, scale=0.01).method == "exact"
+    plan = tattn.plan(query, keys, values, scale=0.01, bound="estimated", tol=1e-2)
+    assert (plan.method, plan.certified, plan.source) == ("polynomial", False, "estimate")
+    assert "estimated" in str(plan)
+    out = tattn.tensor_attention(query, keys, values, plan=plan)
+    largest, mean = tattn.measure_error(query, keys, values, out, scale=0.01)
+    assert mean <= largest <= plan.error
+
+
+def test_measure_error_finds_an_error() -> None:
+    query, keys, values = draw()
+    out = dense(query, keys, values).out
+    largest, mean = tattn.measure_error(query, keys, values, out, rows=60)
+    assert largest < 1e-14
+    sizes = np.abs(values[0]).max(0) * np.abs(values[1]).max(0)
+    out = out.copy()
+    out[17, 1] += 0.25 * sizes[1]
+    largest, mean = tattn.measure_error(query, keys, values, out, rows=60)
+    np.testing.assert_allclose([largest, mean], [0.25, 0.25 / out.size], rtol=1e-9)
+    assert tattn.measure_error(query, keys, values, out, rows=4, seed=1) == tattn.measure_error(
+        query, keys, values, out, rows=4, seed=1
+    )
+
+
+def test_estimates_under_gradients() -> None:
+    """A torch input that records gradients plans without a warning and without a graph."""
+    torch = pytest.importorskip("torch")
+    query, keys, values = draw()
+    q = torch.tensor(query, requires_grad=True)
+    k, v = [torch.tensor(x) for x in keys], [torch.tensor(x) for x in values]
+    for bound in (None, "estimated"):
+        plan = tattn.plan(q, k, v, bound=bound)
+        out = tattn.tensor_attention(q, k, v, plan=plan)
+        tattn.measure_error(q, k, v, out)
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--n", "1000000", "--dim", "8", "--bound", "1", "--tol", "1e-3"]
+    assert main(arguments) == 0
+    assert str(tattn.plan_for(n=10**6, dim=8, bound=1.0)) in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "polynomial"
+    assert main(["plan", "--n", "10", "--dim", "8", "--bound", "-1"]) == 2
+    assert "bound should be finite and above 0" in capsys.readouterr().err
+    done = subprocess.run([sys.executable, "-m", "tattn", "--version"], capture_output=True, text=True, check=True)
+    assert tattn.__version__ in done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("shape", [(300_000, 1, 8, 8, 4), (256, 96, 8, 16, 6), (20_000, 1, 24, 24, 3)])
+def test_memory_stays_in_what_was_stated(shape: tuple[int, ...]) -> None:
+    """Inputs, outputs and 64 MiB, for one problem and for many; as the operating system counts it."""
+    script = """
+import resource, sys, numpy as np, tattn
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def now(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+rng = np.random.default_rng(0)
+def call(n, heads, dim, value_dim, degree):
+    q, a, b = rng.random((3, heads, n, dim), dtype=np.float32)
+    u, v, g = rng.random((3, heads, n, value_dim), dtype=np.float32)
+    plan = tattn.plan_for(n=n, dim=dim, bound=1.0, degree=degree)
+    tattn.tensor_attention(q[:1, :9], [a[:1, :9], b[:1, :9]], [u[:1, :9], v[:1, :9]], plan=plan)
+    before = now()
+    out, pullback = tattn.tensor_attention_vjp(q, [a, b], [u, v], plan=plan)
+    dq, dk, dv = pullback(g)
+    outputs = sum(x.nbytes for x in (out, dq, *dk, *dv)) + 2 * 4 * n * heads
+    return (peak() - before - outputs) / 2**20
+print(call(*map(int, sys.argv[1:])))
+"""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, shape)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64

@@ -1,0 +1,201 @@
+"""Array libraries that the package does not know, and what importing it brings along."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import tattn
+
+LIBRARIES = ("array_api_strict", "cupy", "jax", "scipy", "torch")
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with a further array library, `otherlib`: array-api-strict under another name."""
+    original = find_spec("array_api_strict")
+    if original is None:
+        pytest.skip("array_api_strict is not installed")
+    (tmp_path / "otherlib").mkdir()
+    for file in Path(original.origin).parent.glob("*.py"):
+        text = file.read_text(encoding="utf-8").replace("array_api_strict", "otherlib")
+        (tmp_path / "otherlib" / file.name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def plug_in(site: Path, value: str) -> None:
+    """Install a package into the folder that offers `value` as the backend for arrays of `otherlib`."""
+    info = site / "plug-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[tattn.backends]\notherlib = {value}\n", encoding="utf-8")
+    source = """
+        import otherlib
+        from tattn.backends import Backend
+
+
+        class OtherBackend(Backend):
+            name = "Other"
+
+            def run(self, function, call, arrays):
+                print("run", function.__name__)
+                return super().run(function, call, arrays)
+
+
+        BACKEND = OtherBackend(otherlib)
+    """
+    (site / "plug.py").write_text(dedent(source), encoding="utf-8")
+
+
+def run(code: str, *folders: Path) -> list[str]:
+    """Lines that the code prints in a process of its own, with the folders first on its path."""
+    paths = [*map(str, folders), str(Path(tattn.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-W", "error", "-c", dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+CALL = """
+import sys
+import numpy as np
+import otherlib
+import tattn
+
+rng = np.random.default_rng(0)
+query, *rest = rng.uniform(-1, 1, (5, 40, 3))
+# Not the default device: what is created without saying where does not fit.
+there, host = otherlib.Device("device1"), otherlib.Device("CPU_DEVICE")
+
+
+def moved(array):
+    return otherlib.asarray(array, device=there)
+
+
+def gap(array, expected):
+    assert type(array).__module__ == "otherlib._array_object", type(array)
+    assert array.device == there
+    return np.abs(np.from_dlpack(otherlib.asarray(array, device=host)) - expected).max()
+
+
+arguments = moved(query), [moved(a) for a in rest[:2]], [moved(a) for a in rest[2:]]
+promise = tattn.plan(query, rest[:2], bound=1.0)
+for options in ({"method": "exact"}, {"method": "polynomial"}, {"plan": promise}):
+    expected, pullback = tattn.tensor_attention_vjp(query, rest[:2], rest[2:], **options)
+    expected = expected, *pullback(query)[1]
+    out, pullback = tattn.tensor_attention_vjp(*arguments, **options)
+    dquery, dkeys, dvalues = pullback(arguments[0])
+    found = tattn.tensor_attention(*arguments, **options), *dkeys
+    print("gap", max(gap(a, e) for a, e in zip(found, expected, strict=True)) < 1e-13)
+largest, _ = tattn.measure_error(*arguments, out)
+print("measured", largest < 1e-3)
+print("estimated", tattn.plan(*arguments, bound="estimated").source)
+print("imported", "array_api_strict" in sys.modules)
+"""
+RIGHT = ["gap True"] * 3 + ["measured True", "estimated estimate", "imported False"]
+
+
+def test_a_library_plugged_in_computes_through_its_backend(site):
+    plug_in(site, "plug:BACKEND")
+    lines = run(CALL, site)
+    assert [line for line in lines if not line.startswith("run")] == RIGHT
+    assert {"run _survey", "run _exact_forward", "run _exact_backward", "run _lowrank_forward"} <= set(lines)
+
+
+def test_a_library_that_follows_the_standard_needs_no_plug(site):
+    assert run(CALL, site) == RIGHT
+
+
+REFUSED = """
+import numpy as np
+import otherlib
+import tattn
+
+ones = np.ones((3, 2))
+other = otherlib.asarray(ones)
+for query, key in ((other, ones), (ones, other), (other, otherlib.astype(other, otherlib.int64))):
+    try:
+        tattn.tensor_attention(query, [key], [query])
+    except TypeError as error:
+        print(error)
+"""
+
+
+def test_arrays_of_a_library_plugged_in_are_checked(site):
+    plug_in(site, "plug:BACKEND")
+    assert run(REFUSED, site) == [
+        "keys[0] should be an array of Other, like query, got one of NumPy",
+        "keys[0] should be an array of NumPy, like query, got one of Other",
+        "keys[0] should have a dtype of float16, bfloat16, float32, float64, got int64",
+    ]
+
+
+NO_BACKENDS = [("plug:OtherBackend", "type"), ("plug:otherlib", "module"), ("plug:BACKEND.name", "str")]
+
+
+@pytest.mark.parametrize(("value", "given"), NO_BACKENDS)
+def test_a_plug_that_is_no_backend(site, value, given):
+    plug_in(site, value)
+    code = """
+        import otherlib
+        import tattn
+
+        ones = otherlib.ones((3, 2))
+        for _ in range(2):
+            try:
+                tattn.tensor_attention(ones, [ones], [ones])
+            except TypeError as error:
+                print(error)
+    """
+    message = f"entry point '{value}' of group 'tattn.backends' should be a tattn.backends.Backend, got "
+    assert run(code, site) == [message + given] * 2
+
+
+def test_a_plug_is_loaded_only_for_its_arrays(site):
+    plug_in(site, "plug:BACKEND")
+    code = """
+        import sys
+        import numpy as np
+        import tattn
+
+        tattn.tensor_attention(np.ones((3, 2)), [np.ones((3, 2))], [np.ones((3, 2))])
+        print("plug" in sys.modules)
+    """
+    assert run(code, site) == ["False"]
+
+
+def test_importing_brings_no_array_library_but_numpy():
+    code = f"""
+        import sys
+        import tattn
+
+        print(sorted(sys.modules.keys() & set({LIBRARIES!r})), "numpy" in sys.modules)
+    """
+    assert run(code) == ["[] True"]
+
+
+@pytest.mark.parametrize("ours", ["numpy", "torch", "jax", "array_api_strict"])
+def test_a_call_brings_no_other_array_library(ours):
+    pytest.importorskip(ours)
+    # JAX brings scipy along.
+    others = set(LIBRARIES) - {ours} - ({"scipy"} if ours == "jax" else set())
+    namespace = {"jax": "jax.numpy"}.get(ours, ours)
+    code = f"""
+        import sys
+        import {namespace} as xp
+
+        before = set(sys.modules)
+        import tattn
+
+        array = xp.ones((3, 2), dtype=xp.float32)
+        tattn.tensor_attention(array, [array, array], [array, array])
+        print(sorted((sys.modules.keys() - before) & {others!r}))
+    """
+    assert run(code) == ["[]"]

@@ -1,0 +1,225 @@
+"""torch's gradients of every kind: right, or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tattn
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+
+PLANS = {
+    "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
+    "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),
+}
+
+
+@pytest.fixture(params=list(PLANS))
+def plan(request: pytest.FixtureRequest) -> tattn.Plan:
+    return PLANS[request.param]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return str(request.param)
+
+
+@pytest.fixture
+def tensors(device: str) -> list[Any]:
+    rng = np.random.default_rng(0)
+    shapes = [(6, 3), (5, 3), (4, 3), (5, 2), (4, 2)]
+    return [torch.tensor(rng.uniform(-1, 1, s), device=device, requires_grad=True) for s in shapes]
+
+
+def attend(plan: tattn.Plan, **options: Any) -> Callable[..., Any]:
+    return lambda q, a, b, u, v: tattn.tensor_attention(q, [a, b], [u, v], plan=plan, **options)
+
+
+def loss(plan: tattn.Plan) -> Callable[..., Any]:
+    def of(*arrays: Any) -> Any:
+        out, lse = attend(plan, return_lse=True)(*arrays)
+        return out.sin().sum() + lse.cos().sum()
+
+    return of
+
+
+def same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_first_and_second_derivatives(plan: tattn.Plan, tensors: list[Any]) -> None:
+    both = attend(plan, return_lse=True)
+    assert torch.autograd.gradcheck(both, tensors)
+    assert torch.autograd.gradgradcheck(both, tensors)
+
+
+def test_with_masks_and_shared_keys(plan: tattn.Plan, tensors: list[Any]) -> None:
+    q, a, b, u, v = tensors
+    mask = torch.tensor([True, False, True, True, False], device=q.device)
+    heads = torch.stack([q.detach(), 0.5 * q.detach()]).requires_grad_()
+
+    def of(q: Any, *rest: Any) -> Any:
+        return tattn.tensor_attention(q, rest[:2], rest[2:], plan=plan, key_masks=[mask, None])
+
+    assert torch.autograd.gradcheck(of, (heads, a, b, u, v))
+    assert torch.autograd.gradgradcheck(of, (heads, a, b, u, v))
+
+
+def test_functional_transformations(plan: tattn.Plan, tensors: list[Any]) -> None:
+    of = loss(plan)
+    plain = [t.detach() for t in tensors]
+    every = tuple(range(5))
+    gradients = torch.autograd.grad(of(*tensors), tensors)
+    for a, b in zip(torch.func.grad(of, every)(*plain), gradients, strict=True):
+        same(a, b)
+    stacked = [torch.stack([t, 0.7 * t, -0.2 * t]) for t in plain]
+    mapped = torch.func.vmap(torch.func.grad(of, every))(*stacked)
+    for i in range(3):
+        for a, b in zip(mapped, torch.func.grad(of, every)(*(s[i] for s in stacked)), strict=True):
+            same(a[i], b)
+    # One argument mapped, along another axis, over leading dimensions.
+    values = torch.stack([plain[3], 2 * plain[3]], dim=1)
+    got = torch.func.vmap(attend(plan), in_dims=(None, None, None, 1, None))(*plain[:3], values, plain[4])
+    same(got[1], 2 * attend(plan)(*plain))
+
+
+def test_hessians_agree(plan: tattn.Plan, tensors: list[Any]) -> None:
+    of = loss(plan)
+    plain = [t.detach() for t in tensors]
+
+    def first(q: Any) -> Any:
+        return of(q, *plain[1:])
+
+    reverse = torch.func.jacrev(torch.func.jacrev(first))(plain[0])
+    same(torch.func.hessian(first)(plain[0]), reverse)
+    same(torch.autograd.functional.hessian(first, plain[0]), reverse)
+
+
+def test_forward_mode(plan: tattn.Plan, tensors: list[Any]) -> None:
+    of = loss(plan)
+    plain = tuple(t.detach() for t in tensors)
+    rng = np.random.default_rng(1)
+    tangents = tuple(torch.tensor(rng.normal(size=t.shape), device=t.device) for t in plain)
+    _, got = torch.func.jvp(of, plain, tangents)
+    same(got, sum((g * t).sum() for g, t in zip(torch.func.grad(of, tuple(range(5)))(*plain), tangents, strict=True)))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(plan: tattn.Plan, tensors: list[Any], compiler: str) -> None:
+    of = loss(plan)
+    torch._dynamo.reset()
+    compiled = torch.compile(of, fullgraph=True, backend=compiler)
+    for a, b in zip(
+        torch.autograd.grad(compiled(*tensors), tensors), torch.autograd.grad(of(*tensors), tensors), strict=True
+    ):
+        same(a, b)
+
+
+def test_compile_over_many_blocks() -> None:
+    rng = np.random.default_rng(2)
+    arrays = [torch.tensor(rng.uniform(-1, 1, (9000, 3)), requires_grad=True) for _ in range(5)]
+    of = loss(PLANS["polynomial"])
+    torch._dynamo.reset()
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(compiled(*arrays), arrays), torch.autograd.grad(of(*arrays), arrays), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_traced_calls_say_what_they_need(tensors: list[Any]) -> None:
+    q, a, b, u, v = (t.detach() for t in tensors)
+    with pytest.raises(tattn.PlanError, match="traced and its values cannot be read, so it needs a plan"):
+        torch.func.vmap(lambda q: tattn.tensor_attention(q, [a, b], [u, v]))(q[None])
+    planned = tattn.plan(q, [a, b], method="polynomial", tol=1e-2)
+    with pytest.raises(tattn.PlanError, match=r"a promise of your own, tattn.plan\(query, keys, bound="):
+        torch.func.vmap(lambda q: tattn.tensor_attention(q, [a, b], [u, v], plan=planned))(q[None])
+
+
+def test_the_pullback_is_differentiable(plan: tattn.Plan, tensors: list[Any]) -> None:
+    q, a, b, u, v = tensors
+
+    def dquery(q: Any, g: Any) -> Any:
+        _, pullback = tattn.tensor_attention_vjp(q, [a.detach(), b.detach()], [u.detach(), v.detach()], plan=plan)
+        return pullback(g)[0]
+
+    grad = torch.ones(6, 2, dtype=torch.float64, device=q.device, requires_grad=True)
+    assert torch.autograd.gradcheck(dquery, (q, grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_dtypes_and_autocast(dtype: Any, device: str) -> None:
+    """Within twice the error of rounding the exact answer; autocast changes nothing."""
+    rng = np.random.default_rng(3)
+    arrays = [
+        torch.tensor(rng.uniform(-1, 1, (32, 4)), dtype=dtype, device=device, requires_grad=True) for _ in range(5)
+    ]
+    wide = [t.detach().double().requires_grad_() for t in arrays]
+    for method in ("exact", "polynomial"):
+
+        def of(ts: list[Any], method: str = method) -> Any:
+            return tattn.tensor_attention(ts[0], ts[1:3], ts[3:], method=method)
+
+        out, truth = of(arrays), of(wide)
+        assert out.dtype == dtype
+        unit = torch.finfo(dtype).eps
+        assert (out.double() - truth).abs().max() <= unit * truth.abs().max() + 1e-3
+        gradients = torch.autograd.grad(out.sum(), arrays)
+        for g, t in zip(gradients, torch.autograd.grad(truth.sum(), wide), strict=True):
+            assert g.dtype == dtype
+            assert (g.double() - t).abs().max() <= 4 * unit * t.abs().max() + 1e-3
+    single = [t.detach().float() for t in arrays]
+    expected = tattn.tensor_attention(single[0], single[1:3], single[3:])
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = tattn.tensor_attention(single[0], single[1:3], single[3:])
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+def test_float32_products_are_full_whatever_the_setting(tensors: list[Any]) -> None:
+    single = [t.detach().float() for t in tensors]
+    before = torch.get_float32_matmul_precision()
+    expected = attend_float32(single)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        got = attend_float32(single)
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(Exception, match="set_float32_matmul_precision"):
+            torch._dynamo.reset()
+            torch.compile(attend_float32, fullgraph=True, backend="aot_eager")(single)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got, expected)
+
+
+SINGLE = tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float32")
+
+
+def attend_float32(arrays: list[Any]) -> Any:
+    return tattn.tensor_attention(arrays[0], arrays[1:3], arrays[3:], plan=SINGLE)
+
+
+def test_a_parameter_trains() -> None:
+    """Gradient descent through the polynomial method: the loss falls, and matches its own gradient."""
+    rng = np.random.default_rng(4)
+    query, *keys = [torch.tensor(rng.uniform(-1, 1, (64, 4))) for _ in range(3)]
+    target = torch.tensor(rng.normal(size=(64, 2)))
+    values = [torch.nn.Parameter(torch.tensor(rng.normal(size=(64, 2)))) for _ in range(2)]
+    optimiser = torch.optim.SGD(values, lr=5.0)
+    losses = []
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss = (tattn.tensor_attention(query, keys, values) - target).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert all(math.isfinite(x) for x in losses)
+    assert losses[-1] < losses[0]
