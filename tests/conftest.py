@@ -127,6 +127,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("library", params, indirect=True, scope="session")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With a library chosen other than NumPy, only what depends on the library; NumPy runs the rest for all."""
+    chosen = config.getoption("--library")
+    if not chosen or "numpy" in chosen:
+        return
+    of_libraries = {"test_torch", "test_jax", "test_checks", "test_plugging"}
+    kept = [item for item in items if "library" in getattr(item, "fixturenames", ()) or item.path.stem in of_libraries]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def library(request: pytest.FixtureRequest) -> Library:
     return make_library(request.param)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from numpy.polynomial.polynomial import polyder, polyval
-from reference import Dense, dense
+from reference import Dense, dense, value_sizes
 
 import tattn
 
@@ -289,3 +289,71 @@ def test_a_channel_that_is_zero_still_has_a_gradient() -> None:
     got = pullback(call.grad_out)[1][0]
     assert np.abs(expected.dkeys[0][:, 0]).max() > 1e-3
     np.testing.assert_allclose(got, expected.dkeys[0], atol=1e-8)
+
+
+def test_shared_narrow_gradients_are_summed_in_float32() -> None:
+    """bfloat16 counts to 256: thousands of heads that share keys are added up before the result is narrowed."""
+    torch = pytest.importorskip("torch")
+    query = torch.zeros(4096, 4, 2, dtype=torch.bfloat16)
+    keys = [torch.zeros(4, 2, dtype=torch.bfloat16)] * 3
+    values = [torch.full((4, 2), 0.5, dtype=torch.bfloat16)] * 3
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, method="exact")
+    _, _, dvalues = pullback(torch.ones_like(out))
+    assert (dvalues[0] == 4096 * 4 * 0.25 / 4).all()
+
+
+def test_heads_of_different_channel_sizes_stay_apart() -> None:
+    """What is large in one head is small in the other; each keeps its own arithmetic in range."""
+    rng = np.random.default_rng(0)
+    grown = np.float32([[1e4, 1e-4, 1], [1e-4, 1e4, 1]])[:, None]
+    plain = rng.uniform(-1, 1, (3, 2, 30, 3)).astype(np.float32)
+    values = list(rng.normal(size=(2, 2, 30, 2)).astype(np.float32))
+    query, keys = plain[0] * grown, [plain[1] / grown, plain[2]]
+    out, plan = tattn.tensor_attention(query, keys, values, method="polynomial", tol=1e-2, return_plan=True)
+    difference = np.abs(out - dense(query, keys, values).out)
+    assert (difference <= plan.error * value_sizes(values)).all()
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.parametrize("n", [9, 5000])
+def test_the_output_may_be_written_to(method: str, n: int) -> None:
+    plan = tattn.plan_for(n=n, dim=3, bound=1.0, degree=2, dtype="float64")
+    out = tattn.tensor_attention(np.zeros((n, 3)), [np.zeros((2, 3))] * 2, [np.ones((2, 2))] * 2,
+                                 **({"plan": plan} if method == "polynomial" else {"method": method}))  # fmt: skip
+    out += 1
+    assert (out == 2).all()
+
+
+@pytest.mark.parametrize(("sizes", "views"), [((1e20, 1e19, 1e-38), 2), ((1e-23, 1e-23, 1e23, 1e23), 3)])
+def test_products_of_rows_neither_overflow_nor_vanish(sizes: tuple[float, ...], views: int) -> None:
+    """float32 rows whose scores are ordinary and whose partial products are not, by both methods; the range is right."""
+    rng = np.random.default_rng(0)
+    plain = [rng.uniform(0.5, 1, (6, 2)) for _ in sizes]
+    query, *keys = [(p * s).astype(np.float32) for p, s in zip(plain, sizes, strict=True)]
+    values = [rng.normal(size=(6, 2)).astype(np.float32) for _ in range(views)]
+    truth = dense(query, keys, values)
+    for options in ({"method": "exact"}, {"method": "polynomial", "tol": 0.5}):
+        plan = tattn.plan(query, keys, values, **options)
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+        assert (np.abs(out - truth.out) <= plan.error * value_sizes(values)).all()
+        assert np.isfinite(pullback(out)[0]).all()
+
+
+def test_scores_beyond_the_dtype_are_not_taken_for_masked() -> None:
+    query, keys = np.full((3, 2), 1e25, np.float32), [np.full((4, 2), -1e25, np.float32)]
+    plan = tattn.plan_for(n=4, dim=2, order=2, bound=1.0, method="exact")
+    out, lse = tattn.tensor_attention(query, keys, [np.ones((4, 2), np.float32)], plan=plan, return_lse=True)
+    assert not np.isfinite(out).any()
+    assert np.isnan(lse).all()
+
+
+def test_torch_tables_survive_modes() -> None:
+    """A first call in inference mode leaves nothing behind that autograd cannot take."""
+    torch = pytest.importorskip("torch")
+    arrays = [torch.rand(7, 5, dtype=torch.float64) for _ in range(5)]
+    plan = tattn.plan_for(n=7, dim=5, bound=1.5, degree=3, dtype="float64", scale=0.3)
+    with torch.inference_mode():
+        tattn.tensor_attention(arrays[0], arrays[1:3], arrays[3:], plan=plan)
+    arrays[0].requires_grad_()
+    tattn.tensor_attention(arrays[0], arrays[1:3], arrays[3:], plan=plan).sum().backward()
+    assert arrays[0].grad is not None

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="what a call would cost and how wrong it could be")
     plan.add_argument("--n", type=int, required=True, help="rows of query and of every view")
     plan.add_argument("--dim", type=int, required=True, help="channels of query and keys")
-    plan.add_argument("--bound", type=float, required=True, help="largest |score|")
+    plan.add_argument(
+        "--bound", type=float, required=True, help="largest scale · Σ_c |q_c a_c b_c|, and so largest |score|"
+    )
     plan.add_argument("--tol", type=float, default=1e-3, help="largest error allowed (default: %(default)s)")
     plan.add_argument("--order", type=int, default=3, help="views and one for the query (default: %(default)s)")
     plan.add_argument("--dtype", default="float32", help="default: %(default)s")

@@ -39,6 +39,47 @@ def clean(rows: Array, mask: Array | None, backend: Backend) -> Array:
     return rows if mask is None else backend.xp.where(mask, rows, 0.0)
 
 
+def prod_of(arrays: Sequence[Array]) -> Array:
+    """Hadamard product of arrays that broadcast."""
+    result = arrays[0]
+    for a in arrays[1:]:
+        result = result * a
+    return result
+
+
+def sum_of(arrays: Sequence[Array]) -> Array:
+    """Sum of arrays that broadcast."""
+    result = arrays[0]
+    for a in arrays[1:]:
+        result = result + a
+    return result
+
+
+def with_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
+    """The array with these leading dimensions; as it is, and writeable, if it has them."""
+    shape = (*leading, *array.shape[-2:])
+    return array if tuple(array.shape) == shape else backend.xp.broadcast_to(array, shape)
+
+
+def shared_leading(tops: Sequence[Array], backend: Backend) -> list[Array]:
+    """Maxima (..., 1, d) of several views, taken over the leading axes along which some view is broadcast."""
+    xp = backend.xp
+    ndim = max(t.ndim for t in tops)
+    tops = [xp.reshape(t, (*(1,) * (ndim - t.ndim), *t.shape)) for t in tops]
+    for axis in range(ndim - 2):
+        if len({t.shape[axis] for t in tops}) > 1:
+            tops = [xp.max(t, axis=axis, keepdims=True) for t in tops]
+    return list(tops)
+
+
+def gather_rows(x: Array, index: Array, backend: Backend) -> Array:
+    """Rows of x (..., n, k) by number, index (..., m, 1) → (..., m, k)."""
+    xp = backend.xp
+    leading = broadcast_leading(x, index)
+    x = xp.broadcast_to(x, (*leading, *x.shape[-2:]))
+    return xp.take_along_axis(x, xp.broadcast_to(index, (*leading, index.shape[-2], x.shape[-1])), axis=-2)
+
+
 def swap_outer(array: Array, backend: Backend) -> Array:
     """(..., i, j, k) → (..., j, i, k)."""
     n = array.ndim
@@ -75,13 +116,6 @@ def in_parts(
         part_targets = [t[cut] if t is not None and has_axis(t) else t for t in targets]
         results.append(list(in_parts(function, limit, part_targets, call, backend, part)))
     return tuple(
-        backend.xp.concat(list(parts), axis=-from_right) if t is None or has_axis(t) else _sum(parts)
+        backend.xp.concat(list(parts), axis=-from_right) if t is None or has_axis(t) else sum_of(parts)
         for t, parts in zip(targets, zip(*results, strict=True), strict=True)
     )
-
-
-def _sum(parts: Sequence[Array]) -> Array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
 from typing import Any, NamedTuple
 
-from . import exact, lowrank
+import numpy as np
+
+from . import banded, exact, hybrid, lowrank
 from .arrays import in_parts, unpack
 from .backends import Array, Backend
 from .checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output
-from .planning import Plan, measured, plan_inputs
+from .planning import Plan, banded_candidate, measured, plan_inputs
+from .rounding import exact_errors
 
 Pullback = Callable[..., tuple[Array, tuple[Array, ...], tuple[Array, ...]]]
+
+# Rows that "auto" recomputes exactly before it takes the exact method for all.
+_MOST_RECOMPUTED = 0.05
 
 
 def tensor_attention(
@@ -25,6 +33,8 @@ def tensor_attention(
     plan: Plan | None = None,
     key_masks: Sequence[Array | None] | None = None,
     return_lse: bool = False,
+    return_error: bool = False,
+    return_plan: bool = False,
 ) -> Any:
     r"""Attention of queries to all pairs (triples, …) of keys, exactly or within a certified error in linear time.
 
@@ -51,7 +61,9 @@ def tensor_attention(
         Largest error allowed in output channel e, relative to the product over μ of max_j |values_μ[j, e]|.
         Ignored if `plan` is given.
     method : {"auto", "polynomial", "exact"}
-        "auto" takes the cheaper of the two others that meets `tol` under a certified bound.
+        "auto" takes the cheapest that meets `tol` under a certified bound: a polynomial certified beforehand; the banded
+        polynomial, certified by the bound that comes with its answer; the same with a few rows (at most 5 %) recomputed
+        exactly; exact. "polynomial" takes one of the first two, or raises.
     plan : Plan, optional
         What `tattn.plan` returned. Needed where values cannot be read: under ``jax.jit``, ``jax.grad``, ``torch.func``
         and ``torch.compile``, and then with a bound of the caller's own.
@@ -59,11 +71,17 @@ def tensor_attention(
         True where to attend. Where every pair is masked the output and its gradients are 0 and lse is −inf.
     return_lse : bool
         Also return log Σ exp of the scores, (..., n).
+    return_error : bool
+        Also return a certified bound of the error of each query row (..., n), relative to Π_μ max_j |values_μ[j, e]| as
+        `tol` is, rounding included; infinite where nothing can be promised. With a banded plan it is that of the row;
+        otherwise ``plan.error``, or infinity if the plan is not certified. It carries no gradient.
+    return_plan : bool
+        Also return the plan that was used: which method, why, and the share of rows recomputed.
 
     Returns
     -------
-    array (..., n, dv), or a pair with lse (..., n)
-        In the dtype of the query; lse in the dtype of the computation. Differentiable by our own adjoint in torch and
+    array (..., n, dv), or a tuple with lse, error and plan, as asked for, in this order
+        In the dtype of the query; lse and error in the dtype of the computation. Differentiable by our own adjoint in torch and
         JAX. NaN in a row whose normaliser lost its sign, which takes scores beyond a bound that the caller promised.
 
     Raises
@@ -88,11 +106,12 @@ def tensor_attention(
     >>> tattn.tensor_attention(query, keys, values).shape
     (1000, 4)
     """
-    inputs, used = _prepare(query, keys, values, scale, tol, method, plan, key_masks)
-    forward, backward, call = _methods(used, inputs.views)
-    out, lse = inputs.backend.differentiable(forward, backward, call, inputs.arrays)
-    out = inputs.backend.cast(out, query.dtype)
-    return (out, lse[..., 0]) if return_lse else out
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks)
+    if work.result is None or type(inputs.backend).differentiable is not Backend.differentiable:
+        result = inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
+    else:
+        result = work.result
+    return _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan)[0]
 
 
 def tensor_attention_vjp(
@@ -106,22 +125,30 @@ def tensor_attention_vjp(
     plan: Plan | None = None,
     key_masks: Sequence[Array | None] | None = None,
     return_lse: bool = False,
+    return_error: bool = False,
+    return_plan: bool = False,
 ) -> tuple[Any, Pullback]:
     """Tensor attention and the function that takes a gradient of its output back to its inputs, for any library.
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, return_lse
+    query, keys, values, scale, tol, method, plan, key_masks, return_lse, return_plan
         As in `tensor_attention`.
+    return_error : bool
+        Also return the bounds (..., n) of error and grad_error of each query row, two arrays. With
+        W_i = Σ_e |g[i, e]| Π_μ max|values_μ[:, e]| for the gradient g of the output, and lse without one, the query's gradient is
+        within grad_error_i · scale · Π_μ max|keys_μ[:, c]| · W_i, that of key view μ within
+        scale · max|query[:, c]| · Π_{ν≠μ} max|keys_ν[:, c]| · Σ_i grad_error_i W_i, and that of value view μ within
+        Π_{ν≠μ} max|values_ν[:, e]| · Σ_i error_i |g[i, e]|.
 
     Returns
     -------
-    out : as from `tensor_attention`
+    out : as from `tensor_attention`, with both bounds in the place of error
     pullback : callable
         ``pullback(grad_out) -> (dquery, dkeys, dvalues)``, with ``dkeys`` and ``dvalues`` tuples, each array in the
         shape and dtype of what it is the gradient of; ``pullback(grad_out, grad_lse)`` adds a gradient of lse. It is the exact
         derivative of the computed output, and within ``plan.grad_error`` of the true gradient. Where the inputs need
-        gradients in torch, it is itself differentiable.
+        gradients in torch, it is itself differentiable. It needs the output again: change `out` in place only after.
 
     Notes
     -----
@@ -137,11 +164,12 @@ def tensor_attention_vjp(
     >>> dquery.shape, len(dkeys), len(dvalues)
     ((500, 4), 2, 2)
     """
-    inputs, used = _prepare(query, keys, values, scale, tol, method, plan, key_masks)
-    forward, backward, call = _methods(used, inputs.views)
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks)
     backend = inputs.backend
-    computed, lse, normaliser = backend.run(forward, call, inputs.arrays)
-    out = backend.cast(computed, query.dtype)
+    # In torch, inputs that need gradients save themselves and not every block's features.
+    result = work.result or backend.differentiable(work.forward, work.backward, work.call, work.arrays)
+    computed, lse, rest = result
+    returned, out = _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan, gradient=True)
 
     def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
         checked_output("grad_out", grad_out, tuple(out.shape), out, inputs, "output")
@@ -150,32 +178,133 @@ def tensor_attention_vjp(
         else:
             shape = tuple(lse.shape[:-1])
             grad_lse = checked_output("grad_lse", grad_lse, shape, lse, inputs, "output")[..., None]
-        grads = backend.run(backward, call, (*inputs.arrays, computed, normaliser, grad_out, grad_lse))
+        residuals = backend.residuals(work.forward, work.call, work.arrays, computed, rest)
+        grads = backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse))
         m = inputs.views
         return grads[0], tuple(grads[1 : m + 1]), tuple(grads[m + 1 :])
 
-    return ((out, lse[..., 0]) if return_lse else out), pullback
+    return returned, pullback
+
+
+class _Work(NamedTuple):
+    """What to compute, and its result where finding out has computed it already."""
+
+    forward: Callable[..., tuple[Array, Array, Array]]
+    backward: Callable[..., tuple[Array, ...]]
+    call: Any
+    arrays: tuple[Array | None, ...]
+    plan: Plan
+    result: tuple[Array, Array, Array] | None = None
+
+
+def _returned(
+    result: tuple[Array, Array, Array],
+    inputs: Inputs,
+    plan: Plan,
+    query: Array,
+    return_lse: bool,
+    return_error: bool,
+    return_plan: bool,
+    gradient: bool = False,
+) -> tuple[Any, Array]:
+    """What the caller asked for, and the output."""
+    computed, lse, rest = result
+    out = inputs.backend.cast(computed, query.dtype)
+    asked = [out]
+    if return_lse:
+        asked.append(lse[..., 0])
+    if return_error:
+        if plan.series == "banded":
+            errors = [rest[..., 1], rest[..., 2]]
+        else:
+            like: Array = inputs.backend.values_of((lse,))[0]
+            stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
+            errors = [inputs.backend.xp.full_like(like[..., 0], e) for e in stated]
+        asked += errors if gradient else errors[:1]
+    if return_plan:
+        asked.append(plan)
+    return (tuple(asked) if len(asked) > 1 else out), out
 
 
 def _prepare(
     query: Array, keys: Any, values: Any, scale: Any, tol: Any, method: Any, plan: Any, key_masks: Any
-) -> tuple[Inputs, Plan]:
-    """Inputs and the plan to use for them."""
+) -> tuple[Inputs, _Work]:
+    """Inputs, checked, and what to compute for them."""
     if values is None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
     inputs = checked_inputs(query, keys, values, key_masks)
     if plan is not None and scale is None and isinstance(plan, Plan):
         scale = plan.scale
     number = checked_options(scale, inputs.dim, tol, method)
-    if plan is None:
-        if inputs.traced and method != "exact":
-            raise PlanError(
-                "the call is traced and its values cannot be read, so it needs a plan made beforehand with a bound of "
-                "your own: plan=tattn.plan_for(..., bound=...), or tattn.plan(query, keys, bound=...)"
-            )
-        return inputs, plan_inputs(inputs, scale=number, tol=tol, method=method)
-    _check_plan(plan, inputs, number, method)
-    return inputs, plan
+    if plan is not None:
+        _check_plan(plan, inputs, number, method)
+        return inputs, _work(inputs, plan)
+    if inputs.traced and method != "exact":
+        raise PlanError(
+            "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound of your own, "
+            "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
+        )
+    if inputs.traced:
+        return inputs, _work(inputs, plan_inputs(inputs, scale=number, tol=tol, method=method))
+    return inputs, _chosen(inputs, number, tol, method)
+
+
+def _chosen(inputs: Inputs, scale: float, tol: float, method: str) -> _Work:
+    """The cheapest way that meets `tol`, for values that can be read."""
+    refused: PlanError | None = None
+    try:
+        plan = plan_inputs(inputs, scale=scale, tol=tol, method=method)
+    except PlanError as cannot:
+        refused = cannot
+    else:
+        if method == "exact" or plan.method == "polynomial":
+            return _work(inputs, plan)
+    candidate = banded_candidate(inputs, scale, None if refused else plan)
+    if candidate is None:
+        if refused:
+            raise refused
+        return _work(inputs, plan)
+    work = _work(inputs, candidate)
+    values = inputs.backend.values_of(inputs.arrays)
+    found = inputs.backend.run(work.forward, work.call, values)
+    row_errors: np.ndarray = inputs.backend.to_numpy(found[2][..., 1])
+    over: np.ndarray = ~(row_errors <= tol)
+    share = float(over.mean())
+    name = f"degree {candidate.degree} in {candidate.bands} norm bands"
+    if share == 0:
+        reason = f"{name} is certified to {row_errors.max():.2g} by the bound returned with the answer"
+        return work._replace(plan=replace(candidate, reason=reason), result=found)
+    if refused:
+        quantiles = ", ".join(
+            f"{q:.0%}: {np.quantile(row_errors, q, method='higher'):.2g}" for q in (0.5, 0.9, 0.99, 1.0)
+        )
+        raise PlanError(
+            f"{refused}; and {name} leaves {share:.2%} of the rows above tol (bounds of the rows by share: {quantiles})"
+        )
+    most = int(over.sum(axis=-1).max())
+    if most > _MOST_RECOMPUTED * inputs.lengths[0]:
+        return _work(
+            inputs, replace(plan, reason=f"{plan.reason}; {name} would leave {share:.1%} of the rows above tol")
+        )
+    bounds = measured(inputs, scale)
+    errors = exact_errors(
+        bounds.bound, dim=inputs.dim, views=inputs.views, value_dim=inputs.value_dim, lengths=sum(inputs.lengths),
+        dtype=inputs.dtype,
+    )  # fmt: skip
+    # The worst rows of every problem, as many as the problem with most of them needs.
+    chosen = np.argsort(-row_errors, axis=-1, kind="stable")[..., :most]
+    place = most + np.broadcast_to(np.arange(row_errors.shape[-1]), row_errors.shape).copy()
+    np.put_along_axis(place, chosen, np.broadcast_to(np.arange(most), chosen.shape), axis=-1)
+    backend = inputs.backend
+    index = tuple(backend.indices(x[..., None], inputs.arrays[0]) for x in (chosen, place))
+    reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
+    return _Work(
+        _hybrid_forward,
+        _hybrid_backward,
+        hybrid.HybridCall(work.call, exact.ExactCall(scale, inputs.views), *errors),
+        (*inputs.arrays, *index),
+        replace(candidate, reason=reason, recomputed=most / inputs.lengths[0]),
+    )
 
 
 def _check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
@@ -188,7 +317,9 @@ def _check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
             raise PlanError(f"plan was made for {name} {getattr(plan, name)}, the call has {name} {value}")
     if method not in ("auto", plan.method):
         raise PlanError(f"plan has method {plan.method!r}, the call asks for method {method!r}")
-    if plan.source == "promise":
+    if plan.source in ("promise", "answer"):
+        if plan.bands > min(inputs.lengths):
+            raise PlanError(f"plan has {plan.bands} bands, more than the {min(inputs.lengths)} rows of a view")
         return
     if inputs.traced:
         if plan.method == "exact":
@@ -199,7 +330,7 @@ def _check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
         )
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
-    if plan.source == "data" and plan.method == "polynomial":
+    if plan.source == "data":
         if found.bound > plan.bound:
             raise PlanError(
                 f"plan serves scores up to {plan.bound:.4g}, the data's may reach {found.bound:.4g}: "
@@ -212,17 +343,16 @@ def _check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
             )
 
 
-class _Methods(NamedTuple):
-    forward: Callable[..., tuple[Array, Array, Array]]
-    backward: Callable[..., tuple[Array, ...]]
-    call: Any
-
-
-def _methods(plan: Plan, views: int) -> _Methods:
+def _work(inputs: Inputs, plan: Plan) -> _Work:
     """Forward, backward and what they depend on, for a plan."""
+    views = inputs.views
     if plan.method == "exact":
-        return _Methods(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views))
-    return _Methods(_lowrank_forward, _lowrank_backward, lowrank.LowRankCall(plan.coefficients, plan.scale, views))
+        return _Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
+    if plan.series == "banded":
+        call = banded.BandedCall(plan.degree, plan.moment, plan.bands, plan.scale, views)
+        return _Work(_banded_forward, _banded_backward, call, inputs.arrays, plan)
+    low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    return _Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
 
 
 def _forward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
@@ -233,7 +363,9 @@ def _forward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | 
 def _backward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     q, keys, values, *_ = unpack(call.views, arrays)
     limit = module.leading_limit(call, backend, arrays)
-    return in_parts(module.backward, limit, (q, *keys, *values), call, backend, arrays)
+    grads = in_parts(module.backward, limit, (q, *keys, *values), call, backend, arrays)
+    # Narrow dtypes only now: sums over problems that share a view are over.
+    return tuple(backend.cast(g, q.dtype) for g in grads)
 
 
 # Named functions, since backends cache what they compile by function.
@@ -251,3 +383,19 @@ def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]
 
 def _lowrank_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _backward(lowrank, call, backend, arrays)
+
+
+def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(banded, call, backend, arrays)
+
+
+def _banded_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(banded, call, backend, arrays)
+
+
+def _hybrid_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(hybrid, call, backend, arrays)
+
+
+def _hybrid_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(hybrid, call, backend, arrays)

@@ -11,7 +11,7 @@ import numpy as np
 from .backends import Array, Backend, backend_of
 
 METHODS = ("auto", "polynomial", "exact")
-SERIES = ("minimax", "taylor")
+SERIES = ("minimax", "taylor", "banded")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 

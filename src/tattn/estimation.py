@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import exact
 from .backends import Array, Backend
-from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_output, whole
+from .checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
 from .exponential import minimax
+from .ranges import RangeCall, ranges
 
 _QUERIES, _PAIRS = 64, 1 << 18
 # No polynomial that can be computed follows exp over a wider range.
@@ -122,7 +123,11 @@ def measure_error(
         size = size * largest
     difference = xp.abs(backend.cast(xp.take(out, index, axis=-2), dtype) - truth)
     relative = difference / xp.where(size > 0, size, 1.0)
-    return float(xp.max(relative)), float(xp.mean(relative))
+    largest, mean = float(xp.max(relative)), float(xp.mean(relative))
+    if not isfinite(mean):
+        # Which argument is to blame is worth a look only now.
+        checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
+    return largest, mean
 
 
 def _sampled_scores(inputs: Inputs, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -135,14 +140,14 @@ def _sampled_scores(inputs: Inputs, scale: float) -> tuple[np.ndarray, np.ndarra
     queries, side = max(1, _QUERIES // len(problems)), max(4, round(_PAIRS ** (1 / m) / 4))
     rows = [np.sort(rng.permutation(n)[: (queries if i == 0 else side)]) for i, n in enumerate(inputs.lengths)]
     take = partial(_rows_of, inputs=inputs, backend=backend)
-    q = take(inputs.arrays[0], rows[0])
-    total, present = q.reshape(leading, q.shape[-2], 1, q.shape[-1])[problems] * scale, None
+    q = take(inputs.arrays[0], rows[0], problems)
+    total, present = q[:, :, None, :] * scale, None
     for i in range(m):
-        k = take(inputs.arrays[1 + i], rows[1 + i]).reshape(leading, -1, q.shape[-1])[problems]
+        k = take(inputs.arrays[1 + i], rows[1 + i], problems)
         mask = inputs.arrays[1 + 2 * m + i]
         seen = np.ones((len(problems), k.shape[-2]), bool)
         if mask is not None:
-            seen = take(mask, rows[1 + i]).reshape(leading, -1)[problems] > 0
+            seen = take(mask, rows[1 + i], problems)[..., 0] > 0
         present = seen if present is None else (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
         if i < m - 1:
             total = (total[:, :, :, None, :] * k[:, None, None]).reshape(*total.shape[:2], -1, q.shape[-1])
@@ -153,11 +158,13 @@ def _sampled_scores(inputs: Inputs, scale: float) -> tuple[np.ndarray, np.ndarra
     return total.reshape(-1, total.shape[-1]), flat.reshape(-1, total.shape[-1])
 
 
-def _rows_of(array: Any, rows: np.ndarray, *, inputs: Inputs, backend: Backend) -> np.ndarray:
-    """Some rows of an array in all problems, as NumPy float64."""
+def _rows_of(array: Any, rows: np.ndarray, problems: np.ndarray, *, inputs: Inputs, backend: Backend) -> np.ndarray:
+    """Some rows of an array in some problems, as NumPy float64: (problems, rows, k)."""
     taken = backend.xp.take(array, _index(rows, array, backend), axis=-2)
     moved = backend.to_numpy(taken)
-    return np.broadcast_to(moved, (*inputs.leading, *moved.shape[-2:])).astype(np.float64)
+    wide = np.broadcast_to(moved, (*inputs.leading, *moved.shape[-2:]))
+    chosen = np.stack([wide[np.unravel_index(p, inputs.leading)] for p in problems]) if inputs.leading else wide[None]
+    return np.asarray(chosen, dtype=np.float64)
 
 
 def _index(rows: np.ndarray, like: Any, backend: Backend) -> Array:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from .arrays import broadcast_leading, clean, sum_to_leading, unpack
+from .arrays import broadcast_leading, clean, prod_of, sum_to_leading, unpack, with_leading
 from .backends import Array, Backend
+from .channels import channel_units
 
 
 class ExactCall(NamedTuple):
@@ -32,47 +33,62 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     xp = backend.xp
-    blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
+    units = channel_units(q, keys, masks, call.scale, backend)
+    keys = _scaled(keys, units[1:], masks, backend)
+    blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
+    # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
+    nothing: Array = xp.nan
+    if any(m is not None for m in masks):
+        alive = [backend.cast(xp.any(m, axis=-2, keepdims=True), dtype) for m in masks if m is not None]
+        nothing = xp.where(prod_of(alive) == 0, xp.zeros_like(alive[0]), xp.nan)
 
     def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
-        scaled = backend.cast(rows, dtype) * call.scale
+        scaled = backend.cast(rows, dtype) * units[0]
         total, normaliser, top = _attend(scaled, keys, values, masks, blocks[1:], backend)
-        # Fully masked: normaliser and total are 0, and so is the output.
-        out = total / xp.where(normaliser == 0, 1.0, normaliser)
-        lse = xp.where(normaliser == 0, -xp.inf, top + xp.log(xp.where(normaliser == 0, 1.0, normaliser)))
-        return None, (
-            xp.broadcast_to(out, (*leading, *out.shape[-2:])),
-            xp.broadcast_to(lse, (*leading, *lse.shape[-2:])),
-        )
+        some = normaliser > 0
+        out = xp.where(some, total / xp.where(some, normaliser, 1.0), nothing)
+        lse = xp.where(some, top + xp.log(xp.where(some, normaliser, 1.0)), nothing - xp.inf)
+        return None, (with_leading(out, leading, backend), with_leading(lse, leading, backend))
 
     _, (out, lse) = backend.scan_rows(body, None, (q,), blocks[0])
     return out, lse, lse
 
 
 def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values, each in its own shape and dtype."""
-    q, keys, values, masks, (out, lse, grad_out, grad_lse) = unpack(call.views, arrays)
+    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    q, keys, values, masks, columns = unpack(call.views, arrays)
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
-    blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
+    units = channel_units(q, keys, masks, call.scale, backend)
+    keys = _scaled(keys, units[1:], masks, backend)
+    blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
         r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-        scaled = backend.cast(rows, dtype) * call.scale
-        ds, _, grads = _attend_adjoint(scaled, g, lse, r, keys, values, masks, blocks[1:], backend)
-        dq = sum_to_leading(ds * call.scale, rows.shape[:-2], backend)
-        return _plus(carry, grads), (backend.cast(dq, rows.dtype),)
+        ds, _, grads = _attend_adjoint(
+            backend.cast(rows, dtype) * units[0], g, lse, r, keys, values, masks, blocks[1:], backend
+        )
+        return _plus(carry, grads), (sum_to_leading(ds * units[0], rows.shape[:-2], backend),)
 
     device = backend.device(q)
     start = tuple((xp.zeros(k.shape, dtype=dtype, device=device), xp.zeros(v.shape, dtype=dtype, device=device))
                   for k, v in zip(keys, values, strict=True))  # fmt: skip
-    columns = (out, lse, grad_out, grad_lse)
     grads, (dq,) = backend.scan_rows(body, start, (q, *columns), blocks[0])
-    d_keys = [backend.cast(dk, k.dtype) for (dk, _), k in zip(grads, keys, strict=True)]
-    d_values = [backend.cast(dv, v.dtype) for (_, dv), v in zip(grads, values, strict=True)]
-    return dq, *d_keys, *d_values
+    d_keys = [
+        sum_to_leading(dk * unit, shape, backend)
+        for (dk, _), unit, shape in zip(grads, units[1:], (k.shape[:-2] for k in keys), strict=True)
+    ]
+    return dq, *d_keys, *(dv for _, dv in grads)
+
+
+def _scaled(
+    keys: Sequence[Array], units: Sequence[Array], masks: Sequence[Array | None], backend: Backend
+) -> list[Array]:
+    """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
+    dtype = backend.compute_dtype(keys[0].dtype)
+    return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
 
 
 def leading_limit(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
@@ -80,15 +96,24 @@ def leading_limit(call: ExactCall, backend: Backend, arrays: Sequence[Array | No
     return max(1, int(backend.workspace // (8 * 32 ** (call.views + 1))))
 
 
-def _blocks(leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend) -> tuple[int, ...]:
-    """Rows of the query and of each view in a block, so that the block's scores fit; short ones leave room to others."""
+def _blocks(
+    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend
+) -> tuple[int, ...]:
+    """Rows of the query and of each view in a block, so that scores, and products of rows with `width` channels, fit.
+
+    Short ones leave room to others.
+    """
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    room = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
+    numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
+    room = numbers
     sizes = [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     for taken, i in enumerate(order):
         sizes[i] = max(1, min(lengths[i], 1024, round(room ** (1 / (len(order) - taken)))))
         room = max(1.0, room / sizes[i])
+    while max(sizes[:-1]) > 1 and prod(sizes[:-1]) * (sizes[-1] + width) > 4 * numbers:
+        largest = max(range(len(sizes) - 1), key=lambda i: sizes[i])
+        sizes[largest] //= 2
     return tuple(sizes)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor, inf, isfinite, log10, prod
+from math import ceil, inf, isfinite, log2, prod
+from typing import Any
 
 from .backends import Array
 from .checks import (
@@ -26,7 +28,11 @@ from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
 
 MAX_RANK = 1 << 18
+# The largest rank that is tried in bands before it is known whether that will do.
+_BANDED_RANK = 1 << 13
 _MAX_DEGREE = 40
+# Fits to samples gain nothing beyond.
+_MOST_ESTIMATED = 12
 # Value channels and rows that a plan made from numbers alone allows for in its rounding.
 _USUAL_VALUE_DIM, _MANY_ROWS = 128, 1 << 24
 
@@ -38,15 +44,17 @@ class Plan:
     Attributes
     ----------
     method : {"polynomial", "exact"}
-    series : {"minimax", "taylor", "fitted"} or None
-        Where the polynomial's coefficients come from.
+    series : {"minimax", "taylor", "fitted", "banded"} or None
+        Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
+        device; the error is not known beforehand but comes with the answer, certified, for each query row.
     degree, rank : int
         Degree g of the polynomial and number of monomials C(d + g, g); 0 for the exact method.
     bound : float
-        R: the scores lie in [−R, R].
-    source : {"data", "promise", "estimate"}
+        R: scale · Σ_c |q_ic a_jc b_kc| ≤ R for all rows, and so the scores lie in [−R, R]. The sum of absolute values
+        is what rounding is measured by.
+    source : {"data", "promise", "estimate", "answer"}
         Whether R was bounded on data (and is checked again on other eager data), promised by the caller (and never
-        checked), or estimated from samples.
+        checked), estimated from samples, or is found with the answer (banded).
     certified : bool
         Whether `error` and `grad_error` are bounds, given R. False for estimates.
     error : float
@@ -75,6 +83,10 @@ class Plan:
         Memory beyond inputs and outputs.
     reason : str
         Why this method.
+    bands, moment : int
+        Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
+    recomputed : float
+        Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
     """
 
     method: str
@@ -100,20 +112,30 @@ class Plan:
     bytes_exact: float
     bytes_polynomial: float
     reason: str
+    bands: int = 0
+    moment: int = 0
+    recomputed: float = 0.0
 
     def __str__(self) -> str:
-        kind = {"data": "bounded on the data", "promise": "promised by the caller", "estimate": "estimated"}[
-            self.source
-        ]
+        banded = self.series == "banded"
+        kind = {"data": "bounded on the data", "promise": "promised by the caller"}.get(self.source, "estimated")
         rows = [("method", self.method if self.series is None else f"{self.method} ({self.series})")]
         if self.method == "polynomial":
             rows.append(("degree, rank", f"{self.degree}, {self.rank:,}"))
+        if banded:
+            rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
+        if self.recomputed:
+            rows.append(("rows exact", f"{self.recomputed:.2%}"))
         word = "certified" if self.certified else "estimated"
+        unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
         size = "x".join(f"{n:,}" for n in self.lengths)
         rows += [
-            ("score bound R", f"{self.bound:.4g}, {kind}" if isfinite(self.bound) else "unknown"),
-            ("error", f"{self.error:.2e}, {word}" if isfinite(self.error) else "no bound: the range is unknown"),
-            ("gradient error", f"{self.grad_error:.2e}, {word}" if isfinite(self.grad_error) else "no bound"),
+            (
+                "score bound R",
+                f"{self.bound:.4g}, {kind}" if isfinite(self.bound) else "for each band" if banded else "unknown",
+            ),
+            ("error", f"{self.error:.2e}, {word}" if isfinite(self.error) else unknown),
+            ("gradient error", f"{self.grad_error:.2e}, {word}" if isfinite(self.grad_error) else unknown),
             ("scale", f"{self.scale:.6g}"),
             ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
             ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
@@ -136,6 +158,8 @@ def plan(
     degree: int | None = None,
     bound: float | str | None = None,
     series: str = "minimax",
+    bands: int = 8,
+    moment: int = 2,
     key_masks: Sequence[Array | None] | None = None,
 ) -> Plan:
     """Choose a method for arrays like these, and say what it costs and how wrong it can be.
@@ -148,12 +172,18 @@ def plan(
     degree : int, optional
         Forces the polynomial method at this degree, whatever error that gives.
     bound : float or "estimated", optional
-        By default R is bounded on the data: certified, one linear pass. A number is the caller's own promise that
-        no |score| exceeds it: no value is read, now or when the plan is used. "estimated" samples scores, fits the
+        By default R is bounded on the data: certified, in linear time. A number is the caller's own promise that
+        no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it: no value is read, now or when the plan is used.
+        "estimated" samples scores, fits the
         polynomial to them and measures the error on sampled rows: ``certified=False``; check the answer with
         `measure_error`.
-    series : {"minimax", "taylor"}
-        Taylor is there for comparison with the paper.
+    series : {"minimax", "taylor", "banded"}
+        Taylor is there for comparison with the paper. "banded" reads no value and needs no `bound`: ranges are found on
+        the device, band by band, and the certified error comes with the answer (``return_error=True``). `degree` is 2
+        if not given.
+    bands, moment : int
+        Of "banded": norm bands of every view, at most its rows; even order t of the moments, at most `degree` and, for
+        the gradients' bounds, at most degree / 2 + 1.
 
     Returns
     -------
@@ -177,6 +207,8 @@ def plan(
     """
     inputs = checked_inputs(query, keys, values, key_masks)
     number = checked_options(scale, inputs.dim, tol, method)
+    if checked_series(series) == "banded":
+        return _asked_banded(_shape_of(inputs), number, method, bound, degree, bands, moment)
     return plan_inputs(inputs, scale=number, tol=tol, method=method, degree=degree, bound=bound, series=series)
 
 
@@ -184,7 +216,7 @@ def plan_for(
     *,
     n: int | Sequence[int],
     dim: int,
-    bound: float,
+    bound: float | None = None,
     order: int = 3,
     tol: float = 1e-3,
     dtype: str = "float32",
@@ -193,6 +225,8 @@ def plan_for(
     method: str = "auto",
     degree: int | None = None,
     series: str = "minimax",
+    bands: int = 8,
+    moment: int = 2,
 ) -> Plan:
     """Plan from numbers alone, for a call that does not exist yet.
 
@@ -203,13 +237,14 @@ def plan_for(
     dim : int
         Channels of query and keys.
     bound : float
-        The caller's promise that no |score| exceeds it.
+        The caller's promise that no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it; not to be given with
+        ``series="banded"``.
     order : int
         Views and one for the query, at least 2.
     dtype : {"float64", "float32", "float16", "bfloat16"}
     value_dim : int, optional
         Channels of the values; `dim` if not given.
-    tol, scale, method, degree, series
+    tol, scale, method, degree, series, bands, moment
         As in `plan`.
 
     Examples
@@ -229,8 +264,9 @@ def plan_for(
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
     number = checked_options(scale, dim, tol, method)
-    checked_series(series)
     shape = _Shape(order - 1, dim, dim if value_dim is None else whole("value_dim", value_dim, 1), dtype, lengths, 1)
+    if checked_series(series) == "banded":
+        return _asked_banded(shape, number, method, bound, degree, bands, moment)
     promised = positive("bound", bound)
     return _choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
 
@@ -245,11 +281,8 @@ def plan_inputs(
     bound: float | str | None = None,
     series: str = "minimax",
 ) -> Plan:
-    """`plan` for arrays that were checked."""
-    checked_series(series)
-    shape = _Shape(
-        inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading)
-    )  # fmt: skip
+    """`plan` for arrays that were checked; any series but "banded"."""
+    shape = _shape_of(inputs)
     if isinstance(bound, str) and bound != "estimated":
         raise TypeError(f"bound should be a number or 'estimated', got the str {bound!r}")
     if bound is not None and not isinstance(bound, str):
@@ -262,13 +295,71 @@ def plan_inputs(
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
     if bound is not None and method != "exact":
+        if series != "minimax":
+            raise ValueError(f"series has no use with bound='estimated', which fits its own polynomial; got {series!r}")
         return _estimated(inputs, shape, scale, tol, method, degree, found)
-    return _choose(shape, scale, tol, method, degree, series, "data", found.bound, found.lowest_mean)
+    # The mean is allowed a margin, so that the plan holds for the same rows in another order or library.
+    lowest_mean = found.lowest_mean - 0.02 * found.bound
+    return _choose(shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean)
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
     """Range of the scores and largest entries of eager arrays."""
     return ranges(RangeCall(scale, inputs.views), inputs.backend, inputs.backend.values_of(inputs.arrays))
+
+
+def banded_candidate(inputs: Inputs, scale: float, instead_of: Plan | None) -> Plan | None:
+    """The banded plan to try: the highest degree up to 4 at an eighth of the exact method's operations, if any.
+
+    Without a plan to compare with, the highest degree up to 4 that can be afforded.
+    """
+    shape, bands = _shape_of(inputs), 8
+    if min(shape.lengths) < 2 * bands:
+        return None
+    exact = shape.exact_cost()[0]
+    for degree in (4, 3, 2):
+        rank = rank_of(shape.dim, degree)
+        # Combining bands costs this much whatever the rows.
+        combining = 2.0 * bands ** (shape.views + 1) * rank * (shape.value_dim + 3) * shape.leading
+        cheap = instead_of is None or shape.polynomial_cost(rank)[0] + combining <= exact / 8
+        if rank <= _BANDED_RANK and cheap:
+            return _banded(shape, scale, degree, bands, 2)
+    return None
+
+
+def _asked_banded(
+    shape: _Shape, scale: float, method: str, bound: Any, degree: int | None, bands: int, moment: int
+) -> Plan:
+    """A banded plan, with what it does not go together with refused."""
+    if bound is not None:
+        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {bound!r}")
+    if method == "exact":
+        raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
+    return _banded(shape, scale, 2 if degree is None else degree, bands, moment)
+
+
+def _banded(shape: _Shape, scale: float, degree: int, bands: int, moment: int) -> Plan:
+    """A plan whose error comes with the answer."""
+    degree, bands, moment = whole("degree", degree, 1), whole("bands", bands, 1), whole("moment", moment, 2)
+    if bands > min(shape.lengths):
+        raise ValueError(f"bands should be at most the rows of every view, {min(shape.lengths)}, got {bands}")
+    if moment % 2:
+        raise ValueError(f"moment should be even, got {moment}")
+    if max(moment, 2 * (moment - 1)) > degree:
+        raise ValueError(
+            f"moment should be at most the degree {degree} and at most degree / 2 + 1, got {moment}: "
+            "its moments must be among the monomials"
+        )
+    _check_rank(shape, degree)
+    made = _plan(
+        shape, scale, "polynomial", "banded", "answer", inf, -inf, inf, inf, "banded was asked for",
+        (0.0,) * (degree + 1), rank_of(shape.dim, degree),
+    )  # fmt: skip
+    return replace(made, coefficients=(), certified=True, bands=bands, moment=moment)
+
+
+def _shape_of(inputs: Inputs) -> _Shape:
+    return _Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading))
 
 
 @dataclass(frozen=True)
@@ -285,7 +376,9 @@ class _Shape:
         itemsize = 8 if self.dtype == "float64" else 4
         rows = sum(self.lengths) * self.leading
         flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
-        memory = itemsize * rank * (self.value_dim + 1) * (self.views + 2) * self.leading + (2 << 20)
+        # Problems are taken in parts, of some eight blocks together, or one by one.
+        one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
+        memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
         return flops, memory
 
     def exact_cost(self) -> tuple[float, float]:
@@ -310,7 +403,7 @@ def _choose(
         if method == "exact":
             raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
         _check_rank(shape, degree)
-    rounded = _round_up(bound)
+    rounded = _round_up(bound) if source == "data" else bound
 
     def plan_with(polynomial: Polynomial, reason: str) -> Plan:
         error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean)
@@ -334,14 +427,12 @@ def _choose(
         if not any(fitted.coefficients):
             raise PlanError(f"scores may reach {rounded:.4g}, where no polynomial of degree {degree} resembles exp")
         return plan_with(fitted, f"degree {degree} was asked for")
-    if method == "exact" and not isfinite(rounded):
+    if method == "exact":
         return exact_plan("exact was asked for", 0)
 
     best = _smallest(shape, rounded, lowest_mean, tol, series) if isfinite(rounded) else None
     needed = best.degree if best else _needed_degree(rounded, tol, series)
-    if method == "exact":
-        return exact_plan("exact was asked for", 0 if needed is None else rank_of(shape.dim, needed))
-    problem = _why_not(shape, rounded, tol, needed)
+    problem = _why_not(shape, bound, tol, needed)
     if method == "polynomial":
         if best is None:
             raise PlanError(
@@ -351,9 +442,16 @@ def _choose(
             )
         return plan_with(best, "polynomial was asked for")
     if best is None:
-        return exact_plan(
-            f"no polynomial meets tol={tol:g}: {problem}", 0 if needed is None else rank_of(shape.dim, needed)
-        )
+        rank = 0 if needed is None else rank_of(shape.dim, needed)
+        plan = exact_plan(f"no polynomial meets tol={tol:g}: {problem}", rank)
+        if plan.error > tol:
+            warnings.warn(
+                f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
+                f"up to {plan.error:.2g} with the exact method, which is taken",
+                stacklevel=5,
+            )
+            return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
+        return plan
     rank = rank_of(shape.dim, best.degree)
     ratio = shape.exact_cost()[0] / shape.polynomial_cost(rank)[0]
     if ratio <= 1:
@@ -474,7 +572,7 @@ def _estimated(
     if degree is not None:
         degree = whole("degree", degree, 1)
         _check_rank(shape, degree)
-    affordable = [g for g in range(1, _MAX_DEGREE + 1) if rank_of(shape.dim, g) <= MAX_RANK]
+    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
     sampled = estimate(inputs, scale, tol, [degree] if degree is not None else affordable)
     rank = rank_of(shape.dim, len(sampled.coefficients) - 1)
     if sampled.error < inf:
@@ -504,12 +602,10 @@ def _estimated(
 
 
 def _round_up(bound: float) -> float:
-    """To three significant digits, so that polynomials are found again in the cache."""
+    """To the next power of 2^(1/16), so that polynomials, and what is compiled with them, are found again."""
     if not isfinite(bound) or bound <= 0:
         return bound
-    step = 10.0 ** (floor(log10(bound)) - 2)
-    rounded = ceil(bound / step) * step
-    return rounded if rounded >= bound else rounded + step
+    return float(2.0 ** (ceil(16 * log2(bound) + 1e-9) / 16))
 
 
 def _si(number: float) -> str:

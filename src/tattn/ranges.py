@@ -14,12 +14,11 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isfinite, isnan
+from math import inf, isfinite, isnan, log
 from typing import Any, NamedTuple
 
-from .arrays import clean, unpack
+from .arrays import clean, prod_of, shared_leading, sum_of, unpack
 from .backends import Array, Backend
-from .lowrank import prod_of, sum_of
 
 BLOCK = 8192
 
@@ -45,9 +44,10 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
     found = [float(x) for x in backend.run(_survey, call, arrays)]
     channel, mean, entries, *rest = found
     holder, largest = rest[: len(rest) - 2 * call.views - 1], rest[len(rest) - 2 * call.views - 1 :]
-    bound = min(x for x in (channel, *holder, entries) if not isnan(x)) if all(map(isfinite, largest)) else inf
+    bound = min((x for x in (channel, *holder, entries) if not isnan(x)), default=inf)
+    bound = bound if all(map(isfinite, largest)) else inf
     # Sums over channels round; means over many rows round more, and are wanted to a percent only.
-    slack = 1e-5 if backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64" else 1e-12  # type: ignore[union-attr]
+    slack = 1e-4 if backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64" else 1e-11  # type: ignore[union-attr]
     bound *= 1 + slack
     lowest = max(-bound, min(mean, bound) - 0.01 * bound) if isfinite(bound) else -inf
     return Ranges(bound, lowest, entries, tuple(largest))
@@ -73,29 +73,39 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     views = [(q, None), *zip(keys, masks, strict=True)]
-    stats = [_channel_stats(x, mask, dtype, backend) for x, mask in views]
+    stats = [channel_stats(x, mask, dtype, backend) for x, mask in views]
     largest = [xp.max(top) for top, _, _ in stats]
     for v, mask in zip(values, masks, strict=True):
-        largest.append(largest[0] * 0.0 if v is None else xp.max(_channel_stats(v, mask, dtype, backend)[0]))
+        largest.append(largest[0] * 0.0 if v is None else xp.max(channel_stats(v, mask, dtype, backend)[0]))
     dim = q.shape[-1]
-    entries = prod_of(largest[: call.views + 1]) * (call.scale * dim)
-    channel = xp.max(xp.sum(prod_of([top for top, _, _ in stats]), axis=-1)) * call.scale
+    entries = _product(largest[: call.views + 1], call.scale * dim, backend)
+    channel = xp.max(xp.sum(_product([top for top, _, _ in stats], call.scale, backend), axis=-1))
     # The mean over pairs of a trilinear score is the score of the means.
     means = prod_of([mean for _, _, mean in stats[1:]])
     mean = xp.min(_row_means(q, means, dtype, backend)) * call.scale
     bounds = []
     tried = exponents(call.views)
     for profile in (0, 1):
-        units = _balancing_units([s[profile] for s in stats], backend)
+        units = balancing_units([s[profile] for s in stats], backend)
         norms = [
             _largest_norms(x, mask, unit, call.views, dtype, backend)
             for (x, mask), unit in zip(views, units, strict=True)
         ]
-        bounds += [xp.max(prod_of([n[p] for n, p in zip(norms, ps, strict=True)])) * call.scale for ps in tried]
+        bounds += [
+            xp.max(_product([n[p] for n, p in zip(norms, ps, strict=True)], call.scale, backend)) for ps in tried
+        ]
     return channel, mean, entries, *bounds, *largest
 
 
-def _channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array]:
+def _product(sizes: Sequence[Array], scale: float, backend: Backend) -> Array:
+    """Scale · Π sizes, all at least 0, by logarithms: no factor on the way overflows or vanishes."""
+    xp = backend.xp
+    nothing = prod_of([backend.cast(s > 0, s.dtype) for s in sizes]) == 0
+    total = sum_of([xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]) + log(scale)
+    return xp.where(nothing, 0.0, xp.exp(total))
+
+
+def channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array]:
     """Largest |entry|, root mean square and mean of every channel, (..., 1, d)."""
     xp = backend.xp
     device = backend.device(x)
@@ -119,7 +129,10 @@ def _channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) -
     counts = xp.zeros((*(leading if mask is None else mask.shape[:-2]), 1, 1), dtype=dtype, device=device)
     (top, squares, total, count), _ = backend.scan_rows(body, (zero, zero, zero, counts), (x, mask), BLOCK)
     some = xp.where(count > 0, count, 1.0)
-    return top, xp.sqrt(squares / some), total / some
+    # Squares leave the dtype's range before the entries do; the largest entry then stands in.
+    spread = xp.sqrt(squares / some)
+    spread = xp.where((spread > 0) & xp.isfinite(spread), spread, top)
+    return top, spread, total / some
 
 
 def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
@@ -135,17 +148,13 @@ def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
     return lowest
 
 
-def _balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
+def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
     """Factors (..., 1, d) for the channels of every view, of product one, that give the views the same sizes."""
     xp = backend.xp
-    # Views may broadcast differently; factors must not depend on an axis that some view lacks.
-    ndim = max(s.ndim for s in sizes)
-    sizes = [xp.reshape(s, (*(1,) * (ndim - s.ndim), *s.shape)) for s in sizes]
-    for axis in range(ndim - 2):
-        if len({s.shape[axis] for s in sizes}) > 1:
-            sizes = [xp.max(s, axis=axis, keepdims=True) for s in sizes]
+    # Factors must not depend on an axis that some view lacks.
+    sizes = shared_leading(sizes, backend)
     logs = [xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]
-    empty = prod_of(sizes) == 0
+    empty = prod_of([backend.cast(s > 0, s.dtype) for s in sizes]) == 0
     target = sum_of(logs) * (1 / len(logs))
     units = [xp.where(empty, 1.0, xp.exp(target - x)) for x in logs]
     # The last factor makes the product one to rounding.

@@ -79,6 +79,10 @@ class Backend:
         """Whole numbers as an array on the device of `like`."""
         return self.xp.asarray(numbers, dtype=self.xp.int64, device=self.device(like))
 
+    def whole_numbers(self, array: Array) -> Array:
+        """A floating array of whole numbers as one of integers, fit to index by."""
+        return self.xp.astype(array, self.xp.int64)
+
     def to_numpy(self, array: Array) -> np.ndarray:
         """Values on the host, in a dtype that NumPy has."""
         wide = array if self.dtype_name(array.dtype) == "float64" else self.xp.astype(array, self.xp.float32)
@@ -136,10 +140,16 @@ class Backend:
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
+    ) -> tuple[Array, Array, Array]:
+        """``forward(call, backend, arrays)`` with `backward` as its gradient, if the library has gradients."""
+        result: tuple[Array, Array, Array] = self.run(forward, call, arrays)
+        return result
+
+    def residuals(
+        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], out: Array, rest: Array
     ) -> tuple[Array, Array]:
-        """``forward(call, backend, arrays)[:2]`` with `backward` as its gradient, if the library has gradients."""
-        out, lse, _ = self.run(forward, call, arrays)
-        return out, lse
+        """Output and residuals for the adjoint, with the path from the inputs where a second derivative will need it."""
+        return out, rest
 
     def synchronize(self, array: Array) -> None:
         """Wait until `array` has been computed."""

@@ -35,6 +35,9 @@ class JaxBackend(Backend):
     def indices(self, numbers: np.ndarray, like: Array) -> Array:
         return jnp.asarray(numbers, dtype=jnp.int32)
 
+    def whole_numbers(self, array: Array) -> Array:
+        return array.astype(jnp.int32)
+
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32))
 
@@ -67,8 +70,8 @@ class JaxBackend(Backend):
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
-    ) -> tuple[Array, Array]:
-        result: tuple[Array, Array] = _bound(forward, backward)(call, tuple(arrays))
+    ) -> tuple[Array, Array, Array]:
+        result: tuple[Array, Array, Array] = _bound(forward, backward)(call, tuple(arrays))
         return result
 
     def synchronize(self, array: Array) -> None:
@@ -97,17 +100,17 @@ def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callabl
     run_forward, run_backward = _compiled(forward), _compiled(backward)
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attention(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Array, Array]:
-        out, lse, _ = run_forward(call, arrays)
-        return out, lse
+    def attention(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Array, Array, Array]:
+        result: tuple[Array, Array, Array] = run_forward(call, arrays)
+        return result
 
     def attention_forward(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Any, Any]:
         out, lse, normaliser = run_forward(call, arrays)
-        return (out, lse), (arrays, out, normaliser)
+        return (out, lse, normaliser), (arrays, out, normaliser)
 
     def attention_backward(call: Any, residuals: Any, cotangents: Any) -> tuple[tuple[Array | None, ...]]:
         arrays, out, normaliser = residuals
-        grad_out, grad_lse = (jnp.asarray(c) for c in cotangents)
+        grad_out, grad_lse = (jnp.asarray(c) for c in cotangents[:2])
         grads = run_backward(call, (*arrays, out, normaliser, grad_out, grad_lse))
         masks = arrays[len(grads) :]
         no_grads = (None if m is None else np.zeros(m.shape, jax.dtypes.float0) for m in masks)

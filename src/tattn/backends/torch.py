@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -58,7 +59,7 @@ class TorchBackend(Backend):
     def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
         if torch.compiler.is_compiling():
             return torch.tensor(_numbers(function, *args), dtype=dtype or torch.int64, device=like.device)
-        return _table(function, args, dtype or torch.int64, like.device)
+        return torch.as_tensor(np.array(function(*args))).to(dtype=dtype or torch.int64, device=like.device)
 
     def device(self, array: Array) -> Any:
         return array.device
@@ -79,10 +80,18 @@ class TorchBackend(Backend):
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         function = _COMPILED[len(arrays)] if torch.compiler.is_compiling() else _Attention
-        out, lse, _ = function.apply((forward, backward, call), *arrays)
-        return out, lse
+        result: tuple[Array, Array, Array] = function.apply((forward, backward, call), *arrays)
+        return result
+
+    def residuals(
+        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], out: Array, rest: Array
+    ) -> tuple[Array, Array]:
+        if not torch.is_grad_enabled() or not (self.is_traced(arrays) or any(_needs_gradient(a) for a in arrays)):
+            return out, rest
+        out, _, rest = self.run(forward, call, arrays)
+        return out, rest
 
     def synchronize(self, array: Array) -> None:
         if array.device.type == "cuda":
@@ -96,9 +105,8 @@ def _numbers(function: Callable[..., np.ndarray], *args: Any) -> list[Any]:
     return numbers
 
 
-@memoized
-def _table(function: Callable[..., np.ndarray], args: Any, dtype: Any, device: Any) -> Array:
-    return torch.as_tensor(np.array(function(*args))).to(dtype=dtype, device=device)
+def _needs_gradient(array: Array | None) -> bool:
+    return array is not None and bool(array.requires_grad)
 
 
 def _precision() -> str:
@@ -110,18 +118,31 @@ def _precision() -> str:
 _precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class _Precision:
+    """torch's float32 precision before the calls that are running changed it, and how many they are."""
+
+    lock = Lock()
+    running = 0
+    before = "highest"
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Full float32 products, whatever the caller's setting."""
-    precision = _precision()
-    if precision == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """Full float32 products, whatever the caller's setting; threads that overlap restore it once."""
+    with _Precision.lock:
+        if _Precision.running == 0:
+            _Precision.before = _precision()
+        changed = _Precision.before != "highest"
+        if changed and _Precision.running == 0:
+            torch.set_float32_matmul_precision("highest")
+        _Precision.running += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        with _Precision.lock:
+            _Precision.running -= 1
+            if changed and _Precision.running == 0:
+                torch.set_float32_matmul_precision(_Precision.before)
 
 
 def _compute(method: Any, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
@@ -145,9 +166,7 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Array, grad_lse: Array, _: Array) -> tuple[Array | None, ...]:
         forward, backward, call = ctx.method
         *arrays, out, normaliser = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # A second derivative needs the path from the inputs to these residuals.
-            out, _, normaliser = BACKEND.run(forward, call, arrays)
+        out, normaliser = BACKEND.residuals(forward, call, arrays, out, normaliser)
         grads = BACKEND.run(backward, call, (*arrays, out, normaliser, grad_out, grad_lse))
         return (None, *grads, *(None for _ in arrays[len(grads) :]))
 

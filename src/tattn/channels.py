@@ -1,0 +1,53 @@
+"""Channels of all views brought to one size, which leaves scores as they are and arithmetic in range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log2
+
+from .arrays import broadcast_leading, clean, shared_leading, sum_of
+from .backends import Array, Backend
+
+
+def channel_units(
+    q: Array, keys: Sequence[Array], masks: Sequence[Array | None], scale: float, backend: Backend
+) -> list[Array]:
+    """Factors (..., 1, d) for query and keys whose product over the views is `scale` in every channel.
+
+    They give all views the same largest entry in each channel, so that monomials neither overflow nor vanish.
+    Powers of two, but for `scale` itself: multiplying by them rounds nothing. Scores, and with them every result,
+    do not depend on the factors, hence they count as constants in the adjoint.
+    """
+    xp = backend.xp
+    tops = shared_leading([_tops(x, m, backend) for x, m in zip((q, *keys), (None, *masks), strict=True)], backend)
+    logs, zeros = [], []
+    for view, top in enumerate(tops):
+        zero = top == 0
+        found = xp.log2(xp.where(zero, 1.0, top)) + (log2(scale) if view == 0 else 0.0)
+        logs.append(xp.where(zero, 0.0, found))
+        zeros.append(backend.cast(zero, top.dtype))
+    count = sum_of(zeros)
+    total = sum_of(logs)
+    # A channel that is 0 in some view takes the product that the others would need to reach size one.
+    target = xp.where(count > 0, 0.0, total * (1 / len(logs)))
+    vacant = total / xp.where(count > 0, count, 1.0)
+    powers = [xp.round(xp.where(z > 0, vacant, target - x)) for x, z in zip(logs, zeros, strict=True)]
+    powers[0] = -sum_of(powers[1:])
+    units = [xp.pow(xp.full_like(p, 2.0), p) for p in powers]
+    units[0] = units[0] * scale
+    # A view has no more leading dimensions for it: those that it lacks are of length one.
+    return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, (q, *keys), strict=True)]
+
+
+def _tops(x: Array, mask: Array | None, backend: Backend) -> Array:
+    """The largest |entry| of every channel, (..., 1, d)."""
+    xp = backend.xp
+    dtype = backend.compute_dtype(x.dtype)
+
+    def body(top: Array, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
+        found = xp.max(xp.abs(backend.cast(clean(rows, mask, backend), dtype)), axis=-2, keepdims=True)
+        return xp.maximum(top, found), ()
+
+    start = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
+    top, _ = backend.scan_rows(body, start, (x, mask), 8192)
+    return top

@@ -1,0 +1,329 @@
+"""Norm bands: the bound that comes with the answer holds, for every row, whatever the numbers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import Dense, dense, value_sizes
+from test_attention import Call, assert_close, draw, run
+from test_bounds import KINDS
+
+import tattn
+from tattn.banded import edges
+
+
+def row_ratios(
+    call: Call, got: Dense, errors: tuple[np.ndarray, np.ndarray], scale: float, precision: Any
+) -> list[float]:
+    """Largest error of each result over what the rows' bounds allow for it; 0/0 is 0."""
+    truth = dense(
+        call.query, call.keys, call.values, scale=scale, masks=call.masks, grad_out=call.grad_out, precision=precision
+    )
+    masks = call.masks or [None] * len(call.keys)
+    keys = [
+        np.abs(k if m is None else np.where(m[..., None], k, 0)).max(0) for k, m in zip(call.keys, masks, strict=True)
+    ]
+    sizes = value_sizes(call.values, call.masks)[0]
+    tops = [value_sizes([v], [m])[0] for v, m in zip(call.values, masks, strict=True)]
+    error, grad_error = errors
+    g = np.abs(call.grad_out)
+    weight = (g * sizes).sum(-1)
+    allowed = [error[:, None] * sizes, scale * np.prod(keys, 0) * (weight * grad_error)[:, None]]
+    found = [np.abs(got.out - truth.out), np.abs(got.dquery - truth.dquery)]
+    for i in range(len(keys)):
+        others = np.prod([np.abs(call.query).max(0), *keys[:i], *keys[i + 1 :]], 0)
+        allowed.append(scale * others * (weight * grad_error).sum() * np.ones((len(call.keys[i]), 1)))
+        found.append(np.abs(got.dkeys[i] - truth.dkeys[i]))
+        rest = np.prod([np.ones(sizes.shape), *tops[:i], *tops[i + 1 :]], 0)
+        allowed.append(rest * (g * error[:, None]).sum(0) * np.ones((len(call.values[i]), 1)))
+        found.append(np.abs(got.dvalues[i] - truth.dvalues[i]))
+    result = []
+    for a, b in zip(found, allowed, strict=True):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(np.isinf(b) | np.isnan(b), 0.0, np.where((a == 0) & (b == 0), 0.0, a / b))
+        result.append(float(ratio.max()))
+    return result
+
+
+def constant(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    return np.ones(shape) * rng.normal(size=shape[-1])
+
+
+def some_zero(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    return rng.normal(size=shape) * (rng.random((shape[0], 1)) < 0.5)
+
+
+def one_sign(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
+    return np.abs(rng.normal(size=shape)) * (-1 if view == 0 else 1)
+
+
+ALL = {**KINDS, "constant": constant, "some zero": some_zero, "one sign": one_sign}
+DRAWS = 460  # times eleven kinds and two dtypes: more than ten thousand
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", list(ALL))
+def test_no_row_exceeds_its_bound(kind: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Output and all gradients; a bound that is not finite promises nothing, and is counted."""
+    precision = np.float64 if dtype == "float32" else np.longdouble
+    slack, promised, total = [], 0, 0
+    for seed in range(DRAWS):
+        rng = np.random.default_rng([seed, len(kind)])
+        views, dim, value_dim = int(rng.integers(1, 4)), int(rng.integers(1, 5)), int(rng.integers(1, 3))
+        lengths = rng.integers(3, 18, views + 1)
+        degree, bands = int(rng.integers(2, 6)), int(rng.integers(1, 4))
+        moment = 4 if degree == 6 else 2
+        arrays = [ALL[kind](rng, (int(n), dim), i).astype(dtype) for i, n in enumerate(lengths)]
+        values = [rng.choice([-1.0, 0.0, 0.3, 1.0], (int(n), value_dim)).astype(dtype) for n in lengths[1:]]
+        reach = np.prod([max(np.abs(a).max(), 0.1) for a in arrays]) * dim
+        scale = float(rng.choice([0.05, 0.3, 1.0, 3.0, 8.0]) / reach)
+        masks = [rng.random(int(n)) < 0.8 for n in lengths[1:]] if seed % 3 == 0 else None
+        grad = rng.normal(size=(int(lengths[0]), value_dim)).astype(dtype)
+        plan = tattn.plan(
+            arrays[0], arrays[1:], values, scale=scale, series="banded", degree=degree, bands=bands, moment=moment
+        )
+        (out, error, grad_error), pullback = tattn.tensor_attention_vjp(
+            arrays[0], arrays[1:], values, plan=plan, key_masks=masks, return_error=True
+        )
+        dquery, dkeys, dvalues = pullback(grad)
+        call = Call(arrays[0], arrays[1:], values, masks, grad, np.zeros(int(lengths[0])))
+        found = row_ratios(
+            call, Dense(out, out, dquery, list(dkeys), list(dvalues)), (error, grad_error), scale, precision
+        )
+        assert max(found) <= 1, (seed, found, str(plan))
+        promised += int(np.isfinite(error).sum())
+        total += error.size
+        if np.isfinite(error).all() and found[0] > 0:
+            slack.append(1 / found[0])
+    assert promised > 0.5 * total
+    with capsys.disabled():
+        print(f"\n  {kind}, {dtype}: bound/error of the worst row at the median {np.median(slack):.3g}, at least {min(slack):.3g}; "
+              f"{promised / total:.0%} of the rows with a finite bound")  # fmt: skip
+
+
+CASES = [
+    pytest.param(
+        {"views": m, "masked": masked, "broadcast": broadcast},
+        id=f"{m} views{' masked' * masked}{' broadcast' * broadcast}",
+    )
+    for m in (1, 2, 3)
+    for masked in (False, True)
+    for broadcast in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_library_gives_the_same(library: Any, case: dict[str, Any]) -> None:
+    """Output, lse, gradients and bounds as NumPy's, and within the bounds of the definition."""
+    from conftest import make_library
+
+    call = draw(**case)
+    plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, series="banded", degree=3, bands=3, dtype="float64")
+    got, _ = run(library, call, plan=plan)
+    expected, _ = run(make_library("numpy"), call, plan=plan)
+    assert_close(got, expected, 1e-11)
+    arrays = library.arrays(call.query, call.keys, call.values)
+    masks = None if call.masks is None else library.arrays(call.masks)
+    out, _lse, error = tattn.tensor_attention(*arrays, plan=plan, key_masks=masks, return_lse=True, return_error=True)
+    assert library.is_array(error)
+    assert library.device(error) == library.device(out)
+    assert tuple(error.shape) == tuple(out.shape[:-1])
+    truth = dense(call.query, call.keys, call.values, masks=call.masks)
+    allowed = library.numpy(error)[..., None] * value_sizes(call.values, call.masks)
+    assert (np.abs(library.numpy(out) - truth.out) <= allowed).all()
+    assert np.isfinite(library.numpy(error)).all()
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_gradients_are_finite_differences(views: int) -> None:
+    call = draw(views, masked=True)
+    plan = tattn.plan_for(n=9, dim=3, order=views + 1, series="banded", degree=3, bands=4, dtype="float64")
+    arrays = [call.query, *call.keys, *call.values]
+
+    def loss(arrays: list[np.ndarray]) -> float:
+        out, lse = tattn.tensor_attention(
+            arrays[0], arrays[1 : views + 1], arrays[views + 1 :], plan=plan, key_masks=call.masks, return_lse=True
+        )
+        return float((out * call.grad_out).sum() + (lse * call.grad_lse).sum())
+
+    _, pullback = tattn.tensor_attention_vjp(call.query, call.keys, call.values, plan=plan, key_masks=call.masks)
+    dquery, dkeys, dvalues = pullback(call.grad_out, call.grad_lse)
+    rng = np.random.default_rng(2)
+    for i, gradient in enumerate((dquery, *dkeys, *dvalues)):
+        direction = rng.normal(size=gradient.shape)
+        ahead, behind = ([a + s * 1e-6 * direction if j == i else a for j, a in enumerate(arrays)] for s in (1, -1))
+        np.testing.assert_allclose(
+            (loss(ahead) - loss(behind)) / 2e-6, (gradient * direction).sum(), rtol=1e-6, atol=1e-7
+        )
+
+
+def heavy_tailed(seed: int = 0, n: int = 300) -> Call:
+    """Mostly small rows, and a few whose scores no polynomial of low degree follows."""
+    rng = np.random.default_rng(seed)
+    query, *keys = rng.uniform(-1, 1, (3, n, 12))
+    query[:4] *= 12
+    return Call(query, keys, list(rng.normal(size=(2, n, 3))), None, rng.normal(size=(n, 3)), rng.normal(size=n))
+
+
+def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
+    """The answer, the lse and all gradients are those of the definition to `tol`, by a few exact rows."""
+    call = heavy_tailed()
+    query, keys, values = library.arrays(call.query, call.keys, call.values)
+    (_out, error, _, plan), _ = tattn.tensor_attention_vjp(
+        query, keys, values, tol=1e-3, return_error=True, return_plan=True
+    )
+    assert plan.series == "banded"
+    assert 0 < plan.recomputed <= 0.05
+    assert "recomputed exactly" in plan.reason
+    error = library.numpy(error)
+    assert (error <= 1e-3).all()
+    assert (error[:4] < 1e-10).all()
+    got, _ = run(library, call, tol=1e-3)
+    truth = dense(call.query, call.keys, call.values, grad_out=call.grad_out, grad_lse=call.grad_lse)
+    assert (np.abs(got.out - truth.out) <= error[:, None] * value_sizes(call.values)).all()
+    assert np.abs(got.out[:4] - truth.out[:4]).max() < 1e-12
+    assert_close(got, truth, 1e-2)
+    plain = tattn.plan(query, keys, values, series="banded", degree=plan.degree)
+    loose = tattn.tensor_attention(query, keys, values, plan=plain, return_error=True)[1]
+    assert (library.numpy(loose)[:4] > 1e-3).all()
+
+
+def test_recomputed_rows_with_heads_masks_and_shared_keys(library: Any) -> None:
+    call = heavy_tailed()
+    heads = np.stack([call.query, np.roll(call.query, 7, axis=0)])[:, None]
+    masks = [np.arange(300) % 5 > 0, None]
+    wide = Call(
+        heads,
+        call.keys,
+        call.values,
+        masks,
+        np.broadcast_to(call.grad_out, (2, 1, 300, 3)).copy(),
+        np.zeros((2, 1, 300)),
+    )
+    got, _ = run(library, wide, tol=1e-3)
+    truth = dense(wide.query, wide.keys, wide.values, masks=masks, grad_out=wide.grad_out)
+    assert_close(got, truth, 1e-2)
+    assert np.abs(got.out[1, 0, 7:11] - truth.out[1, 0, 7:11]).max() < 1e-12
+
+
+def test_recomputed_rows_have_torch_gradients() -> None:
+    torch = pytest.importorskip("torch")
+    call = heavy_tailed()
+    tensors = [torch.tensor(a, requires_grad=True) for a in (call.query, *call.keys, *call.values)]
+    out, plan = tattn.tensor_attention(tensors[0], tensors[1:3], tensors[3:], return_plan=True)
+    assert plan.recomputed > 0
+    gradients = torch.autograd.grad((out * torch.tensor(call.grad_out)).sum(), tensors)
+    _, pullback = tattn.tensor_attention_vjp(call.query, call.keys, call.values)
+    dquery, dkeys, dvalues = pullback(call.grad_out)
+    for a, b in zip(gradients, (dquery, *dkeys, *dvalues), strict=True):
+        np.testing.assert_allclose(a.numpy(), b, rtol=1e-10, atol=1e-12)
+
+
+def test_polynomial_with_loose_rows_says_how_loose() -> None:
+    call = heavy_tailed()
+    with pytest.raises(
+        tattn.PlanError, match=r"degree \d in 8 norm bands leaves .*% of the rows above tol .*50%: .*100%"
+    ):
+        tattn.tensor_attention(call.query, call.keys, call.values, method="polynomial")
+
+
+def test_other_methods_return_their_stated_error(library: Any) -> None:
+    call = draw(2)
+    query, keys, values = library.arrays(call.query, call.keys, call.values)
+    for method in ("exact", "polynomial"):
+        _, error, plan = tattn.tensor_attention(query, keys, values, method=method, return_error=True, return_plan=True)
+        np.testing.assert_allclose(library.numpy(error), plan.error)
+        assert plan.error < (1e-12 if method == "exact" else 1e-3)
+    estimated = tattn.plan(query, keys, values, bound="estimated", degree=2)
+    _, error = tattn.tensor_attention(query, keys, values, plan=estimated, return_error=True)
+    assert np.isinf(library.numpy(error)).all()
+
+
+def test_bands_cover_the_rows() -> None:
+    for n in (1, 2, 3, 7, 8, 9, 64, 1000):
+        for bands in range(1, min(n, 16) + 1):
+            cut = edges(n, bands)
+            assert len(cut) == bands
+            assert cut[0][0] == 0
+            assert cut[-1][1] == n
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
+            assert all(start < stop for start, stop in cut)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bands": 10}, "bands should be at most the rows of every view, 9, got 10"),
+        ({"moment": 3}, "moment should be even, got 3"),
+        ({"moment": 4, "degree": 3}, "moment should be at most the degree 3"),
+        ({"moment": 4, "degree": 5}, "at most degree / 2 \\+ 1, got 4"),
+        ({"degree": 300}, "degree 300 at dim 3 has rank .* would take .*B"),
+        ({"bound": 1.0}, "bound has no use with series 'banded'"),
+        ({"method": "exact"}, "series 'banded' belongs to the polynomial method"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    call = draw(2)._replace(keys=[np.ones((9, 3))] * 2, values=[np.ones((9, 5))] * 2)
+    with pytest.raises(ValueError, match=message):
+        tattn.plan(call.query, call.keys, call.values, series="banded", **options)
+
+
+def test_a_plan_with_more_bands_than_rows_is_refused() -> None:
+    call = draw(2)
+    plan = tattn.plan_for(n=100, dim=3, series="banded", dtype="float64")
+    with pytest.raises(tattn.PlanError, match="8 bands, more than the 6 rows"):
+        tattn.tensor_attention(call.query, call.keys, call.values, plan=plan)
+
+
+def test_torch_transformations() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    tensors = [
+        torch.tensor(rng.uniform(-1, 1, s), requires_grad=True) for s in [(6, 3), (5, 3), (4, 3), (5, 2), (4, 2)]
+    ]
+    plan = tattn.plan_for(n=(6, 5, 4), dim=3, series="banded", degree=2, bands=2, dtype="float64")
+
+    def of(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+        return tattn.tensor_attention(q, [a, b], [u, v], plan=plan, return_error=True)
+
+    assert torch.autograd.gradcheck(lambda *t: of(*t)[0], tensors)
+    assert torch.autograd.gradgradcheck(lambda *t: of(*t)[0], tensors)
+    plain = [t.detach() for t in tensors]
+    stacked = [torch.stack([t, 0.5 * t]) for t in plain]
+    for mapped, single in zip(torch.func.vmap(of)(*stacked), of(*plain), strict=True):
+        torch.testing.assert_close(mapped[0], single, rtol=1e-12, atol=1e-13)
+    torch._dynamo.reset()
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*tensors), of(*tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    for a, b in zip(
+        torch.autograd.grad(compiled(*tensors)[0].sum(), tensors),
+        torch.autograd.grad(of(*tensors)[0].sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_jax_transformations() -> None:
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    arrays = [jax.numpy.asarray(rng.uniform(-1, 1, s)) for s in [(6, 3), (5, 3), (4, 3), (5, 2), (4, 2)]]
+    plan = tattn.plan_for(n=(6, 5, 4), dim=3, series="banded", degree=2, bands=2, dtype="float64")
+
+    def of(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+        return tattn.tensor_attention(q, [a, b], [u, v], plan=plan, return_error=True)
+
+    def loss(*a: Any) -> Any:
+        return of(*a)[0].sum()
+
+    for a, b in zip(jax.jit(of)(*arrays), of(*arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+    _, pullback = tattn.tensor_attention_vjp(arrays[0], arrays[1:3], arrays[3:], plan=plan)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(*arrays), pullback(jax.numpy.ones((6, 2)))[0], rtol=1e-10)
+    stacked = [jax.numpy.stack([a, 0.5 * a]) for a in arrays]
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(*stacked)[0], jax.grad(loss)(*arrays), rtol=1e-10)
