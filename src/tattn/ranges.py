@@ -156,10 +156,10 @@ def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
     logs = [xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]
     empty = prod_of([backend.cast(s > 0, s.dtype) for s in sizes]) == 0
     target = sum_of(logs) * (1 / len(logs))
-    units = [xp.where(empty, 1.0, xp.exp(target - x)) for x in logs]
-    # The last factor makes the product one to rounding.
-    units[-1] = 1 / prod_of(units[:-1])
-    return units
+    powers = [xp.where(empty, 0.0, target - x) for x in logs]
+    # The last factor makes the product one to rounding; the product itself could overflow.
+    powers[-1] = -sum_of(powers[:-1])
+    return [xp.exp(p) for p in powers]
 
 
 def _largest_norms(
