@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..attention import tensor_attention_vjp
+from ..attention import tensor_attention, tensor_attention_vjp
 from ..planning import plan
 
 # Two ordinary heads of the first, middle and last layer, and the one whose scores reach furthest.
 HEADS = ((0, 0), (0, 11), (2, 3), (3, 5), (5, 0), (0, 5))
 DEGREES = (1, 2, 3)
+BANDED = (2, 3)
 PREFIX, SAMPLED = 192, 2
 GRADIENTS = ("dquery", "dkeys[0]", "dkeys[1]", "dvalues[0]", "dvalues[1]")
 
@@ -43,7 +44,7 @@ def run(*, tokens: int = 8192, text: str = "reference", plot: str = "tattn-demo.
 
     if tokens < 2 * PREFIX:
         raise ValueError(f"tokens should be at least {2 * PREFIX}, got {tokens}")
-    steps = len(HEADS) * (len(DEGREES) + 1)
+    steps = len(HEADS) * (len(DEGREES) + len(BANDED) + 1)
     with _progress(tokens, "encoder", as_json) as advance:
         layers = heads(tokens, text, layers=sorted({layer for layer, _ in HEADS}), progress=advance)
     results = []
@@ -75,6 +76,7 @@ def _head(q: np.ndarray, k: np.ndarray, v: np.ndarray, step: Callable[[], None])
         "certified_range": certified.bound,
         "auto": {"method": certified.method, "reason": certified.reason},
         "degrees": [],
+        "banded": [],
     }
     grad = np.random.default_rng(0).standard_normal(v.shape).astype(v.dtype)
     prefix = (q[:PREFIX], [k[:PREFIX]] * 2, [v[:PREFIX]] * 2, grad[:PREFIX])
@@ -108,6 +110,22 @@ def _head(q: np.ndarray, k: np.ndarray, v: np.ndarray, step: Callable[[], None])
                 "sampled_error": float(np.abs(rows[0] - rows_truth[0]).max()) / whole_size,
                 "sampled_dquery": _relative(rows[1], rows_truth[1]),
                 "plan": str(planned),
+            }
+        )
+        step()
+    for degree in BANDED:
+        banded = plan(q, keys, values, series="banded", degree=degree)
+        start = time.perf_counter()
+        out, error = tensor_attention(q, keys, values, plan=banded, return_error=True)
+        row["banded"].append(
+            {
+                "degree": degree,
+                "seconds": time.perf_counter() - start,
+                "median_bound": float(np.median(error)),
+                "rows_to_1e-1": float((error <= 1e-1).mean()),
+                "rows_to_3e-2": float((error <= 3e-2).mean()),
+                "sampled_bound": float(error[chosen].max()),
+                "sampled_error": float(np.abs(out[chosen] - rows_truth[0]).max()) / whole_size,
             }
         )
         step()
@@ -153,6 +171,12 @@ def _table(results: list[dict[str, Any]], tokens: int, text: str) -> str:
                 f"  {d['degree']:>6} {d['rank']:>6} {_time(d['seconds']):>8} {d['prefix_error']:>8.1e} {d['sampled_error']:>8.1e} "
                 f"{d['sampled_dquery']:>8.1e}" + "".join(f" {d['prefix_gradients'][n]:>10.1e}" for n in GRADIENTS)
             )
+        for b in row["banded"]:
+            lines.append(
+                f"  degree {b['degree']} in norm bands, forward {_time(b['seconds'])}: certified to {b['median_bound']:.1e} at "
+                f"the median row, {b['rows_to_1e-1']:.0%} of rows to 1e-1, {b['rows_to_3e-2']:.0%} to 3e-2; "
+                f"sampled rows {b['sampled_error']:.1e}, certified {b['sampled_bound']:.1e}"
+            )
     return "\n".join(lines)
 
 
@@ -171,7 +195,7 @@ def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for row in results:
         degrees = [d["degree"] for d in row["degrees"]]
         label = f"layer {row['head'][0]}, head {row['head'][1]} (scores ±{row['sampled_range']:.1f})"
@@ -179,6 +203,17 @@ def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
         axes[1].semilogy(degrees, [d["sampled_dquery"] for d in row["degrees"]], "o-")
     axes[0].set(title="output", xlabel="degree", ylabel="largest error / max|v|²", xticks=DEGREES)
     axes[1].set(title="gradient of the query", xlabel="degree", ylabel="relative error (norms)", xticks=DEGREES)
+    places = np.arange(len(results))
+    for shift, i in ((-0.15, 0), (0.15, 1)):
+        found = [row["banded"][i] for row in results]
+        axes[2].semilogy(places + shift, [b["sampled_bound"] for b in found], "_", color=f"C{i}", ms=14)
+        axes[2].semilogy(
+            places + shift, [b["sampled_error"] for b in found], "o", color=f"C{i}", ms=4, label=f"degree {BANDED[i]}"
+        )
+    axes[2].set(title="in norm bands: certified (—) and true (•)", xticks=places, ylabel="sampled rows, / max|v|²")
+    axes[2].set_xticklabels([f"{layer}, {head}" for layer, head in (row["head"] for row in results)])
+    axes[2].set_xlabel("layer, head")
+    axes[2].legend(fontsize="small", frameon=False)
     for a in axes:
         a.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
