@@ -101,7 +101,7 @@ def in_parts(
     """
     leading = broadcast_leading(*arrays)
     axis = next((i for i, size in enumerate(leading) if size > 1), None)
-    if axis is None or prod(leading) <= limit:
+    if axis is None or prod(leading) <= limit or not backend.parts:
         return function(call, backend, arrays)
     from_right = len(leading) - axis + 2
 

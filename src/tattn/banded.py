@@ -184,8 +184,8 @@ class _Series(NamedTuple):
             part = [x[..., start : start + size, :] for x in tensors]
             parts.append(_multiply_out(coefficients[..., t], part, backend))
             start += size
-        weights = backend.table(_multinomial_column, self.dim, call.degree, like=tensors[0], dtype=tensors[0].dtype)
-        return xp.concat(parts, axis=-2) * weights
+        weights = backend.table(multinomials, self.dim, call.degree, like=tensors[0], dtype=tensors[0].dtype)
+        return xp.concat(parts, axis=-2) * weights[:, None]
 
     def moments(self, call: BandedCall, band: int, ones: Sequence[Array], kind: str, backend: Backend) -> Array:
         """The column (..., r, 1) that reads out Σ κ x^t ("kappa") or Σ κ′² x^(2t−2) ("kappa_prime")."""
@@ -197,8 +197,8 @@ class _Series(NamedTuple):
         column = column if kind == "kappa" else column * column
         part = [x[..., start : start + sizes[power], :] for x in ones]
         block = _multiply_out(column, part, backend)
-        weights = backend.table(_multinomial_column, self.dim, call.degree, like=block, dtype=block.dtype)
-        block = block * weights[start : start + sizes[power], :]
+        weights = backend.table(multinomials, self.dim, call.degree, like=block, dtype=block.dtype)
+        block = block * weights[start : start + sizes[power]][:, None]
         device = backend.device(block)
 
         def zeros(rows: int) -> Array:
@@ -339,12 +339,6 @@ def _summaries(call: BandedCall, view: _View, unit: Array, backend: Backend) -> 
 def _level_sizes(dim: int, degree: int) -> tuple[int, ...]:
     """Number of monomials of each degree."""
     return tuple(comb(dim + t - 1, t) for t in range(degree + 1))
-
-
-@memoized
-def _multinomial_column(dim: int, degree: int) -> np.ndarray:
-    """|α|! / α!, (r, 1)."""
-    return multinomials(dim, degree)[:, None]
 
 
 @memoized

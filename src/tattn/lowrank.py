@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from math import log, prod
 from typing import NamedTuple
 
-import numpy as np
-
 from .arrays import (
     broadcast_leading,
     clean,
@@ -35,7 +33,7 @@ from .arrays import (
     with_leading,
 )
 from .backends import Array, Backend
-from .backends.base import block_rows, memoized
+from .backends.base import block_rows
 from .channels import channel_units
 from .monomials import degrees, features, multinomials, raised, raised_factors, rank
 
@@ -223,18 +221,13 @@ def _add(carry: Sum, term: Array) -> Sum:
     return new, (new - total) - term
 
 
-@memoized
-def _weight_table(coefficients: tuple[float, ...], dim: int) -> np.ndarray:
-    """w_α = c_|α| · |α|! / α!, (r, 1)."""
-    degree = len(coefficients) - 1
-    table: np.ndarray = np.asarray(coefficients)[degrees(dim, degree)] * multinomials(dim, degree)
-    return table[:, None]
-
-
 def weights(call: LowRankCall, like: Array, backend: Backend) -> Array:
-    """The weights w as a column (r, 1)."""
-    dtype = backend.compute_dtype(like.dtype)
-    return backend.table(_weight_table, call.coefficients, like.shape[-1], like=like, dtype=dtype)
+    """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
+    xp = backend.xp
+    dim, dtype = like.shape[-1], backend.compute_dtype(like.dtype)
+    coefficients = xp.asarray(list(call.coefficients), dtype=dtype, device=backend.device(like))
+    of_degree = xp.take(coefficients, backend.table(degrees, dim, call.degree, like=like), axis=0)
+    return (of_degree * backend.table(multinomials, dim, call.degree, like=like, dtype=dtype))[:, None]
 
 
 def _summaries(

@@ -25,12 +25,16 @@ class Backend:
         Name of the library as a person writes it.
     writable : bool
         Whether arrays may be assigned to in place, through views.
+    parts : bool
+        Whether many problems are worth taking one after another to save memory; not where a loop is unrolled into a
+        compiled program.
     workspace : int
         Bytes that the temporaries of one block of rows should stay below.
     """
 
     name = "array API"
     writable = False
+    parts = True
     workspace = 2 << 20
 
     def __init__(self, xp: ModuleType | None = None) -> None:

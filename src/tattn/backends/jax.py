@@ -15,6 +15,7 @@ from .base import Array, Backend, Body
 
 class JaxBackend(Backend):
     name = "JAX"
+    parts = False
 
     def __init__(self, workspace: int = Backend.workspace) -> None:
         super().__init__(jnp)

@@ -19,7 +19,7 @@ class TorchBackend(Backend):
 
     def __init__(self, writable: bool, workspace: int) -> None:
         super().__init__(xp)
-        self.writable = writable
+        self.writable = self.parts = writable
         self.workspace = workspace
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
