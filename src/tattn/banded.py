@@ -59,7 +59,6 @@ class _View(NamedTuple):
     values: Array | None
     mask: Array | None
     order: Array  # (..., n, 1): where each sorted row came from
-    back: Array  # (..., n, 1): where each row went
     norms: Array  # (..., bands): the largest of each band
     shares: Array  # (..., bands): unmasked rows of each band over all rows
 
@@ -86,7 +85,8 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
         outs.append(out)
         rests.append(_with_errors(more, series.rounding(call, views, band, value_dim, backend), backend))
     out, rest = (xp.concat(parts, axis=-2) for parts in (outs, rests))
-    out, rest = (gather_rows(x, views[0].back, backend) for x in (out, rest))
+    back = _inverse(views[0].order, backend)
+    out, rest = (gather_rows(x, back, backend) for x in (out, rest))
     return out, log_normaliser(rest[..., :1], keys, backend), rest
 
 
@@ -123,12 +123,11 @@ def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None])
             pieces.append(
                 key_adjoint(k[cut], v[cut], None if mask is None else mask[cut], units[view], own, call.degree, backend)
             )
-        dk, dv = (
-            gather_rows(xp.concat(list(p), axis=-2), views[view].back, backend) for p in zip(*pieces, strict=True)
-        )
+        back = _inverse(views[view].order, backend)
+        dk, dv = (gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
         d_keys.append(sum_to_leading(dk, keys[view - 1].shape[:-2], backend))
         d_values.append(sum_to_leading(dv, values[view - 1].shape[:-2], backend))
-    dq = gather_rows(xp.concat(dqs, axis=-2), views[0].back, backend)
+    dq = gather_rows(xp.concat(dqs, axis=-2), _inverse(views[0].order, backend), backend)
     return dq, *d_keys, *d_values
 
 
@@ -142,7 +141,7 @@ def leading_limit(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
 @memoized
 def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
     """(start, stop) of every band of n sorted rows: few in the first, where norms are largest and fall fastest."""
-    ends = [max(i, round(n * (i / bands) ** 2)) for i in range(bands + 1)]
+    ends = [max(i, round(n * (i / bands) ** 3)) for i in range(bands + 1)]
     return tuple(itertools.pairwise(ends))
 
 
@@ -291,7 +290,6 @@ def _views(
         size = xp.abs(backend.cast(clean(x, mask, backend), dtype) * unit)
         norm = _holder_norm(size, call.views + 1, backend)
         order = xp.argsort(norm, axis=-1, descending=True)
-        back = xp.argsort(order, axis=-1)[..., None]
         order = order[..., None]
         starts = [start for start, _ in edges(x.shape[-2], call.bands)]
         falling = gather_rows(norm[..., None], order, backend)[..., 0]
@@ -304,8 +302,13 @@ def _views(
             xp.sum(present[..., start:stop], axis=-1) * (1 / x.shape[-2])
             for start, stop in edges(x.shape[-2], call.bands)
         ]
-        views.append(_View(rows, value, sorted_mask, order, back, norms, xp.stack(shares, axis=-1)))
+        views.append(_View(rows, value, sorted_mask, order, norms, xp.stack(shares, axis=-1)))
     return views
+
+
+def _inverse(order: Array, backend: Backend) -> Array:
+    """Where each row went, (..., n, 1), from where each sorted row came from."""
+    return backend.xp.argsort(order[..., 0], axis=-1)[..., None]
 
 
 def _holder_norm(size: Array, p: int, backend: Backend) -> Array:
