@@ -178,7 +178,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("shape", [(300_000, 1, 8, 8, 4), (256, 96, 8, 16, 6), (20_000, 1, 24, 24, 3)])
+@pytest.mark.parametrize(
+    "shape", [(300_000, 1, 8, 8, 4), (256, 96, 8, 16, 6), (20_000, 1, 24, 24, 3), (4_000, 1, 16, 64, 5)]
+)
 def test_memory_stays_in_what_was_stated(shape: tuple[int, ...]) -> None:
     """Inputs, outputs and 64 MiB, for one problem and for many; as the operating system counts it."""
     script = """

@@ -302,12 +302,23 @@ def _read(phi: Array, transposed: Array, backend: Backend) -> Array:
 def _derivative(matrix: Array, degree: int, dim: int, backend: Backend) -> Array:
     """M (..., r, k) → (..., d · k, r'): for each channel c, (β_c + 1) M[β + e_c] over |β| ≤ degree − 1, transposed."""
     xp = backend.xp
-    k = matrix.shape[-1]
-    lower = rank(dim, degree - 1)
-    taken = xp.take(xp.matrix_transpose(matrix), backend.table(raised, dim, degree, like=matrix), axis=-1)
-    taken = taken * backend.table(raised_factors, dim, degree, like=matrix, dtype=matrix.dtype)
-    split = xp.reshape(taken, (*matrix.shape[:-2], k, dim, lower))
-    return xp.reshape(swap_outer(split, backend), (*matrix.shape[:-2], dim * k, lower))
+    lower, k = rank(dim, degree - 1), matrix.shape[-1]
+    transposed = xp.matrix_transpose(matrix)
+    index = backend.table(raised, dim, degree, like=matrix)
+    factors = backend.table(raised_factors, dim, degree, like=matrix, dtype=matrix.dtype)
+
+    def of_channel(c: int) -> Array:
+        cut = slice(c * lower, (c + 1) * lower)
+        return xp.take(transposed, index[cut], axis=-1) * factors[cut]
+
+    if not backend.writable:
+        return xp.concat([of_channel(c) for c in range(dim)], axis=-2)
+    # As large as all summaries together for many value channels: not to be held twice.
+    shape = (*matrix.shape[:-2], dim * k, lower)
+    whole = xp.empty(shape, dtype=matrix.dtype, device=backend.device(matrix))
+    for c in range(dim):
+        whole[..., c * k : (c + 1) * k, :] = of_channel(c)
+    return whole
 
 
 def _pull_back(phi: Array, wide: Array, z: Array, backend: Backend) -> Array:
