@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import Dense, dense, value_sizes
-from test_attention import Call, assert_close, draw, run
+from test_attention import CASES, Call, assert_close, draw, run
 from test_bounds import KINDS
 
 import tattn
@@ -103,17 +103,6 @@ def test_no_row_exceeds_its_bound(kind: str, dtype: str, capsys: pytest.CaptureF
     with capsys.disabled():
         print(f"\n  {kind}, {dtype}: bound/error of the worst row at the median {np.median(slack):.3g}, at least {min(slack):.3g}; "
               f"{promised / total:.0%} of the rows with a finite bound")  # fmt: skip
-
-
-CASES = [
-    pytest.param(
-        {"views": m, "masked": masked, "broadcast": broadcast},
-        id=f"{m} views{' masked' * masked}{' broadcast' * broadcast}",
-    )
-    for m in (1, 2, 3)
-    for masked in (False, True)
-    for broadcast in (False, True)
-]
 
 
 @pytest.mark.parametrize("case", CASES)
