@@ -67,10 +67,7 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
     """Output (..., n, dv), lse (..., n, 1), and (..., n, 3): normaliser over pairs, error, grad_error of each row."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
-    units = channel_units(q, keys, masks, call.scale, backend)
-    views = _views(call, q, keys, values, masks, backend)
-    series = _Series.of(call, views, q, backend)
-    summaries = [_summaries(call, v, unit, backend) for v, unit in zip(views[1:], units[1:], strict=True)]
+    units, views, series, summaries = _banded(call, q, keys, values, masks, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     value_dim = values[0].shape[-1]
     ones = [s[..., value_dim:] for s in summaries]
@@ -94,10 +91,7 @@ def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None])
     """Gradients of query, keys and values: the exact derivative of `forward` for fixed bands."""
     q, keys, values, masks, (out, rest, grad_out, grad_lse) = unpack(call.views, arrays)
     xp = backend.xp
-    units = channel_units(q, keys, masks, call.scale, backend)
-    views = _views(call, q, keys, values, masks, backend)
-    series = _Series.of(call, views, q, backend)
-    summaries = [_summaries(call, v, unit, backend) for v, unit in zip(views[1:], units[1:], strict=True)]
+    units, views, series, summaries = _banded(call, q, keys, values, masks, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     columns = [gather_rows(x, views[0].order, backend) for x in (out, rest[..., :1], grad_out, grad_lse)]
     upstreams, dqs = [], []
@@ -268,6 +262,21 @@ def _with_errors(more: Array, rounding: tuple[Array, Array], backend: Backend) -
         promised = (normaliser > 0) & xp.isfinite(e) & (d < _NO_BOUND / 1e15)
         results.append(xp.where(normaliser == 0, 0.0, xp.where(promised, e, xp.inf)))
     return xp.concat([normaliser, *results], axis=-1)
+
+
+def _banded(
+    call: BandedCall,
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    masks: Sequence[Array | None],
+    backend: Backend,
+) -> tuple[list[Array], list[_View], _Series, list[Array]]:
+    """What forward and adjoint start from: channel units, sorted views, polynomials, and summaries (..., B, r, dv + 1)."""
+    units = channel_units(q, keys, masks, call.scale, backend)
+    views = _views(call, q, keys, values, masks, backend)
+    summaries = [_summaries(call, v, unit, backend) for v, unit in zip(views[1:], units[1:], strict=True)]
+    return units, views, _Series.of(call, views, q, backend), summaries
 
 
 def _views(
