@@ -72,15 +72,51 @@ def shared_leading(tops: Sequence[Array], backend: Backend) -> list[Array]:
     return list(tops)
 
 
+def over_rows(reduction: Callable[..., Array], x: Array, backend: Backend) -> Array:
+    """A sum or maximum over the rows of x, (..., n, k) → (..., 1, k), many rows side by side: k alone is too few for SIMD."""
+    xp = backend.xp
+    *leading, n, k = x.shape
+    fold = 64
+    if n < 2 * fold:
+        return reduction(x, axis=-2, keepdims=True)
+    cut = n // fold * fold
+    wide = reduction(xp.reshape(x[..., :cut, :], (*leading, cut // fold, fold * k)), axis=-2)
+    folded = xp.reshape(wide, (*leading, fold, k))
+    if cut < n:
+        folded = xp.concat([folded, x[..., cut:, :]], axis=-2)
+    return reduction(folded, axis=-2, keepdims=True)
+
+
 def gather_rows(x: Array, index: Array, backend: Backend) -> Array:
     """Rows of x (..., n, k) by number, index (..., m, 1) → (..., m, k)."""
     xp = backend.xp
     if index.ndim == 2:
-        # One order for all problems: whole rows move, several times as fast.
+        # One order for all problems.
         return xp.take(x, index[:, 0], axis=-2)
-    leading = broadcast_leading(x, index)
-    x = xp.broadcast_to(x, (*leading, *x.shape[-2:]))
-    return xp.take_along_axis(x, xp.broadcast_to(index, (*leading, index.shape[-2], x.shape[-1])), axis=-2)
+    # Whole rows move, several times as fast as entries.
+    *leading, n, k = x.shape
+    rows = xp.take(xp.reshape(x, (-1, k)), xp.reshape(index + _starts(leading, n, index, backend), (-1,)), axis=0)
+    return xp.reshape(rows, (*broadcast_leading(x, index), index.shape[-2], k))
+
+
+def inverse_order(order: Array, backend: Backend) -> Array:
+    """Where each row went, (..., n, 1), from where each sorted row came from."""
+    xp = backend.xp
+    if not backend.writable:
+        return xp.argsort(order, axis=-2)
+    *leading, n, _ = order.shape
+    flat = xp.reshape(order + _starts(leading, n, order, backend), (-1,))
+    inverse = xp.empty_like(flat)
+    inverse[flat] = xp.reshape(
+        xp.broadcast_to(xp.arange(n, dtype=order.dtype, device=backend.device(order))[:, None], order.shape), (-1,)
+    )
+    return xp.reshape(inverse, order.shape)
+
+
+def _starts(leading: Sequence[int], n: int, index: Array, backend: Backend) -> Array:
+    """Number of the first row of each problem, (..., 1, 1), where those of all stand one after another."""
+    count = backend.xp.arange(prod(leading), dtype=index.dtype, device=backend.device(index))
+    return backend.xp.reshape(count * n, (*leading, 1, 1))
 
 
 def swap_outer(array: Array, backend: Backend) -> Array:

@@ -12,7 +12,10 @@ import numpy as np
 from . import banded, exact, hybrid, lowrank
 from .arrays import in_parts, unpack
 from .backends import Array, Backend
+from .bands import BandedCall
+from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output
+from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
 from .planning import Plan, banded_candidate, measured, plan_inputs
 from .rounding import exact_errors
 
@@ -106,8 +109,8 @@ def tensor_attention(
     >>> tattn.tensor_attention(query, keys, values).shape
     (1000, 4)
     """
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks)
-    if work.result is None or type(inputs.backend).differentiable is not Backend.differentiable:
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, return_error)
+    if work.result is None or inputs.backend.records(work.arrays):
         result = inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
     else:
         result = work.result
@@ -132,23 +135,20 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, return_lse, return_plan
+    query, keys, values, scale, tol, method, plan, key_masks, return_lse, return_error, return_plan
         As in `tensor_attention`.
-    return_error : bool
-        Also return the bounds (..., n) of error and grad_error of each query row, two arrays. With
-        W_i = Σ_e |g[i, e]| Π_μ max|values_μ[:, e]| for the gradient g of the output, and lse without one, the query's gradient is
-        within grad_error_i · scale · Π_μ max|keys_μ[:, c]| · W_i, that of key view μ within
-        scale · max|query[:, c]| · Π_{ν≠μ} max|keys_ν[:, c]| · Σ_i grad_error_i W_i, and that of value view μ within
-        Π_{ν≠μ} max|values_ν[:, e]| · Σ_i error_i |g[i, e]|.
 
     Returns
     -------
-    out : as from `tensor_attention`, with both bounds in the place of error
+    out : as from `tensor_attention`
     pullback : callable
         ``pullback(grad_out) -> (dquery, dkeys, dvalues)``, with ``dkeys`` and ``dvalues`` tuples, each array in the
         shape and dtype of what it is the gradient of; ``pullback(grad_out, grad_lse)`` adds a gradient of lse. It is the exact
-        derivative of the computed output, and within ``plan.grad_error`` of the true gradient. Where the inputs need
-        gradients in torch, it is itself differentiable. It needs the output again: change `out` in place only after.
+        derivative of the computed output. ``pullback(..., return_error=True)`` returns the gradients and, in the same
+        structure, a certified bound for every entry of how far each is from the true gradient. With a banded plan the
+        bounds come from the certificates of the rows; otherwise from ``plan.error`` and ``plan.grad_error``, and they are
+        infinite if the plan is not certified. Where the inputs need gradients in torch, the pullback is itself
+        differentiable. It needs the output again: change `out` in place only after.
 
     Notes
     -----
@@ -164,14 +164,14 @@ def tensor_attention_vjp(
     >>> dquery.shape, len(dkeys), len(dvalues)
     ((500, 4), 2, 2)
     """
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks)
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, return_error)
     backend = inputs.backend
     # In torch, inputs that need gradients save themselves and not every block's features.
     result = work.result or backend.differentiable(work.forward, work.backward, work.call, work.arrays)
     computed, lse, rest = result
-    returned, out = _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan, gradient=True)
+    returned, out = _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan)
 
-    def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    def pullback(grad_out: Array, grad_lse: Array | None = None, *, return_error: bool = False) -> Any:
         checked_output("grad_out", grad_out, tuple(out.shape), out, inputs, "output")
         if grad_lse is None:
             grad_lse = backend.xp.zeros_like(lse)
@@ -179,9 +179,10 @@ def tensor_attention_vjp(
             shape = tuple(lse.shape[:-1])
             grad_lse = checked_output("grad_lse", grad_lse, shape, lse, inputs, "output")[..., None]
         residuals = backend.residuals(work.forward, work.call, work.arrays, computed, rest)
-        grads = backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse))
-        m = inputs.views
-        return grads[0], tuple(grads[1 : m + 1]), tuple(grads[m + 1 :])
+        grads = _grouped(backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse)), inputs)
+        if not return_error:
+            return grads
+        return grads, _grouped(_gradient_bounds(work, inputs, computed, rest, grad_out, grad_lse), inputs)
 
     return returned, pullback
 
@@ -205,7 +206,6 @@ def _returned(
     return_lse: bool,
     return_error: bool,
     return_plan: bool,
-    gradient: bool = False,
 ) -> tuple[Any, Array]:
     """What the caller asked for, and the output."""
     computed, lse, rest = result
@@ -215,19 +215,44 @@ def _returned(
         asked.append(lse[..., 0])
     if return_error:
         if plan.series == "banded":
-            errors = [rest[..., 1], rest[..., 2]]
+            asked.append(rest[..., ERROR])
         else:
             like: Array = inputs.backend.values_of((lse,))[0]
-            stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
-            errors = [inputs.backend.xp.full_like(like[..., 0], e) for e in stated]
-        asked += errors if gradient else errors[:1]
+            asked.append(inputs.backend.xp.full_like(like[..., 0], plan.error if plan.certified else inf))
     if return_plan:
         asked.append(plan)
     return (tuple(asked) if len(asked) > 1 else out), out
 
 
+def _grouped(gradients: Sequence[Array], inputs: Inputs) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """(dquery, dkeys, dvalues)."""
+    m = inputs.views
+    return gradients[0], tuple(gradients[1 : m + 1]), tuple(gradients[m + 1 :])
+
+
+def _gradient_bounds(
+    work: _Work, inputs: Inputs, out: Array, rest: Array, grad_out: Array, grad_lse: Array
+) -> tuple[Array, ...]:
+    """Bounds of the errors of all gradients, in their shapes."""
+    backend, plan = inputs.backend, work.plan
+    arrays = backend.values_of(work.arrays)
+    out, rest, grad_out, grad_lse = backend.values_of((out, rest, grad_out, grad_lse))
+    if plan.series != "banded":
+        stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
+        call = StatedCall(plan.scale, stated, inputs.views)
+        return backend.run(_stated_bounds, call, (*arrays, grad_out))  # type: ignore[no-any-return]
+    hybrid_call = isinstance(work.call, hybrid.HybridCall)
+    banded_call = work.call.banded if hybrid_call else work.call
+    call = banded_call._replace(certify=True)
+    call = work.call._replace(banded=call) if hybrid_call else call
+    if not banded_call.certify:
+        rest = backend.run(work.forward, call, arrays)[2]
+    bounds = _hybrid_bounds if hybrid_call else _banded_bounds
+    return backend.run(bounds, call, (*arrays, out, rest, grad_out, grad_lse))  # type: ignore[no-any-return]
+
+
 def _prepare(
-    query: Array, keys: Any, values: Any, scale: Any, tol: Any, method: Any, plan: Any, key_masks: Any
+    query: Array, keys: Any, values: Any, scale: Any, tol: Any, method: Any, plan: Any, key_masks: Any, certify: bool
 ) -> tuple[Inputs, _Work]:
     """Inputs, checked, and what to compute for them."""
     if values is None:
@@ -238,18 +263,18 @@ def _prepare(
     number = checked_options(scale, inputs.dim, tol, method)
     if plan is not None:
         _check_plan(plan, inputs, number, method)
-        return inputs, _work(inputs, plan)
+        return inputs, _work(inputs, plan, certify)
     if inputs.traced and method != "exact":
         raise PlanError(
             "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound of your own, "
             "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
         )
     if inputs.traced:
-        return inputs, _work(inputs, plan_inputs(inputs, scale=number, tol=tol, method=method))
-    return inputs, _chosen(inputs, number, tol, method)
+        return inputs, _work(inputs, plan_inputs(inputs, scale=number, tol=tol, method=method), certify)
+    return inputs, _chosen(inputs, number, tol, method, certify)
 
 
-def _chosen(inputs: Inputs, scale: float, tol: float, method: str) -> _Work:
+def _chosen(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> _Work:
     """The cheapest way that meets `tol`, for values that can be read."""
     refused: PlanError | None = None
     try:
@@ -264,10 +289,11 @@ def _chosen(inputs: Inputs, scale: float, tol: float, method: str) -> _Work:
         if refused:
             raise refused
         return _work(inputs, plan)
-    work = _work(inputs, candidate)
+    work = _work(inputs, candidate, certify=True)
     values = inputs.backend.values_of(inputs.arrays)
     found = inputs.backend.run(work.forward, work.call, values)
-    row_errors: np.ndarray = inputs.backend.to_numpy(found[2][..., 1])
+    work = work._replace(call=work.call._replace(certify=certify))
+    row_errors: np.ndarray = inputs.backend.to_numpy(found[2][..., ERROR])
     over: np.ndarray = ~(row_errors <= tol)
     share = float(over.mean())
     name = f"degree {candidate.degree} in {candidate.bands} norm bands"
@@ -298,12 +324,14 @@ def _chosen(inputs: Inputs, scale: float, tol: float, method: str) -> _Work:
     backend = inputs.backend
     index = tuple(backend.indices(x[..., None], inputs.arrays[0]) for x in (chosen, place))
     reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
+    call = hybrid.HybridCall(work.call, exact.ExactCall(scale, inputs.views), *errors)
     return _Work(
         _hybrid_forward,
         _hybrid_backward,
-        hybrid.HybridCall(work.call, exact.ExactCall(scale, inputs.views), *errors),
+        call,
         (*inputs.arrays, *index),
         replace(candidate, reason=reason, recomputed=most / inputs.lengths[0]),
+        backend.run(_hybrid_forward, call, (*values, *index, *found)),
     )
 
 
@@ -343,13 +371,13 @@ def _check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
             )
 
 
-def _work(inputs: Inputs, plan: Plan) -> _Work:
+def _work(inputs: Inputs, plan: Plan, certify: bool = False) -> _Work:
     """Forward, backward and what they depend on, for a plan."""
     views = inputs.views
     if plan.method == "exact":
         return _Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
     if plan.series == "banded":
-        call = banded.BandedCall(plan.degree, plan.moment, plan.bands, plan.scale, views)
+        call = BandedCall(plan.degree, plan.moment, plan.bands, plan.scale, views, certify)
         return _Work(_banded_forward, _banded_backward, call, inputs.arrays, plan)
     low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
     return _Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
@@ -391,6 +419,22 @@ def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None])
 
 def _banded_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _backward(banded, call, backend, arrays)
+
+
+def _banded_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    q, keys, values, *_ = unpack(call.views, arrays)
+    limit = banded.leading_limit(call, backend, arrays)
+    return in_parts(banded_bounds, limit, (q, *keys, *values), call, backend, arrays)
+
+
+def _hybrid_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    q, keys, values, *_ = unpack(call.views, arrays)
+    limit = hybrid.leading_limit(call, backend, arrays)
+    return in_parts(hybrid.gradient_bounds, limit, (q, *keys, *values), call, backend, arrays)
+
+
+def _stated_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return stated_bounds(call, backend, arrays)
 
 
 def _hybrid_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

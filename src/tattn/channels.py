@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log2
 
-from .arrays import broadcast_leading, clean, shared_leading, sum_of
+from .arrays import broadcast_leading, clean, over_rows, shared_leading, sum_of
 from .backends import Array, Backend
 
 
 def channel_units(
     q: Array, keys: Sequence[Array], masks: Sequence[Array | None], scale: float, backend: Backend
 ) -> list[Array]:
+    """`units_of` the largest entries of query and keys."""
+    tops = [channel_sizes(x, m, backend)[0] for x, m in zip((q, *keys), (None, *masks), strict=True)]
+    return units_of(tops, (q, *keys), scale, backend)
+
+
+def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
     """Factors (..., 1, d) for query and keys whose product over the views is `scale` in every channel.
 
     They give all views the same largest entry in each channel, so that monomials neither overflow nor vanish.
@@ -19,7 +25,7 @@ def channel_units(
     do not depend on the factors, hence they count as constants in the adjoint.
     """
     xp = backend.xp
-    tops = shared_leading([_tops(x, m, backend) for x, m in zip((q, *keys), (None, *masks), strict=True)], backend)
+    tops = shared_leading(tops, backend)
     logs, zeros = [], []
     for view, top in enumerate(tops):
         zero = top == 0
@@ -36,18 +42,24 @@ def channel_units(
     units = [xp.pow(xp.full_like(p, 2.0), p) for p in powers]
     units[0] = units[0] * scale
     # A view has no more leading dimensions for it: those that it lacks are of length one.
-    return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, (q, *keys), strict=True)]
+    return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]
 
 
-def _tops(x: Array, mask: Array | None, backend: Backend) -> Array:
-    """The largest |entry| of every channel, (..., 1, d)."""
+def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array, Array]:
+    """The largest |entry| of every channel, and its root mean square over all rows, masked ones as 0: (..., 1, d) each."""
     xp = backend.xp
     dtype = backend.compute_dtype(x.dtype)
 
-    def body(top: Array, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
-        found = xp.max(xp.abs(backend.cast(clean(rows, mask, backend), dtype)), axis=-2, keepdims=True)
-        return xp.maximum(top, found), ()
+    def body(carry: tuple[Array, Array], rows: Array, mask: Array | None) -> tuple[tuple[Array, Array], tuple[()]]:
+        top, squares = carry
+        rows = backend.cast(clean(rows, mask, backend), dtype)
+        return (
+            xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)),
+            squares + over_rows(xp.sum, rows * rows, backend),
+        ), ()
 
-    start = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    top, _ = backend.scan_rows(body, start, (x, mask), 8192)
-    return top
+    zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
+    (top, squares), _ = backend.scan_rows(body, (zero, zero), (x, mask), 8192)
+    spread = xp.sqrt(squares * (1 / x.shape[-2]))
+    # Squares leave the dtype's range before the entries do; the largest entry then stands in.
+    return top, xp.where((spread > 0) & xp.isfinite(spread), spread, top)

@@ -13,12 +13,15 @@ from typing import NamedTuple
 from . import banded, exact
 from .arrays import broadcast_leading, gather_rows, sum_to_leading, unpack
 from .backends import Array, Backend
+from .bands import BandedCall
+from .certificate import ERROR
+from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
 
 
 class HybridCall(NamedTuple):
     """What the computation depends on besides arrays; hashable."""
 
-    banded: banded.BandedCall
+    banded: BandedCall
     exact: exact.ExactCall
     exact_error: float
     exact_grad_error: float
@@ -30,14 +33,20 @@ class HybridCall(NamedTuple):
 
 
 def forward(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), lse (..., n, 1), and (..., n, 4): normaliser, error, grad_error, lse of the chosen rows."""
+    """Output (..., n, dv), lse (..., n, 1), and (..., n, ·): the columns of `banded`, and lse once more.
+
+    Takes the result of `banded.forward` after the chosen rows, where that is known already.
+    """
     xp = backend.xp
-    q, keys, values, masks, (chosen, place) = unpack(call.views, arrays)
+    q, keys, values, masks, (chosen, place, *known) = unpack(call.views, arrays)
     plain = (q, *keys, *values, *masks)
-    out, lse, rest = banded.forward(call.banded, backend, plain)
+    out, lse, rest = known or banded.forward(call.banded, backend, plain)
     out_chosen, lse_chosen, _ = exact.forward(call.exact, backend, (gather_rows(q, chosen, backend), *plain[1:]))
     one = xp.ones_like(lse_chosen)
-    rest_chosen = xp.concat([one, call.exact_error * one, call.exact_grad_error * one], axis=-1)
+    columns = [one] * rest.shape[-1]
+    if len(columns) > 1:
+        columns[ERROR] = call.exact_error * one
+    rest_chosen = xp.concat(columns, axis=-1)
     out, lse, rest = (
         _placed(a, b, place, backend) for a, b in ((out_chosen, out), (lse_chosen, lse), (rest_chosen, rest))
     )
@@ -46,24 +55,46 @@ def forward(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) 
 
 def backward(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query, keys and values, each in its own shape and dtype."""
-    xp = backend.xp
-    q, keys, values, masks, (chosen, place, out, rest, grad_out, grad_lse) = unpack(call.views, arrays)
+    q, keys, values, masks, (chosen, place, *columns) = unpack(call.views, arrays)
     plain = (q, *keys, *values, *masks)
-    others = backend.cast(place >= chosen.shape[-2], grad_out.dtype)
-    through_banded = banded.backward(
-        call.banded,
-        backend,
-        (*plain, out, rest[..., :3], xp.where(others > 0, grad_out, 0.0), xp.where(others > 0, grad_lse, 0.0)),
-    )
-    columns = (gather_rows(x, chosen, backend) for x in (out, rest[..., 3:], grad_out, grad_lse))
-    dq_chosen, *through_exact = exact.backward(
-        call.exact, backend, (gather_rows(q, chosen, backend), *plain[1:], *columns)
-    )
+    through_banded = banded.backward(call.banded, backend, (*plain, *_others(chosen, place, columns, backend)))
+    out, rest, grad_out, grad_lse = columns
+    own = (gather_rows(x, chosen, backend) for x in (out, rest[..., -1:], grad_out, grad_lse))
+    dq_chosen, *through_exact = exact.backward(call.exact, backend, (gather_rows(q, chosen, backend), *plain[1:], *own))
+    return _added(q, dq_chosen, through_banded, through_exact, chosen, place, backend)
+
+
+def gradient_bounds(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Bounds of the errors of the gradients; takes what `backward` takes, certified."""
+    q, keys, values, masks, (chosen, place, *columns) = unpack(call.views, arrays)
+    plain = (q, *keys, *values, *masks)
+    through_banded = banded_bounds(call.banded, backend, (*plain, *_others(chosen, place, columns, backend)))
+    own = gather_rows(columns[2], chosen, backend)
+    stated = StatedCall(call.exact.scale, (call.exact_error, call.exact_grad_error), call.views)
+    dq_chosen, *through_exact = stated_bounds(stated, backend, (gather_rows(q, chosen, backend), *plain[1:], own))
+    return _added(q, dq_chosen, through_banded, through_exact, chosen, place, backend)
+
+
+def _others(chosen: Array, place: Array, columns: Sequence[Array], backend: Backend) -> tuple[Array, ...]:
+    """What the banded adjoint takes: no gradient comes from the chosen rows."""
+    out, rest, *gradients = columns
+    keep = place >= chosen.shape[-2]
+    return out, rest[..., :-1], *(backend.xp.where(keep, g, 0.0) for g in gradients)
+
+
+def _added(
+    q: Array,
+    dq_chosen: Array,
+    through_banded: Sequence[Array],
+    through_exact: Sequence[Array],
+    chosen: Array,
+    place: Array,
+    backend: Backend,
+) -> tuple[Array, ...]:
+    """Sums of what comes through both ways; the query's chosen rows (..., k, d) in their places."""
     leading = broadcast_leading(q, chosen)
-    spread = _placed(
-        dq_chosen, xp.zeros((*leading, *q.shape[-2:]), dtype=q.dtype, device=backend.device(q)), place, backend
-    )
-    dq = through_banded[0] + sum_to_leading(spread, q.shape[:-2], backend)
+    zeros = backend.xp.zeros((*leading, *q.shape[-2:]), dtype=dq_chosen.dtype, device=backend.device(q))
+    dq = through_banded[0] + sum_to_leading(_placed(dq_chosen, zeros, place, backend), q.shape[:-2], backend)
     return dq, *(a + b for a, b in zip(through_banded[1:], through_exact, strict=True))
 
 

@@ -19,7 +19,7 @@ compensation, so that rounding does not grow with the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log, prod
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
     units = channel_units(q, keys, masks, call.scale, backend)
     combined = weights(call, q, backend) * prod_of(_summaries(call, units, keys, values, masks, backend))
     leading = broadcast_leading(q, *keys, *values, *masks)
-    out, normaliser = read_out(q, units[0], combined, values[0].shape[-1], leading, call.degree, backend)
+    out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend)
     return out, log_normaliser(normaliser, keys, backend), normaliser
 
 
@@ -97,42 +97,66 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
 
 def summary(k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1], (..., r, dv + 1)."""
-    dim, value_dim = k.shape[-1], v.shape[-1]
+    dtype = backend.compute_dtype(k.dtype)
+    rows = rank(k.shape[-1], degree)
+
+    def products(phi: Array, v: Array, mask: Array | None) -> tuple[Array]:
+        return (row_products(phi, with_ones(v, mask, dtype, backend), backend),)
+
+    return summed_products(products, [(rows, v.shape[-1] + 1)], k, v, mask, unit, degree, backend)[0]
+
+
+def summed_products(
+    products: Callable[..., tuple[Array, ...]],
+    shapes: Sequence[tuple[int, int]],
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    unit: Array,
+    degree: int,
+    backend: Backend,
+) -> list[Array]:
+    """Sums over blocks of rows of ``products(Φ(k), v, mask)``, of these shapes, with compensation."""
     dtype = backend.compute_dtype(k.dtype)
     leading = broadcast_leading(k, v, mask)
 
-    def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
-        phi = features(_channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
-        return _add(carry, _summary(phi, _with_ones(v, mask, dtype, backend), backend)), ()
+    def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
+        phi = features(channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
+        return tuple(_add(c, p) for c, p in zip(carry, products(phi, v, mask), strict=True)), ()
 
-    start = _zero_sum((*leading, rank(dim, degree), value_dim + 1), dtype, k, backend)
-    block = _block(degree, dim, value_dim, dtype, leading, backend)
-    (total, _), _ = backend.scan_rows(body, start, (k, v, mask), block)
-    return total
+    start = tuple(_zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
+    block = block_of(degree, k.shape[-1], sum(columns for _, columns in shapes), dtype, leading, backend)
+    carry, _ = backend.scan_rows(body, start, (k, v, mask), block)
+    return [total for total, _ in carry]
 
 
 def read_out(
-    q: Array, unit: Array, combined: Array, value_dim: int, leading: tuple[int, ...], degree: int, backend: Backend
+    q: Array, unit: Array, combined: Array, leading: tuple[int, ...], degree: int, backend: Backend
 ) -> tuple[Array, Array]:
-    """Φ(q) C for C (..., r, dv + 1 + more): the output (..., n, dv), and all further columns, the normaliser first."""
+    """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     transposed = xp.matrix_transpose(combined)
 
     def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
-        numerator = _read(features(_channels(block, unit, dtype, backend), degree, backend), transposed, backend)
-        normaliser = numerator[..., value_dim : value_dim + 1, :]
-        # Where every pair is masked the normaliser is exactly 0; a negative one means that P was used beyond its
-        # range, and NaN says so.
-        inverse = xp.where(normaliser > 0, 1 / xp.where(normaliser == 0, 1.0, normaliser), xp.nan)
-        inverse = xp.where(normaliser == 0, 0.0, inverse)
-        out = xp.matrix_transpose(numerator[..., :value_dim, :] * inverse)
-        more = xp.matrix_transpose(numerator[..., value_dim:, :])
-        return None, (with_leading(out, leading, backend), with_leading(more, leading, backend))
+        numerator = read(features(channels(block, unit, dtype, backend), degree, backend), transposed, backend)
+        return None, divided(numerator, leading, backend)
 
-    block = _block(degree, q.shape[-1], combined.shape[-1], dtype, leading, backend)
-    _, (out, more) = backend.scan_rows(body, None, (q,), block)
-    return out, more
+    block = block_of(degree, q.shape[-1], combined.shape[-1], dtype, leading, backend)
+    _, (out, normaliser) = backend.scan_rows(body, None, (q,), block)
+    return out, normaliser
+
+
+def divided(numerator: Array, leading: tuple[int, ...], backend: Backend) -> tuple[Array, Array]:
+    """Output (..., rows, dv) and normaliser (..., rows, 1) from numerators (..., dv + 1, rows)."""
+    xp = backend.xp
+    normaliser = numerator[..., -1:, :]
+    # Where every pair is masked the normaliser is exactly 0; a negative one means that P was used beyond its
+    # range, and NaN says so.
+    inverse = xp.where(normaliser > 0, 1 / xp.where(normaliser == 0, 1.0, normaliser), xp.nan)
+    inverse = xp.where(normaliser == 0, 0.0, inverse)
+    out = xp.matrix_transpose(numerator[..., :-1, :] * inverse)
+    return with_leading(out, leading, backend), with_leading(xp.matrix_transpose(normaliser), leading, backend)
 
 
 def query_adjoint(
@@ -156,13 +180,13 @@ def query_adjoint(
         r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
         inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
         g_hat = xp.concat([g, -r], axis=-1) * inverse
-        phi = features(_channels(block, unit, dtype, backend), degree, backend)
+        phi = features(channels(block, unit, dtype, backend), degree, backend)
         dq = _pull_back(phi[..., :lower, :], wide, g_hat, backend) * unit
         dq = sum_to_leading(dq, q.shape[:-2], backend)
-        return _add(carry, _summary(phi, g_hat, backend)), (dq,)
+        return _add(carry, row_products(phi, g_hat, backend)), (dq,)
 
     start = _zero_sum((*leading, rank(dim, degree), combined.shape[-1]), dtype, q, backend)
-    block = _block(degree, dim, combined.shape[-1] * (1 + dim), dtype, leading, backend)
+    block = block_of(degree, dim, combined.shape[-1] * (1 + dim), dtype, leading, backend)
     (upstream, _), (dq,) = backend.scan_rows(body, start, (q, *columns), block)
     return upstream, dq
 
@@ -183,16 +207,16 @@ def key_adjoint(
 
     def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
         k_leading, v_leading = k.shape[:-2], v.shape[:-2]
-        z = _with_ones(v, mask, dtype, backend)
-        phi = features(_channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
+        z = with_ones(v, mask, dtype, backend)
+        phi = features(channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
         dk = _pull_back(phi[..., :lower, :], wide, z, backend) * unit
-        dv = xp.matrix_transpose(_read(phi, value_columns, backend))
+        dv = xp.matrix_transpose(read(phi, value_columns, backend))
         if mask is not None:
             dv = xp.where(mask, dv, 0.0)
         dk, dv = sum_to_leading(dk, k_leading, backend), sum_to_leading(dv, v_leading, backend)
         return None, (dk, dv)
 
-    block = _block(degree, dim, (value_dim + 1) * (1 + dim), dtype, leading, backend)
+    block = block_of(degree, dim, (value_dim + 1) * (1 + dim), dtype, leading, backend)
     _, (dk, dv) = backend.scan_rows(body, None, (k, v, mask), block)
     return dk, dv
 
@@ -245,18 +269,18 @@ def _summaries(
     ]
 
 
-def _block(degree: int, dim: int, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
+def block_of(degree: int, dim: int, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
     """Rows in a block: features and columns of one block fit in the workspace."""
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
     return int(block_rows((rank(dim, degree) + columns) * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
 
 
-def _channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:
+def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:
     """Rows (..., rows, d) times the units, channel-major (..., d, rows)."""
     return backend.xp.matrix_transpose(backend.cast(x, dtype) * unit)
 
 
-def _with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) -> Array:
+def with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) -> Array:
     """[v, 1], and 0 in masked rows: (..., rows, dv + 1)."""
     xp = backend.xp
     v = backend.cast(clean(v, mask, backend), dtype)
@@ -270,7 +294,7 @@ def _with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) ->
     return xp.concat([v, one], axis=-1)
 
 
-def _summary(phi: Array, z: Array, backend: Backend) -> Array:
+def row_products(phi: Array, z: Array, backend: Backend) -> Array:
     """Φᵀ z: (..., r, rows) and (..., rows, k) → (..., r, k)."""
     xp = backend.xp
     *leading, r, rows = phi.shape
@@ -284,7 +308,7 @@ def _summary(phi: Array, z: Array, backend: Backend) -> Array:
     return total if cut == rows else total + phi[..., cut:] @ z[..., cut:, :]
 
 
-def _read(phi: Array, transposed: Array, backend: Backend) -> Array:
+def read(phi: Array, transposed: Array, backend: Backend) -> Array:
     """Mᵀ Φ: (..., r, rows) and Mᵀ (..., k, r) → (..., k, rows)."""
     xp = backend.xp
     *leading, r, rows = phi.shape
@@ -325,7 +349,7 @@ def _pull_back(phi: Array, wide: Array, z: Array, backend: Backend) -> Array:
     """Σ_e z_e ∂/∂x (Mᵀ Φ(x))_e as one wide product: (..., r', rows), (..., d · k, r'), (..., rows, k) → (..., rows, d)."""
     xp = backend.xp
     k = z.shape[-1]
-    product = _read(phi, wide, backend)
+    product = read(phi, wide, backend)
     dim, rows = product.shape[-2] // k, product.shape[-1]
     split = xp.reshape(product, (*product.shape[:-2], dim, k, rows))
     summed = xp.sum(split * xp.matrix_transpose(z)[..., None, :, :], axis=-2)

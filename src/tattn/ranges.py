@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from math import inf, isfinite, isnan, log
 from typing import Any, NamedTuple
 
-from .arrays import clean, prod_of, shared_leading, sum_of, unpack
+from .arrays import clean, over_rows, prod_of, shared_leading, sum_of, unpack
 from .backends import Array, Backend
 
 BLOCK = 8192
@@ -113,14 +113,14 @@ def channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) ->
     def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
         top, squares, total, count = carry
         rows = backend.cast(clean(rows, mask, backend), dtype)
-        top = xp.maximum(top, xp.max(xp.abs(rows), axis=-2, keepdims=True))
+        top = xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend))
         present = (
             xp.ones((*rows.shape[:-1], 1), dtype=dtype, device=device) if mask is None else backend.cast(mask, dtype)
         )
         return (
             top,
-            squares + xp.sum(rows * rows, axis=-2, keepdims=True),
-            total + xp.sum(rows, axis=-2, keepdims=True),
+            squares + over_rows(xp.sum, rows * rows, backend),
+            total + over_rows(xp.sum, rows, backend),
             count + xp.sum(present, axis=-2, keepdims=True),
         ), ()
 

@@ -92,6 +92,10 @@ class Backend:
         wide = array if self.dtype_name(array.dtype) == "float64" else self.xp.astype(array, self.xp.float32)
         return np.from_dlpack(wide)
 
+    def records(self, arrays: Sequence[Array | None]) -> bool:
+        """Whether a gradient may be asked of what is computed from these arrays."""
+        return False
+
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         """The same arrays as values alone, without what records gradients."""
         return tuple(arrays)

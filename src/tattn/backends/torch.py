@@ -25,8 +25,7 @@ class TorchBackend(Backend):
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         tensors = [a for a in arrays if a is not None]
         # In-place writes would break the graph that autograd or the compiler records.
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        return _VARIANTS[not recorded and not self.is_traced(tensors), tensors[0].device.type != "cpu"]
+        return _VARIANTS[not self.records(tensors) and not self.is_traced(tensors), tensors[0].device.type != "cpu"]
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         return torch.compiler.is_compiling() or any(
@@ -41,6 +40,9 @@ class TorchBackend(Backend):
         if array.layout is not torch.strided:
             return f"a tensor of layout {array.layout}"
         return None
+
+    def records(self, arrays: Sequence[Array | None]) -> bool:
+        return torch.is_grad_enabled() and any(_needs_gradient(a) for a in arrays)
 
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         return tuple(None if a is None else a.detach() for a in arrays)

@@ -1,0 +1,209 @@
+"""The rows of every view sorted by norm into bands, and a polynomial for every tuple of bands.
+
+Rows are sorted by their Hölder norm, after channels have been rescaled so that all views have the same root mean
+square in each. A tuple of bands (I, J, K) has the range R_IJK = scale · m_I m_J m_K, m the largest norm of a band, and the
+polynomial of that range, P_IJK(x) = Σ_t c_t x^t with |e^x − P| ≤ κ x^t, from a table. Bands are slices of fixed size, and
+nothing depends on values read by the host.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import clean, gather_rows, prod_of
+from .backends import Array, Backend
+from .backends.base import memoized
+from .channels import channel_sizes, units_of
+from .exponential import DEFAULT_GRID, crowded_table
+from .monomials import multinomials
+from .ranges import BLOCK, balancing_units
+
+# Beyond the last range of the grid no polynomial is certified; its κ stands for that and keeps arithmetic finite.
+NO_BOUND = 1e30
+
+
+class BandedCall(NamedTuple):
+    """What the computation depends on besides arrays; hashable. `certify`: whether bounds come with the answer."""
+
+    degree: int
+    moment: int
+    bands: int
+    scale: float
+    views: int
+    certify: bool
+
+
+class View(NamedTuple):
+    """One view, sorted: the query has no values."""
+
+    rows: Array  # (..., n, d), by falling norm
+    values: Array | None
+    mask: Array | None
+    order: Array  # (..., n, 1): where each sorted row came from
+    unit: Array  # (..., 1, d): factors of the channels for monomials
+    tops: Array  # (..., 1, d): the largest |entry| of every channel
+    spread: Array  # (..., 1, d): its root mean square over all rows, masked ones counted as 0
+    norms: Array  # (..., bands): the largest of each band
+
+    def band(self, start: int, stop: int) -> tuple[Array, Array | None, Array | None]:
+        """Rows, values and mask of a band."""
+        cut = (Ellipsis, slice(start, stop), slice(None))
+        return (
+            self.rows[cut],
+            None if self.values is None else self.values[cut],
+            None if self.mask is None else self.mask[cut],
+        )
+
+
+@memoized
+def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of every band of n sorted rows: few in the first, where norms are largest and fall fastest."""
+    ends = [max(i, round(n * (i / bands) ** 3)) for i in range(bands + 1)]
+    return tuple(itertools.pairwise(ends))
+
+
+def sorted_views(
+    call: BandedCall,
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    masks: Sequence[Array | None],
+    backend: Backend,
+) -> list[View]:
+    """Query and keys with their values, sorted by norm."""
+    xp = backend.xp
+    given = [(q, None, None), *zip(keys, values, masks, strict=True)]
+    sizes = [channel_sizes(x, mask, backend) for x, _, mask in given]
+    units = units_of([top for top, _ in sizes], (q, *keys), call.scale, backend)
+    views = []
+    balances = balancing_units([spread for _, spread in sizes], backend)
+    for (x, v, mask), unit, balance, (top, spread) in zip(given, units, balances, sizes, strict=True):
+        balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
+        norm = _norms(x, mask, balance, call.views + 1, backend)
+        order = xp.argsort(-norm, axis=-2, stable=False)
+        starts = [start for start, _ in edges(x.shape[-2], call.bands)]
+        firsts = xp.concat([order[..., s : s + 1, :] for s in starts], axis=-2)
+        views.append(
+            View(
+                gather_rows(x, order, backend),
+                None if v is None else gather_rows(v, order, backend),
+                None if mask is None else gather_rows(mask, order, backend),
+                order,
+                unit,
+                top,
+                spread,
+                gather_rows(norm, firsts, backend)[..., 0],
+            )
+        )
+    return views
+
+
+def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:
+    """An upper bound, but for rounding, of the ℓ_p norm of every row: (..., n, d) → (..., n, 1)."""
+    xp = backend.xp
+    dtype, dim = backend.compute_dtype(x.dtype), x.shape[-1]
+    ones = xp.ones((dim, 1), dtype=dtype, device=backend.device(x))
+    # What powers lose by underflow.
+    lost = dim * float(xp.finfo(dtype).smallest_normal)
+
+    def body(_: None, rows: Array, mask: Array | None) -> tuple[None, tuple[Array]]:
+        size = xp.abs(backend.cast(clean(rows, mask, backend), dtype) * unit)
+        power = prod_of([size] * p)
+        # A product sums a few numbers faster than a sum does.
+        return None, ((power @ ones + lost) ** (1 / p),)
+
+    _, (norm,) = backend.scan_rows(body, None, (x, mask), BLOCK)
+    return norm
+
+
+class Series(NamedTuple):
+    """Coefficients, κ and the like for all tuples of bands: (..., bands of the query, of view 1, …, of view m, ·)."""
+
+    table: Array  # (..., B, …, B, g + 4): c_0 … c_g, κ, κ′² R^(t−2), K^t
+    ranges: Array  # (..., B, …, B)
+    dim: int
+
+    @classmethod
+    def of(cls, call: BandedCall, views: Sequence[View], like: Array, backend: Backend) -> Series:
+        """The polynomials for the norms of the views' bands."""
+        xp = backend.xp
+        dtype = backend.compute_dtype(like.dtype)
+        count = call.views + 1
+        factors = []
+        for axis, view in enumerate(views):
+            shape = (*view.norms.shape[:-1], *(call.bands if i == axis else 1 for i in range(count)))
+            factors.append(xp.reshape(view.norms, shape))
+        # Norms round; a range is raised by more than they can be off, and then to the next one of the grid.
+        slack = 2.0 * count * (like.shape[-1] + 16) * float(xp.finfo(dtype).eps)
+        reach = prod_of(factors) * (call.scale * (1 + slack))
+        steps = xp.log2(xp.where(reach > 0, reach, DEFAULT_GRID[0])) * 8 - 8 * np.log2(DEFAULT_GRID[0]).item()
+        index = xp.clip(xp.ceil(steps + 1e-3), 0.0, float(len(DEFAULT_GRID)))
+        index = xp.where(reach <= DEFAULT_GRID[-1], index, float(len(DEFAULT_GRID)))
+        flat = xp.reshape(backend.whole_numbers(index), (-1,))
+        table = backend.table(_grid_table, call.degree, call.moment, like=like, dtype=dtype)
+        chosen = xp.reshape(xp.take(table, flat, axis=0), (*index.shape, call.degree + 4))
+        return cls(chosen, reach, like.shape[-1])
+
+    def contract(self, call: BandedCall, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
+        """Coefficients w ∘ Σ c T_1 ∘ T_2 ∘ … over all bands of the other views, for one band of the view `target`: (..., r, k).
+
+        `tensors`: (..., B, r, k) of every other view, in the order of the views.
+        """
+        xp = backend.xp
+        coefficients = of_band(call, target, band, self.table)
+        parts = []
+        start = 0
+        for t, size in enumerate(level_sizes(self.dim, call.degree)):
+            part = [x[..., start : start + size, :] for x in tensors]
+            parts.append(multiply_out(coefficients[..., t], part, backend))
+            start += size
+        weights = backend.table(multinomials, self.dim, call.degree, like=tensors[0], dtype=tensors[0].dtype)
+        return xp.concat(parts, axis=-2) * weights[:, None]
+
+
+def of_band(call: BandedCall, target: int, band: int, array: Array) -> Array:
+    """One band of the view `target` of (..., B, …, B, k): (..., B, …, B, k) with one B less."""
+    after = call.views - target
+    return array[(Ellipsis, band, *(slice(None),) * after, slice(None))]
+
+
+def multiply_out(coefficients: Array, tensors: Sequence[Array], backend: Backend) -> Array:
+    """Σ_JK… c_JK… T_J ∘ T_K ∘ …: (..., B, …, B) and (..., B, r, k) each → (..., r, k)."""
+    xp = backend.xp
+    bands, rows, columns = tensors[0].shape[-3:]
+    flat = [xp.reshape(t, (*t.shape[:-2], rows * columns)) for t in tensors]
+    outer = len(tensors) - 1
+    lead = coefficients.shape[: coefficients.ndim - len(tensors)]
+    result = xp.reshape(coefficients, (*lead, bands**outer, bands)) @ flat[-1]
+    for t in reversed(flat[:-1]):
+        result = xp.reshape(result, (*result.shape[:-2], result.shape[-2] // bands, bands, rows * columns))
+        result = xp.sum(result * t[..., None, :, :], axis=-2)
+    return xp.reshape(result, (*result.shape[:-2], rows, columns))
+
+
+def level_sizes(dim: int, degree: int) -> tuple[int, ...]:
+    """Number of monomials of each degree."""
+    return tuple(comb(dim + t - 1, t) for t in range(degree + 1))
+
+
+@memoized
+def _grid_table(degree: int, moment: int) -> np.ndarray:
+    """Rows (c_0 … c_g, κ, κ′² R^(t−2), K^t) for the ranges R of the grid, and one more for all that is beyond.
+
+    K bounds |e^x − 1| / |x|.
+    """
+    bound = np.asarray(DEFAULT_GRID)
+    rows = np.asarray(crowded_table(degree, moment))
+    steep = rows[:, -1:] ** 2 * bound[:, None] ** (moment - 2)
+    growth = (np.expm1(bound)[:, None] / bound[:, None]) ** moment
+    rows = np.hstack([rows[:, :-1], steep, growth]) * (1 + 1e-12)
+    # What float32 cannot hold counts as beyond the grid.
+    rows[(rows[:, -3:] >= NO_BOUND).any(axis=1), -3:] = NO_BOUND
+    beyond = rows[-1].copy()
+    beyond[-3:] = NO_BOUND
+    return np.vstack([rows, beyond])
