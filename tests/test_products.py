@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import permutations
 from itertools import product as all_of
 from typing import Any
@@ -147,9 +148,6 @@ def test_vec_stacks_rows_and_tensor_undoes_matrix(on: Products, draw: Draw) -> N
     same(on.tensor(on.matrix(x), shape), x, 0)
     same(on.matrix(x, order=1), x[..., None], 0)
     same(on.tensor(x[..., None], shape[-1:]), x, 0)
-
-
-ELEMENTWISE = ["kronecker", "khatri_rao", "face_splitting", "third_mode"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -340,18 +338,35 @@ def test_kronecker_product_too_large_to_form(on: Products) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
 
 
-CALLS: dict[str, tuple[Callable[..., Any], list[Shape]]] = {
-    "kronecker": (products.kronecker, [(3, 2), (2, 4), (1, 2)]),
-    "khatri_rao": (products.khatri_rao, [(3, 2), (2, 4, 2)]),
-    "face_splitting": (products.face_splitting, [(3, 2), (2, 3, 4)]),
-    "third_mode": (products.third_mode, [(3, 2), (4, 2), (5, 2)]),
-    "multilinear": (products.multilinear, [(2, 2, 3, 4), (3, 2), (4, 3), (1, 4)]),
-    "vec": (products.vec, [(2, 3, 4)]),
-    "matrix": (products.matrix, [(2, 3, 4)]),
-    "tensor": (lambda a: products.tensor(a, (2, 2, 3)), [(4, 2, 6)]),
-    "khatri_rao_gram": (lambda *a: products.khatri_rao_gram(a[:2], a[2:]), [(3, 2), (4, 2), (3, 5), (2, 4, 5)]),
-    "apply_kronecker": (lambda *a: products.apply_kronecker(a[:2], a[2]), [(3, 2), (2, 4, 5), (10, 3)]),
-    "apply_kronecker to a vector": (lambda *a: products.apply_kronecker(a[:2], a[2]), [(3, 2), (4, 5), (10,)]),
+def entries(names: str) -> Callable[..., np.ndarray]:
+    return partial(np.einsum, names)
+
+
+# Each with the shapes of its arguments, and with what NumPy makes of them, the same entries in row-major order.
+CALLS: dict[str, tuple[Callable[..., Any], list[Shape], Callable[..., np.ndarray]]] = {
+    "kronecker": (products.kronecker, [(3, 2), (2, 4), (1, 2)], entries("ai,bj,ck->abcijk")),
+    "khatri_rao": (products.khatri_rao, [(3, 2), (2, 4, 2)], entries("ai,...bi->...abi")),
+    "face_splitting": (products.face_splitting, [(3, 2), (2, 3, 4)], entries("ai,...aj->...aij")),
+    "third_mode": (products.third_mode, [(3, 2), (4, 2), (5, 2)], entries("ai,bi,ci->abc")),
+    "multilinear": (products.multilinear, [(2, 2, 3, 4), (3, 2), (4, 3), (1, 4)], entries("...ijk,ai,bj,ck->...abc")),
+    "vec": (products.vec, [(2, 3, 4)], entries("...->...")),
+    "matrix": (products.matrix, [(2, 3, 4)], entries("...->...")),
+    "tensor": (lambda a: products.tensor(a, (2, 3, 2)), [(4, 2, 6)], entries("...->...")),
+    "khatri_rao_gram": (
+        lambda *a: products.khatri_rao_gram(a[:2], a[2:]),
+        [(3, 2), (4, 2), (3, 5), (2, 4, 5)],
+        entries("ai,bi,aj,...bj->...ij"),
+    ),
+    "apply_kronecker": (
+        lambda *a: products.apply_kronecker(a[:2], a[2]),
+        [(3, 2), (2, 4, 5), (10, 3)],
+        lambda a, b, x: np.kron(a, b) @ x,
+    ),
+    "apply_kronecker to a vector": (
+        lambda *a: products.apply_kronecker(a[:2], a[2]),
+        [(3, 2), (4, 5), (10,)],
+        lambda a, b, x: np.kron(a, b) @ x,
+    ),
 }
 calls = pytest.mark.parametrize("call", list(CALLS))
 
@@ -372,7 +387,7 @@ def test_dtype_and_device_of_the_arguments(library: Library, call: str, dtype: s
     assert library.is_array(got)
     assert got.dtype == given[0].dtype
     assert library.device(got) == library.device(given[0])
-    expected = CALLS[call][0](*(a.astype(np.float64) for a in arrays))
+    expected = CALLS[call][2](*(a.astype(np.float64) for a in arrays)).reshape(got.shape)
     np.testing.assert_allclose(
         library.numpy(got), expected, rtol={"float64": 1e-14, "float32": 1e-6, "float16": 6e-4}[dtype]
     )
