@@ -27,10 +27,9 @@ class Products:
 
     def __getattr__(self, name: str) -> Callable[..., np.ndarray]:
         def computed(*given: Any, **options: Any) -> np.ndarray:
-            shape = given[1] if name == "tensor" else None
-            arrays = [self.library.arrays(g) for g in (given if shape is None else given[:1])]
-            rest = () if shape is None else (shape,)
-            result = getattr(products, name)(*arrays, *rest, **options)
+            # Arrays come alone or in lists; the shape of `tensor` is a tuple.
+            arrays = [g if isinstance(g, tuple) else self.library.arrays(g) for g in given]
+            result = getattr(products, name)(*arrays, **options)
             first = arrays[0][0] if isinstance(arrays[0], list) else arrays[0]
             assert self.library.is_array(result)
             assert array_api_compat.array_namespace(result) is array_api_compat.array_namespace(first)
