@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_products import CALLS, arguments
 
 import tattn
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
+check_grads = pytest.importorskip("jax.test_util").check_grads
 
 PLANS = {
     "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
@@ -115,3 +117,16 @@ def test_bfloat16() -> None:
         exact = [np.asarray(a, np.float64) for a in narrow]
         truth = tattn.tensor_attention(exact[0], exact[1:3], exact[3:], method="exact")
         assert np.abs(np.asarray(out, np.float64) - truth).max() <= 2**-7 * np.abs(truth).max() + 1e-3
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+def test_products_differentiate_as_they_are(call: str) -> None:
+    jax.config.update("jax_enable_x64", True)
+    of = CALLS[call][0]
+    given = [jnp.asarray(a) for a in arguments(call)]
+    expected = of(*given)
+    same(jax.jit(of)(*given), expected)
+    check_grads(jax.jit(of), given, order=2, modes=["fwd", "rev"], rtol=1e-6, atol=1e-6)
+    mapped = jax.vmap(of)(*(jnp.stack([a, 2 * a]) for a in given))
+    same(mapped[0], expected)
+    same(mapped[1], of(*(2 * a for a in given)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_products import CALLS, arguments
 
 import tattn
 
@@ -223,3 +224,27 @@ def test_a_parameter_trains() -> None:
         losses.append(float(loss.detach()))
     assert all(math.isfinite(x) for x in losses)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+def test_products_differentiate_as_they_are(call: str) -> None:
+    of = CALLS[call][0]
+    tensors = [torch.tensor(a, requires_grad=True) for a in arguments(call)]
+    assert torch.autograd.gradcheck(of, tensors)
+    assert torch.autograd.gradgradcheck(of, tensors)
+    stacked = [torch.stack([a.detach(), 2 * a.detach()]) for a in tensors]
+    mapped = torch.func.vmap(of)(*stacked)
+    for i in range(2):
+        same(mapped[i], of(*(s[i] for s in stacked)))
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+def test_products_under_autocast_and_compile(call: str) -> None:
+    of = CALLS[call][0]
+    tensors = [torch.tensor(a, dtype=torch.float32) for a in arguments(call)]
+    expected = of(*tensors)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(of(*tensors), expected, rtol=1e-6, atol=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), expected, rtol=1e-6, atol=0)

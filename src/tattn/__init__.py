@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import products
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .estimation import measure_error
@@ -16,6 +17,7 @@ __all__ = [
     "measure_error",
     "plan",
     "plan_for",
+    "products",
     "tensor_attention",
     "tensor_attention_vjp",
 ]

@@ -138,7 +138,7 @@ def checked_finite(largest: Sequence[float], views: int) -> None:
 def checked_output(name: str, array: Any, shape: tuple[int, ...], like: Array, inputs: Inputs, of: str) -> Array:
     """An output or its gradient: the library, dtype and device of `like`, and the shape of the output."""
     _same_library(name, array, inputs.backend)
-    _floating(name, array, like, inputs.backend, like=of)
+    _floating(name, array, like, inputs.backend, like=f"the {of}")
     if tuple(array.shape) != shape:
         raise ValueError(f"{name} should have the shape of the output, {shape}, got {tuple(array.shape)}")
     return array
@@ -151,11 +151,71 @@ def checked_series(series: Any) -> str:
     return series
 
 
-def _sequence(name: str, given: Any) -> tuple[Any, ...]:
+def factors(name: str, matrices: Any) -> list[tuple[str, Any, int]]:
+    """The matrices of a list or tuple as (name, array, number of its own dimensions)."""
+    return [(f"{name}[{i}]", a, 2) for i, a in enumerate(_sequence(name, matrices, "factor"))]
+
+
+def checked_factors(named: Sequence[tuple[str, Any, int]]) -> Backend:
+    """Backend of the (name, array, number of its own dimensions) of a product; all further dimensions broadcast."""
+    like, first, _ = named[0]
+    backend = _backend(like, first)
+    for name, a, own in named:
+        _same_library(name, a, backend, like)
+        _floating(name, a, first, backend, like)
+        shape = tuple(a.shape)
+        if len(shape) < own:
+            dimensions = "dimension" if own == 1 else "dimensions"
+            raise ValueError(f"{name} should have at least {own} {dimensions}, got shape {shape}")
+        _not_empty(name, shape)
+    _together([(name, tuple(a.shape[: a.ndim - own])) for name, a, own in named])
+    return backend
+
+
+def checked_length(name: str, array: Any, axis: int, length: int, of: str) -> None:
+    """ValueError unless the array has so many rows (axis −2) or columns (axis −1), as many as `of` says."""
+    if array.shape[axis] != length:
+        what = "columns" if axis == -1 else "rows"
+        raise ValueError(f"{name} should have {length} {what}, as many as {of}, got shape {tuple(array.shape)}")
+
+
+def checked_alike(matrices: Any, axis: int) -> Backend:
+    """Backend of matrices with the same number of rows (axis −2) or columns (axis −1)."""
+    named = factors("matrices", matrices)
+    backend = checked_factors(named)
+    for name, a, _ in named:
+        checked_length(name, a, axis, matrices[0].shape[axis], "matrices[0]")
+    return backend
+
+
+def checked_pairs(left: Any, right: Any) -> Backend:
+    """Backend of two lists of matrices: as many, the rows alike in each pair, the columns alike in each list."""
+    named = factors("left", left), factors("right", right)
+    if len(left) != len(right):
+        raise ValueError(f"left and right should be as many, got {len(left)} left and {len(right)} right")
+    backend = checked_factors([*named[0], *named[1]])
+    for side in named:
+        for name, a, _ in side:
+            checked_length(name, a, -1, side[0][1].shape[-1], side[0][0])
+    for (name, a, _), (other, b, _) in zip(*named, strict=True):
+        checked_length(other, b, -2, a.shape[-2], name)
+    return backend
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """A shape of at least one dimension, none of length 0."""
+    if not isinstance(shape, (list, tuple)):
+        raise TypeError(f"shape should be a list or tuple of whole numbers, got {type(shape).__name__}")
+    if not shape:
+        raise ValueError("shape should hold at least one whole number, got none")
+    return tuple(whole(f"shape[{i}]", size, 1) for i, size in enumerate(shape))
+
+
+def _sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ...]:
     if not isinstance(given, (list, tuple)):
-        hint = "; a single view goes in a tuple of one" if hasattr(given, "shape") else ""
+        hint = f"; a single {each} goes in a tuple of one" if hasattr(given, "shape") else ""
         raise TypeError(
-            f"{name} should be a list or tuple of arrays, one for each view, got {type(given).__name__}{hint}"
+            f"{name} should be a list or tuple of arrays, one for each {each}, got {type(given).__name__}{hint}"
         )
     if not given:
         raise ValueError(f"{name} should hold at least one array, got none")
@@ -175,33 +235,37 @@ def _backend(name: str, array: Any) -> Backend:
     return backend
 
 
-def _same_library(name: str, array: Any, backend: Backend) -> None:
+def _same_library(name: str, array: Any, backend: Backend, like: str = "query") -> None:
     other = _backend(name, array)
     if other is not backend:
-        raise TypeError(f"{name} should be an array of {backend.name}, like query, got one of {other.name}")
+        raise TypeError(f"{name} should be an array of {backend.name}, like {like}, got one of {other.name}")
 
 
-def _floating(name: str, array: Any, query: Any, backend: Backend, like: str = "query") -> None:
+def _floating(name: str, array: Any, query: Any, backend: Backend, like: str = "the query") -> None:
     dtype = backend.dtype_name(array.dtype)
     if dtype not in _FLOATS:
         raise TypeError(f"{name} should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
     if array.dtype != query.dtype:
-        raise TypeError(f"{name} should have the {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
-    _device(name, array, query, backend)
+        raise TypeError(f"{name} should have {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
+    _device(name, array, query, backend, like)
 
 
-def _device(name: str, array: Any, query: Any, backend: Backend) -> None:
+def _device(name: str, array: Any, query: Any, backend: Backend, like: str = "the query") -> None:
     if backend.is_traced([array, query]):
         return
     device, expected = backend.device(array), backend.device(query)
     if device != expected:
-        raise ValueError(f"{name} should be on the query's device {expected}, got {device}")
+        raise ValueError(f"{name} should be on {like}'s device {expected}, got {device}")
 
 
 def _shape(name: str, array: Any) -> None:
     shape = tuple(array.shape)
     if len(shape) < 2:
         raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
+    _not_empty(name, shape)
+
+
+def _not_empty(name: str, shape: tuple[int, ...]) -> None:
     if 0 in shape:
         raise ValueError(f"{name} should have no dimension of length 0, got shape {shape}")
 
@@ -221,9 +285,13 @@ def _mask(name: str, mask: Any, key_name: str, key: Any, query: Any, backend: Ba
 
 def _leading(named: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
     """Leading dimensions of all arrays together; the error names the one that does not broadcast."""
+    return _together([(name, tuple(a.shape[:-2])) for name, a in named])
+
+
+def _together(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+    """The shapes broadcast; the error names the first that does not."""
     leading: tuple[int, ...] = ()
-    for name, a in named:
-        own = tuple(a.shape[:-2])
+    for name, own in named:
         try:
             leading = np.broadcast_shapes(leading, own)
         except ValueError:
