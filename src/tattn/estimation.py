@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import exact
+from . import banded, exact
 from .backends import Array, Backend
+from .backends.numpy import BACKEND as numpy_backend
+from .bands import BandedCall
+from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
 from .exponential import minimax
 from .ranges import RangeCall, ranges
@@ -128,6 +131,27 @@ def measure_error(
         # Which argument is to blame is worth a look only now.
         checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
     return largest, mean
+
+
+def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> list[np.ndarray]:
+    """Bounds of some rows, (problems, rows) for each call, as if sampled rows were all there are."""
+    m = inputs.views
+    rng = np.random.default_rng(0)
+    total = int(np.prod(inputs.leading, dtype=np.int64))
+    problems = rng.permutation(total)[:4]
+    arrays: list[Any] = []
+    rows = []
+    for n in inputs.lengths:
+        # A sixteenth of all rows at most, unless there are few.
+        size = max(256, min(2048, n * total // (16 * len(problems))))
+        rows.append(np.sort(rng.permutation(n)[:size]))
+    for i, array in enumerate(inputs.arrays):
+        if array is None:
+            arrays.append(None)
+            continue
+        taken = _rows_of(array, rows[0 if i == 0 else 1 + (i - 1) % m], problems, inputs=inputs, backend=inputs.backend)
+        arrays.append(taken > 0 if i > 2 * m else taken if inputs.dtype == "float64" else taken.astype(np.float32))
+    return [numpy_backend.run(banded.forward, call, arrays)[2][..., ERROR] for call in calls]
 
 
 def _sampled_scores(inputs: Inputs, scale: float) -> tuple[np.ndarray, np.ndarray]:

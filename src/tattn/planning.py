@@ -308,23 +308,13 @@ def measured(inputs: Inputs, scale: float) -> Ranges:
     return ranges(RangeCall(scale, inputs.views), inputs.backend, inputs.backend.values_of(inputs.arrays))
 
 
-def banded_candidate(inputs: Inputs, scale: float, instead_of: Plan | None) -> Plan | None:
-    """The banded plan to try: the highest degree up to 4 at an eighth of the exact method's operations, if any.
-
-    Without a plan to compare with, the highest degree up to 4 that can be afforded.
-    """
+def banded_candidates(inputs: Inputs, scale: float) -> list[Plan]:
+    """Banded plans to try, the cheapest first."""
     shape, bands = _shape_of(inputs), 8
     if min(shape.lengths) < 2 * bands:
-        return None
-    exact = shape.exact_cost()[0]
-    for degree in (4, 3, 2):
-        rank = rank_of(shape.dim, degree)
-        # Combining bands costs this much whatever the rows.
-        combining = 2.0 * bands ** (shape.views + 1) * rank * (shape.value_dim + 3) * shape.leading
-        cheap = instead_of is None or shape.polynomial_cost(rank)[0] + combining <= exact / 8
-        if rank <= _BANDED_RANK and cheap:
-            return _banded(shape, scale, degree, bands, 2)
-    return None
+        return []
+    tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
+    return [_banded(shape, scale, g, bands, t) for g, t in tried if rank_of(shape.dim, g) <= _BANDED_RANK]
 
 
 def _asked_banded(
@@ -348,11 +338,13 @@ def _banded(shape: _Shape, scale: float, degree: int, bands: int, moment: int) -
     if moment > degree:
         raise ValueError(f"moment should be at most the degree {degree}, got {moment}: moments are sums of monomials")
     _check_rank(shape, degree)
+    rank = rank_of(shape.dim, degree)
     made = _plan(
         shape, scale, "polynomial", "banded", "answer", inf, -inf, inf, inf, "banded was asked for",
-        (0.0,) * (degree + 1), rank_of(shape.dim, degree),
+        (0.0,) * (degree + 1), rank,
     )  # fmt: skip
-    return replace(made, coefficients=(), certified=True, bands=bands, moment=moment)
+    flops = made.flops_polynomial + shape.banding_cost(rank, rank_of(shape.dim, moment), bands)
+    return replace(made, coefficients=(), certified=True, bands=bands, moment=moment, flops_polynomial=flops)
 
 
 def _shape_of(inputs: Inputs) -> _Shape:
@@ -377,6 +369,12 @@ class _Shape:
         one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
         memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
         return flops, memory
+
+    def banding_cost(self, rank: int, moments: int, bands: int) -> float:
+        """Operations that bands and their certificate add: combined summaries, columns of moments, sorted rows."""
+        rows = sum(self.lengths) * self.leading
+        combined = 2.0 * float(bands) ** (self.views + 1) * rank * (self.value_dim + 1) * self.leading
+        return combined + rows * (2.0 * moments * (self.value_dim + 3) + 32 * (self.dim + self.value_dim))
 
     def exact_cost(self) -> tuple[float, float]:
         """Operations and bytes of the exact method; an exponential counts as 16."""

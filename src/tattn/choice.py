@@ -1,0 +1,268 @@
+"""What to compute for a call: the method of its plan, or the cheapest one that meets `tol`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import banded, exact, hybrid, lowrank
+from .arrays import in_parts, unpack
+from .backends import Array, Backend
+from .bands import BandedCall
+from .certificate import ERROR
+from .checks import Inputs, PlanError, checked_finite
+from .estimation import sampled_errors
+from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
+from .planning import Plan, banded_candidates, measured, plan_inputs
+from .rounding import exact_errors
+
+# Rows that "auto" recomputes exactly before it takes the exact method for all.
+MOST_RECOMPUTED = 0.05
+
+
+class Work(NamedTuple):
+    """What to compute, and its result where finding out has computed it already."""
+
+    forward: Callable[..., tuple[Array, Array, Array]]
+    backward: Callable[..., tuple[Array, ...]]
+    call: Any
+    arrays: tuple[Array | None, ...]
+    plan: Plan
+    result: tuple[Array, Array, Array] | None = None
+
+
+def chosen_work(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
+    """The cheapest way that meets `tol`, for values that can be read."""
+    refused: PlanError | None = None
+    plan: Plan | None = None
+    try:
+        plan = plan_inputs(inputs, scale=scale, tol=tol, method=method)
+    except PlanError as cannot:
+        refused = cannot
+    if method == "exact" and plan:
+        return work_of(inputs, plan)
+    candidate = _banded_candidate(inputs, scale, tol, plan)
+    if candidate is None:
+        if plan is None:
+            raise refused  # type: ignore[misc]
+        return work_of(inputs, plan)
+    backend = inputs.backend
+    work = work_of(inputs, candidate, certify=True)
+    values = backend.values_of(inputs.arrays)
+    found = backend.run(work.forward, work.call, values)
+    if backend.records(inputs.arrays):
+        work = work._replace(call=work.call._replace(certify=certify))
+    row_errors: np.ndarray = backend.to_numpy(found[2][..., ERROR])
+    over: np.ndarray = ~(row_errors <= tol)
+    share = float(over.mean())
+    name = f"degree {candidate.degree} in {candidate.bands} norm bands"
+    if share == 0:
+        reason = f"{name} is certified to {row_errors.max():.2g} by the bound returned with the answer"
+        return work._replace(plan=replace(candidate, reason=reason), result=found)
+    most = int(over.sum(axis=-1).max())
+    # A polynomial that was certified beforehand may cost less than the rows that would have to be recomputed.
+    recomputed = most / inputs.lengths[0]
+    cheaper = plan is None or candidate.flops_polynomial + recomputed * plan.flops_exact < _flops(plan)
+    if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
+        reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
+        return _hybrid_work(inputs, work, replace(candidate, reason=reason), row_errors, most, values, found)
+    if plan is None:
+        quantiles = ", ".join(
+            f"{q:.0%}: {np.quantile(row_errors, q, method='higher'):.2g}" for q in (0.5, 0.9, 0.99, 1.0)
+        )
+        raise PlanError(
+            f"{refused}; and {name} leaves {share:.2%} of the rows above tol (bounds of the rows by share: {quantiles})"
+        )
+    return work_of(inputs, replace(plan, reason=f"{plan.reason}; {name} would leave {share:.1%} of the rows above tol"))
+
+
+def _flops(plan: Plan) -> float:
+    return plan.flops_exact if plan.method == "exact" else plan.flops_polynomial
+
+
+def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan | None) -> Plan | None:
+    """The banded plan that is cheapest with the rows it leaves, on samples; None if none is worth a trial."""
+    least = _flops(instead_of) if instead_of else inf
+    best = None
+    candidates = [c for c in banded_candidates(inputs, scale) if c.flops_polynomial <= least / 2]
+    errors = sampled_errors(inputs, [_banded_call(c, certify=True) for c in candidates])
+    for candidate, found in zip(candidates, errors, strict=True):
+        over = float((~(found <= tol)).mean())
+        cost = candidate.flops_polynomial + over * candidate.flops_exact
+        if instead_of is None:
+            # What is refused otherwise is tried at any cost, the tightest first.
+            cost = over
+        elif over > MOST_RECOMPUTED:
+            continue
+        if cost < least:
+            best, least = candidate, cost
+    return best
+
+
+def _hybrid_work(
+    inputs: Inputs,
+    work: Work,
+    plan: Plan,
+    row_errors: np.ndarray,
+    most: int,
+    values: tuple[Array | None, ...],
+    found: tuple[Array, Array, Array],
+) -> Work:
+    """The banded polynomial with the `most` worst rows of every problem recomputed."""
+    backend = inputs.backend
+    errors = exact_errors(
+        measured(inputs, plan.scale).bound, dim=inputs.dim, views=inputs.views, value_dim=inputs.value_dim,
+        lengths=sum(inputs.lengths), dtype=inputs.dtype,
+    )  # fmt: skip
+    # The worst rows of every problem, as many as the problem with most of them needs.
+    chosen = np.argsort(-row_errors, axis=-1, kind="stable")[..., :most]
+    place = most + np.broadcast_to(np.arange(row_errors.shape[-1]), row_errors.shape).copy()
+    np.put_along_axis(place, chosen, np.broadcast_to(np.arange(most), chosen.shape), axis=-1)
+    index = tuple(backend.indices(x[..., None], inputs.arrays[0]) for x in (chosen, place))
+    call = hybrid.HybridCall(work.call, exact.ExactCall(plan.scale, inputs.views), *errors)
+    return Work(
+        _hybrid_forward,
+        _hybrid_backward,
+        call,
+        (*inputs.arrays, *index),
+        replace(plan, recomputed=most / inputs.lengths[0]),
+        backend.run(_hybrid_forward, call, (*values, *index, *found)),
+    )
+
+
+def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
+    """PlanError if the plan was made for another kind of call, or for smaller scores."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
+    asked = {"dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale}
+    for name, value in asked.items():
+        if getattr(plan, name) != value:
+            raise PlanError(f"plan was made for {name} {getattr(plan, name)}, the call has {name} {value}")
+    if method not in ("auto", plan.method):
+        raise PlanError(f"plan has method {plan.method!r}, the call asks for method {method!r}")
+    if plan.source in ("promise", "answer"):
+        if plan.bands > min(inputs.lengths):
+            raise PlanError(f"plan has {plan.bands} bands, more than the {min(inputs.lengths)} rows of a view")
+        return
+    if inputs.traced:
+        if plan.method == "exact":
+            return
+        raise PlanError(
+            f"plan rests on the range of other data, which a traced call cannot check: make it a promise of your own, "
+            f"tattn.plan(query, keys, bound={plan.bound:.4g})"
+        )
+    found = measured(inputs, scale)
+    checked_finite(found.largest, inputs.views)
+    if plan.source == "data":
+        if found.bound > plan.bound:
+            raise PlanError(
+                f"plan serves scores up to {plan.bound:.4g}, the data's may reach {found.bound:.4g}: "
+                "make a plan for this data, or one with a larger bound"
+            )
+        if found.lowest_mean < plan.lowest_mean:
+            raise PlanError(
+                f"plan's rounding counts on mean scores of at least {plan.lowest_mean:.4g}, the data's reach down to "
+                f"{found.lowest_mean:.4g}: make a plan for this data"
+            )
+
+
+def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
+    """Forward, backward and what they depend on, for a plan."""
+    views = inputs.views
+    if plan.method == "exact":
+        return Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
+    if plan.series == "banded":
+        return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
+    low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    return Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
+
+
+def _banded_call(plan: Plan, certify: bool) -> BandedCall:
+    return BandedCall(plan.degree, plan.moment, plan.bands, plan.scale, plan.order - 1, certify)
+
+
+def gradient_bounds(
+    work: Work, inputs: Inputs, out: Array, rest: Array, grad_out: Array, grad_lse: Array
+) -> tuple[Array, ...]:
+    """Bounds of the errors of all gradients, in their shapes."""
+    backend, plan = inputs.backend, work.plan
+    arrays = backend.values_of(work.arrays)
+    out, rest, grad_out, grad_lse = backend.values_of((out, rest, grad_out, grad_lse))
+    if plan.series != "banded":
+        stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
+        call = StatedCall(plan.scale, stated, inputs.views)
+        return backend.run(_stated_bounds, call, (*arrays, grad_out))  # type: ignore[no-any-return]
+    recomputes = isinstance(work.call, hybrid.HybridCall)
+    banded_call = work.call.banded if recomputes else work.call
+    call = banded_call._replace(certify=True)
+    call = work.call._replace(banded=call) if recomputes else call
+    if not banded_call.certify:
+        rest = backend.run(work.forward, call, arrays)[2]
+    bounds = _hybrid_bounds if recomputes else _banded_bounds
+    return backend.run(bounds, call, (*arrays, out, rest, grad_out, grad_lse))  # type: ignore[no-any-return]
+
+
+def _forward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    limit = module.leading_limit(call, backend, arrays)
+    return in_parts(module.forward, limit, (None, None, None), call, backend, arrays)
+
+
+def _backward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    q, keys, values, *_ = unpack(call.views, arrays)
+    limit = module.leading_limit(call, backend, arrays)
+    grads = in_parts(module.backward, limit, (q, *keys, *values), call, backend, arrays)
+    # Narrow dtypes only now: sums over problems that share a view are over.
+    return tuple(backend.cast(g, q.dtype) for g in grads)
+
+
+# Named functions, since backends cache what they compile by function.
+def _exact_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(exact, call, backend, arrays)
+
+
+def _exact_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(exact, call, backend, arrays)
+
+
+def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(lowrank, call, backend, arrays)
+
+
+def _lowrank_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(lowrank, call, backend, arrays)
+
+
+def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(banded, call, backend, arrays)
+
+
+def _banded_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(banded, call, backend, arrays)
+
+
+def _banded_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    q, keys, values, *_ = unpack(call.views, arrays)
+    limit = banded.leading_limit(call, backend, arrays)
+    return in_parts(banded_bounds, limit, (q, *keys, *values), call, backend, arrays)
+
+
+def _hybrid_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    q, keys, values, *_ = unpack(call.views, arrays)
+    limit = hybrid.leading_limit(call, backend, arrays)
+    return in_parts(hybrid.gradient_bounds, limit, (q, *keys, *values), call, backend, arrays)
+
+
+def _stated_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return stated_bounds(call, backend, arrays)
+
+
+def _hybrid_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(hybrid, call, backend, arrays)
+
+
+def _hybrid_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(hybrid, call, backend, arrays)
