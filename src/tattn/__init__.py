@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .estimation import measure_error
@@ -18,4 +19,5 @@ __all__ = [
     "plan_for",
     "tensor_attention",
     "tensor_attention_vjp",
+    "training",
 ]
