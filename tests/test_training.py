@@ -18,6 +18,7 @@ from tattn import algorithm1
 from tattn.backends import backend_of
 from tattn.channels import channel_units
 from tattn.exponential import minimax
+from tattn.gradient_errors import SizesCall, gradient_error, sizes
 from tattn.lowrank import LowRankCall, weights
 from tattn.training import (
     TrainingProblem,
@@ -62,8 +63,8 @@ def problem_of(library: Any, matrices: Matrices) -> TrainingProblem:
 
 
 def few(library: Any, many: int, some: int) -> int:
-    """Draws: JAX compiles each shape."""
-    return some if library.name.startswith("jax") else many
+    """Draws: JAX compiles each shape, and array-api-strict checks each step."""
+    return {"jax": some, "jax-cuda": some, "strict": many // 4}.get(library.name, many)
 
 
 # The steps of Algorithm 1 against their dense counterparts.
@@ -244,9 +245,8 @@ def corners(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def aligned(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Rows alike but for their sign: every score is ±R."""
-    return np.broadcast_to(rng.choice([-1.0, 1.0], shape[:-2] + (1, shape[-1])), shape) * rng.choice(
-        [-1.0, 1.0], shape[:-1] + (1,)
-    )
+    one = rng.choice([-1.0, 1.0], (*shape[:-2], 1, shape[-1]))
+    return one * rng.choice([-1.0, 1.0], (*shape[:-1], 1))
 
 
 def heavy(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -262,7 +262,7 @@ def test_no_gradient_is_further_off_than_promised(
     library: Any, kind: str, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
-    for seed in range(few(library, 60, 2)):
+    for seed in range(few(library, 60, 1)):
         rng = np.random.default_rng([seed, len(kind)])
         dim, value_dim = (int(x) for x in rng.integers(1, 4, 2))
         lengths = tuple(int(n) for n in rng.integers(1, 14, 3))
@@ -275,7 +275,7 @@ def test_no_gradient_is_further_off_than_promised(
         )  # fmt: skip
         upstream = rng.normal(size=(lengths[0], value_dim)).astype(dtype) if seed % 2 else None
         truth = steps(m, upstream=upstream, precision=np.float64 if dtype == "float32" else np.longdouble).gradient
-        eps = float(10.0 ** rng.uniform(-2, 2) if dtype == "float32" else 10.0 ** rng.uniform(-10, 0))
+        eps = float(10.0 ** rng.uniform(-2, 1) if dtype == "float32" else 10.0 ** rng.uniform(-10, 0))
         problem, given = problem_of(library, m), None if upstream is None else library.array(upstream)
         for method in ("auto", "polynomial", "exact"):
             try:
@@ -301,6 +301,30 @@ def test_no_gradient_is_further_off_than_promised(
             f"\n  {library.name}, {kind}, {dtype}, {len(found)} by polynomial: bound/error {1 / np.median(ratio):.3g} at the "
             f"median, at least {1 / ratio.max():.3g}; bound/eps {np.median(used):.3g} at the median"
         )
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+def test_bound_holds_for_the_worst_polynomial(upstream: bool) -> None:
+    """exp times 1 ± δ, signs by what they do to one entry of the gradient: the derivation, without the luck of a polynomial."""
+    ratios = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        n, n2, n3 = (int(x) for x in rng.integers(1, 5, 3))
+        m = draw(seed, lengths=(n, n2, n3), widths=(1,) * 5, dim=1, value_dim=int(rng.integers(1, 3)), entries=corners)
+        m["e"] = m["e"] * rng.choice([0.0, 1.0, 10.0])
+        g = rng.normal(size=m["e"].shape) if upstream else None
+        delta, exact = float(rng.choice([0.01, 0.3, 0.8])), steps(m, upstream=g)
+        slope = (exact.w - exact.r[:, None, None]) * np.einsum("il,jx,ky->ijk", m["a1"], m["a2"], m["a3"])
+        off = []
+        for signs in (np.sign(slope), -np.sign(slope), rng.choice([-1.0, 1.0], slope.shape)):
+            factor = 1 + delta * signs
+            moved = steps(m, upstream=g, function=lambda x, factor=factor: np.exp(x) * factor)
+            off.append(np.abs(moved.gradient - exact.gradient).max())
+        products = [m[left] @ m[right] for left, right in zip(NAMES[:5], NAMES[6:], strict=True)]
+        arrays = (*products, *(m[name] for name in NAMES if name != "e"), m["e"] if g is None else g)
+        found = sizes(SizesCall(1.0, upstream, 2.0**-53), backend_of(m["a1"]), arrays)
+        ratios.append(max(off) / gradient_error(found, delta, 0.0))
+    assert (0.3 if upstream else 0.1) < max(ratios) <= 1
 
 
 def test_bound_holds_for_roundings_of_products_that_cancel(library: Any) -> None:
@@ -482,7 +506,9 @@ def test_products_that_overflow_are_named() -> None:
         loss_gradient(TrainingProblem(**m), eps=1e-3)
 
 
-@pytest.mark.parametrize(("eps", "error"), [(0, ValueError), (-1e-3, ValueError), (np.nan, ValueError), ("a", TypeError)])
+@pytest.mark.parametrize(
+    ("eps", "error"), [(0, ValueError), (-1e-3, ValueError), (np.nan, ValueError), ("a", TypeError)]
+)
 def test_eps_must_be_positive(eps: Any, error: type) -> None:
     for function in (loss_gradient, loss_gradient_factors):
         with pytest.raises(error, match=r"^eps should be"):
@@ -509,9 +535,9 @@ def test_an_eps_beyond_the_dtype_is_refused_with_what_it_reaches() -> None:
 
 
 def test_entries_beyond_any_degree_are_refused_with_what_was_found() -> None:
-    m = draw(size=40.0)
+    m = draw(size=10.0)
     largest = np.abs(m["a1"] @ m["x1"]).max()
-    message = rf"entries of a. @ x. are up to B=.* R=.* no degree up to 40 .*method='exact' \(.* operations\)"
+    message = r"entries of a. @ x. are up to B=.* R=.* no degree up to 40 .*method='exact' \(.* operations\)"
     with pytest.raises(tattn.PlanError, match=message) as caught:
         loss_gradient(TrainingProblem(**m), eps=1e-3, method="polynomial")
     assert float(re.search(r"B=([\d.e+]+)", str(caught.value))[1]) >= 0.99 * largest
@@ -526,9 +552,9 @@ def test_entries_beyond_any_degree_are_refused_with_what_was_found() -> None:
 
 
 def test_auto_takes_the_cheaper_method() -> None:
-    small, large = draw(size=0.3, lengths=(4, 4, 4)), draw(size=0.3, lengths=(300, 300, 300))
+    small, large = draw(lengths=(3, 3, 3)), draw(lengths=(300, 300, 300))
     for matrices, method in ((small, "exact"), (large, "polynomial")):
-        plan = loss_gradient(TrainingProblem(**matrices), eps=1e-3).plan
+        plan = loss_gradient(TrainingProblem(**matrices), eps=1e-4).plan
         assert plan.method == method
         assert (plan.flops_polynomial < plan.flops_exact) == (method == "polynomial")
 

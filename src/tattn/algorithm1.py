@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from math import exp, inf, prod, sqrt
 from typing import NamedTuple
 
-from .arrays import broadcast_leading, in_parts
+from .arrays import broadcast_leading, in_parts, with_leading
 from .backends import Array, Backend
 from .backends.base import block_rows
 from .channels import channel_units
@@ -66,7 +66,8 @@ def query_columns(c: Array, o: Array, backend: Backend) -> Array:
     Beside [u, 1] and [v, 1] for the keys: w̃ = c̃ (u ⊘ v)ᵀ, and −r̃ stands with the ones.
     """
     xp = backend.xp
-    return xp.concat([c, -xp.sum(c * o, axis=-1, keepdims=True)], axis=-1)
+    r = xp.sum(c * o, axis=-1, keepdims=True)
+    return xp.concat([with_leading(c, r.shape[:-2], backend), -r], axis=-1)
 
 
 def projected(factor: Array, columns: Array, a: Array, backend: Backend) -> Array:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from math import exp, inf, sqrt
 from typing import NamedTuple
 
+from .arrays import broadcast_leading
 from .backends import Array, Backend
 from .channels import channel_units
 from .rounding import LAMBDA
 
-# Sizes are sums over many rows, rounded; and products of small errors are left out.
+# Sizes are sums over many rows, rounded, of at most so many at a time; and products of small errors are left out.
 _SLACK = 1.01
+_BLOCK = 1024
 _MOST_ROUNDING = 0.05
 
 
@@ -65,17 +67,21 @@ def _measured(call: SizesCall, backend: Backend, arrays: Sequence[Array]) -> tup
 
     largest = made[3][0] * made[4][0]  # U_e, (..., 1, dv)
     rounding = _product_error(made[3:])
-    c = xp.abs(target)
-    if call.upstream:
-        columns = [c * largest, c * 0.0, c * rounding]
-    else:
-        columns = [(c + largest) * largest, c * 0.0 + largest * largest, (c + 2 * largest) * rounding]
-    weighted = xp.concat([xp.sum(x, axis=-1, keepdims=True) for x in columns], axis=-1)
-    a1, a2, a3 = (xp.abs(x) for x in inputs[:3])
-    per_row = xp.max(xp.matrix_transpose(a1) @ weighted, axis=-2)  # (..., 3)
-    others = call.scale * xp.max(a2, axis=(-2, -1)) * xp.max(a3, axis=(-2, -1))
-    found = per_row * others[..., None]
-    return *(xp.max(found[..., i]) for i in range(3)), xp.max(scores)
+
+    def body(carry: tuple[Array, ...], a1: Array, target: Array) -> tuple[tuple[Array, ...], tuple[()]]:
+        c, a1 = xp.abs(target), xp.abs(a1)
+        if call.upstream:
+            columns = (c * largest, largest * 0.0, c * rounding)
+        else:
+            columns = ((c + largest) * largest, largest * largest, (c + 2 * largest) * rounding)
+        sums = (xp.sum(a1 * xp.sum(x, axis=-1, keepdims=True), axis=-2, keepdims=True) for x in columns)
+        return tuple(old + new for old, new in zip(carry, sums, strict=True)), ()
+
+    leading = broadcast_leading(inputs[0], target, largest, rounding)
+    zero = xp.zeros((*leading, 1, inputs[0].shape[-1]), dtype=q.dtype, device=backend.device(q))
+    found, _ = backend.scan_rows(body, (zero,) * 3, (inputs[0], target), _BLOCK)
+    a2, a3 = (xp.max(xp.abs(x), axis=(-2, -1), keepdims=True) for x in inputs[1:3])
+    return *(xp.max(x * a2 * a3) * call.scale for x in found), xp.max(scores)
 
 
 def _made(left: Array, right: Array, product: Array, unit: float, backend: Backend) -> tuple[Array, Array]:
