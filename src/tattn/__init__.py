@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import products
+from . import products, training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .estimation import measure_error
@@ -20,4 +20,5 @@ __all__ = [
     "products",
     "tensor_attention",
     "tensor_attention_vjp",
+    "training",
 ]

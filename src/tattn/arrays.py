@@ -55,6 +55,18 @@ def sum_of(arrays: Sequence[Array]) -> Array:
     return result
 
 
+def row_pairs(s: Array, k: Array, backend: Backend) -> Array:
+    """All products of a row of s with a row of k: (..., rows, d) and (..., count, d) → (..., rows · count, d)."""
+    product = s[..., :, None, :] * k[..., None, :, :]
+    return backend.xp.reshape(product, (*product.shape[:-3], -1, product.shape[-1]))
+
+
+def channel_pairs(z: Array, a: Array, backend: Backend) -> Array:
+    """Z ⊖ A, all products of a channel of z with one of A in the same row: (..., rows, k) and (..., rows, d) → (..., rows, k d)."""
+    product = z[..., :, None] * a[..., None, :]
+    return backend.xp.reshape(product, (*product.shape[:-2], -1))
+
+
 def with_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
     """The array with these leading dimensions; as it is, and writeable, if it has them."""
     shape = (*leading, *array.shape[-2:])

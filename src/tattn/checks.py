@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
@@ -97,8 +97,7 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs
 
 def checked_options(scale: Any, dim: int, tol: Any, method: Any) -> float:
     """The scale as a float; ValueError names the option."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method should be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    checked_method(method)
     positive("tol", tol)
     return 1 / dim if scale is None else positive("scale", scale)
 
@@ -128,7 +127,12 @@ def whole(name: str, value: Any, least: int) -> int:
 def checked_finite(largest: Sequence[float], views: int) -> None:
     """ValueError if the largest entry of query, keys or values is not a finite number."""
     names = ["query", *(f"keys[{i}]" for i in range(views)), *(f"values[{i}]" for i in range(views))]
-    for name, value in zip(names, largest, strict=True):
+    checked_entries(dict(zip(names, largest, strict=True)))
+
+
+def checked_entries(largest: Mapping[str, float]) -> None:
+    """ValueError that names the first array whose largest entry is not a finite number."""
+    for name, value in largest.items():
         if not isfinite(value):
             raise ValueError(
                 f"{name} should hold finite numbers, got {'NaN' if value != value else 'infinity'} among them"
@@ -142,6 +146,52 @@ def checked_output(name: str, array: Any, shape: tuple[int, ...], like: Array, i
     if tuple(array.shape) != shape:
         raise ValueError(f"{name} should have the shape of the output, {shape}, got {tuple(array.shape)}")
     return array
+
+
+# Which lengths agree in the training problem: rows (-2) or columns (-1) of one matrix with those of another before it.
+_AGREEING = (
+    ("a4", -2, "a2", -2), ("a5", -2, "a3", -2), ("e", -2, "a1", -2),
+    ("x1", -2, "a1", -1), ("x2", -2, "a2", -1), ("x3", -2, "a3", -1), ("y1", -2, "a4", -1), ("y2", -2, "a5", -1),
+    ("x2", -1, "x1", -1), ("x3", -1, "x1", -1), ("y2", -1, "y1", -1), ("e", -1, "y1", -1),
+)  # fmt: skip
+_AXES = {-2: "rows", -1: "columns"}
+
+
+def checked_problem(matrices: Mapping[str, Any]) -> Backend:
+    """The backend of a training problem's matrices by name, a1 first; TypeError or ValueError names the matrix."""
+    first = matrices["a1"]
+    backend = _backend("a1", first)
+    for name, matrix in matrices.items():
+        _same_library(name, matrix, backend, like="a1")
+        _floating(name, matrix, first, backend, like="a1")
+        _shape(name, matrix)
+    for name, axis, other, other_axis in _AGREEING:
+        expected = matrices[other].shape[other_axis]
+        if matrices[name].shape[axis] != expected:
+            raise ValueError(
+                f"{name} should have as many {_AXES[axis]} as {other} has {_AXES[other_axis]}, {expected}, "
+                f"got shape {tuple(matrices[name].shape)}"
+            )
+    _leading(list(matrices.items()))
+    return backend
+
+
+def checked_upstream(upstream: Any, matrices: Mapping[str, Any], backend: Backend) -> None:
+    """The gradient of a training problem's output: (..., n, dv), with leading dimensions that broadcast."""
+    first, rows = matrices["a1"], tuple(matrices["e"].shape[-2:])
+    _same_library("upstream", upstream, backend, like="a1")
+    _floating("upstream", upstream, first, backend, like="a1")
+    _shape("upstream", upstream)
+    if tuple(upstream.shape[-2:]) != rows:
+        raise ValueError(f"upstream should have shape (..., {rows[0]}, {rows[1]}), got {tuple(upstream.shape)}")
+    _leading([*matrices.items(), ("upstream", upstream)])
+
+
+def checked_method(method: Any) -> str:
+    """ValueError if there is no such method."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method should be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    return method
 
 
 def checked_series(series: Any) -> str:

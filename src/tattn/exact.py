@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from .arrays import broadcast_leading, clean, prod_of, sum_to_leading, unpack, with_leading
+from .arrays import broadcast_leading, clean, prod_of, row_pairs, sum_to_leading, unpack, with_leading
 from .backends import Array, Backend
 from .channels import channel_units
 
@@ -149,7 +149,7 @@ def _attend(
     def other_view(state: State, k: Array, v: Array, mask: Array | None) -> tuple[State, tuple[()]]:
         count = k.shape[-2]
         k, v = backend.cast(clean(k, mask, backend), dtype), backend.cast(clean(v, mask, backend), dtype)
-        product = _pairs(s, k, backend)
+        product = row_pairs(s, k, backend)
         total, normaliser, top = (
             xp.reshape(part, (*part.shape[:-2], rows, count, part.shape[-1]))
             for part in _attend(product, keys[1:], values[1:], masks[1:], blocks[1:], backend)
@@ -229,7 +229,7 @@ def _attend_adjoint(
             column = xp.reshape(column, (*column.shape[:-3], rows * count, 1))
             repeated = xp.where(column, repeated, -xp.inf)
         ds_pair, dh_pair, inner = _attend_adjoint(
-            _pairs(s, k, backend), _pairs(h, v, backend), repeated, _repeat(r, count, backend),
+            row_pairs(s, k, backend), row_pairs(h, v, backend), repeated, _repeat(r, count, backend),
             keys[1:], values[1:], masks[1:], blocks[1:], backend,
         )  # fmt: skip
         ds_pair = xp.reshape(ds_pair, (*ds_pair.shape[:-2], rows, count, ds_pair.shape[-1]))
@@ -259,12 +259,6 @@ def _attend_adjoint(
 def _plus(left: Any, right: Any) -> Any:
     """Sum of two sequences of pairs of arrays."""
     return tuple((a + c, b + d) for (a, b), (c, d) in zip(left, right, strict=True))
-
-
-def _pairs(s: Array, k: Array, backend: Backend) -> Array:
-    """All products of a row of s with a row of k: (..., rows, d) and (..., count, d) → (..., rows · count, d)."""
-    product = s[..., :, None, :] * k[..., None, :, :]
-    return backend.xp.reshape(product, (*product.shape[:-3], -1, product.shape[-1]))
 
 
 def _repeat(column: Array, count: int, backend: Backend) -> Array:

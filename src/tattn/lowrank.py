@@ -122,9 +122,9 @@ def summed_products(
 
     def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
         phi = features(channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
-        return tuple(_add(c, p) for c, p in zip(carry, products(phi, v, mask), strict=True)), ()
+        return tuple(add(c, p) for c, p in zip(carry, products(phi, v, mask), strict=True)), ()
 
-    start = tuple(_zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
+    start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
     block = block_of(degree, k.shape[-1], sum(columns for _, columns in shapes), dtype, leading, backend)
     carry, _ = backend.scan_rows(body, start, (k, v, mask), block)
     return [total for total, _ in carry]
@@ -183,9 +183,9 @@ def query_adjoint(
         phi = features(channels(block, unit, dtype, backend), degree, backend)
         dq = _pull_back(phi[..., :lower, :], wide, g_hat, backend) * unit
         dq = sum_to_leading(dq, q.shape[:-2], backend)
-        return _add(carry, row_products(phi, g_hat, backend)), (dq,)
+        return add(carry, row_products(phi, g_hat, backend)), (dq,)
 
-    start = _zero_sum((*leading, rank(dim, degree), combined.shape[-1]), dtype, q, backend)
+    start = zero_sum((*leading, rank(dim, degree), combined.shape[-1]), dtype, q, backend)
     block = block_of(degree, dim, combined.shape[-1] * (1 + dim), dtype, leading, backend)
     (upstream, _), (dq,) = backend.scan_rows(body, start, (q, *columns), block)
     return upstream, dq
@@ -231,13 +231,13 @@ def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | 
 Sum = tuple[Array, Array]
 
 
-def _zero_sum(shape: tuple[int, ...], dtype: object, like: Array, backend: Backend) -> Sum:
+def zero_sum(shape: tuple[int, ...], dtype: object, like: Array, backend: Backend) -> Sum:
     """An empty compensated sum."""
     zero = backend.xp.zeros(shape, dtype=dtype, device=backend.device(like))
     return zero, zero
 
 
-def _add(carry: Sum, term: Array) -> Sum:
+def add(carry: Sum, term: Array) -> Sum:
     """One step of Kahan's compensated sum."""
     total, lost = carry
     term = term - lost

@@ -59,7 +59,8 @@ def lowrank_errors(delta: float, delta_prime: float, rho: float, rho_prime: floa
     d, d_prime = delta + rho, delta_prime + rho_prime
     if not d < 1:
         return inf, inf
-    return 2 * d / (1 - d), (4 * d + 2 * d_prime) / (1 - d)
+    error = delta / sqrt(1 - delta**2) + 2 * rho / (1 - d)
+    return error, 2 * (d + d_prime) / (1 - d) + error
 
 
 def exact_errors(
