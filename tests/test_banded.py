@@ -183,13 +183,6 @@ def test_gradients_are_finite_differences(views: int) -> None:
         )
 
 
-@pytest.fixture
-def compiles_quickly(library: Any) -> None:
-    """The program of eight bands and exact rows, forward and adjoint, takes XLA minutes."""
-    if library.name.startswith("jax"):
-        pytest.skip("XLA takes minutes to compile eight bands with exact rows; two bands are tested")
-
-
 def heavy_tailed(seed: int = 0, n: int = 300) -> Call:
     """Mostly small rows, and a few whose scores no polynomial of low degree follows."""
     rng = np.random.default_rng(seed)
@@ -198,7 +191,6 @@ def heavy_tailed(seed: int = 0, n: int = 300) -> Call:
     return Call(query, keys, list(rng.normal(size=(2, n, 3))), None, rng.normal(size=(n, 3)), rng.normal(size=n))
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
     """The answer, the lse and all gradients are those of the definition to `tol`, by a few exact rows."""
     call = heavy_tailed()
@@ -249,7 +241,6 @@ def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.Mon
     assert_close(got, truth, 0.3)
 
 
-@pytest.mark.usefixtures("compiles_quickly")
 def test_recomputed_rows_with_heads_masks_and_shared_keys(library: Any) -> None:
     call = heavy_tailed()
     heads = np.stack([call.query, np.roll(call.query, 7, axis=0)])[:, None]

@@ -1,4 +1,4 @@
-"""`python -m tattn plan …` and `python -m tattn demo …`."""
+"""`python -m tattn plan …`, `… demo …` and `… bands …`."""
 
 from __future__ import annotations
 
@@ -45,16 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--json", action="store_true", help="for programs, and no progress bar")
 
+    bands = commands.add_parser("bands", help="the bound that comes with the answer, on every head of the encoder")
+    bands.add_argument("--tokens", type=int, default=2048, help="rows of every head (default: %(default)s)")
+    bands.add_argument("--out", default="docs/bands", metavar="FOLDER", help="where to write (default: %(default)s)")
+    bands.add_argument("--quiet", dest="json", action="store_true", help="no progress bar")
+
     given = vars(parser.parse_args(arguments))
     command, as_json = given.pop("command"), given.pop("json")
     try:
         if command == "plan":
             planned = plan_for(**given)
             print(json.dumps(asdict(planned)) if as_json else planned)
-        else:
+        elif command == "demo":
             from .demo import run
 
             run(as_json=as_json, **given)
+        else:
+            from .demo.bands import run as run_bands
+
+            run_bands(quiet=as_json, **given)
     except (ImportError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

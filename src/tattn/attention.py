@@ -12,7 +12,7 @@ from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_
 from .choice import Work, check_plan, chosen_work, gradient_bounds, work_of
 from .planning import Plan, plan_inputs
 
-Pullback = Callable[..., tuple[Array, tuple[Array, ...], tuple[Array, ...]]]
+Pullback = Callable[..., Any]
 
 
 def tensor_attention(

@@ -41,7 +41,7 @@ class BandedCall(NamedTuple):
 class View(NamedTuple):
     """One view, sorted: the query has no values."""
 
-    rows: Array  # (..., n, d), by falling norm
+    rows: Array  # (..., n, d), band by band, those of the largest norms first
     values: Array | None
     mask: Array | None
     order: Array  # (..., n, 1): where each sorted row came from
@@ -67,6 +67,13 @@ def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
     return tuple(itertools.pairwise(ends))
 
 
+@memoized
+def _band_starts(n: int, bands: int) -> np.ndarray:
+    """The number of the band of each sorted row, times n: (n,)."""
+    cut = edges(n, bands)
+    return n * np.repeat(np.arange(bands), [stop - start for start, stop in cut])
+
+
 def sorted_views(
     call: BandedCall,
     q: Array,
@@ -86,8 +93,11 @@ def sorted_views(
         balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
         norm = _norms(x, mask, balance, call.views + 1, backend)
         order = xp.argsort(-norm, axis=-2, stable=False)
-        starts = [start for start, _ in edges(x.shape[-2], call.bands)]
-        firsts = xp.concat([order[..., s : s + 1, :] for s in starts], axis=-2)
+        cut = edges(x.shape[-2], call.bands)
+        firsts = xp.concat([order[..., start : start + 1, :] for start, _ in cut], axis=-2)
+        # Within a band rows keep the order in which they came: memory is then read forwards.
+        offset = backend.table(_band_starts, x.shape[-2], call.bands, like=order)[:, None]
+        order = xp.sort(order + offset, axis=-2, stable=False) - offset
         views.append(
             View(
                 gather_rows(x, order, backend),

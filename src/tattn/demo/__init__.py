@@ -45,10 +45,10 @@ def run(*, tokens: int = 8192, text: str = "reference", plot: str = "tattn-demo.
     if tokens < 2 * PREFIX:
         raise ValueError(f"tokens should be at least {2 * PREFIX}, got {tokens}")
     steps = len(HEADS) * (len(DEGREES) + len(BANDED) + 1)
-    with _progress(tokens, "encoder", as_json) as advance:
+    with progress(tokens, "encoder", as_json) as advance:
         layers = heads(tokens, text, layers=sorted({layer for layer, _ in HEADS}), progress=advance)
     results = []
-    with _progress(steps, "heads", as_json) as advance:
+    with progress(steps, "heads", as_json) as advance:
         done = 0
 
         def step() -> None:
@@ -222,7 +222,7 @@ def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 @contextmanager
-def _progress(total: int, name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def progress(total: int, name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A function (done, total) that moves a progress bar."""
     if quiet:
         yield lambda done, total: None
