@@ -272,6 +272,45 @@ def test_recomputed_rows_have_torch_gradients() -> None:
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-10, atol=1e-12)
 
 
+def small_scores(n: int, spread: float) -> Call:
+    """Scores far smaller than the largest norms allow for: a polynomial certified beforehand needs a higher degree."""
+    rng = np.random.default_rng(3)
+    query, *keys = rng.normal(size=(3, n, 8)) * spread
+    return Call(query, keys, list(rng.normal(size=(2, n, 4))), None, rng.normal(size=(n, 4)), np.zeros(n))
+
+
+def test_auto_prefers_bands_to_a_costlier_polynomial() -> None:
+    call = small_scores(1000, 0.4)
+    out, error, plan = tattn.tensor_attention(call.query, call.keys, call.values, return_error=True, return_plan=True)
+    beforehand = tattn.plan(call.query, call.keys, call.values)
+    assert beforehand.method == "polynomial"
+    assert plan.series == "banded"
+    assert plan.degree < beforehand.degree
+    assert plan.flops_polynomial < beforehand.flops_polynomial
+    assert (error <= 1e-3).all()
+    truth = tattn.tensor_attention(call.query, call.keys, call.values, method="exact")
+    assert (np.abs(out - truth) <= error[:, None] * value_sizes(call.values)).all()
+
+
+def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the plan says what bands would have left."""
+    call = small_scores(600, 0.5)
+    loose = tattn.plan(call.query, call.keys, series="banded", degree=2)
+    monkeypatch.setattr("tattn.choice.banded_candidates", lambda *_: [loose])
+    monkeypatch.setattr("tattn.choice.sampled_errors", lambda *_: iter([np.zeros((1, 10))]))
+    _, plan = tattn.tensor_attention(call.query, call.keys, call.values, tol=1e-5, return_plan=True)
+    assert plan.series != "banded"
+    assert "would leave" in plan.reason
+
+
+def test_auto_warns_before_a_computation_of_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tattn.choice._LONG", 1e6)
+    call = heavy_tailed()
+    with pytest.warns(UserWarning, match="takes .* exact operations: degree 2 in 8 norm bands meets tol") as caught:
+        tattn.tensor_attention(call.query, call.keys, call.values)
+    assert caught[0].filename == __file__
+
+
 def test_polynomial_with_loose_rows_says_how_loose() -> None:
     call = heavy_tailed()
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
@@ -22,6 +23,8 @@ from .rounding import exact_errors
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
 MOST_RECOMPUTED = 0.05
+# Operations that one would want to hear of before: days on a processor, a quarter of an hour on an accelerator.
+_LONG = 1e16
 
 
 class Work(NamedTuple):
@@ -37,6 +40,20 @@ class Work(NamedTuple):
 
 def chosen_work(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
     """The cheapest way that meets `tol`, for values that can be read."""
+    work = _cheapest(inputs, scale, tol, method, certify)
+    plan = work.plan
+    flops = plan.flops_exact * (1.0 if plan.method == "exact" else plan.recomputed)
+    if method == "auto" and flops > _LONG:
+        warnings.warn(
+            f"tol={tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
+            "return_error=True, which bounds the rows as they come, takes none",
+            stacklevel=4,
+        )
+    return work
+
+
+def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
+    """`chosen_work` without a word about what it costs."""
     refused: PlanError | None = None
     plan: Plan | None = None
     try:
@@ -90,7 +107,7 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
     best = None
     candidates = [c for c in banded_candidates(inputs, scale) if c.flops_polynomial <= least / 2]
     errors = sampled_errors(inputs, [_banded_call(c, certify=True) for c in candidates])
-    for candidate, found in zip(candidates, errors, strict=True):
+    for candidate, found in zip(candidates, errors, strict=False):
         over = float((~(found <= tol)).mean())
         cost = candidate.flops_polynomial + over * candidate.flops_exact
         if instead_of is None:
@@ -100,6 +117,8 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
             continue
         if cost < least:
             best, least = candidate, cost
+        if over == 0:
+            break  # what follows costs more
     return best
 
 

@@ -5,7 +5,7 @@ Nothing here is a bound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import inf, isfinite
 from typing import Any, NamedTuple
@@ -133,7 +133,7 @@ def measure_error(
     return largest, mean
 
 
-def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> list[np.ndarray]:
+def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> Iterator[np.ndarray]:
     """Bounds of some rows, (problems, rows) for each call, as if sampled rows were all there are."""
     m = inputs.views
     rng = np.random.default_rng(0)
@@ -151,7 +151,8 @@ def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> list[np.ndarr
             continue
         taken = _rows_of(array, rows[0 if i == 0 else 1 + (i - 1) % m], problems, inputs=inputs, backend=inputs.backend)
         arrays.append(taken > 0 if i > 2 * m else taken if inputs.dtype == "float64" else taken.astype(np.float32))
-    return [numpy_backend.run(banded.forward, call, arrays)[2][..., ERROR] for call in calls]
+    for call in calls:
+        yield numpy_backend.run(banded.forward, call, arrays)[2][..., ERROR]
 
 
 def _sampled_scores(inputs: Inputs, scale: float) -> tuple[np.ndarray, np.ndarray]:

@@ -443,7 +443,7 @@ def _choose(
             warnings.warn(
                 f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
                 f"up to {plan.error:.2g} with the exact method, which is taken",
-                stacklevel=5,
+                stacklevel=6,
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan

@@ -1,0 +1,51 @@
+"""Rows moved and reduced, on every library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tattn.arrays import gather_rows, inverse_order, over_rows
+from tattn.backends import backend_of
+
+
+@pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 1000])
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+def test_reductions_over_rows(library: Any, n: int, leading: tuple[int, ...]) -> None:
+    x = np.random.default_rng(n).normal(size=(*leading, n, 3))
+    moved = library.array(x)
+    backend = backend_of(moved)
+    total, top = (library.numpy(over_rows(f, moved, backend)) for f in (backend.xp.sum, backend.xp.max))
+    np.testing.assert_allclose(total, x.sum(-2, keepdims=True), rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(top, x.max(-2, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "index"), [((), ()), ((2, 3), (2, 3)), ((3,), (2, 3)), ((2, 1), (1, 3)), ((), (2,)), ((2,), ())]
+)
+def test_rows_by_number(library: Any, rows: tuple[int, ...], index: tuple[int, ...]) -> None:
+    """Leading dimensions of rows and numbers broadcast."""
+    rng = np.random.default_rng(0)
+    x, numbers = rng.normal(size=(*rows, 7, 2)), rng.integers(0, 7, (*index, 5, 1))
+    moved = library.array(x)
+    backend = backend_of(moved)
+    found = library.numpy(gather_rows(moved, backend.indices(numbers, moved), backend))
+    leading = np.broadcast_shapes(rows, index)
+    expected = np.take_along_axis(
+        np.broadcast_to(x, (*leading, 7, 2)), np.broadcast_to(numbers, (*leading, 5, 2)), axis=-2
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+def test_an_order_and_its_inverse(library: Any, leading: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).normal(size=(*leading, 9, 1))
+    order = np.argsort(x, axis=-2)
+    moved = library.array(x)
+    backend = backend_of(moved)
+    inverse = inverse_order(backend.indices(order, moved), backend)
+    there = gather_rows(moved, backend.indices(order, moved), backend)
+    np.testing.assert_array_equal(library.numpy(there), np.sort(x, axis=-2))
+    np.testing.assert_array_equal(library.numpy(gather_rows(there, inverse, backend)), x)
