@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from math import comb
+from math import comb, log
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +63,9 @@ class View(NamedTuple):
 @memoized
 def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
     """(start, stop) of every band of n sorted rows: few in the first, where norms are largest and fall fastest."""
-    ends = [max(i, round(n * (i / bands) ** 3)) for i in range(bands + 1)]
+    # By cubes, or so that the first band has some four rows: tails grow with the rows.
+    power = max(3.0, log(n / 4) / log(bands)) if bands > 1 and n > 4 else 3.0
+    ends = [max(i, round(n * (i / bands) ** power)) for i in range(bands + 1)]
     return tuple(itertools.pairwise(ends))
 
 

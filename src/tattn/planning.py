@@ -310,8 +310,10 @@ def measured(inputs: Inputs, scale: float) -> Ranges:
 
 def banded_candidates(inputs: Inputs, scale: float) -> list[Plan]:
     """Banded plans to try, the cheapest first."""
-    shape, bands = _shape_of(inputs), 8
-    if min(shape.lengths) < 2 * bands:
+    shape = _shape_of(inputs)
+    shortest = min(shape.lengths)
+    bands = 8 if shortest < 1 << 14 else 12
+    if shortest < 2 * bands:
         return []
     tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
     return [_banded(shape, scale, g, bands, t) for g, t in tried if rank_of(shape.dim, g) <= _BANDED_RANK]
