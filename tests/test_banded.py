@@ -12,7 +12,8 @@ from test_attention import CASES, Call, assert_close, draw, run
 from test_bounds import KINDS
 
 import tattn
-from tattn.banded import edges
+from tattn.backends import backend_of
+from tattn.bands import BandedCall, Series, edges, sorted_views
 
 
 def ratios(call: Call, got: Dense, error: np.ndarray, bounds: Dense, scale: float, precision: Any) -> list[float]:
@@ -414,3 +415,78 @@ def test_jax_transformations() -> None:
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(*arrays), pullback(jax.numpy.ones((6, 2)))[0], rtol=1e-10)
     stacked = [jax.numpy.stack([a, 0.5 * a]) for a in arrays]
     np.testing.assert_allclose(jax.vmap(jax.grad(loss))(*stacked)[0], jax.grad(loss)(*arrays), rtol=1e-10)
+
+
+@pytest.mark.parametrize("moment", [2, 4])
+def test_bounds_are_the_formulas_of_the_proofs(moment: int) -> None:
+    """Error and all gradient bounds against docs/errors.md written out over all pairs."""
+    rng = np.random.default_rng(6)
+    q, a, b = (rng.normal(size=(n, 3)) for n in (8, 7, 6))
+    u, v, g = (rng.normal(size=(n, 2)) for n in (7, 6, 8))
+    g_lse, scale, t = rng.normal(size=8), 0.15, moment
+    plan = tattn.plan(q, [a, b], [u, v], series="banded", degree=4, bands=2, moment=t, scale=scale)
+    (out, lse, error), pullback = tattn.tensor_attention_vjp(
+        q, [a, b], [u, v], plan=plan, return_lse=True, return_error=True
+    )
+    _, (of_query, of_keys, of_values) = pullback(g, g_lse, return_error=True)
+
+    backend = backend_of(q)
+    views = sorted_views(BandedCall(4, t, 2, scale, 2, True), q, [a, b], [u, v], [None, None], backend)
+    series = Series.of(BandedCall(4, t, 2, scale, 2, True), views, q, backend)
+    bands = []
+    for view in views:
+        n = len(view.rows)
+        bands.append(np.empty(n, int))
+        bands[-1][view.order[:, 0]] = np.repeat([0, 1], [stop - start for start, stop in edges(n, 2)])
+    table = series.table[np.ix_(*bands)]  # of every triple (i, j, k)
+    x = scale * np.einsum("ic,jc,kc->ijk", q, a, b)
+    assert (np.abs(x) <= series.ranges[np.ix_(*bands)]).all()
+    kappa, steep, growth = (table[..., 5 + kind] * x**t for kind in range(3))
+    l = np.exp(lse) / 42
+    top, key_top = np.abs(u).max(0) * np.abs(v).max(0), np.abs(a).max(0) * np.abs(b).max(0)
+
+    def rms(y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return np.sqrt((y**2).T @ z**2 / len(y))
+
+    # The output.
+    d = kappa.mean((1, 2)) / l
+    d_e = np.einsum("ijk,je,ke->ie", kappa, np.abs(u), np.abs(v)) / 42 / l[:, None] / top
+    own = np.minimum(1, (np.abs(out) / top + d_e) / (1 - d)[:, None])
+    assert (d < 1).all()
+    np.testing.assert_allclose(error, (d_e + d[:, None] * own).max(1), rtol=1e-6)
+    # The query's gradient.
+    e_prime, grown = np.sqrt(steep.mean((1, 2))) / l, growth.mean((1, 2)) ** (1 / t)
+    weight, shift = np.abs(g) @ top, np.abs((g * out).sum(1) - g_lse)
+    sigma, tau = rms(u, a) * rms(v, b), np.sqrt((a**2).mean(0) * (b**2).mean(0))
+    near = (1 + grown) / (l * (1 - d))
+    expected = (e_prime + d * near)[:, None] * (np.abs(g) @ sigma + shift[:, None] * tau)
+    expected += (weight * error)[:, None] * np.minimum(key_top, near[:, None] * tau)
+    np.testing.assert_allclose(of_query, scale * expected, rtol=5e-3)
+    # Keys and values of both views: the second is the first with the views exchanged.
+    g_top = np.abs(g).max(0)
+    largest = (np.abs(g) / g_top).max(1)
+    h = [largest / l, largest * d / (l * (1 - d)), shift / l, (shift * d + weight * error) / (l * (1 - d))]
+
+    def power(y: np.ndarray, p: float) -> np.ndarray:
+        return np.asarray(y) ** p
+
+    for number, (axes, key, other, value, other_value) in enumerate([("ijk->j", a, b, u, v), ("ijk->k", b, a, v, u)]):
+        n = len(key)
+        others = len(other)
+
+        def total(sums: np.ndarray, weights: np.ndarray, axes: str = axes, others: int = others) -> np.ndarray:
+            return np.einsum(axes, weights[:, None, None] * sums)[:, None] / others
+
+        def near_one(weights: np.ndarray, total: Any = total) -> np.ndarray:
+            mass = weights.sum()
+            return power(mass, 0.5) + power(mass, 0.5 - 1 / t) * power(total(growth, weights), 1 / t)
+
+        value_bound = total(kappa, h[0]) * np.abs(other_value).max(0)
+        value_bound = value_bound + near_one(h[1]) * np.sqrt(h[1].sum()) * np.sqrt((other_value**2).mean(0))
+        np.testing.assert_allclose(of_values[number], g_top * value_bound / n, rtol=5e-3)
+        spread = [np.sqrt(w @ q**2) for w in h]
+        beside = np.sqrt(total(steep, h[0])) * spread[0] + near_one(h[1]) * spread[1]
+        alone = np.sqrt(total(steep, h[2])) * spread[2] + near_one(h[3]) * spread[3]
+        with_values = (np.abs(value) * g_top) @ rms(other_value, other)
+        key_bound = beside * with_values + alone * np.sqrt((other**2).mean(0))
+        np.testing.assert_allclose(of_keys[number], scale * key_bound / n, rtol=5e-3)
