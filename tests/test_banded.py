@@ -13,7 +13,8 @@ from test_bounds import KINDS
 
 import tattn
 from tattn.backends import backend_of
-from tattn.bands import BandedCall, Series, edges, sorted_views
+from tattn.bands import BandedCall, Series, _grid_table, edges, sorted_views
+from tattn.exponential import DEFAULT_GRID
 
 
 def ratios(call: Call, got: Dense, error: np.ndarray, bounds: Dense, scale: float, precision: Any) -> list[float]:
@@ -490,3 +491,27 @@ def test_bounds_are_the_formulas_of_the_proofs(moment: int) -> None:
         with_values = (np.abs(value) * g_top) @ rms(other_value, other)
         key_bound = beside * with_values + alone * np.sqrt((other**2).mean(0))
         np.testing.assert_allclose(of_keys[number], scale * key_bound / n, rtol=5e-3)
+
+
+@pytest.mark.parametrize(("degree", "moment"), [(2, 2), (3, 2), (4, 4), (6, 4)])
+def test_table_bounds_what_it_says(degree: int, moment: int) -> None:
+    """κ, κ′² R^(t−2) and K^t of every range, on a fine grid of scores; nothing is promised beyond."""
+    table = _grid_table(degree, moment)
+    assert table.shape == (len(DEFAULT_GRID) + 1, degree + 4)
+    assert (table[-1, -3:] >= 1e30).all()
+    for bound, row in zip(DEFAULT_GRID, table[:-1], strict=True):
+        if row[-1] >= 1e30:
+            assert bound > 16
+            continue
+        if bound < 0.5:
+            continue  # rounding hides them here; the polynomials' own tests take more digits
+        x = np.linspace(-bound, bound, 2001)
+        x = x[np.abs(x) > 0.05 * bound]
+        polynomial = np.polynomial.Polynomial(row[: degree + 1])
+        kappa = np.max(np.abs(np.exp(x) - polynomial(x)) / np.abs(x) ** moment)
+        steep = np.max(np.abs(np.exp(x) - polynomial.deriv()(x)) / np.abs(x) ** (moment - 1))
+        growth = np.max(np.abs(np.expm1(x) / x))
+        found = np.array([kappa, steep**2 * bound ** (moment - 2), growth**moment])
+        rounding = 1e-15 * np.exp(bound) / np.array([0.05 * bound, 1.0, 1.0]) ** moment
+        assert (found <= row[-3:] * (1 + 1e-9) + rounding).all()
+        assert (row[-3:] <= 1.01 * found + rounding).all()
