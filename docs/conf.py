@@ -178,7 +178,7 @@ def _signature(
 
 
 def _break_names(app: Any, doctree: nodes.document, _name: str) -> None:
-    """Let long names of tests break after an underscore; what is copied stays the name."""
+    """Let long names of tests break after an underscore, what is copied staying the name; in tables, one below the other."""
     if app.builder.format != "html":
         return
     for literal in list(doctree.findall(nodes.literal)):
@@ -186,6 +186,9 @@ def _break_names(app: Any, doctree: nodes.document, _name: str) -> None:
         if text.startswith("test_") and "::" in text:
             parts = "<wbr>".join(re.split(r"(?<=_)|(?<=::)", text))
             html = f'<code class="docutils literal notranslate">{parts}</code>'
+            following = literal.next_node(nodes.Text, descend=False, siblings=True)
+            if following == ", " and isinstance(literal.parent.parent, nodes.entry):
+                following.parent.replace(following, nodes.raw("", "<br>", format="html"))
             literal.replace_self(nodes.raw("", html, format="html"))
 
 
