@@ -6,11 +6,12 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "tests", "conformance", "doctest"]
+nox.options.sessions = ["lint", "types", "tests", "conformance", "doctest", "docs"]
 
 # On Python 3.11 this pin is a small wheel without CUDA.
 TORCH = "torch==2.13.0"
-TEST = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "test")
+PROJECT = nox.project.load_toml("pyproject.toml")
+TEST, DOCS = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs"))
 LIBRARIES = {
     "numpy": [],
     "strict": ["array-api-strict>=2.3"],
@@ -57,16 +58,25 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session
 def doctest(session: nox.Session) -> None:
-    """The examples in docstrings and in the README."""
+    """The examples in docstrings, in the README and in the documentation."""
     session.install("-e", ".", *TEST)
     session.run(
         "pytest",
         "--doctest-modules",
         "--ignore=src/tattn/backends",
         "src/tattn",
-        "--doctest-glob=README.md",
+        "--doctest-glob=*.md",
         "README.md",
+        "docs/quickstart.md",
+        "docs/adjoint.md",
     )
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into docs/_build/html; warnings, and references that lead nowhere, are errors."""
+    session.install("-e", ".", *DOCS)
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 
 @nox.session

@@ -1,0 +1,199 @@
+"""Sphinx configuration: `nox -s docs` builds with warnings as errors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+
+import tattn
+from tattn.__main__ import main
+from tattn.exponential import minimax
+from tattn.monomials import rank
+from tattn.planning import MAX_RANK
+
+project = "tattn"
+version = release = tattn.__version__
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "_generated", "bands"]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+# Formulas in indented blocks are no code.
+highlight_language = "none"
+
+# Names in single backticks link where they are documented; the others, of parameters, are code.
+default_role = "py:obj"
+nitpicky = True
+nitpick_ignore_regex = [("py:obj", r".*"), ("py:class", r"(?!tattn\.).*")]
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {"Array": "Array", "Body": "Body", "Pullback": "Pullback"}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+numpydoc_show_class_members = False
+
+html_theme = "furo"
+html_title = f"tattn {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+html_show_copyright = False
+
+_GENERATED = Path(__file__).parent / "_generated"
+
+
+def _help(*arguments: str) -> str:
+    """What ``python -m tattn … --help`` prints."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+    return text.getvalue()
+
+
+def _commands() -> str:
+    """The help of the command line and of each of its commands."""
+    os.environ["COLUMNS"] = "88"
+    top = _help()
+    names = re.search(r"\{([\w,]+)\}", top)
+    assert names
+    parts = [("python -m tattn", top), *((f"python -m tattn {name}", _help(name)) for name in names[1].split(","))]
+    return "\n".join(f"## {title}\n\n```text\n{text.rstrip()}\n```\n" for title, text in parts)
+
+
+def _table(corner: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
+    lines = [[corner, *columns], ["--:"] * (len(columns) + 1), *([name, *cells] for name, cells in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _power(number: float) -> str:
+    """A power of ten as Python would take it: 1e-3."""
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+def _ranks() -> str:
+    """C(d + g, g), and a dash beyond the largest rank of a plan."""
+
+    def cell(dim: int, degree: int) -> str:
+        found = rank(dim, degree)
+        return f"{found:,}" if found <= MAX_RANK else "—"
+
+    degrees = [1, 2, 3, 4, 5, 6, 8, 10]
+    rows = [(f"d = {d}", [cell(d, g) for g in degrees]) for d in (2, 4, 8, 12, 16, 24, 32, 64, 128)]
+    return _table("", [f"g = {g}" for g in degrees], rows)
+
+
+def _degrees() -> str:
+    """The least degree whose minimax polynomial keeps the relative error, without rounding."""
+
+    def cell(bound: float, delta: float) -> str:
+        found = next((g for g in range(41) if minimax(g, bound).delta <= delta), None)
+        return "—" if found is None else str(found)
+
+    deltas = [1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8]
+    rows = [(f"R = {bound:g}", [cell(bound, delta) for delta in deltas]) for bound in (0.25, 0.5, 1, 2, 3, 4, 6, 8)]
+    return _table("", [f"δ = {_power(delta)}" for delta in deltas], rows)
+
+
+def _reach() -> str:
+    """The largest promised range that a certified plan serves, among powers of 2^(1/4)."""
+
+    def cell(dim: int, dtype: str, tol: float) -> str:
+        largest = -inf
+        for i in range(-16, 17):
+            try:
+                tattn.plan_for(n=10**6, dim=dim, bound=2 ** (i / 4), tol=tol, dtype=dtype, method="polynomial")
+            except tattn.PlanError:
+                break
+            largest = 2 ** (i / 4)
+        return "—" if largest < 0 else f"{largest:.2g}"
+
+    tols = [1e-1, 1e-2, 1e-3, 1e-4, 1e-6]
+    rows = [(f"{dtype}, d = {d}", [cell(d, dtype, tol) for tol in tols]) for dtype in ("float32", "float64")
+            for d in (4, 8, 16, 32)]  # fmt: skip
+    return _table("", [f"tol = {_power(tol)}" for tol in tols], rows)
+
+
+def _generate() -> None:
+    """Write the pages' parts that are computed: only where they changed, so that builds stay incremental."""
+    _GENERATED.mkdir(exist_ok=True)
+    for name, text in {"commands": _commands(), "ranks": _ranks(), "degrees": _degrees(), "reach": _reach()}.items():
+        file = _GENERATED / f"{name}.md"
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+
+
+_generate()
+
+_LITERAL = re.compile(r"(`[^`]*`)")
+
+
+_PAGE = re.compile(r"docs/(\w+)\.md")
+
+
+def _escaped(line: str) -> str:
+    """|x| as text, which reStructuredText would take for a substitution, and pages of this documentation as links."""
+    if line.lstrip().startswith(">>>"):
+        return line
+    line = "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in _LITERAL.split(line))
+    return _PAGE.sub(r":doc:`\g<0> </\1>`", line)
+
+
+def _prepare(_app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Docstrings are written to be read as they are: absolute values, and formulas in indented blocks of modules."""
+    prepared: list[str] = []
+    block: int | None = None  # indentation of the text around a block that is kept as it is
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and block is not None and indent <= block:
+            block = None
+        if what == "module" and block is None and indent and prepared and not prepared[-1]:
+            prepared += ["::", ""]
+            block = 0
+        prepared.append(line if block is not None else _escaped(line))
+        if line.lstrip().startswith(".. math::"):
+            block = indent
+    lines[:] = prepared
+
+
+def _signature(
+    _app: Any, _what: str, _name: str, _object: Any, _options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Type aliases by their name alone."""
+    first, second = (text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returned))
+    return first, second
+
+
+def _break_names(app: Any, doctree: nodes.document, _name: str) -> None:
+    """Let long names of tests break after an underscore, what is copied staying the name; in tables, one below the other."""
+    if app.builder.format != "html":
+        return
+    for literal in list(doctree.findall(nodes.literal)):
+        text = literal.astext()
+        if text.startswith("test_") and "::" in text:
+            parts = "<wbr>".join(re.split(r"(?<=_)|(?<=::)", text))
+            html = f'<code class="docutils literal notranslate">{parts}</code>'
+            following = literal.next_node(nodes.Text, descend=False, siblings=True)
+            if following == ", " and isinstance(literal.parent.parent, nodes.entry):
+                following.parent.replace(following, nodes.raw("", "<br>", format="html"))
+            literal.replace_self(nodes.raw("", html, format="html"))
+
+
+def setup(app: Any) -> None:
+    """Run before numpydoc, which takes docstrings apart."""
+    app.connect("doctree-resolved", _break_names)
+    app.connect("autodoc-process-docstring", _prepare, priority=400)
+    app.connect("autodoc-process-signature", _signature)
