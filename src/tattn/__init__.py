@@ -6,7 +6,8 @@ from . import products, training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .estimation import measure_error
-from .planning import Plan, plan, plan_for
+from .planning import plan, plan_for
+from .plans import Plan
 
 __version__ = "0.1.0"
 

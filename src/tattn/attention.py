@@ -10,7 +10,8 @@ from .backends import Array
 from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_output
 from .choice import Work, check_plan, chosen_work, gradient_bounds, work_of
-from .planning import Plan, plan_inputs
+from .planning import plan_inputs
+from .plans import Plan
 
 Pullback = Callable[..., Any]
 

@@ -18,7 +18,8 @@ from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_finite
 from .estimation import sampled_errors
 from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
-from .planning import Plan, banded_candidates, measured, plan_inputs
+from .planning import banded_candidates, measured, plan_inputs
+from .plans import Plan
 from .rounding import exact_errors
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.

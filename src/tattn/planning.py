@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, inf, isfinite, log2, prod
 from typing import Any
 
@@ -24,6 +24,7 @@ from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
 from .monomials import rank as rank_of
+from .plans import Plan, Shape, plan_of, si
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
 
@@ -33,118 +34,8 @@ _BANDED_RANK = 1 << 13
 _MAX_DEGREE = 40
 # Fits to samples gain nothing beyond.
 _MOST_ESTIMATED = 12
-# Value channels and rows that a plan made from numbers alone allows for in its rounding.
-_USUAL_VALUE_DIM, _MANY_ROWS = 128, 1 << 24
-
-
-@dataclass(frozen=True)
-class Plan:
-    r"""How a call is computed, and what is promised about the answer. Hashable; holds no arrays.
-
-    Attributes
-    ----------
-    method : {"polynomial", "exact"}
-    series : {"minimax", "taylor", "fitted", "banded"} or None
-        Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
-        device; the error is not known beforehand but comes with the answer, certified, for each query row.
-    degree, rank : int
-        Degree g of the polynomial and number of monomials C(d + g, g); 0 for the exact method.
-    bound : float
-        R: scale · Σ_c |q_ic a_jc b_kc| ≤ R for all rows, and so the scores lie in [−R, R]. The sum of absolute values
-        is what rounding is measured by.
-    source : {"data", "promise", "estimate", "answer"}
-        Whether R was bounded on data (and is checked again on other eager data), promised by the caller (and never
-        checked), estimated from samples, or is found with the answer (banded).
-    certified : bool
-        Whether `error` and `grad_error` are bounds, given R. False for estimates.
-    error : float
-        |out − exact| ≤ error · Π_μ max_j |values_μ[j, e]|, from the polynomial and from rounding (whose model
-        docs/errors.md states). For float16 and bfloat16 the result is rounded once more, to half a unit in its last place.
-        Gradients of value view μ: ≤ error · Π_{ν≠μ} max |values_ν[:, e]| · Σ_i |g[i, e]|.
-    grad_error : float
-        With W_i = Σ_e |g[i, e]| Π_μ max |values_μ[:, e]|, the query's gradient is within
-        grad_error · scale · Π_μ max |keys_μ[:, c]| · W_i, that of key view μ within
-        grad_error · scale · max |query[:, c]| · Π_{ν≠μ} max |keys_ν[:, c]| · Σ_i W_i.
-    scale : float
-    dim : int
-        Channels d of query and keys.
-    order : int
-        Number of views and one for the query: 3 is the paper's.
-    dtype : str
-    coefficients : tuple of float
-        c_0 … c_g of the polynomial.
-    lowest_mean : float
-        The mean score of no query row is below this.
-    lengths, value_dim, leading
-        Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and how many problems side by side.
-    flops_exact, flops_polynomial : float
-        Operations of a forward call by either method; a gradient takes three times as many in all.
-    bytes_exact, bytes_polynomial : float
-        Memory beyond inputs and outputs.
-    reason : str
-        Why this method.
-    bands, moment : int
-        Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
-    recomputed : float
-        Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
-    """
-
-    method: str
-    series: str | None
-    degree: int
-    rank: int
-    bound: float
-    source: str
-    certified: bool
-    error: float
-    grad_error: float
-    scale: float
-    dim: int
-    order: int
-    dtype: str
-    coefficients: tuple[float, ...]
-    lowest_mean: float
-    lengths: tuple[int, ...]
-    value_dim: int
-    leading: int
-    flops_exact: float
-    flops_polynomial: float
-    bytes_exact: float
-    bytes_polynomial: float
-    reason: str
-    bands: int = 0
-    moment: int = 0
-    recomputed: float = 0.0
-
-    def __str__(self) -> str:
-        banded = self.series == "banded"
-        kind = {"data": "bounded on the data", "promise": "promised by the caller"}.get(self.source, "estimated")
-        rows = [("method", self.method if self.series is None else f"{self.method} ({self.series})")]
-        if self.method == "polynomial":
-            rows.append(("degree, rank", f"{self.degree}, {self.rank:,}"))
-        if banded:
-            rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
-        if self.recomputed:
-            rows.append(("rows exact", f"{self.recomputed:.2%}"))
-        word = "certified" if self.certified else "estimated"
-        unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
-        size = "x".join(f"{n:,}" for n in self.lengths)
-        rows += [
-            (
-                "score bound R",
-                f"{self.bound:.4g}, {kind}" if isfinite(self.bound) else "for each band" if banded else "unknown",
-            ),
-            ("error", f"{self.error:.2e}, {word}" if isfinite(self.error) else unknown),
-            ("gradient error", f"{self.grad_error:.2e}, {word}" if isfinite(self.grad_error) else unknown),
-            ("scale", f"{self.scale:.6g}"),
-            ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
-            ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
-            ("exact", f"{_si(self.flops_exact)}flop, {_si(self.bytes_exact)}B"),
-            ("polynomial", f"{_si(self.flops_polynomial)}flop, {_si(self.bytes_polynomial)}B"),
-            ("reason", self.reason),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+# Value channels that a plan made from numbers alone allows for in its rounding.
+_USUAL_VALUE_DIM = 128
 
 
 def plan(
@@ -264,7 +155,7 @@ def plan_for(
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
     number = checked_options(scale, dim, tol, method)
-    shape = _Shape(order - 1, dim, dim if value_dim is None else whole("value_dim", value_dim, 1), dtype, lengths, 1)
+    shape = Shape(order - 1, dim, dim if value_dim is None else whole("value_dim", value_dim, 1), dtype, lengths, 1)
     if checked_series(series) == "banded":
         return _asked_banded(shape, number, method, bound, degree, bands, moment)
     promised = positive("bound", bound)
@@ -320,7 +211,7 @@ def banded_candidates(inputs: Inputs, scale: float) -> list[Plan]:
 
 
 def _asked_banded(
-    shape: _Shape, scale: float, method: str, bound: Any, degree: int | None, bands: int, moment: int
+    shape: Shape, scale: float, method: str, bound: Any, degree: int | None, bands: int, moment: int
 ) -> Plan:
     """A banded plan, with what it does not go together with refused."""
     if bound is not None:
@@ -330,7 +221,7 @@ def _asked_banded(
     return _banded(shape, scale, 2 if degree is None else degree, bands, moment)
 
 
-def _banded(shape: _Shape, scale: float, degree: int, bands: int, moment: int) -> Plan:
+def _banded(shape: Shape, scale: float, degree: int, bands: int, moment: int) -> Plan:
     """A plan whose error comes with the answer."""
     degree, bands, moment = whole("degree", degree, 1), whole("bands", bands, 1), whole("moment", moment, 2)
     if bands > min(shape.lengths):
@@ -341,7 +232,7 @@ def _banded(shape: _Shape, scale: float, degree: int, bands: int, moment: int) -
         raise ValueError(f"moment should be at most the degree {degree}, got {moment}: moments are sums of monomials")
     _check_rank(shape, degree)
     rank = rank_of(shape.dim, degree)
-    made = _plan(
+    made = plan_of(
         shape, scale, "polynomial", "banded", "answer", inf, -inf, inf, inf, "banded was asked for",
         (0.0,) * (degree + 1), rank,
     )  # fmt: skip
@@ -349,42 +240,12 @@ def _banded(shape: _Shape, scale: float, degree: int, bands: int, moment: int) -
     return replace(made, coefficients=(), certified=True, bands=bands, moment=moment, flops_polynomial=flops)
 
 
-def _shape_of(inputs: Inputs) -> _Shape:
-    return _Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading))
-
-
-@dataclass(frozen=True)
-class _Shape:
-    views: int
-    dim: int
-    value_dim: int
-    dtype: str
-    lengths: tuple[int, ...]
-    leading: int
-
-    def polynomial_cost(self, rank: int) -> tuple[float, float]:
-        """Operations and bytes of the polynomial method."""
-        itemsize = 8 if self.dtype == "float64" else 4
-        rows = sum(self.lengths) * self.leading
-        flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
-        # Problems are taken in parts, of some eight blocks together, or one by one.
-        one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
-        memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
-        return flops, memory
-
-    def banding_cost(self, rank: int, moments: int, bands: int) -> float:
-        """Operations that bands and their certificate add: combined summaries, columns of moments, sorted rows."""
-        rows = sum(self.lengths) * self.leading
-        combined = 2.0 * float(bands) ** (self.views + 1) * rank * (self.value_dim + 1) * self.leading
-        return combined + rows * (2.0 * moments * (self.value_dim + 3) + 32 * (self.dim + self.value_dim))
-
-    def exact_cost(self) -> tuple[float, float]:
-        """Operations and bytes of the exact method; an exponential counts as 16."""
-        return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+def _shape_of(inputs: Inputs) -> Shape:
+    return Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading))
 
 
 def _choose(
-    shape: _Shape,
+    shape: Shape,
     scale: float,
     tol: float,
     method: str,
@@ -405,7 +266,7 @@ def _choose(
     def plan_with(polynomial: Polynomial, reason: str) -> Plan:
         error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean)
         rank = rank_of(shape.dim, polynomial.degree)
-        return _plan(
+        return plan_of(
             shape, scale, "polynomial", series, source, rounded, lowest_mean, error, grad_error, reason,
             polynomial.coefficients, rank,
         )  # fmt: skip
@@ -415,7 +276,7 @@ def _choose(
             rounded, dim=shape.dim, views=shape.views, value_dim=shape.value_dim, lengths=sum(shape.lengths),
             dtype=shape.dtype,
         )  # fmt: skip
-        return _plan(
+        return plan_of(
             shape, scale, "exact", None, source, rounded, lowest_mean, error, grad_error, reason, (), rank
         )  # fmt: skip
 
@@ -434,7 +295,7 @@ def _choose(
         if best is None:
             raise PlanError(
                 f"the polynomial method cannot meet tol={tol:g}: {problem}. Use method='exact' "
-                f"({_si(shape.exact_cost()[0])}flop), a larger tol, a smaller scale or inputs of smaller norm, "
+                f"({si(shape.exact_cost()[0])}flop), a larger tol, a smaller scale or inputs of smaller norm, "
                 "degree=... to take what error a degree gives, or bound='estimated'"
             )
         return plan_with(best, "polynomial was asked for")
@@ -456,52 +317,7 @@ def _choose(
     return plan_with(best, f"degree {best.degree} meets tol={tol:g} with {ratio:.3g} times fewer operations than exact")
 
 
-def _plan(
-    shape: _Shape,
-    scale: float,
-    method: str,
-    series: str | None,
-    source: str,
-    bound: float,
-    lowest_mean: float,
-    error: float,
-    grad_error: float,
-    reason: str,
-    coefficients: tuple[float, ...],
-    rank: int,
-) -> Plan:
-    """A plan with its costs; `rank` is that of the polynomial it was compared with, if any."""
-    flops, memory = shape.polynomial_cost(rank) if rank else (inf, inf)
-    flops_exact, bytes_exact = shape.exact_cost()
-    polynomial = method == "polynomial"
-    return Plan(
-        method=method,
-        series=series,
-        degree=len(coefficients) - 1 if polynomial else 0,
-        rank=rank if polynomial else 0,
-        bound=bound,
-        source=source,
-        certified=source != "estimate" and isfinite(error),
-        error=error,
-        grad_error=grad_error,
-        scale=scale,
-        dim=shape.dim,
-        order=shape.views + 1,
-        dtype=shape.dtype,
-        coefficients=coefficients,
-        lowest_mean=lowest_mean,
-        lengths=shape.lengths,
-        value_dim=shape.value_dim,
-        leading=shape.leading,
-        flops_exact=flops_exact,
-        flops_polynomial=flops,
-        bytes_exact=bytes_exact,
-        bytes_polynomial=memory,
-        reason=reason,
-    )
-
-
-def _polynomial_errors(shape: _Shape, polynomial: Polynomial, lowest_mean: float) -> tuple[float, float]:
+def _polynomial_errors(shape: Shape, polynomial: Polynomial, lowest_mean: float) -> tuple[float, float]:
     """(error, grad_error) of a polynomial for this shape."""
     if not polynomial.delta < 1:
         return inf, inf
@@ -518,7 +334,7 @@ def _polynomial_errors(shape: _Shape, polynomial: Polynomial, lowest_mean: float
     return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime)
 
 
-def _smallest(shape: _Shape, bound: float, lowest_mean: float, tol: float, series: str) -> Polynomial | None:
+def _smallest(shape: Shape, bound: float, lowest_mean: float, tol: float, series: str) -> Polynomial | None:
     """The polynomial of least degree that meets `tol` at a rank that can be afforded."""
     affordable = max((g for g in range(1, _MAX_DEGREE + 1) if rank_of(shape.dim, g) <= MAX_RANK), default=0)
 
@@ -540,7 +356,7 @@ def _needed_degree(bound: float, tol: float, series: str) -> int | None:
     return None if found is None else found.degree
 
 
-def _why_not(shape: _Shape, bound: float, tol: float, needed: int | None) -> str:
+def _why_not(shape: Shape, bound: float, tol: float, needed: int | None) -> str:
     """What stands against the polynomial method, in words."""
     where = f"scores may reach {bound:.4g}"
     if needed is None:
@@ -552,18 +368,18 @@ def _why_not(shape: _Shape, bound: float, tol: float, needed: int | None) -> str
     return f"{take}, where rounding in {shape.dtype} exceeds tol"
 
 
-def _check_rank(shape: _Shape, degree: int) -> None:
+def _check_rank(shape: Shape, degree: int) -> None:
     rank = rank_of(shape.dim, degree)
     if rank > MAX_RANK:
         memory = shape.polynomial_cost(rank)[1]
         raise ValueError(
-            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {_si(memory)}B for summaries, "
+            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {si(memory)}B for summaries, "
             f"beyond the largest rank of {MAX_RANK:,}"
         )
 
 
 def _estimated(
-    inputs: Inputs, shape: _Shape, scale: float, tol: float, method: str, degree: int | None, found: Ranges
+    inputs: Inputs, shape: Shape, scale: float, tol: float, method: str, degree: int | None, found: Ranges
 ) -> Plan:
     """A plan from sampled scores; never certified."""
     if degree is not None:
@@ -580,7 +396,7 @@ def _estimated(
         rounding, grad_rounding = lowrank_errors(0.0, 0.0, rho, rho_prime)
         sampled = sampled._replace(error=sampled.error + rounding, grad_error=sampled.grad_error + grad_rounding)
     asked = f"degree {degree} was asked for" if degree is not None else f"estimated to meet tol={tol:g}"
-    plan = _plan(
+    plan = plan_of(
         shape, scale, "polynomial", "fitted", "estimate", sampled.bound, found.lowest_mean, sampled.error,
         sampled.grad_error, asked, sampled.coefficients, rank,
     )  # fmt: skip
@@ -589,7 +405,7 @@ def _estimated(
             raise PlanError(
                 f"the polynomial method is estimated not to meet tol={tol:g}: sampled scores reach {sampled.bound:.4g}, and "
                 f"degree {plan.degree}, rank {rank:,}, gives {sampled.error:.2g}. Use method='exact' "
-                f"({_si(plan.flops_exact)}flop), a larger tol or degree=..."
+                f"({si(plan.flops_exact)}flop), a larger tol or degree=..."
             )
         return _choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
     if method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
@@ -603,13 +419,3 @@ def _round_up(bound: float) -> float:
     if not isfinite(bound) or bound <= 0:
         return bound
     return float(2.0 ** (ceil(16 * log2(bound) + 1e-9) / 16))
-
-
-def _si(number: float) -> str:
-    """A number with three digits and a prefix: '1.2 G'."""
-    if not isfinite(number):
-        return "unknown "
-    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if abs(number) >= 10.0**power:
-            return f"{number / 10.0**power:.3g} {prefix}"
-    return f"{number:.3g} "

@@ -18,7 +18,7 @@ from ..checks import (
     checked_upstream,
     positive,
 )
-from ..planning import Plan
+from ..plans import Plan
 from ..rounding import UNIT
 from . import algorithm1, closed_form
 from .errors import SizesCall, sizes

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from ..checks import Inputs, PlanError
 from ..exponential import Polynomial, minimax, smallest
 from ..monomials import rank as rank_of
-from ..planning import MAX_RANK, Plan, plan_inputs
+from ..planning import MAX_RANK, plan_inputs
+from ..plans import Plan
 from ..rounding import computed_in, exact_errors
 from . import algorithm1
 from .errors import Sizes, gradient_error

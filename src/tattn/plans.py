@@ -1,0 +1,203 @@
+"""What a plan says, and what the methods cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite, prod
+
+
+@dataclass(frozen=True)
+class Plan:
+    r"""How a call is computed, and what is promised about the answer. Hashable; holds no arrays.
+
+    Attributes
+    ----------
+    method : {"polynomial", "exact"}
+    series : {"minimax", "taylor", "fitted", "banded"} or None
+        Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
+        device; the error is not known beforehand but comes with the answer, certified, for each query row.
+    degree, rank : int
+        Degree g of the polynomial and number of monomials C(d + g, g); 0 for the exact method.
+    bound : float
+        R: scale · Σ_c |q_ic a_jc b_kc| ≤ R for all rows, and so the scores lie in [−R, R]. The sum of absolute values
+        is what rounding is measured by.
+    source : {"data", "promise", "estimate", "answer"}
+        Whether R was bounded on data (and is checked again on other eager data), promised by the caller (and never
+        checked), estimated from samples, or is found with the answer (banded).
+    certified : bool
+        Whether `error` and `grad_error` are bounds, given R. False for estimates.
+    error : float
+        |out − exact| ≤ error · Π_μ max_j |values_μ[j, e]|, from the polynomial and from rounding (whose model
+        docs/errors.md states). For float16 and bfloat16 the result is rounded once more, to half a unit in its last place.
+        Gradients of value view μ: ≤ error · Π_{ν≠μ} max |values_ν[:, e]| · Σ_i |g[i, e]|.
+    grad_error : float
+        With W_i = Σ_e |g[i, e]| Π_μ max |values_μ[:, e]|, the query's gradient is within
+        grad_error · scale · Π_μ max |keys_μ[:, c]| · W_i, that of key view μ within
+        grad_error · scale · max |query[:, c]| · Π_{ν≠μ} max |keys_ν[:, c]| · Σ_i W_i.
+    scale : float
+    dim : int
+        Channels d of query and keys.
+    order : int
+        Number of views and one for the query: 3 is the paper's.
+    dtype : str
+    coefficients : tuple of float
+        c_0 … c_g of the polynomial.
+    lowest_mean : float
+        The mean score of no query row is below this.
+    lengths, value_dim, leading
+        Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and how many problems side by side.
+    flops_exact, flops_polynomial : float
+        Operations of a forward call by either method; a gradient takes three times as many in all.
+    bytes_exact, bytes_polynomial : float
+        Memory beyond inputs and outputs.
+    reason : str
+        Why this method.
+    bands, moment : int
+        Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
+    recomputed : float
+        Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
+    """
+
+    method: str
+    series: str | None
+    degree: int
+    rank: int
+    bound: float
+    source: str
+    certified: bool
+    error: float
+    grad_error: float
+    scale: float
+    dim: int
+    order: int
+    dtype: str
+    coefficients: tuple[float, ...]
+    lowest_mean: float
+    lengths: tuple[int, ...]
+    value_dim: int
+    leading: int
+    flops_exact: float
+    flops_polynomial: float
+    bytes_exact: float
+    bytes_polynomial: float
+    reason: str
+    bands: int = 0
+    moment: int = 0
+    recomputed: float = 0.0
+
+    def __str__(self) -> str:
+        banded = self.series == "banded"
+        kind = {"data": "bounded on the data", "promise": "promised by the caller"}.get(self.source, "estimated")
+        rows = [("method", self.method if self.series is None else f"{self.method} ({self.series})")]
+        if self.method == "polynomial":
+            rows.append(("degree, rank", f"{self.degree}, {self.rank:,}"))
+        if banded:
+            rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
+        if self.recomputed:
+            rows.append(("rows exact", f"{self.recomputed:.2%}"))
+        word = "certified" if self.certified else "estimated"
+        unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
+        size = "x".join(f"{n:,}" for n in self.lengths)
+        rows += [
+            (
+                "score bound R",
+                f"{self.bound:.4g}, {kind}" if isfinite(self.bound) else "for each band" if banded else "unknown",
+            ),
+            ("error", f"{self.error:.2e}, {word}" if isfinite(self.error) else unknown),
+            ("gradient error", f"{self.grad_error:.2e}, {word}" if isfinite(self.grad_error) else unknown),
+            ("scale", f"{self.scale:.6g}"),
+            ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
+            ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
+            ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
+            ("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B"),
+            ("reason", self.reason),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan needs to know of a call: lengths (n, n_1, …, n_m), and how many problems side by side."""
+
+    views: int
+    dim: int
+    value_dim: int
+    dtype: str
+    lengths: tuple[int, ...]
+    leading: int
+
+    def polynomial_cost(self, rank: int) -> tuple[float, float]:
+        """Operations and bytes of the polynomial method."""
+        itemsize = 8 if self.dtype == "float64" else 4
+        rows = sum(self.lengths) * self.leading
+        flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
+        # Problems are taken in parts, of some eight blocks together, or one by one.
+        one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
+        memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
+        return flops, memory
+
+    def banding_cost(self, rank: int, moments: int, bands: int) -> float:
+        """Operations that bands and their certificate add: combined summaries, columns of moments, sorted rows."""
+        rows = sum(self.lengths) * self.leading
+        combined = 2.0 * float(bands) ** (self.views + 1) * rank * (self.value_dim + 1) * self.leading
+        return combined + rows * (2.0 * moments * (self.value_dim + 3) + 32 * (self.dim + self.value_dim))
+
+    def exact_cost(self) -> tuple[float, float]:
+        """Operations and bytes of the exact method; an exponential counts as 16."""
+        return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+
+
+def plan_of(
+    shape: Shape,
+    scale: float,
+    method: str,
+    series: str | None,
+    source: str,
+    bound: float,
+    lowest_mean: float,
+    error: float,
+    grad_error: float,
+    reason: str,
+    coefficients: tuple[float, ...],
+    rank: int,
+) -> Plan:
+    """A plan with its costs; `rank` is that of the polynomial it was compared with, if any."""
+    flops, memory = shape.polynomial_cost(rank) if rank else (inf, inf)
+    flops_exact, bytes_exact = shape.exact_cost()
+    polynomial = method == "polynomial"
+    return Plan(
+        method=method,
+        series=series,
+        degree=len(coefficients) - 1 if polynomial else 0,
+        rank=rank if polynomial else 0,
+        bound=bound,
+        source=source,
+        certified=source != "estimate" and isfinite(error),
+        error=error,
+        grad_error=grad_error,
+        scale=scale,
+        dim=shape.dim,
+        order=shape.views + 1,
+        dtype=shape.dtype,
+        coefficients=coefficients,
+        lowest_mean=lowest_mean,
+        lengths=shape.lengths,
+        value_dim=shape.value_dim,
+        leading=shape.leading,
+        flops_exact=flops_exact,
+        flops_polynomial=flops,
+        bytes_exact=bytes_exact,
+        bytes_polynomial=memory,
+        reason=reason,
+    )
+
+
+def si(number: float) -> str:
+    """A number with three digits and a prefix: '1.2 G'."""
+    if not isfinite(number):
+        return "unknown "
+    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(number) >= 10.0**power:
+            return f"{number / 10.0**power:.3g} {prefix}"
+    return f"{number:.3g} "
