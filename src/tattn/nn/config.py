@@ -236,7 +236,7 @@ class AttentionConfig:
 
 @lru_cache(maxsize=256)
 def plans_of(config: AttentionConfig, dtype: str) -> tuple[Plan, ...]:
-    """What `plan_of_call` chooses from: for a bound the plans of the methods allowed; else one for each number of bands."""
+    """What `plan_of_call` chooses from: the methods allowed, or numbers of bands; nothing if data decide."""
     if config.bound is None:
         if config.degree is None:
             return ()
@@ -246,16 +246,16 @@ def plans_of(config: AttentionConfig, dtype: str) -> tuple[Plan, ...]:
     return (made, config._bounded_plan(USUAL_ROWS, dtype, "exact")) if config.method == "auto" else (made,)
 
 
-def plan_of_call(plans: Sequence[Plan], lengths: Sequence[int]) -> Plan | None:
-    """The plan for a call with these lengths (n, n_1, …), by nothing but shapes; None if data decide."""
-    if len(plans) < 2:
-        return plans[0] if plans else None
+def plan_of_call(plans: Sequence[Plan], lengths: Sequence[int]) -> int:
+    """Which of the plans a call with these lengths (n, n_1, …) takes, by nothing but shapes."""
+    if len(plans) == 1:
+        return 0
     if plans[0].series == "banded":
-        return plans[min(len(plans), *lengths) - 1]
+        return min(len(plans), *lengths) - 1
     polynomial, exact = plans
     usual = polynomial.lengths
     flops_exact = exact.flops_exact / prod(usual) * prod(lengths)
-    return exact if flops_exact <= polynomial.flops_polynomial / sum(usual) * sum(lengths) else polynomial
+    return int(flops_exact <= polynomial.flops_polynomial / sum(usual) * sum(lengths))
 
 
 def _context_dims(given: Sequence[int] | None, embed_dim: int, views: int) -> tuple[int, ...]:

@@ -11,15 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..arrays import swap_outer
-from ..attention import tensor_attention
 from ..backends import Array, Backend, backend_of
-from ..planning import Plan
-from .config import AttentionConfig, plan_of_call
+from .config import AttentionConfig
 
 
 def attend(
     config: AttentionConfig,
-    plans: Sequence[Plan],
+    attention: Callable[[Array, Sequence[Array], Sequence[Array], Sequence[Array | None] | None], Any],
     query: Array,
     keys: Sequence[Array],
     values: Sequence[Array],
@@ -30,7 +28,8 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """Output (..., n, H · dv) in the query's dtype, and the errors (..., H, n) if asked for.
 
-    `temperature` (H,) multiplies the scores of each head, `constant` takes an array out of differentiation.
+    ``attention(query, keys, values, masks)`` computes the heads, `temperature` (H,) multiplies their scores, and `constant`
+    takes an array out of differentiation.
     """
     backend = backend_of(query)
     assert backend is not None
@@ -55,10 +54,7 @@ def attend(
     ks = [grouped(normalised(split(k, key_heads)), 1) for k in keys]
     vs = [grouped(split(v, key_heads), 1) for v in values]
     masks = None if key_masks is None else [None if mask is None else mask[..., None, None, :] for mask in key_masks]
-    plan = plan_of_call(plans, [a.shape[-2] for a in (q, *ks)])
-    options: dict[str, Any] = {"tol": config.tol, "method": config.method} if plan is None else {"plan": plan}
-    result = tensor_attention(q, ks, vs, scale=config.scale, key_masks=masks, return_error=return_error, **options)
-    out, error = result if return_error else (result, None)
+    out, error = attention(q, ks, vs, masks) if return_error else (attention(q, ks, vs, masks), None)
     out = swap_outer(_joined(out, config, backend), backend)
     out = backend.xp.reshape(out, (*out.shape[:-2], config.num_heads * config.value_dim))
     if error is not None:

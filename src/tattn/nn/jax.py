@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..attention import tensor_attention
 from ..backends.jax import BACKEND
 from ..checks import checked_layer_call, checked_parameters
-from .config import AttentionConfig, plans_of
+from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 
 Params = dict[str, jax.Array]
@@ -114,7 +115,14 @@ def apply(
     values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
     temperature = jax.nn.sigmoid(params["bound_logit"]) if config.learn_bound else None
     plans = plans_of(config, _computed_in(query.dtype))
-    out, error = attend(config, plans, query, keys, values, masks, temperature, jax.lax.stop_gradient, return_error)
+
+    def attention(query: Any, keys: Any, values: Any, masks: Any) -> Any:
+        options: dict[str, Any] = {"tol": config.tol, "method": config.method}
+        if plans:
+            options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
+        return tensor_attention(query, keys, values, key_masks=masks, return_error=return_error, **options)
+
+    out, error = attend(config, attention, query, keys, values, masks, temperature, jax.lax.stop_gradient, return_error)
     out = project("out_proj", out)
     return (out, error) if return_error else out
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import tensor_attention
 from ..backends.torch import BACKEND
 from ..checks import PlanError, checked_layer_call
 from ..planning import Plan
-from .config import USUAL_ROWS, AttentionConfig, plans_of
+from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
+from .operator import plan_text, planned_attention, traced_whole
 
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
 LOGIT = 2.0
@@ -168,15 +170,39 @@ max_rank, eps, bias
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
-        plans = self._plans[_computed_in(query.dtype)]
-        if isinstance(plans, str):
-            raise PlanError(plans)
         temperature = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
+
+        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+            return self._attention(q, ks, vs, masks, return_error)
+
         out, error = attend(
-            self.config, plans, query, keys, values, masks, temperature, torch.Tensor.detach, return_error
+            self.config, attention, query, keys, values, masks, temperature, torch.Tensor.detach, return_error
         )
         out = self.out_proj(out)
         return (out, error) if return_error else out
+
+    def _attention(
+        self,
+        query: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        key_masks: Sequence[Tensor | None] | None,
+        return_error: bool,
+    ) -> Any:
+        """All heads, each a leading dimension."""
+        plans, texts = self._plans[_computed_in(query.dtype)]
+        if not texts:
+            return tensor_attention(
+                query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
+                return_error=return_error,
+            )  # fmt: skip
+        if not plans:
+            raise PlanError(texts[0])
+        chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
+        options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
+        if traced_whole():
+            return planned_attention(query, keys, values, text=texts[chosen], **options)
+        return tensor_attention(query, keys, values, **options)
 
     def extra_repr(self) -> str:
         """Sizes, bound, degree, rank and error."""
@@ -198,11 +224,12 @@ def _computed_in(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
 
 
-def _plans(config: AttentionConfig, dtype: str, needed: bool) -> tuple[Plan, ...] | str:
-    """Plans to choose from, or why there are none if they are not needed yet."""
+def _plans(config: AttentionConfig, dtype: str, needed: bool) -> tuple[tuple[Plan, ...], tuple[str, ...]]:
+    """Plans to choose from and their texts; no plan but a text that says why if there is none and it is not needed yet."""
     try:
-        return plans_of(config, dtype)
+        plans = plans_of(config, dtype)
     except PlanError as cannot:
         if needed:
             raise
-        return str(cannot)
+        return (), (str(cannot),)
+    return plans, tuple(plan_text(plan) for plan in plans)
