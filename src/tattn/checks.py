@@ -220,7 +220,7 @@ def checked_layer_call(
     leading = [(name, a) for name, a, _ in named]
     masks: tuple[Any, ...] | None = None
     if key_masks is not None:
-        alone = backend_of(key_masks) is not None
+        alone = hasattr(key_masks, "shape")
         if alone and contexts is not None:
             raise TypeError("key_masks should be a list or tuple of arrays, one for each context, got a single one")
         masks = (key_masks,) * views if alone else _sequence("key_masks", key_masks)

@@ -153,6 +153,20 @@ class AttentionConfig:
         # a fast library) and 2 (the quotients), and p rows meet; twice that.
         return self.bound * (1 + 2.0**-23 * (self.head_dim + 20 * self.order))
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name; weights are (out, in)."""
+        keys, values = (self.num_key_heads * width for width in (self.head_dim, self.value_dim))
+        weights = {"q_proj": (self.num_heads * self.head_dim, self.embed_dim)}
+        for name, rows in (("k_projs", keys), ("v_projs", values)):
+            weights |= {f"{name}.{i}": (rows, width) for i, width in enumerate(self.context_dims)}
+        weights["out_proj"] = (self.embed_dim, self.num_heads * self.value_dim)
+        shapes: dict[str, tuple[int, ...]] = {"bound_logit": (self.num_heads,)} if self.learn_bound else {}
+        for name, shape in weights.items():
+            shapes[f"{name}.weight"] = shape
+            if self.bias:
+                shapes[f"{name}.bias"] = shape[:1]
+        return shapes
+
     def plan(self, n: int | Sequence[int] = USUAL_ROWS, dtype: str = "float32") -> Plan | None:
         """The plan of a head, with costs counted for one head and `n` rows, or (n, n_1, …); None if data decide.
 

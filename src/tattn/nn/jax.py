@@ -59,7 +59,7 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
     dtype = jnp.zeros(0).dtype if dtype is None else jnp.dtype(dtype)
     plans_of(config, _computed_in(dtype))
     params: Params = {}
-    shapes = parameter_shapes(config)
+    shapes = config.parameter_shapes()
     for (name, shape), k in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
         if name.endswith("weight"):
             params[name] = jax.random.uniform(k, shape, dtype, -1, 1) * sqrt(3 / shape[1])
@@ -101,7 +101,7 @@ def apply(
     TypeError, ValueError
         For arguments that do not fit, by name.
     """
-    checked_parameters(params, parameter_shapes(config))
+    checked_parameters(params, config.parameter_shapes())
     contexts, masks = checked_layer_call(
         x, contexts, key_masks, config.embed_dim, config.context_dims, like=params["q_proj.weight"], backend=BACKEND
     )
@@ -125,21 +125,6 @@ def apply(
     out, error = attend(config, attention, query, keys, values, masks, temperature, jax.lax.stop_gradient, return_error)
     out = project("out_proj", out)
     return (out, error) if return_error else out
-
-
-def parameter_shapes(config: AttentionConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters by name."""
-    keys, values = (config.num_key_heads * width for width in (config.head_dim, config.value_dim))
-    weights = {"q_proj": (config.num_heads * config.head_dim, config.embed_dim)}
-    for name, rows in (("k_projs", keys), ("v_projs", values)):
-        weights |= {f"{name}.{i}": (rows, width) for i, width in enumerate(config.context_dims)}
-    weights["out_proj"] = (config.embed_dim, config.num_heads * config.value_dim)
-    shapes: dict[str, tuple[int, ...]] = {"bound_logit": (config.num_heads,)} if config.learn_bound else {}
-    for name, shape in weights.items():
-        shapes[f"{name}.weight"] = shape
-        if config.bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    return shapes
 
 
 def _computed_in(dtype: Any) -> str:

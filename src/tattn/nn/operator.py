@@ -121,7 +121,9 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> Any:
     query, *rest = ctx.saved_tensors
     keys, values, masks = (rest[i * ctx.views : (i + 1) * ctx.views] for i in range(3))
     grads = _backward(query, keys, values, masks, ctx.plan, ctx.certify, *rest[-2:], grad)
-    return grads[0], grads[1 : ctx.views + 1], grads[ctx.views + 1 :], None, None, None
+    # What torch expects for a list is a list where all of it are tensors, and one None otherwise.
+    of_masks = None if any(mask is None for mask in masks) else [None] * ctx.views
+    return grads[0], grads[1 : ctx.views + 1], grads[ctx.views + 1 :], of_masks, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
