@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
+from math import comb
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -463,6 +465,22 @@ def test_the_plan_is_that_of_the_bound() -> None:
     assert config.plan((10, 20, 30)).lengths == (10, 20, 30)
     assert config.plan(dtype="float64").rank < plan.rank
     assert hash(config) == hash(AttentionConfig(64, 8)) and config == pickle.loads(pickle.dumps(config))
+
+
+def test_the_table_in_the_guide() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 9
+    for bound, tol, degree, *ranks in lines[1:]:
+        for dim, rank in zip((4, 8, 16, 32), ranks, strict=True):
+            config = AttentionConfig(dim, 1, bound=float(bound), tol=float(tol), max_rank=1 << 18)
+            if rank == "–":
+                with pytest.raises(tattn.PlanError):
+                    config.plan()
+            else:
+                plan = config.plan()
+                assert (plan.degree, plan.rank) == (int(degree), int(rank.replace(",", "")))
+                assert plan.rank == comb(dim + plan.degree, plan.degree)
 
 
 def test_drawn_weights_keep_variance(layered: Library) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import pickle
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,3 +244,18 @@ def test_it_trains() -> None:
         optimiser.step()
         losses.append(float(loss.detach()))
     assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
+
+
+def test_examples_in_the_guide_and_the_docstrings() -> None:
+    import tattn.nn.torch
+
+    guide = Path(__file__).parents[1] / "docs" / "layers.md"
+    for ran in (doctest.testfile(str(guide), module_relative=False), doctest.testmod(tattn.nn.torch)):
+        assert ran.failed == 0 and ran.attempted > 4
+
+
+def test_the_block_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "examples" / "transformer_block.py"
+    runpy.run_path(str(path))["main"](80)
+    errors = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines() if "variance" in line]
+    assert errors[0] > 0.9 and errors[-1] < 0.8

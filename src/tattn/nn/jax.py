@@ -51,10 +51,10 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
     >>> import jax
     >>> from tattn.nn import AttentionConfig
     >>> from tattn.nn.jax import apply, init
-    >>> config = AttentionConfig(64, 8, bound=1.0)
+    >>> config = AttentionConfig(32, 8, bound=1.0)
     >>> params = init(jax.random.key(0), config)
-    >>> apply(params, jax.numpy.ones((2, 100, 64)), config=config).shape
-    (2, 100, 64)
+    >>> apply(params, jax.numpy.ones((2, 50, 32)), config=config).shape
+    (2, 50, 32)
     """
     dtype = jnp.zeros(0).dtype if dtype is None else jnp.dtype(dtype)
     plans_of(config, _computed_in(dtype))
