@@ -48,3 +48,30 @@ def test_every_library_makes_the_same_plan(other: str) -> None:
     a, b = plans
     assert (a.method, a.degree, a.rank, a.lengths) == (b.method, b.degree, b.rank, b.lengths)
     np.testing.assert_allclose([a.bound, a.error, a.lowest_mean], [b.bound, b.error, b.lowest_mean], rtol=1e-9)
+
+
+@pytest.mark.parametrize("learn_bound", [False, True])
+def test_layers_agree_and_load_each_other(learn_bound: bool) -> None:
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    from tattn.nn import AttentionConfig, TensorAttention
+    from tattn.nn.jax import apply
+
+    jax.config.update("jax_enable_x64", True)
+    options: dict[str, Any] = {"head_dim": 3, "num_key_heads": 2, "degree": 2, "learn_bound": learn_bound}
+    layer = TensorAttention(8, 4, **options, context_dims=(5, 6), dtype=torch.float64)
+    config = AttentionConfig(8, 4, **options, context_dims=[5, 6])
+    assert layer.config == config
+    rng = np.random.default_rng(0)
+    x, a, b = (rng.normal(size=(2, n, w)) for n, w in ((4, 8), (5, 5), (6, 6)))
+    params = {name: p.detach().numpy() for name, p in layer.named_parameters()}
+    params = {name: jax.numpy.asarray(p) for name, p in params.items()}
+
+    def loss(params: Any) -> Any:
+        return jax.numpy.sin(
+            apply(params, jax.numpy.asarray(x), [jax.numpy.asarray(c) for c in (a, b)], config=config)
+        ).sum()
+
+    layer(torch.tensor(x), [torch.tensor(a), torch.tensor(b)]).sin().sum().backward()
+    grads = jax.grad(loss)(params)
+    for name, p in layer.named_parameters():
+        np.testing.assert_allclose(grads[name], p.grad.numpy(), rtol=1e-10, atol=1e-12)

@@ -181,6 +181,21 @@ def test_importing_brings_no_array_library_but_numpy():
     assert run(code) == ["[] True"]
 
 
+def test_layers_bring_their_library_when_asked_for():
+    pytest.importorskip("torch")
+    code = """
+        import sys
+        from tattn.nn import AttentionConfig
+
+        AttentionConfig(8, 2).plan()
+        print("torch" in sys.modules, "jax" in sys.modules)
+        from tattn.nn import TensorAttention
+
+        print("torch" in sys.modules, "jax" in sys.modules)
+    """
+    assert run(code) == ["False False", "True False"]
+
+
 @pytest.mark.parametrize("ours", ["numpy", "torch", "jax", "array_api_strict"])
 def test_a_call_brings_no_other_array_library(ours):
     pytest.importorskip(ours)

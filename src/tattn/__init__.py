@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import products, training
+from . import nn, products, training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .estimation import measure_error
@@ -16,6 +16,7 @@ __all__ = [
     "PlanError",
     "__version__",
     "measure_error",
+    "nn",
     "plan",
     "plan_for",
     "products",

@@ -124,6 +124,13 @@ def whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def true_or_false(name: str, value: Any) -> bool:
+    """A bool, and nothing that only counts as one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} should be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
 def checked_finite(largest: Sequence[float], views: int) -> None:
     """ValueError if the largest entry of query, keys or values is not a finite number."""
     names = ["query", *(f"keys[{i}]" for i in range(views)), *(f"values[{i}]" for i in range(views))]
@@ -185,6 +192,61 @@ def checked_upstream(upstream: Any, matrices: Mapping[str, Any], backend: Backen
     if tuple(upstream.shape[-2:]) != rows:
         raise ValueError(f"upstream should have shape (..., {rows[0]}, {rows[1]}), got {tuple(upstream.shape)}")
     _leading([*matrices.items(), ("upstream", upstream)])
+
+
+def checked_layer_call(
+    x: Any, contexts: Any, key_masks: Any, embed_dim: int, context_dims: Sequence[int], *, like: Array, backend: Backend
+) -> tuple[tuple[Array, ...], tuple[Array | None, ...] | None]:
+    """Contexts and masks of a layer's call, one for each view; library and device are those of the weights, `like`."""
+    views = len(context_dims)
+    named = [("x", x, embed_dim)]
+    if contexts is not None:
+        given = _sequence("contexts", contexts)
+        if len(given) != views:
+            raise ValueError(f"contexts should be {views}, one for each view, got {len(given)}")
+        named += [(f"contexts[{i}]", c, width) for i, (c, width) in enumerate(zip(given, context_dims, strict=True))]
+    elif set(context_dims) != {embed_dim}:
+        raise ValueError(f"contexts should be given, with {', '.join(map(str, context_dims))} channels, got None")
+    for name, a, width in named:
+        _same_library(name, a, backend, like="the weights")
+        dtype = backend.dtype_name(a.dtype)
+        if dtype not in _FLOATS:
+            raise TypeError(f"{name} should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
+        _device(name, a, like, backend, like="the weights")
+        _shape(name, a)
+        if a.shape[-1] != width:
+            raise ValueError(f"{name} should have {width} channels, got shape {tuple(a.shape)}")
+    attended = (x,) * views if contexts is None else tuple(contexts)
+    leading = [(name, a) for name, a, _ in named]
+    masks: tuple[Any, ...] | None = None
+    if key_masks is not None:
+        alone = hasattr(key_masks, "shape")
+        if alone and contexts is not None:
+            raise TypeError("key_masks should be a list or tuple of arrays, one for each context, got a single one")
+        masks = (key_masks,) * views if alone else _sequence("key_masks", key_masks)
+        if len(masks) != views:
+            raise ValueError(f"key_masks should have one entry for each of the {views} views, got {len(masks)}")
+        for i, (mask, a) in enumerate(zip(masks, attended, strict=True)):
+            if mask is not None:
+                name = "key_masks" if alone else f"key_masks[{i}]"
+                _mask(name, mask, "x" if contexts is None else f"contexts[{i}]", a, like, backend)
+                leading.append((name, mask[..., None]))
+    _leading(leading)
+    return attended, masks
+
+
+def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A dict of arrays with just these names and shapes."""
+    if not isinstance(params, dict):
+        raise TypeError(f"params should be a dict of arrays, got {type(params).__name__}")
+    for name, shape in shapes.items():
+        if name not in params:
+            raise ValueError(f"params should have {name!r}, got {', '.join(map(repr, params))}")
+        if tuple(params[name].shape) != shape:
+            raise ValueError(f"params[{name!r}] should have shape {shape}, got {tuple(params[name].shape)}")
+    for name in params:
+        if name not in shapes:
+            raise ValueError(f"params should have nothing but {', '.join(map(repr, shapes))}, got {name!r}")
 
 
 def checked_method(method: Any) -> str:

@@ -1,0 +1,24 @@
+"""Tensor attention as a layer that is bounded by construction, so that its error is known when it is built.
+
+`TensorAttention` is a torch module, and torch is imported when it is first asked for; ``import tattn.nn.jax`` has the same
+layer as functions of a dict of parameters. docs/layers.md is the guide.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import AttentionConfig
+
+if TYPE_CHECKING:
+    from .torch import TensorAttention
+
+__all__ = ["AttentionConfig", "TensorAttention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TensorAttention":
+        from .torch import TensorAttention
+
+        return TensorAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

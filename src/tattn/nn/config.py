@@ -1,0 +1,283 @@
+"""What a layer of tensor attention is, but for its weights: sizes, bound, and the plans that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import lru_cache
+from math import isfinite, prod
+
+from ..checks import PlanError, checked_method, positive, true_or_false, whole
+from ..planning import MAX_RANK, plan_for
+from ..plans import Plan
+
+# Rows of every view that the costs of a plan are counted for unless asked for others.
+USUAL_ROWS = 16_384
+# Norm bands of every view where rows are not normalised and a degree is given.
+_BANDS = 8
+# What is tried for the advice in an error.
+_HEAD_DIMS = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+_BOUNDS = (3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    r"""Sizes and bound of a layer of tensor attention; checked, hashable, free of arrays.
+
+    A head with query row q and, for order 3, key rows a and b has the score
+
+    .. math::
+
+        x = t \cdot \mathrm{bound} \cdot \sum_c \hat q_c \hat a_c \hat b_c, \qquad
+        \hat z = z \,/\, \big(\sum_c |z_c|^p + \mathrm{eps}^p\big)^{1/p}, \quad p = \mathrm{order},
+
+    with t = 1, or learned in [0, 1]. By Hölder's inequality the absolute values of the terms add up to at most `bound`,
+    whatever the weights, so the polynomial and its error are fixed when the layer is built.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Channels of the input and the output.
+    num_heads : int
+        Query heads.
+    order : int
+        Views and one for the query: 3 attends to pairs, 2 is ordinary attention.
+    head_dim : int, optional
+        Channels d of query and keys in a head; embed_dim / num_heads if not given. The rank is C(d + degree, degree).
+    value_dim : int, optional
+        Channels of the values in a head; `head_dim` if not given.
+    num_key_heads : int, optional
+        Heads of keys and values, each shared by num_heads / num_key_heads query heads; `num_heads` if not given.
+    context_dims : sequence of order − 1 ints, optional
+        Channels of the contexts that are attended to; `embed_dim` each if not given.
+    bound : float or None
+        Largest |score|. None leaves rows as they are, with scores Σ_c q_c a_c b_c / d and a range that only the data
+        tells: with `degree` norm bands of that degree, which need no range and come with an error for each row;
+        without it a plan from the data in every call, which waits for the device and cannot be traced.
+    learn_bound : bool
+        Learn a factor t of `bound` for each head, the logistic function of a parameter, and so never above 1.
+    tol : float
+        Largest error of a head's output in channel e, relative to the product over the views of their largest |value| in
+        channel e. Not used if `degree` is given, unless the method is "exact".
+    degree : int, optional
+        Degree of the polynomial, whatever error that gives. The least that meets `tol` if not given.
+    method : {"polynomial", "exact", "auto"}
+        "auto" takes the exact method where that needs fewer operations for the lengths at hand; both are within `tol`.
+        The same function at every length otherwise.
+    max_rank : int
+        Largest rank to accept, at most 262,144. A head's summary of one view holds rank · (value_dim + 1) numbers.
+    eps : float
+        Rows much shorter than this keep that they are short; gradients of the normalisation stay below 1/eps.
+    bias : bool
+        Whether projections have a bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name.
+    """
+
+    embed_dim: int
+    num_heads: int
+    _: KW_ONLY
+    order: int = 3
+    # None stands for what __post_init__ puts in its place.
+    head_dim: int = None  # type: ignore[assignment]
+    value_dim: int = None  # type: ignore[assignment]
+    num_key_heads: int = None  # type: ignore[assignment]
+    context_dims: Sequence[int] = None  # type: ignore[assignment]
+    bound: float | None = 2.0
+    learn_bound: bool = False
+    tol: float = 1e-3
+    degree: int | None = None
+    method: str = "polynomial"
+    max_rank: int = 1 << 15
+    eps: float = 1e-3
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        embed_dim, num_heads = whole("embed_dim", self.embed_dim, 1), whole("num_heads", self.num_heads, 1)
+        order = whole("order", self.order, 2)
+        if self.head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim should be a multiple of num_heads {num_heads} if head_dim is not given, got {embed_dim}"
+            )
+        head_dim = embed_dim // num_heads if self.head_dim is None else whole("head_dim", self.head_dim, 1)
+        value_dim = head_dim if self.value_dim is None else whole("value_dim", self.value_dim, 1)
+        key_heads = num_heads if self.num_key_heads is None else whole("num_key_heads", self.num_key_heads, 1)
+        if num_heads % key_heads:
+            raise ValueError(f"num_key_heads should divide num_heads {num_heads}, got {key_heads}")
+        resolved = {
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "order": order,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+            "num_key_heads": key_heads,
+            "context_dims": _context_dims(self.context_dims, embed_dim, order - 1),
+            "bound": None if self.bound is None else positive("bound", self.bound),
+            "learn_bound": true_or_false("learn_bound", self.learn_bound),
+            "tol": positive("tol", self.tol),
+            "degree": None if self.degree is None else whole("degree", self.degree, 1),
+            "method": checked_method(self.method),
+            "max_rank": whole("max_rank", self.max_rank, 1),
+            "eps": positive("eps", self.eps),
+            "bias": true_or_false("bias", self.bias),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        if self.max_rank > MAX_RANK:
+            raise ValueError(f"max_rank should be at most {MAX_RANK:,}, got {self.max_rank:,}")
+        if self.learn_bound and self.bound is None:
+            raise ValueError("learn_bound needs a bound to stay within, got bound=None")
+        if self.degree is not None and self.method != "polynomial":
+            raise ValueError(f"degree belongs to method 'polynomial', got it with method {self.method!r}")
+        if self.degree is not None and self.bound is None and self.degree < 2:
+            raise ValueError(f"degree should be at least 2 with bound=None, got {self.degree}")
+
+    @property
+    def views(self) -> int:
+        """How many keys a score joins with a query."""
+        return self.order - 1
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores: bound, or 1/d without one."""
+        return 1 / self.head_dim if self.bound is None else self.bound
+
+    @property
+    def promise(self) -> float:
+        """What scale · Σ_c |q_c a_c b_c| never exceeds, normalised rows being as long as rounding makes them."""
+        if self.bound is None:
+            raise ValueError("promise needs a bound, got bound=None")
+        # In units in the last place of float32, a row is too long by d / p + 2 (powers and their sum), 16 (the root of
+        # a fast library) and 2 (the quotients), and p rows meet; twice that.
+        return self.bound * (1 + 2.0**-23 * (self.head_dim + 20 * self.order))
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name; weights are (out, in)."""
+        keys, values = (self.num_key_heads * width for width in (self.head_dim, self.value_dim))
+        weights = {"q_proj": (self.num_heads * self.head_dim, self.embed_dim)}
+        for name, rows in (("k_projs", keys), ("v_projs", values)):
+            weights |= {f"{name}.{i}": (rows, width) for i, width in enumerate(self.context_dims)}
+        weights["out_proj"] = (self.embed_dim, self.num_heads * self.value_dim)
+        shapes: dict[str, tuple[int, ...]] = {"bound_logit": (self.num_heads,)} if self.learn_bound else {}
+        for name, shape in weights.items():
+            shapes[f"{name}.weight"] = shape
+            if self.bias:
+                shapes[f"{name}.bias"] = shape[:1]
+        return shapes
+
+    def plan(self, n: int | Sequence[int] = USUAL_ROWS, dtype: str = "float32") -> Plan | None:
+        """The plan of a head, with costs counted for one head and `n` rows, or (n, n_1, …); None if data decide.
+
+        Parameters
+        ----------
+        n : int or sequence of int
+        dtype : {"float32", "float64"}
+            What attention computes in: float64 if the weights are float64.
+
+        Raises
+        ------
+        PlanError
+            If `tol` cannot be met at this bound and head dimension, or takes more than `max_rank`.
+        """
+        if self.bound is None:
+            return self._unbounded_plan(n, dtype, _BANDS) if self.degree is not None else None
+        method = "exact" if self.method == "exact" else "polynomial"
+        try:
+            made = self._bounded_plan(n, dtype, method)
+        except ValueError as cannot:
+            # Without the advice for a single call.
+            reason = str(cannot).partition(". Use ")[0]
+            raise PlanError(f"{self._named(dtype)} cannot be built: {reason}. {self._advice(dtype)}") from None
+        if made.method == "polynomial" and not isfinite(made.error):
+            raise PlanError(
+                f"{self._named(dtype)} cannot be built: at degree {made.degree} the polynomial may lose its sign within "
+                f"the bound, and a softmax its normaliser. {self._advice(dtype)}"
+            )
+        if made.rank > self.max_rank:
+            raise PlanError(
+                f"{self._named(dtype)} cannot be built: degree {made.degree} has rank {made.rank:,}, above "
+                f"max_rank={self.max_rank:,}; a head would take {made.bytes_polynomial / 2**20:,.0f} MiB for its summaries. "
+                f"{self._advice(dtype)}"
+            )
+        return made
+
+    def _bounded_plan(self, n: int | Sequence[int], dtype: str, method: str) -> Plan:
+        return plan_for(
+            n=n, dim=self.head_dim, bound=self.promise, order=self.order, tol=self.tol, dtype=dtype, scale=self.scale,
+            value_dim=self.value_dim, method=method, degree=self.degree,
+        )  # fmt: skip
+
+    def _unbounded_plan(self, n: int | Sequence[int], dtype: str, bands: int) -> Plan:
+        return plan_for(
+            n=n, dim=self.head_dim, order=self.order, dtype=dtype, scale=self.scale, value_dim=self.value_dim,
+            degree=self.degree, series="banded", bands=bands,
+        )  # fmt: skip
+
+    def _named(self, dtype: str) -> str:
+        asked = f"tol={self.tol:g}" if self.degree is None else f"degree={self.degree}"
+        return f"tensor attention with order={self.order}, head_dim={self.head_dim}, bound={self.bound:g} and {asked} in {dtype}"
+
+    def _advice(self, dtype: str) -> str:
+        """What could be changed, one thing at a time, and what that gives."""
+        tried = {
+            "head_dim": [replace(self, head_dim=d) for d in _HEAD_DIMS if d < self.head_dim],
+            "bound": [replace(self, bound=b) for b in _BOUNDS if self.bound is not None and b < self.bound],
+            "degree": [replace(self, degree=g) for g in range(12, 1, -1) if g != self.degree],
+        }
+        found = []
+        for name, others in tried.items():
+            for other in others:
+                made = other._serves(dtype)
+                if made is not None:
+                    error = f", error {made.error:.2g}" if name == "degree" else ""
+                    found.append(f"{name}={getattr(other, name):g} (degree {made.degree}, rank {made.rank:,}{error})")
+                    break
+        if dtype == "float32" and self._serves("float64"):
+            found.append("dtype float64")
+        found += ["a larger tol"] if self.degree is None else []
+        return f"What would do: {', '.join(found)} or method='exact'"
+
+    def _serves(self, dtype: str) -> Plan | None:
+        """The polynomial plan if there is one that may be used."""
+        try:
+            made = self._bounded_plan(USUAL_ROWS, dtype, "polynomial")
+        except ValueError:
+            return None
+        return made if made.rank <= self.max_rank and isfinite(made.error) else None
+
+
+@lru_cache(maxsize=256)
+def plans_of(config: AttentionConfig, dtype: str) -> tuple[Plan, ...]:
+    """What `plan_of_call` chooses from: the methods allowed, or numbers of bands; nothing if data decide."""
+    if config.bound is None:
+        if config.degree is None:
+            return ()
+        return tuple(config._unbounded_plan(USUAL_ROWS, dtype, bands) for bands in range(1, _BANDS + 1))
+    made = config.plan(dtype=dtype)
+    assert made is not None
+    return (made, config._bounded_plan(USUAL_ROWS, dtype, "exact")) if config.method == "auto" else (made,)
+
+
+def plan_of_call(plans: Sequence[Plan], lengths: Sequence[int]) -> int:
+    """Which of the plans a call with these lengths (n, n_1, …) takes, by nothing but shapes."""
+    if len(plans) == 1:
+        return 0
+    if plans[0].series == "banded":
+        return min(len(plans), *lengths) - 1
+    polynomial, exact = plans
+    usual = polynomial.lengths
+    flops_exact = exact.flops_exact / prod(usual) * prod(lengths)
+    return int(flops_exact <= polynomial.flops_polynomial / sum(usual) * sum(lengths))
+
+
+def _context_dims(given: Sequence[int] | None, embed_dim: int, views: int) -> tuple[int, ...]:
+    if given is None:
+        return (embed_dim,) * views
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"context_dims should be a list or tuple of whole numbers, got {type(given).__name__}")
+    if len(given) != views:
+        raise ValueError(f"context_dims should have {views} entries for order {views + 1}, got {len(given)}")
+    return tuple(whole(f"context_dims[{i}]", width, 1) for i, width in enumerate(given))

@@ -1,0 +1,88 @@
+"""From projected rows to the output of all heads: normalise, attend, put side by side.
+
+Shapes: query (..., n, H · d); keys (..., n_μ, K · d) and values (..., n_μ, K · dv) for K key heads, each of which H/K
+query heads share; the output is (..., n, H · dv). In between a head is a leading dimension: (..., K, H/K, n, d) for the
+query and (..., K, 1, n_μ, d) for a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..arrays import swap_outer
+from ..backends import Array, Backend, backend_of
+from .config import AttentionConfig
+
+
+def attend(
+    config: AttentionConfig,
+    attention: Callable[[Array, Sequence[Array], Sequence[Array], Sequence[Array | None] | None], Any],
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    key_masks: Sequence[Array | None] | None,
+    temperature: Array | None,
+    constant: Callable[[Array], Array],
+    return_error: bool,
+) -> tuple[Array, Array | None]:
+    """Output (..., n, H · dv) in the query's dtype, and the errors (..., H, n) if asked for.
+
+    ``attention(query, keys, values, masks)`` computes the heads, `temperature` (H,) multiplies their scores, and `constant`
+    takes an array out of differentiation.
+    """
+    backend = backend_of(query)
+    assert backend is not None
+    dtype = query.dtype
+    key_heads, shared = config.num_key_heads, config.num_heads // config.num_key_heads
+
+    def split(rows: Array, heads: int) -> Array:
+        # Rows that a narrow dtype rounds would be longer than one: normalise, and attend, in float32.
+        rows = backend.cast(rows, backend.compute_dtype(dtype))
+        return swap_outer(backend.xp.reshape(rows, (*rows.shape[:-1], heads, rows.shape[-1] // heads)), backend)
+
+    def normalised(rows: Array) -> Array:
+        return rows if config.bound is None else unit_rows(rows, config.order, config.eps, backend, constant)
+
+    def grouped(heads: Array, shared: int) -> Array:
+        return backend.xp.reshape(heads, (*heads.shape[:-3], key_heads, shared, *heads.shape[-2:]))
+
+    q = normalised(split(query, config.num_heads))
+    if temperature is not None:
+        q = q * backend.cast(temperature, q.dtype)[:, None, None]
+    q = grouped(q, shared)
+    ks = [grouped(normalised(split(k, key_heads)), 1) for k in keys]
+    vs = [grouped(split(v, key_heads), 1) for v in values]
+    masks = None if key_masks is None else [None if mask is None else mask[..., None, None, :] for mask in key_masks]
+    out, error = attention(q, ks, vs, masks) if return_error else (attention(q, ks, vs, masks), None)
+    out = swap_outer(_joined(out, config, backend), backend)
+    out = backend.xp.reshape(out, (*out.shape[:-2], config.num_heads * config.value_dim))
+    if error is not None:
+        error = _joined(error[..., None], config, backend)[..., 0]
+    return backend.cast(out, dtype), error
+
+
+def unit_rows(x: Array, order: int, eps: float, backend: Backend, constant: Callable[[Array], Array]) -> Array:
+    """Rows (..., n, d) of any finite size, each over (Σ_c |x_c|^p + eps^p)^(1/p) with p = order."""
+    xp = backend.xp
+    top = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    # Powers of entries of size one neither overflow nor vanish. The result does not depend on the divisor, hence it counts
+    # as a constant in the gradient.
+    top = constant(xp.where(top > eps, top, eps))
+    y = x / top
+    total = xp.sum(_power(y, xp.abs(y), order), axis=-1, keepdims=True)
+    small = eps / top
+    return y / xp.pow(total + _power(small, small, order), 1 / order)
+
+
+def _power(y: Array, size: Array, exponent: int) -> Array:
+    """|y|^exponent as products, whose derivatives are right at 0."""
+    result = y * y
+    for _ in range(exponent // 2 - 1):
+        result = result * (y * y)
+    return result * size if exponent % 2 else result
+
+
+def _joined(array: Array, config: AttentionConfig, backend: Backend) -> Array:
+    """(..., K, H/K, n, k) → (..., H, n, k)."""
+    return backend.xp.reshape(array, (*array.shape[:-4], config.num_heads, *array.shape[-2:]))

@@ -1,0 +1,131 @@
+"""The layer as functions of a plain dict of parameters, for JAX and its transformations.
+
+Parameters have the names, shapes and layout of the torch layer's ``state_dict``, so that either loads the other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..attention import tensor_attention
+from ..backends.jax import BACKEND
+from ..checks import checked_layer_call, checked_parameters
+from .config import AttentionConfig, plan_of_call, plans_of
+from .heads import attend
+
+Params = dict[str, jax.Array]
+# A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
+LOGIT = 2.0
+
+
+def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Params:
+    """Draw the parameters of a layer: a dict of arrays.
+
+    Parameters
+    ----------
+    key : jax.Array
+        From ``jax.random.key``.
+    config : AttentionConfig
+    dtype : dtype, optional
+        JAX's default floating dtype if not given.
+
+    Returns
+    -------
+    dict of arrays
+        ``q_proj.weight`` (num_heads · head_dim, embed_dim), ``k_projs.0.weight``, ``v_projs.0.weight``, …,
+        ``out_proj.weight``, a ``bias`` beside each, and ``bound_logit`` (num_heads,) for a learned bound. Weights have
+        variance 1/fan-in.
+
+    Raises
+    ------
+    PlanError
+        If the polynomial method cannot meet ``tol`` at this bound and head dimension; the message says what would do.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from tattn.nn import AttentionConfig
+    >>> from tattn.nn.jax import apply, init
+    >>> config = AttentionConfig(32, 8, bound=1.0)
+    >>> params = init(jax.random.key(0), config)
+    >>> apply(params, jax.numpy.ones((2, 50, 32)), config=config).shape
+    (2, 50, 32)
+    """
+    dtype = jnp.zeros(0).dtype if dtype is None else jnp.dtype(dtype)
+    plans_of(config, _computed_in(dtype))
+    params: Params = {}
+    shapes = config.parameter_shapes()
+    for (name, shape), k in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
+        if name.endswith("weight"):
+            params[name] = jax.random.uniform(k, shape, dtype, -1, 1) * sqrt(3 / shape[1])
+        else:
+            params[name] = jnp.full(shape, LOGIT if name == "bound_logit" else 0, dtype)
+    return params
+
+
+def apply(
+    params: Params,
+    x: jax.Array,
+    contexts: Sequence[jax.Array] | None = None,
+    *,
+    config: AttentionConfig,
+    key_masks: jax.Array | Sequence[jax.Array | None] | None = None,
+    return_error: bool = False,
+) -> Any:
+    """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts; traces under every transformation.
+
+    Parameters
+    ----------
+    params : dict of arrays
+        As from `init`.
+    x : array (..., n, embed_dim)
+    contexts : sequence of order − 1 arrays (..., n_μ, context_dims[μ]), optional
+        `x` itself in every view if not given. Leading dimensions broadcast with those of `x`.
+    config : AttentionConfig
+    key_masks : boolean array (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
+        True where to attend. A single one is for every view, and for self-attention only.
+    return_error : bool
+        Also return a certified bound of each head's error in each row (..., num_heads, n), as ``config.tol`` is measured.
+
+    Returns
+    -------
+    array (..., n, embed_dim), or a pair with the errors
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name.
+    """
+    checked_parameters(params, config.parameter_shapes())
+    contexts, masks = checked_layer_call(
+        x, contexts, key_masks, config.embed_dim, config.context_dims, like=params["q_proj.weight"], backend=BACKEND
+    )
+
+    def project(name: str, rows: jax.Array) -> jax.Array:
+        projected = rows @ params[f"{name}.weight"].T
+        return projected + params[f"{name}.bias"] if config.bias else projected
+
+    query = project("q_proj", x)
+    keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
+    values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
+    temperature = jax.nn.sigmoid(params["bound_logit"]) if config.learn_bound else None
+    plans = plans_of(config, _computed_in(query.dtype))
+
+    def attention(query: Any, keys: Any, values: Any, masks: Any) -> Any:
+        options: dict[str, Any] = {"tol": config.tol, "method": config.method}
+        if plans:
+            options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
+        return tensor_attention(query, keys, values, key_masks=masks, return_error=return_error, **options)
+
+    out, error = attend(config, attention, query, keys, values, masks, temperature, jax.lax.stop_gradient, return_error)
+    out = project("out_proj", out)
+    return (out, error) if return_error else out
+
+
+def _computed_in(dtype: Any) -> str:
+    return "float64" if dtype == jnp.float64 else "float32"

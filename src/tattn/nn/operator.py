@@ -1,0 +1,129 @@
+"""Attention with a plan as one operator of torch, which compilers and ``torch.export`` take as it is.
+
+A compiler that traced it would unroll every block of rows. As an operator it runs eagerly, in blocks and in place, at any
+length. The plan travels as text, so that an exported program holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends.torch import BACKEND
+from ..certificate import COLUMNS, ERROR
+from ..checks import checked_inputs
+from ..choice import Work, work_of
+from ..plans import Plan
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan in JSON."""
+    return json.dumps(asdict(plan))
+
+
+def planned_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    plan: Plan,
+    text: str,
+    key_masks: Sequence[Tensor | None] | None,
+    return_error: bool,
+) -> Any:
+    """`tattn.tensor_attention` with a plan that reads no values and its text; no second derivatives, no functorch."""
+    masks = [None] * len(keys) if key_masks is None else list(key_masks)
+    banded = plan.series == "banded"
+    out, rest = _forward(query, list(keys), list(values), masks, text, banded and return_error)
+    if not return_error:
+        return out
+    return out, rest[..., ERROR].detach() if banded else torch.full_like(rest[..., 0].detach(), plan.error)
+
+
+def traced_whole() -> bool:
+    """Whether a compiler traces the call and no transformation of torch.func does, which operators do not serve."""
+    return torch.compiler.is_compiling() and not _transformed()
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Asked when the call is traced.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _plan(text: str) -> Plan:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+    }
+    return Plan(**fields)
+
+
+def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:
+    return work_of(checked_inputs(query, list(keys), list(values), list(masks)), _plan(text), certify)
+
+
+_ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"
+
+
+@torch.library.custom_op(
+    "tattn::attention", mutates_args=(), schema=f"({_ARRAYS}, str plan, bool certify) -> (Tensor, Tensor)"
+)
+def _forward(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
+    """Output (..., n, dv), and what the adjoint needs (..., n, 1), or with the certificate."""
+    work = _work(query, keys, values, masks, plan, certify)
+    out, _, rest = BACKEND.run(work.forward, work.call, work.arrays)
+    return out.contiguous(), rest.contiguous()
+
+
+@_forward.register_fake
+def _(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
+    leading = [a.shape[:-2] for a in (query, *keys, *values)] + [m.shape[:-1] for m in masks if m is not None]
+    shape = (*np.broadcast_shapes(*leading), query.shape[-2])
+    return query.new_empty((*shape, values[0].shape[-1])), query.new_empty((*shape, COLUMNS if certify else 1))
+
+
+@torch.library.custom_op(
+    "tattn::attention_backward",
+    mutates_args=(),
+    schema=f"({_ARRAYS}, str plan, bool certify, Tensor out, Tensor rest, Tensor grad) -> Tensor[]",
+)
+def _backward(
+    query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any, out: Any, rest: Any, grad: Any
+) -> Any:
+    """Gradients of query, keys and values."""
+    work = _work(query, keys, values, masks, plan, certify)
+    residuals = (out, rest, grad, torch.zeros_like(rest[..., :1]))
+    return [g.contiguous() for g in BACKEND.run(work.backward, work.call, (*work.arrays, *residuals))]
+
+
+@_backward.register_fake
+def _(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any, out: Any, rest: Any, grad: Any) -> Any:
+    return [a.new_empty(a.shape) for a in (query, *keys, *values)]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    query, keys, values, masks, ctx.plan, ctx.certify = inputs
+    ctx.views = len(keys)
+    ctx.save_for_backward(query, *keys, *values, *masks, *output)
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+    query, *rest = ctx.saved_tensors
+    keys, values, masks = (rest[i * ctx.views : (i + 1) * ctx.views] for i in range(3))
+    grads = _backward(query, keys, values, masks, ctx.plan, ctx.certify, *rest[-2:], grad)
+    # What torch expects for a list is a list where all of it are tensors, and one None otherwise.
+    of_masks = None if any(mask is None for mask in masks) else [None] * ctx.views
+    return grads[0], grads[1 : ctx.views + 1], grads[ctx.views + 1 :], of_masks, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)

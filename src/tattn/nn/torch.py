@@ -1,0 +1,236 @@
+"""The layer as a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import tensor_attention
+from ..backends.torch import BACKEND
+from ..checks import PlanError, checked_layer_call
+from ..plans import Plan
+from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
+from .heads import attend
+from .operator import plan_text, planned_attention, traced_whole
+
+# A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
+LOGIT = 2.0
+
+
+class TensorAttention(nn.Module):
+    r"""Several heads of tensor attention, bounded by construction: linear in the length, with a known error.
+
+    Stands where ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)`` stands. For order 3, head h of row i is
+
+    .. math::
+
+        o_i = \sum_{jk} \mathrm{softmax}_{jk}\Big(\mathrm{bound} \sum_c \hat q_{ic} \hat a_{jc} \hat b_{kc}\Big)\; u_j \circ v_k,
+
+    where q is a projection of `x`; a, u and b, v are projections of the two contexts; and a hat divides a row by its
+    ℓ3-norm. No score exceeds `bound`, whatever the weights become. The polynomial that stands for exp is therefore chosen
+    once, here, and no call reads values: it runs without host synchronisation and traces under ``torch.compile``,
+    ``torch.func`` and ``torch.export``. Its gradient is the exact derivative of what it computes.
+
+    Parameters
+    ----------
+    embed_dim, num_heads, order, head_dim, value_dim, num_key_heads, context_dims
+        As in `AttentionConfig`.
+    bound, learn_bound, tol, degree, method, max_rank, eps, bias
+        As in `AttentionConfig`. ``head_dim`` and ``bound`` decide the cost: docs/layers.md has a table.
+    device, dtype
+        Of the weights. Attention itself computes in float64 if they are float64, and in float32 otherwise, also under
+        autocast.
+
+    Attributes
+    ----------
+    config : AttentionConfig
+    plan : Plan or None
+        Degree, rank and error of a head in the weights' dtype, with costs counted for one head and 16,384 rows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name.
+    PlanError
+        If the polynomial method cannot meet `tol` at this bound and head dimension; the message says what would do.
+
+    Notes
+    -----
+    There is no dropout of attention weights: they are never formed. Put dropout on the output.
+
+    Projections start at variance 1/fan-in, so that values have the variance of the inputs and so has a product of
+    values; the size of queries and keys is divided out. Biases start at 0.
+
+    Examples
+    --------
+    >>> import torch, tattn
+    >>> layer = tattn.nn.TensorAttention(64, 8)
+    >>> layer.plan.degree, layer.plan.rank, layer.plan.error < 1e-3
+    (7, 6435, True)
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    >>> text, image, audio = (torch.randn(2, n, width) for n, width in ((30, 64), (40, 48), (50, 32)))
+    >>> cross = tattn.nn.TensorAttention(64, 8, bound=1.0, context_dims=(48, 32))
+    >>> cross(text, (image, audio)).shape
+    torch.Size([2, 30, 64])
+    """
+
+    bound_logit: nn.Parameter | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        order: int = 3,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        num_key_heads: int | None = None,
+        context_dims: Sequence[int] | None = None,
+        bound: float | None = 2.0,
+        learn_bound: bool = False,
+        tol: float = 1e-3,
+        degree: int | None = None,
+        method: str = "polynomial",
+        max_rank: int = 1 << 15,
+        eps: float = 1e-3,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = AttentionConfig(
+            embed_dim, num_heads, order=order, head_dim=head_dim, value_dim=value_dim,  # type: ignore[arg-type]
+            num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
+            tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,
+        )  # fmt: skip
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        # For both dtypes now, since a compiler cannot trace how plans are made.
+        self._plans = {name: _plans(config, name, name == _computed_in(dtype)) for name in ("float32", "float64")}
+        made = {"bias": bias, "device": device, "dtype": dtype}
+        heads, key_heads = config.num_heads, config.num_key_heads
+        self.q_proj = nn.Linear(embed_dim, heads * config.head_dim, **made)
+        self.k_projs = nn.ModuleList(nn.Linear(w, key_heads * config.head_dim, **made) for w in config.context_dims)
+        self.v_projs = nn.ModuleList(nn.Linear(w, key_heads * config.value_dim, **made) for w in config.context_dims)
+        self.out_proj = nn.Linear(heads * config.value_dim, embed_dim, **made)
+        logit = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if learn_bound else None
+        self.register_parameter("bound_logit", logit)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights again."""
+        for projection in (self.q_proj, *self.k_projs, *self.v_projs, self.out_proj):
+            nn.init.kaiming_uniform_(projection.weight, nonlinearity="linear")
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        if self.bound_logit is not None:
+            nn.init.constant_(self.bound_logit, LOGIT)
+
+    @property
+    def plan(self) -> Plan | None:
+        """Degree, rank, error and costs of a head; None if `bound` and `degree` are None, and every call makes its own."""
+        return self.config.plan(dtype=_computed_in(self.q_proj.weight.dtype))
+
+    def plan_for(self, n: int | Sequence[int] = USUAL_ROWS) -> Plan | None:
+        """`plan` with costs counted for one head and `n` rows, or (n, n_1, …)."""
+        return self.config.plan(n, _computed_in(self.q_proj.weight.dtype))
+
+    def forward(
+        self,
+        x: Tensor,
+        contexts: Sequence[Tensor] | None = None,
+        *,
+        key_masks: Tensor | Sequence[Tensor | None] | None = None,
+        return_error: bool = False,
+    ) -> Any:
+        """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts.
+
+        Parameters
+        ----------
+        x : Tensor (..., n, embed_dim)
+        contexts : sequence of order − 1 Tensors (..., n_μ, context_dims[μ]), optional
+            `x` itself in every view if not given. Leading dimensions broadcast with those of `x`.
+        key_masks : boolean Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
+            True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``; the
+            ``key_padding_mask`` of ``nn.MultiheadAttention`` is the opposite. A single one is for every view, and for
+            self-attention only. A row with nothing to attend to gets 0 from every head.
+        return_error : bool
+            Also return a certified bound of each head's error in each row (..., num_heads, n), as `tol` is measured.
+
+        Returns
+        -------
+        Tensor (..., n, embed_dim), or a pair with the errors
+        """
+        weight = self.q_proj.weight
+        contexts, masks = checked_layer_call(
+            x, contexts, key_masks, self.config.embed_dim, self.config.context_dims, like=weight, backend=BACKEND
+        )
+        query = self.q_proj(x)
+        keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
+        values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
+        temperature = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
+
+        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+            return self._attention(q, ks, vs, masks, return_error)
+
+        out, error = attend(
+            self.config, attention, query, keys, values, masks, temperature, torch.Tensor.detach, return_error
+        )
+        out = self.out_proj(out)
+        return (out, error) if return_error else out
+
+    def _attention(
+        self,
+        query: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        key_masks: Sequence[Tensor | None] | None,
+        return_error: bool,
+    ) -> Any:
+        """All heads, each a leading dimension."""
+        plans, texts = self._plans[_computed_in(query.dtype)]
+        if not texts:
+            return tensor_attention(
+                query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
+                return_error=return_error,
+            )  # fmt: skip
+        if not plans:
+            raise PlanError(texts[0])
+        chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
+        options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
+        if traced_whole():
+            return planned_attention(query, keys, values, text=texts[chosen], **options)
+        return tensor_attention(query, keys, values, **options)
+
+    def extra_repr(self) -> str:
+        """Sizes, bound, degree, rank and error."""
+        config, plan = self.config, self.plan
+        parts = [f"embed_dim={config.embed_dim}, num_heads={config.num_heads}, order={config.order}"]
+        parts.append(f"head_dim={config.head_dim}, value_dim={config.value_dim}, num_key_heads={config.num_key_heads}")
+        bound = "None" if config.bound is None else f"{config.bound:g}"
+        parts.append(f"bound={bound}{' (learned)' if config.learn_bound else ''}, method={config.method!r}")
+        if plan is None:
+            parts.append("planned from data in every call")
+        elif plan.series == "banded":
+            parts.append(f"degree={plan.degree}, rank={plan.rank}, error with the answer")
+        elif plan.method == "polynomial":
+            parts.append(f"degree={plan.degree}, rank={plan.rank}, error={plan.error:.2g}")
+        return ", ".join(parts)
+
+
+def _computed_in(dtype: torch.dtype) -> str:
+    return "float64" if dtype == torch.float64 else "float32"
+
+
+def _plans(config: AttentionConfig, dtype: str, needed: bool) -> tuple[tuple[Plan, ...], tuple[str, ...]]:
+    """Plans to choose from and their texts; no plan but a text that says why if there is none and it is not needed yet."""
+    try:
+        plans = plans_of(config, dtype)
+    except PlanError as cannot:
+        if needed:
+            raise
+        return (), (str(cannot),)
+    return plans, tuple(plan_text(plan) for plan in plans)

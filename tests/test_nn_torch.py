@@ -1,0 +1,261 @@
+"""The torch layer under everything that torch does to a module."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import io
+import pickle
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_nn import CASES, EMBED, HEADS, SMALL, config_of, inputs_of, reference
+
+import tattn
+from tattn.nn.config import plans_of
+
+torch = pytest.importorskip("torch")
+
+
+def module(dtype: Any = None, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    return tattn.nn.TensorAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **SMALL, **changes}, dtype=dtype)
+
+
+def drawn(*shape: int, seed: int = 0, **options: Any) -> Any:
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape), **{"dtype": torch.float32, **options})
+
+
+@pytest.mark.parametrize("case", ["self", "order 2", "contexts, shared and learned"])
+def test_first_and_second_derivatives(case: str) -> None:
+    layer = module(torch.float64, **CASES[case])
+    x, contexts = inputs_of(layer.config, leading=())
+    tensors = [torch.tensor(a[:4], requires_grad=True) for a in (x, *(contexts or ()))]
+    names = [n for n, _ in layer.named_parameters()]
+    params = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+    def of(*given: Any) -> Any:
+        x, *rest = given[len(names) :]
+        arguments = (x, rest or None)
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=False)), arguments)
+
+    assert torch.autograd.gradcheck(of, (*params, *tensors))
+    assert torch.autograd.gradgradcheck(of, (*params, *tensors), fast_mode=True)
+
+
+@pytest.mark.parametrize("compiler,case", [("aot_eager", c) for c in CASES] + [("inductor", "contexts")])
+def test_compile(compiler: str, case: str) -> None:
+    torch._dynamo.reset()
+    layer = module(torch.float64, **CASES[case])
+    x, contexts = inputs_of(layer.config)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (x, *(contexts or ()))]
+    masks = [torch.ones(t.shape[:-1], dtype=torch.bool) for t in tensors[1:]] if contexts else None
+    if masks:
+        masks[0][:, -2:] = False
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    results = []
+    for of in (compiled, layer):
+        out = of(tensors[0], tensors[1:] or None, key_masks=masks)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [*tensors, *layer.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_compile_with_lengths_that_vary() -> None:
+    torch._dynamo.reset()
+    layer = module()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for n in (30, 400, 9000):
+        x = drawn(2, n, EMBED)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_compile_of_what_torch_func_transforms() -> None:
+    torch._dynamo.reset()
+    layer, x = module(degree=2), drawn(5, EMBED)
+    of = torch.func.grad(lambda x: layer(x).sin().sum())
+    torch.testing.assert_close(torch.compile(of, fullgraph=True, backend="aot_eager")(x), of(x))
+
+
+def test_compile_without_a_bound() -> None:
+    torch._dynamo.reset()
+    layer, x = module(bound=None, degree=2), drawn(2, 40, EMBED, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for asked in (False, True):
+        got, expected = (of(x, return_error=asked) for of in (compiled, layer))
+        torch.testing.assert_close(got, expected)
+        first = [torch.autograd.grad((o[0] if asked else o).sum(), x)[0] for o in (got, expected)]
+        torch.testing.assert_close(*first)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="traced and its values cannot be read"):
+        torch.compile(module(bound=None), fullgraph=True, backend="aot_eager")(x)
+
+
+def test_the_operator_keeps_to_its_contract() -> None:
+    from tattn.nn.operator import _forward, plan_text
+
+    config = config_of(order=3)
+    rng = np.random.default_rng(0)
+    q, a, b, u, v = (torch.tensor(rng.uniform(-0.5, 0.5, (2, n, 3)), requires_grad=True) for n in (5, 4, 6, 4, 6))
+    mask = torch.tensor([True, False, True, True])
+    banded = config_of(bound=None, degree=2)
+    plans = [
+        (config.plan(dtype="float64"), False),
+        (config_of(method="exact").plan(dtype="float64"), False),
+        *((plans_of(banded, "float64")[3], certify) for certify in (False, True)),
+    ]
+    for (plan, certify), other in zip(plans, (None, torch.ones(6, dtype=torch.bool), None, None), strict=True):
+        torch.library.opcheck(_forward, (q, [a, b], [u, v], [mask, other], plan_text(plan), certify))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    layer = module(**CASES["contexts"])
+    x, contexts = inputs_of(layer.config)
+    x, contexts = torch.tensor(x).float(), tuple(torch.tensor(c).float() for c in contexts)
+    lengths = [torch.export.Dim(f"n{i}", min=4, max=10_000) for i in range(3)]
+    shapes = {"x": {1: lengths[0]}, "contexts": tuple({1: n} for n in lengths[1:])}
+    exported = torch.export.export(layer, (x, contexts), strict=strict, dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for n in (1, 30):
+        arguments = [a.repeat(1, n, 1).requires_grad_() for a in (x, *contexts)]
+        got, expected = (of(arguments[0], tuple(arguments[1:])) for of in (loaded, layer))
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(out.sin().sum(), arguments) for out in (got, expected)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast() -> None:
+    layer, x = module(bound=2.0, tol=1e-3), drawn(2, 9, EMBED, requires_grad=True)
+    plain = layer(x)
+    expected = torch.autograd.grad(plain.sin().sum(), x)[0]
+    for of in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = of(x)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - plain).abs().max() <= 0.03 * plain.abs().max()
+        got = torch.autograd.grad(out.float().sin().sum(), x)[0]
+        assert (got - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+def test_per_sample_gradients() -> None:
+    layer, x = module(torch.float64, learn_bound=True), drawn(3, 5, EMBED, dtype=torch.float64)
+    params = {n: p.detach() for n, p in layer.named_parameters()}
+
+    def loss(params: Any, x: Any) -> Any:
+        return torch.func.functional_call(layer, params, (x,)).sin().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
+    for i in range(3):
+        layer.zero_grad()
+        layer(x[i]).sin().sum().backward()
+        for name, p in layer.named_parameters():
+            torch.testing.assert_close(mapped[name][i], p.grad, rtol=1e-10, atol=1e-12)
+    # Ensembles: weights mapped.
+    stacked = {n: torch.stack([p, 0.5 * p]) for n, p in params.items()}
+    both = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(stacked)
+    torch.testing.assert_close(both[0], layer(x), rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_is_read_from_the_device() -> None:
+    with torch._subclasses.FakeTensorMode():
+        layer, x = module(), torch.empty(2, 50, EMBED, requires_grad=True)
+        out = layer(x, key_masks=torch.empty(2, 50, dtype=torch.bool))
+        assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+def test_saved_copied_and_moved() -> None:
+    layer, x = module(learn_bound=True), drawn(2, 9, EMBED)
+    expected = layer(x)
+    other = tattn.nn.TensorAttention(EMBED, HEADS, **SMALL, learn_bound=True)
+    assert not torch.equal(other(x), expected)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    assert set(layer.state_dict()) == set(layer.config.parameter_shapes())
+    empty = module(learn_bound=True, device="meta").to_empty(device="cpu")
+    empty.load_state_dict(layer.state_dict())
+    for same in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), empty):
+        assert torch.equal(same(x), expected)
+    double = copy.deepcopy(layer).double()
+    assert double.plan.dtype == "float64"
+    torch.testing.assert_close(double(x.double()).float(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(double.float()(x), expected)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        module().load_state_dict(layer.state_dict())
+
+
+def test_what_float32_cannot_serve_is_said_in_time() -> None:
+    options = {"bound": 4.0, "tol": 1e-3}
+    with pytest.raises(tattn.PlanError, match=r"in float32 cannot be built.*dtype float64"):
+        module(**options)
+    layer = module(torch.float64, **options)
+    assert layer(drawn(4, EMBED, dtype=torch.float64)).shape == (4, EMBED)
+    with pytest.raises(tattn.PlanError, match="in float32 cannot be built"):
+        layer.float()(drawn(4, EMBED))
+
+
+def test_a_learned_bound_stays_below() -> None:
+    layer, x = module(learn_bound=True, bound=2.0, tol=1e-3), drawn(8, EMBED)
+    for sign in (1, -1):
+        optimiser = torch.optim.SGD([layer.bound_logit], lr=1e6)
+        for _ in range(5):
+            optimiser.zero_grad()
+            (sign * layer(x).square().sum() + 1e3 * sign * layer.bound_logit.sum()).backward()
+            optimiser.step()
+        assert layer.bound_logit.abs().min() > 1e3
+        share = torch.sigmoid(layer.bound_logit)
+        assert ((share >= 0) & (share <= 1)).all()
+        params = {n: p.detach().double().numpy() for n, p in layer.named_parameters()}
+        with np.errstate(over="ignore"):
+            expected, allowed = reference(layer.config, params, x.double().numpy(), None, error=layer.plan.error)
+        assert (np.abs(layer(x).detach().numpy() - expected) <= allowed + 1e-5).all()
+
+
+def test_it_says_what_it_is() -> None:
+    text = repr(tattn.nn.TensorAttention(64, 8, learn_bound=True))
+    assert "bound=2 (learned)" in text and "degree=7, rank=6435, error=0.00078" in text
+    assert "planned from data in every call" in repr(module(bound=None))
+    assert "degree=2, rank=10, error with the answer" in repr(module(bound=None, degree=2))
+    layer = module()
+    assert layer.plan == layer.config.plan() and layer.plan_for(100).lengths == (100, 100, 100)
+
+
+def test_it_trains() -> None:
+    """The loss falls for a target that a pair of rows decides."""
+    layer, x = module(bound=2.0, degree=4, head_dim=4), drawn(16, 6, EMBED)
+    target = (x.roll(1, 1) * x.roll(2, 1)).mean(1, keepdim=True).expand_as(x)
+    optimiser = torch.optim.Adam(layer.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
+
+
+def test_examples_in_the_guide_and_the_docstrings() -> None:
+    import tattn.nn.torch
+
+    guide = Path(__file__).parents[1] / "docs" / "layers.md"
+    for ran in (doctest.testfile(str(guide), module_relative=False), doctest.testmod(tattn.nn.torch)):
+        assert ran.failed == 0 and ran.attempted > 4
+
+
+def test_the_block_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "examples" / "transformer_block.py"
+    runpy.run_path(str(path))["main"](80)
+    errors = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines() if "variance" in line]
+    assert errors[0] > 0.9 and errors[-1] < 0.8
