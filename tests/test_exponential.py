@@ -273,6 +273,14 @@ class TestSmallest:
         best = np.abs(np.polynomial.polynomial.polyval(x, fit) * weight - 1).max()
         assert 0.9 * best <= least_error(degree, bound) <= 1.001 * best
 
+    @pytest.mark.parametrize("degree", range(1, 13))
+    def test_no_fit_is_closer_than_about_a_half_where_the_range_exceeds_the_degree(self, degree):
+        x = (degree + 1) * np.cos(np.linspace(math.pi, 0, 4000))
+        weight = np.exp(-x)
+        fit = exponential._uniform_fit(x, np.exp(x), weight, degree + 1)
+        best = np.abs(np.polynomial.polynomial.polyval(x, fit) * weight - 1).max()
+        assert 0.5 < best < 0.75
+
     def test_the_least_error_refuses_what_minimax_refuses(self):
         for degree, bound in ((-1, 1.0), (2, -1.0), (2, math.inf)):
             with pytest.raises(ValueError):

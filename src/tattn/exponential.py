@@ -152,7 +152,8 @@ def least_error(degree: int, bound: float) -> float:
 
     Weights that annihilate all P of the degree see e^x - P as they see e^x; the nodes level cos(n t - r sin t) =
     e^-x Re(z^n e^(r/z)), x = r cos t, z = e^(i t), which is nearly such an error: the bound is close for R < 0.9 (g + 1)
-    and does not grow beyond. It rounds by some 16 (g + 2) (1 + R) eps. Time O(g^2).
+    and does not grow beyond, where the true error is larger, about a half at R = g + 1. It rounds by some
+    16 (g + 2) (1 + R) eps. Time O(g^2).
 
     Parameters
     ----------

@@ -74,8 +74,11 @@ def _delta(tol: float) -> float:
 
 @cache
 def needed(tol: float, bound: float) -> int:
-    """The least degree g ≥ 1 that some polynomial of relative error δ(tol) on [−bound, bound] can have."""
-    return next(g for g in range(1, _MOST_DEGREE) if least_error(g, bound) <= _delta(tol))
+    """The least degree g ≥ 1 with which a polynomial can have the relative error δ(tol) on [−bound, bound].
+
+    Below R − 1 none comes closer than about a half, though `least_error` alone does not show it.
+    """
+    return next(g for g in range(max(1, ceil(bound) - 1), _MOST_DEGREE) if least_error(g, bound) <= _delta(tol))
 
 
 def _operations(n: int, dim: int) -> tuple[float, float]:
@@ -120,7 +123,7 @@ def _border(rule: str, n: int) -> Row:
     degree = 0
     while monomial * rank(dim, degree + 1) <= exact:
         degree += 1
-    cheaper = _largest(lambda r: least_error(degree, r) <= _delta(1 / n)) if degree else 0.0
+    cheaper = _largest(lambda r: r <= degree + 1 and least_error(degree, r) <= _delta(1 / n)) if degree else 0.0
 
     def certified(dtype: str) -> float:
         def can(bound: float) -> bool:
@@ -146,7 +149,7 @@ def _border(rule: str, n: int) -> Row:
 
 def _largest(holds: Callable[[float], bool]) -> float:
     """The largest R up to which something holds, to a percent; 0 if it does not at 0.01."""
-    low, high = 0.01, 200.0
+    low, high = 0.01, 2000.0
     if not holds(low):
         return 0.0
     while high / low > 1.01:
@@ -262,8 +265,9 @@ def words(tables: dict[str, Table]) -> str:
 **An illustration, not a proof.** Theorem 5.3 says that under SETH *no* algorithm stays truly subcubic once B grows a
 little faster than (log n)^(1/3), with d = Θ(log n). What can be shown is what happens to *this* algorithm there: the
 degree that an error of 1/n demands, C(d + g, g) with it, and the B from which on n³ is cheaper. Operations are counted,
-not timed. The degree is the least that any polynomial can have on [−B³, B³], whatever computes it; those that the library
-fits in float64 need at most {extra} more ({len(known)} of {len(degrees)} settings; in the others float64 has none).
+not timed. The degree is the least that any polynomial can have on [−B³, B³], whatever computes it, by a lower bound of
+its error, or B³ − 1 where that is more, below which none comes closer than about a half. Those that the library fits in
+float64 need at most {extra} more ({len(known)} of {len(degrees)} settings; in the others float64 has none).
 
 ![Degree, rank and exponent of the cost as B grows](border-growth.png)
 

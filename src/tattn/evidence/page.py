@@ -21,8 +21,9 @@ three as in the paper. Every number below comes from the tables (CSV) that stand
 {command}
 ```
 
-measures them all again, in {total} on the machine described at the end; `nox -s evidence` does the same in an environment of
-its own, and `--only NAME` one part. Random draws are seeded: only times and memory differ from run to run.
+measures them all again, in {total} of one processor of the machine described at the end; `nox -s evidence` does
+the same in an environment of its own, and `--only NAME` one part. Random draws are seeded: only times and
+memory differ from run to run.
 """
 
 
@@ -37,7 +38,7 @@ def page(sections: Sequence[tuple[str, str, str]], machines: Table) -> str:
         parts.append(f"**A quick run, of small sizes, not to be quoted: {quick}.**\n")
     for name, title, words in sections:
         took = next(row["seconds"] for row in machines if row["part"] == name)
-        parts.append(f"## {title}\n\n`{_COMMAND} --only {name}`, {seconds(took)}\n\n{words.strip()}\n")
+        parts.append(f"## {title}\n\n`{_COMMAND} --only {name}`, {seconds(took)} of the processor\n\n{words.strip()}\n")
     parts.append("## Machine\n\n" + _machines(machines) + "\n")
     return "\n".join(parts)
 

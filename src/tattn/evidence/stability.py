@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from math import exp, inf, sqrt
 from typing import Any
 
@@ -177,16 +178,13 @@ def words(tables: dict[str, Table]) -> str:
                 f"R = {certified_to:g} as certified"
             )
     served[-1] += "."
-    worse, example = max(
-        (max(x["error"] for x in _setting(tables, row) if x["degree"] > row["floor_degree"]) / row["floor"], i)
-        for i, row in enumerate(tables["stability-floors"])
-        if row["floor_degree"] < max(column(rows, "degree"))
-    )
+    worse, example = max((_rise(tables, row), i) for i, row in enumerate(tables["stability-floors"]))
     at = tables["stability-floors"][example]
     where_at = f"{at['dtype']}, {at['draw']}, R = {at['range']:g}"
     jump = (
-        f"A degree beyond that is not always harmless: where float64 hardly represents the polynomial its error jumps, up to\n"
-        f"{short(worse)} times the floor ({where_at}). The bounds see it, and `plan` takes the least degree that serves.\n\n"
+        "A higher degree is not always better: where float64 hardly represents the polynomial its error jumps, up to\n"
+        f"{short(worse)} times that of a lower degree ({where_at}).\n"
+        "The bounds see it, and `plan` takes the least degree that serves.\n\n"
         if worse > 10
         else ""
     )
@@ -214,7 +212,8 @@ and averages of random values are far smaller, so a floor can be below one unit 
 Tables: [all errors](stability.csv), [floors](stability-floors.csv)."""
 
 
-def _setting(tables: dict[str, Table], row: Row) -> Table:
-    """The rows of a floor's setting that have an error."""
+def _rise(tables: dict[str, Table], row: Row) -> float:
+    """In a floor's setting, the largest error over the least of all lower degrees."""
     mine = where(tables["stability"], dtype=row["dtype"], draw=row["draw"], range=row["range"])
-    return [x for x in mine if x["error"] != ""]
+    errors = [x["error"] for x in mine if x["error"] != ""]
+    return max((later / least for later, least in zip(errors[1:], accumulate(errors, min), strict=False)), default=1.0)
