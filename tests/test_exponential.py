@@ -20,6 +20,7 @@ from tattn.exponential import (
     crowded,
     crowded_table,
     errors,
+    least_error,
     minimax,
     smallest,
     taylor,
@@ -261,6 +262,29 @@ class TestSmallest:
             assert exponential._least_error(degree, bound) <= minimax(degree, bound).delta
             assert exponential._least_error(degree - 1, bound) <= minimax(degree, bound).delta_prime
             assert exponential._least_error(degree, bound) <= taylor(degree, bound).delta
+
+    @pytest.mark.parametrize(
+        ("degree", "bound"), [(1, 0.5), (2, 1.0), (4, 2.0), (6, 0.5), (8, 4.0), (10, 3.0), (14, 8.0)]
+    )
+    def test_the_least_error_is_that_of_the_best_fit_nearly(self, degree, bound):
+        x = bound * np.cos(np.linspace(math.pi, 0, 2000))
+        weight = np.exp(-x)
+        fit = exponential._uniform_fit(x, np.exp(x), weight, degree + 1)
+        best = np.abs(np.polynomial.polynomial.polyval(x, fit) * weight - 1).max()
+        assert 0.9 * best <= least_error(degree, bound) <= 1.001 * best
+
+    @pytest.mark.parametrize("degree", range(1, 13))
+    def test_no_fit_is_closer_than_about_a_half_where_the_range_exceeds_the_degree(self, degree):
+        x = (degree + 1) * np.cos(np.linspace(math.pi, 0, 4000))
+        weight = np.exp(-x)
+        fit = exponential._uniform_fit(x, np.exp(x), weight, degree + 1)
+        best = np.abs(np.polynomial.polynomial.polyval(x, fit) * weight - 1).max()
+        assert 0.5 < best < 0.75
+
+    def test_the_least_error_refuses_what_minimax_refuses(self):
+        for degree, bound in ((-1, 1.0), (2, -1.0), (2, math.inf)):
+            with pytest.raises(ValueError):
+                least_error(degree, bound)
 
     def test_none_up_to_the_last_degree(self):
         last = smallest(3.0, lambda polynomial: polynomial.delta < 1e-3).degree

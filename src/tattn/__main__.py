@@ -1,4 +1,4 @@
-"""`python -m tattn plan …`, `… demo …` and `… bands …`."""
+"""`python -m tattn plan …`, `… demo …`, `… bands …` and `… evidence …`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bands.add_argument("--out", default="docs/bands", metavar="FOLDER", help="where to write (default: %(default)s)")
     bands.add_argument("--quiet", dest="json", action="store_true", help="no progress bar")
 
+    evidence = commands.add_parser("evidence", help="tables, plots and a page on what the paper claims")
+    evidence.add_argument(
+        "--out", metavar="FOLDER", help="where to write (default: docs/evidence, or build/evidence with --quick)"
+    )
+    evidence.add_argument("--quick", action="store_true", help="small sizes, under a minute: to see that it runs")
+    evidence.add_argument(
+        "--only", metavar="PART", nargs="+", default=(), help="growth, quality, stability, border, heads, learning"
+    )
+
     given = vars(parser.parse_args(arguments))
-    command, as_json = given.pop("command"), given.pop("json")
+    command, as_json = given.pop("command"), given.pop("json", False)
     try:
         if command == "plan":
             planned = plan_for(**given)
@@ -60,10 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo import run
 
             run(as_json=as_json, **given)
-        else:
+        elif command == "bands":
             from .demo.bands import run as run_bands
 
             run_bands(quiet=as_json, **given)
+        else:
+            from .evidence import run as run_evidence
+
+            run_evidence(**given)
     except (ImportError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
