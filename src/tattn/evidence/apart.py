@@ -23,6 +23,7 @@ import numpy as np
 
 from ..attention import tensor_attention_vjp
 from ..estimation import measure_error
+from ..planning import plan
 from ..plans import Plan
 from ..training import TrainingProblem, exact_gradient, loss_gradient
 from .tables import Row
