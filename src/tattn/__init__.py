@@ -5,19 +5,25 @@ from __future__ import annotations
 from . import products, training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
+from .decoding import DecodingState
 from .estimation import measure_error
 from .planning import Plan, plan, plan_for
+from .streaming import Summary, summarize, summarize_vjp
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecodingState",
     "Plan",
     "PlanError",
+    "Summary",
     "__version__",
     "measure_error",
     "plan",
     "plan_for",
     "products",
+    "summarize",
+    "summarize_vjp",
     "tensor_attention",
     "tensor_attention_vjp",
     "training",
