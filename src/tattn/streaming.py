@@ -303,10 +303,11 @@ def summarize(
     -----
     O(n_μ r dv) time, O(r dv) memory. Lemmas 4.5 and F.1 of arXiv 2405.16411.
 
-    Channels are multiplied by factors that depend on scale and order alone, near scale^(1/order), so views should be of like
-    size: rows that are a thousand times larger in one view than in another want λ and 1/λ taken out before. In float32
-    no |entry| · scale^(1/order) may exceed 2^(103/(m g)) for degree g, 7,500 for two views and degree 4, 35 for degree
-    10; in float64 2^(970/(m g)). Beyond, the answer is NaN.
+    Channels are multiplied by factors that depend on scale and order alone: those of keys by the power of two next to
+    scale^(1/order), those of the query by what is left of the scale. So views should be of like size: where rows are a thousand
+    times larger in one view than in another, take λ and 1/λ out before. In float32 no |entry| times its factor may
+    exceed 2^(103/(m g)) for degree g, 7,500 for two views and degree 4, 35 for degree 10; in float64 2^(970/(m g)).
+    Beyond, the answer is NaN.
 
     Examples
     --------
@@ -489,7 +490,8 @@ def _loaded(path: str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
     """Plan, and sums and rests one after another, of a file that `Summary.save` wrote."""
     where = f"path should be a file that Summary.save wrote, {os.fspath(path)!r}"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since NumPy would leave a damaged file open.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             if not isinstance(about, dict) or about.get("format") != _FORMAT:
                 raise ValueError("it holds something else")
@@ -498,8 +500,6 @@ def _loaded(path: str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
                 made: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in about["plan"].items()}
                 plan = Plan(**made)
                 arrays = [file[f"{name}_{i}"] for name in ("sums", "rests") for i in range(plan.order - 1)]
-    except FileNotFoundError:
-        raise
     except (BadZipFile, EOFError, KeyError, TypeError, ValueError, AttributeError) as found:
         raise ValueError(f"{where}, is not or is damaged: {found}") from None
     if version != _VERSION:
