@@ -27,10 +27,11 @@ from .monomials import rank as rank_of
 from .planning import Plan
 from .rounding import computed_in
 
-# Fields of a plan that only describe the call it was made for: shapes, costs, why.
+# Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
 _DESCRIPTIVE = {
     "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
 }  # fmt: skip
+_AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
 _FORMAT, _VERSION = "tattn.Summary", 1
 _PIECE = 1 << 18
 
@@ -398,12 +399,10 @@ def check_streams(plan: Any) -> None:
 
 def check_same_plan(plan: Plan, other: Plan) -> None:
     """PlanError that names where two plans differ, shapes and costs aside."""
-    for f in fields(Plan):
-        if f.name in _DESCRIPTIVE:
-            continue
-        a, b = getattr(plan, f.name), getattr(other, f.name)
+    for name in _AGREEING:
+        a, b = getattr(plan, name), getattr(other, name)
         if a != b:
-            raise PlanError(f"summaries add up if their plans agree, got {f.name} {a} and {b}")
+            raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
 
 
 def _call(plan: Plan) -> LowRankCall:
