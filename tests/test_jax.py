@@ -119,6 +119,43 @@ def test_bfloat16() -> None:
         assert np.abs(np.asarray(out, np.float64) - truth).max() <= 2**-7 * np.abs(truth).max() + 1e-3
 
 
+def test_summaries_are_containers(arrays: list[Any]) -> None:
+    """Through jit, vmap and grad, in and out."""
+    q, a, b, u, v = arrays
+    plan = PLANS["polynomial"]
+
+    @jax.jit
+    def summarized(a: Any, b: Any) -> tattn.Summary:
+        return tattn.summarize([a, b], [u, v], plan)
+
+    summary = summarized(a, b)
+    expected = tattn.tensor_attention(q, [a, b], [u, v], plan=plan)
+    same(jax.jit(lambda s: (s + s).attend(q))(summary), expected)
+    both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), summary)
+    assert isinstance(both, tattn.Summary)
+    for out in jax.vmap(lambda s: s.attend(q))(both):
+        same(out, expected)
+    gradient = jax.jit(jax.grad(lambda a, b: jnp.sin(summarized(a, b).attend(q)).sum()))(a, b)
+    same(gradient, jax.grad(lambda a: jnp.sin(tattn.tensor_attention(q, [a, b], [u, v], plan=plan)).sum())(a))
+
+
+def test_decoding_in_a_scan(arrays: list[Any]) -> None:
+    q, a, b, u, v = (x[:4, None, :] for x in arrays)
+    plan = PLANS["polynomial"]
+    start = tattn.DecodingState(plan, tattn.summarize([a[0, :0], b[0, :0]], [u[0, :0], v[0, :0]], plan))
+
+    def token(state: tattn.DecodingState, rows: Any) -> tuple[tattn.DecodingState, Any]:
+        q, a, b, u, v = rows
+        out, state = state.step(q, [a, b], [u, v])
+        return state, out
+
+    _, outs = jax.lax.scan(token, start, (q, a, b, u, v))
+    state = tattn.DecodingState(plan)
+    for i in range(4):
+        out, state = state.step(q[i], [a[i], b[i]], [u[i], v[i]])
+        same(outs[i], out)
+
+
 @pytest.mark.parametrize("call", list(CALLS))
 def test_products_differentiate_as_they_are(call: str) -> None:
     jax.config.update("jax_enable_x64", True)

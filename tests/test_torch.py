@@ -226,6 +226,48 @@ def test_a_parameter_trains() -> None:
     assert losses[-1] < losses[0]
 
 
+def streamed(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+    """Two halves of the rows, summarized apart, added up and read."""
+    plan = PLANS["polynomial"]
+    halves = [tattn.summarize([a[c], b[c]], [u[c], v[c]], plan) for c in (slice(None, 3), slice(3, None))]
+    out, lse = (halves[0] + halves[1]).attend(q, return_lse=True)
+    return out.sin().sum() + lse.cos().sum()
+
+
+def test_summaries_differentiate_twice(tensors: list[Any]) -> None:
+    assert torch.autograd.gradcheck(streamed, tensors)
+    assert torch.autograd.gradgradcheck(streamed, tensors)
+    plain = [t.detach() for t in tensors]
+    same(streamed(*plain), loss(PLANS["polynomial"])(*plain))
+
+    def from_sums(q: Any, *sums: Any) -> Any:
+        summary = tattn.Summary(PLANS["polynomial"], sums, tuple(map(torch.zeros_like, sums)))
+        return summary.attend(q, return_lse=True)
+
+    summary = tattn.summarize(plain[1:3], plain[3:], PLANS["polynomial"])
+    leaves = [s.clone().requires_grad_() for s in summary.sums]
+    assert torch.autograd.gradcheck(from_sums, (tensors[0], *leaves))
+
+
+def test_summaries_in_functional_transformations_and_compiled(tensors: list[Any]) -> None:
+    every = tuple(range(5))
+    expected = torch.autograd.grad(streamed(*tensors), tensors)
+    plain = [t.detach() for t in tensors]
+    for a, b in zip(torch.func.grad(streamed, every)(*plain), expected, strict=True):
+        same(a, b)
+    stacked = [torch.stack([t, 0.7 * t]) for t in plain]
+    mapped = torch.func.vmap(torch.func.grad(streamed, every))(*stacked)
+    for a, b in zip(mapped, expected, strict=True):
+        same(a[0], b)
+    tangents = tuple(torch.full_like(t, 0.3) for t in plain)
+    _, got = torch.func.jvp(streamed, tuple(plain), tangents)
+    same(got, sum((g * t).sum() for g, t in zip(expected, tangents, strict=True)))
+    torch._dynamo.reset()
+    compiled = torch.compile(streamed, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
+        same(a, b)
+
+
 @pytest.mark.parametrize("call", list(CALLS))
 def test_products_differentiate_as_they_are(call: str) -> None:
     of = CALLS[call][0]

@@ -5,21 +5,27 @@ from __future__ import annotations
 from . import nn, products, training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
+from .decoding import DecodingState
 from .estimation import measure_error
 from .planning import plan, plan_for
 from .plans import Plan
+from .streaming import Summary, summarize, summarize_vjp
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecodingState",
     "Plan",
     "PlanError",
+    "Summary",
     "__version__",
     "measure_error",
     "nn",
     "plan",
     "plan_for",
     "products",
+    "summarize",
+    "summarize_vjp",
     "tensor_attention",
     "tensor_attention_vjp",
     "training",

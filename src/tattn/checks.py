@@ -155,6 +155,125 @@ def checked_output(name: str, array: Any, shape: tuple[int, ...], like: Array, i
     return array
 
 
+class Views(NamedTuple):
+    """Rows of some views, checked: (keys, values, mask (..., n, 1) or None), or None for a view without new rows."""
+
+    backend: Backend
+    views: tuple[tuple[Array, Array, Array | None] | None, ...]
+    value_dim: int
+
+
+def checked_views(
+    keys: Any, values: Any, key_masks: Any, *, views: int, dim: int, dtype: str, sums: Sequence[Array] = ()
+) -> Views:
+    """Rows for a summary of so many views; lengths of 0 are allowed. `sums` are those they will be added to, if any."""
+    keys, values = _sequence("keys", keys), _sequence("values", values)
+    masks = (None,) * views if key_masks is None else _sequence("key_masks", key_masks)
+    for name, given in (("keys", keys), ("values", values), ("key_masks", masks)):
+        if len(given) != views:
+            raise ValueError(f"{name} should have one entry for each of the plan's {views} views, got {len(given)}")
+    if sums:
+        like, first, value_dim = "the summary", sums[0], sums[0].shape[-1] - 1
+    else:
+        found = next(((f"keys[{i}]", k) for i, k in enumerate(keys) if k is not None), None)
+        if found is None:
+            raise ValueError("keys should hold at least one array, got None alone")
+        (like, first), value_dim = found, None
+    backend = _backend(like, first)
+    named = [(f"sums[{i}] of the summary", s) for i, s in enumerate(sums)]
+    rows: list[tuple[Array, Array, Array | None] | None] = []
+    for i, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
+        if k is None:
+            for name, other in (("values", v), ("key_masks", mask)):
+                if other is not None:
+                    raise ValueError(f"{name}[{i}] should be None, as keys[{i}] is, got {type(other).__name__}")
+            rows.append(None)
+            continue
+        for name, a in ((f"keys[{i}]", k), (f"values[{i}]", v)):
+            _planned(name, a, dtype, first, backend, like)
+            named.append((name, a))
+        if k.shape[-1] != dim:
+            raise ValueError(f"keys[{i}] should have the plan's dim {dim} for its last, got shape {tuple(k.shape)}")
+        if v.shape[-2] != k.shape[-2]:
+            raise ValueError(
+                f"values[{i}] should have as many rows as keys[{i}], {k.shape[-2]}, got shape {tuple(v.shape)}"
+            )
+        if value_dim is None:
+            value_dim = v.shape[-1]
+        elif v.shape[-1] != value_dim:
+            whose = "the summary" if sums else "the values before it"
+            raise ValueError(
+                f"values[{i}] should have the last dimension of {whose}, {value_dim}, got shape {tuple(v.shape)}"
+            )
+        if mask is not None:
+            _mask(f"key_masks[{i}]", mask, f"keys[{i}]", k, first, backend)
+            mask = mask[..., None]
+            named.append((f"key_masks[{i}]", mask))
+        rows.append((k, v, mask))
+    _leading(named)
+    return Views(backend, tuple(rows), value_dim or 0)
+
+
+def checked_reader(query: Any, sums: Sequence[Array], dim: int, dtype: str) -> Backend:
+    """The backend of a query that reads a summary with these sums; it may have no rows."""
+    backend = _backend("query", query)
+    _planned("query", query, dtype, sums[0], backend, "the summary")
+    if query.shape[-1] != dim:
+        raise ValueError(f"query should have the plan's dim {dim} for its last, got shape {tuple(query.shape)}")
+    _leading([*((f"sums[{i}] of the summary", s) for i, s in enumerate(sums)), ("query", query)])
+    return backend
+
+
+def checked_token(query: Any, keys: Any) -> None:
+    """One row in query and in every view."""
+    for name, a in (("query", query), *((f"keys[{i}]", k) for i, k in enumerate(_sequence("keys", keys)))):
+        _backend(name, a)
+        if a.ndim < 2 or a.shape[-2] != 1:
+            raise ValueError(
+                f"{name} should have shape (..., 1, channels), one row for the token, got {tuple(a.shape)}"
+            )
+
+
+def checked_sums(name: str, sums: Any, *, views: int, rank: int, dtype: str, like: Sequence[Array] = ()) -> Backend:
+    """The backend of a summary's sums (..., rank, dv + 1), or of arrays that should have the shapes of those in `like`."""
+    sums = _sequence(name, sums)
+    if len(sums) != views:
+        raise ValueError(f"{name} should have one entry for each of the plan's {views} views, got {len(sums)}")
+    backend = _backend(f"{name}[0]", sums[0])
+    first = like[0] if like else sums[0]
+    for i, s in enumerate(sums):
+        _planned(f"{name}[{i}]", s, dtype, first, backend, "the summary")
+        shape = tuple(s.shape)
+        if like and shape != tuple(like[i].shape):
+            raise ValueError(f"{name}[{i}] should have the shape {tuple(like[i].shape)}, got {shape}")
+        if shape[-2] != rank or shape[-1] < 2 or shape[-1] != sums[0].shape[-1]:
+            raise ValueError(f"{name}[{i}] should have shape (..., {rank}, dv + 1), dv alike for all, got {shape}")
+    _leading([(f"{name}[{i}]", s) for i, s in enumerate(sums)])
+    return backend
+
+
+def checked_upstream_of(name: str, array: Any, out: Array, backend: Backend) -> Array:
+    """A gradient of `out`: its library, dtype, device and shape."""
+    _same_library(name, array, backend, like="the output")
+    _floating(name, array, out, backend, like="the output")
+    if tuple(array.shape) != tuple(out.shape):
+        raise ValueError(f"{name} should have the shape of the output, {tuple(out.shape)}, got {tuple(array.shape)}")
+    return array
+
+
+def checked_addends(left: Sequence[Array], right: Sequence[Array], backend: Backend) -> None:
+    """Sums of two summaries of one plan add up: library, device, dv, and leading dimensions that broadcast."""
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        name = f"sums[{i}] of the summary added"
+        _same_library(name, b, backend, like="those of the first")
+        _device(name, b, a, backend, "the first's")
+        if a.shape[-1] != b.shape[-1]:
+            raise ValueError(
+                f"{name} should be for values of dv {a.shape[-1] - 1}, as the first, got {b.shape[-1] - 1}"
+            )
+        _leading([(f"sums[{i}]", a), (name, b)])
+
+
 # Which lengths agree in the training problem: rows (-2) or columns (-1) of one matrix with those of another before it.
 _AGREEING = (
     ("a4", -2, "a2", -2), ("a5", -2, "a3", -2), ("e", -2, "a1", -2),
@@ -380,6 +499,20 @@ def _shape(name: str, array: Any) -> None:
 def _not_empty(name: str, shape: tuple[int, ...]) -> None:
     if 0 in shape:
         raise ValueError(f"{name} should have no dimension of length 0, got shape {shape}")
+
+
+def _planned(name: str, array: Any, dtype: str, like: Any, backend: Backend, of: str) -> None:
+    """An array (..., n, k) of the library and device of `like`, of this dtype; n may be 0."""
+    _same_library(name, array, backend, of)
+    given = backend.dtype_name(array.dtype)
+    if given != dtype:
+        raise TypeError(f"{name} should have the plan's dtype {dtype}, got {given}")
+    _device(name, array, like, backend, of)
+    shape = tuple(array.shape)
+    if len(shape) < 2:
+        raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
+    if 0 in (*shape[:-2], shape[-1]):
+        raise ValueError(f"{name} should have no dimension of length 0 but for its rows, got shape {shape}")
 
 
 def _mask(name: str, mask: Any, key_name: str, key: Any, query: Any, backend: Backend) -> None:

@@ -159,6 +159,9 @@ class Backend:
         """Output and residuals for the adjoint, with the path from the inputs where a second derivative will need it."""
         return out, rest
 
+    def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
+        """Let the library's transformations look into instances of a dataclass, at fields of arrays and of constants."""
+
     def synchronize(self, array: Array) -> None:
         """Wait until `array` has been computed."""
 

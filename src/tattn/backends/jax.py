@@ -42,6 +42,9 @@ class JaxBackend(Backend):
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32))
 
+    def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+        return tuple(None if a is None else jax.lax.stop_gradient(a) for a in arrays)
+
     def scan_rows(
         self, body: Body, carry: Any, rows: Sequence[Array | None], block: int
     ) -> tuple[Any, tuple[Array, ...]]:
@@ -75,6 +78,9 @@ class JaxBackend(Backend):
         result: tuple[Array, Array, Array] = _bound(forward, backward)(call, tuple(arrays))
         return result
 
+    def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
+        _register(cls, tuple(arrays), tuple(constants))
+
     def synchronize(self, array: Array) -> None:
         array.block_until_ready()
 
@@ -83,6 +89,11 @@ def _unstack(stacked: Array) -> Array:
     """(blocks, ..., rows, k) -> (..., blocks · rows, k)."""
     moved = jnp.moveaxis(stacked, 0, -3)
     return moved.reshape(*moved.shape[:-3], -1, moved.shape[-1])
+
+
+@cache
+def _register(cls: type, arrays: tuple[str, ...], constants: tuple[str, ...]) -> None:
+    jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=constants)
 
 
 @cache

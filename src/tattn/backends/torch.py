@@ -219,8 +219,8 @@ def _with_arguments(count: int) -> Any:
     return type(f"_Attention{count}", (_Adjoint,), {"forward": staticmethod(forward)})
 
 
-# Query, and keys, values and masks of up to eight views.
-_COMPILED = {count: _with_arguments(count) for count in range(4, 26, 3)}
+# Up to query, and keys, values and masks of eight views.
+_COMPILED = {count: _with_arguments(count) for count in range(2, 26)}
 
 # Calls cost more here than in NumPy, so blocks are larger; in (writable, accelerator), in-place writes would break a
 # graph that is being recorded, and an accelerator wants larger blocks still.

@@ -1,0 +1,173 @@
+"""Summaries as plain sums that add up in any order: of rows, of each other, their read-out and its adjoint.
+
+The polynomial method (`lowrank`) knows of a view nothing but its summary A = Φ(a)ᵀ [u, 1], a sum over rows:
+
+    N = Φ(q) (w · A ∘ B),   o = N[:, :-1] / N[:, -1],   lse = log N[:, -1].
+
+For sums of different rows to add up, three things differ from a call that sees all of them:
+
+* Units. Channels are multiplied by factors that no data decide: a power of two near scale^(1/(m + 1)) for keys, and for
+  the query what is left of the scale. They suit rows of like size in all views. An entry beyond `largest` becomes NaN: up to
+  there nothing overflows that a normaliser is made of, and what underflows is below half a unit in its last place.
+* Sums are plain, not means. The monomial of degree 0 sums the ones: A[0, -1] is the number of rows, which is where lse
+  and the powers of two that keep products of summaries in range come from.
+* Each number is kept as a sum and the rest that rounding took from it, twice the digits in all. Only sums are read out;
+  the rests keep long streams from drifting.
+
+Arrays only; symbols as in `lowrank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log, log2
+
+from .arrays import broadcast_leading, clean, in_parts, prod_of, sum_of, sum_to_leading
+from .backends import Array, Backend
+from .lowrank import (
+    LowRankCall,
+    Sum,
+    add,
+    block_of,
+    channels,
+    key_adjoint,
+    log_normaliser,
+    query_adjoint,
+    read_out,
+    row_products,
+    weights,
+    with_ones,
+    zero_sum,
+)
+from .monomials import features, rank
+
+# log2 of eps over the smallest normal number.
+_RANGE = {"float32": 103, "float64": 970}
+
+
+def units(call: LowRankCall) -> tuple[float, float]:
+    """The factors of a query's channels and of those of keys; over all views their product is the scale."""
+    of_keys = 2.0 ** round(log2(call.scale) / (call.views + 1))
+    return call.scale / of_keys**call.views, of_keys
+
+
+def largest(call: LowRankCall, dtype: str) -> float:
+    """The largest |entry|, times its unit, that is computed with: m of them to the power g times what underflows is below eps."""
+    return float(2.0 ** (_RANGE[dtype] / (call.views * call.degree)))
+
+
+def sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    """Φ(k)ᵀ [v, 1] (..., r, dv + 1) of one view, nothing (..., 1, 1), and the rest of the sums (..., r, dv + 1)."""
+    return in_parts(_sum_rows, _limit(call, backend, arrays), (None, None, None), call, backend, arrays)
+
+
+def sum_rows_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of keys and values of one view, for one of its sums: linear in the sums, hence no rounding's rest in it."""
+    k, v, *_ = arrays
+    grads = in_parts(_sum_rows_backward, _limit(call, backend, arrays), (k, v), call, backend, arrays)
+    return tuple(backend.cast(g, k.dtype) for g in grads)  # type: ignore[union-attr]
+
+
+def read(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    """Output (..., n, dv), lse (..., n, 1) and the normaliser over a power of two (..., n, 1), from query and sums."""
+    return in_parts(_read, _limit(call, backend, arrays), (None, None, None), call, backend, arrays)
+
+
+def read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of query and of every view's sums, each in its own shape: the exact derivative of `read`."""
+    inputs = arrays[: 1 + call.views]
+    grads = in_parts(_read_backward, _limit(call, backend, arrays), inputs, call, backend, arrays)
+    return tuple(backend.cast(g, x.dtype) for g, x in zip(grads, inputs, strict=True))  # type: ignore[union-attr]
+
+
+def add_up(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, Array]:
+    """Sum and rest of a + rest_a + b + rest_b, the same for either order (Knuth's exact sum); the rest is a constant."""
+    a, rest_a, b, rest_b = arrays
+    plain = a + b
+    values: Sequence[Array] = backend.values_of((a, b, rest_a, rest_b, plain))
+    a, b, rest_a, rest_b, before = values
+    part = before - a
+    rest = ((a - (before - part)) + (b - part)) + (rest_a + rest_b)
+    total = plain + rest
+    after: Array = backend.values_of((total,))[0]
+    return total, rest - (after - before)
+
+
+def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    k, v, mask = arrays
+    xp = backend.xp
+    dtype = backend.compute_dtype(k.dtype)  # type: ignore[union-attr]
+    dim, columns = k.shape[-1], v.shape[-1] + 1  # type: ignore[union-attr]
+    leading = broadcast_leading(k, v, mask)
+    _, unit = units(call)
+
+    def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
+        x = _in_range(call, channels(clean(k, mask, backend), unit, dtype, backend), backend)
+        products = row_products(features(x, call.degree, backend), with_ones(v, mask, dtype, backend), backend)
+        return add(carry, products), ()
+
+    start = zero_sum((*leading, rank(dim, call.degree), columns), dtype, k, backend)
+    block = block_of(call.degree, dim, columns, dtype, leading, backend)
+    (total, lost), _ = backend.scan_rows(body, start, (k, v, mask), block)
+    return total, xp.zeros((*leading, 1, 1), dtype=dtype, device=backend.device(k)), -lost
+
+
+def _sum_rows_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    k, v, mask, _, _, g, _ = arrays
+    return key_adjoint(k, v, mask, units(call)[1], g, call.degree, backend)
+
+
+def _read(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    q, *sums = arrays
+    unit, _ = units(call)
+    powers = _powers(sums, backend)
+    combined = weights(call, q, backend) * prod_of(_scaled(sums, powers, backend))
+    wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
+    wide = _in_range(call, wide * unit, backend)
+    out, normaliser = read_out(wide, 1.0, combined, broadcast_leading(*arrays), call.degree, backend)
+    return out, log_normaliser(normaliser, (), backend) + sum_of(powers) * log(2.0), normaliser
+
+
+def _read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    q, *sums = arrays[: 1 + call.views]
+    columns = arrays[1 + call.views :]
+    powers = _powers(sums, backend)
+    scaled = _scaled(sums, powers, backend)
+    w = weights(call, q, backend)
+    leading = broadcast_leading(q, *sums)
+    upstream, dq = query_adjoint(q, units(call)[0], w * prod_of(scaled), columns, leading, call.degree, backend)
+    d_sums = []
+    for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
+        others = [s for other, s in enumerate(scaled) if other != view]
+        d_own = _times_power(w * prod_of([upstream, *others]), -power, backend)
+        d_sums.append(sum_to_leading(d_own, own.shape[:-2], backend))  # type: ignore[union-attr]
+    return dq, *d_sums
+
+
+def _powers(sums: Sequence[Array], backend: Backend) -> list[Array]:
+    """log2 of the number of rows of every view, to the nearest whole number, (..., 1, 1); 0 for none."""
+    xp = backend.xp
+    counts = [s[..., :1, -1:] for s in sums]
+    return [xp.round(xp.log2(xp.where(n > 0, n, 1.0))) for n in counts]
+
+
+def _scaled(sums: Sequence[Array], powers: Sequence[Array], backend: Backend) -> list[Array]:
+    """Sums over powers of two, which round nothing and of which no result depends."""
+    return [_times_power(s, -p, backend) for s, p in zip(sums, powers, strict=True)]
+
+
+def _times_power(x: Array, power: Array, backend: Backend) -> Array:
+    return x * backend.xp.pow(backend.xp.full_like(power, 2.0), power)
+
+
+def _in_range(call: LowRankCall, x: Array, backend: Backend) -> Array:
+    """The entries in their units, NaN for those that arithmetic would not hold the powers of."""
+    xp = backend.xp
+    return xp.where(xp.abs(x) <= largest(call, backend.dtype_name(x.dtype)), x, xp.nan)
+
+
+def _limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
+    """How many problems to take side by side, as `lowrank.leading_limit`; `arrays` begin with rows (..., n, d)."""
+    dim, columns = arrays[0].shape[-1], arrays[1].shape[-1] + 1  # type: ignore[union-attr]
+    numbers = rank(dim, call.degree) * columns * (call.views + 3) + rank(dim, call.degree - 1) * dim * columns
+    return max(1, int(backend.workspace // numbers))
