@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.polynomial.polynomial import polyval
-from reference import dense
+from reference import dense, value_sizes
 from test_attention import Call, draw
 
 import tattn
@@ -126,7 +126,8 @@ def test_dtype_device_and_library_are_kept(library: Any, dtype: str) -> None:
         assert (a.dtype, library.device(a)) == (query.dtype, library.device(query))
     assert [float(n) for n in summary.counts] == [14, 12]
     truth = dense(call.query, call.keys, call.values)
-    assert np.abs(library.numpy(out) - truth.out).max() <= 0.1 * plan.error + 1e-3
+    # What the plan promises.
+    assert (np.abs(library.numpy(out) - truth.out) <= plan.error * value_sizes(call.values)).all()
 
 
 def test_narrow_dtypes_sum_in_float32() -> None:
@@ -247,21 +248,21 @@ def test_a_query_may_have_no_rows(library: Any) -> None:
 
 
 def test_counts_beyond_the_dtype_of_their_product(library: Any) -> None:
-    """A summary doubled forty times: in float32 the product of three counts would be beyond 10^38."""
+    """A summary doubled 44 times: in float32 the product of three counts would be beyond 10^38."""
     call = draw(3)
     plan = replace(PLANS[3], dtype="float32")
     query, keys, values = library.arrays(
         call.query.astype("f4"), [k.astype("f4") for k in call.keys], [v.astype("f4") for v in call.values]
     )
     once = many = tattn.summarize(keys, values, plan)
-    for _ in range(40):
+    for _ in range(44):
         many = many + many
     expected, got = once.attend(query, return_lse=True), many.attend(query, return_lse=True)
     close(library, got[0], expected[0], 1e-6)
-    np.testing.assert_allclose(library.numpy(got[1]), library.numpy(expected[1]) + 120 * log(2), rtol=1e-6)
+    np.testing.assert_allclose(library.numpy(got[1]), library.numpy(expected[1]) + 132 * log(2), rtol=1e-6)
     grad = library.array(call.grad_out.astype("f4"))
     for a, b in zip(many.attend_vjp(query)[1](grad)[1], once.attend_vjp(query)[1](grad)[1], strict=True):
-        np.testing.assert_allclose(library.numpy(a) * 2.0**40, library.numpy(b), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(library.numpy(a) * 2.0**44, library.numpy(b), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
@@ -363,6 +364,30 @@ def test_gradients_of_two_workers_are_those_of_one(library: Any, case: dict[str,
     close(library, (one + two).attend_vjp(query)[1](grad_out)[0], expected(grad_out)[0])
 
 
+def heads(library: Any) -> list[Any]:
+    """Query, keys, values and gradient, with leading dimensions that the views lack and one that a view lacks altogether."""
+    call, rng = draw(2), np.random.default_rng(12)
+    (a, b), (u, v) = call.keys, call.values
+    return library.arrays(  # type: ignore[no-any-return]
+        rng.uniform(-1, 1, (2, 3, 4, 3)), [a, np.stack([b, 0.5 * b, -b])], [u, v[None]], rng.normal(size=(2, 3, 4, 5))
+    )
+
+
+def test_one_summary_for_many_queries(library: Any) -> None:
+    query, keys, values, grad = heads(library)
+    summary, to_rows = tattn.summarize_vjp(keys, values, PLANS[2])
+    assert [tuple(s.shape) for s in summary.sums] == [(35, 6), (3, 35, 6)]
+    out, to_summary = summary.attend_vjp(query)
+    dquery, dsums = to_summary(grad)
+    dkeys, dvalues = to_rows(dsums)
+    expected_out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=PLANS[2])
+    expected = pullback(grad)
+    close(library, out, expected_out)
+    for got, whole in zip((dquery, *dkeys, *dvalues), (expected[0], *expected[1], *expected[2]), strict=True):
+        assert tuple(got.shape) == tuple(whole.shape)
+        close(library, got, whole)
+
+
 def test_gradients_of_views_that_are_none(library: Any) -> None:
     call = draw(2)
     keys, values = library.arrays(call.keys, call.values)
@@ -453,12 +478,10 @@ def test_a_summary_is_a_leaf_for_gradients(library: Any) -> None:
 def test_many_problems_are_taken_in_parts(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tattn import summaries
 
-    call, plan = draw(2, masked=True, broadcast=True), PLANS[2]
-    query, keys, values, grad = library.arrays(call.query, call.keys, call.values, call.grad_out)
-    masks = library.arrays(call.masks)
+    query, keys, values, grad = heads(library)
 
     def everything() -> list[np.ndarray]:
-        summary, to_rows = tattn.summarize_vjp(keys, values, plan, key_masks=masks)
+        summary, to_rows = tattn.summarize_vjp(keys, values, PLANS[2])
         out, to_summary = summary.attend_vjp(query)
         dquery, dsums = to_summary(grad)
         dkeys, dvalues = to_rows(dsums)
@@ -544,7 +567,8 @@ def test_a_file_keeps_everything(library: Any, dtype: str, tmp_path: Any) -> Non
         call.query.astype(dtype), [k.astype(dtype) for k in call.keys], [v.astype(dtype) for v in call.values]
     )
     summary = tattn.summarize(keys, values, plan, key_masks=library.arrays(call.masks))
-    summary = summary + summary
+    summary = summary + tattn.summarize(keys, [0.3 * v for v in values], plan)
+    assert any((library.numpy(r) != 0).any() for r in summary.rests)
     path = tmp_path / "summary"
     summary.save(path)
     summary.save(path)  # over the first
