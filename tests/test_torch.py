@@ -290,3 +290,15 @@ def test_products_under_autocast_and_compile(call: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("series", ["minimax", "banded"])
+def test_shapes_without_values(series: str) -> None:
+    """On the meta device, forward and gradient."""
+    query, *rest = (torch.empty(n, 3, device="meta", requires_grad=True) for n in (20, 19, 18, 19, 18))
+    bound = {"bound": 1.0} if series == "minimax" else {}
+    plan = tattn.plan_for(n=(20, 19, 18), dim=3, degree=2, series=series, **bound)
+    out = tattn.tensor_attention(query, rest[:2], rest[2:], plan=plan)
+    assert out.shape == (20, 3)
+    gradients = torch.autograd.grad(out.sum(), [query, *rest])
+    assert [g.shape for g in gradients] == [t.shape for t in (query, *rest)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -69,7 +69,7 @@ class TorchBackend(Backend):
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         # The rounding bounds assume full products and no autocast.
         device = arrays[0].device.type  # type: ignore[union-attr]
-        with torch.autocast(device, enabled=False):
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             if not torch.compiler.is_compiling():
                 with _full_precision():
                     return function(call, self.for_arrays(arrays), tuple(arrays))
