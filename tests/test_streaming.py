@@ -265,7 +265,7 @@ def test_counts_beyond_the_dtype_of_their_product(library: Any) -> None:
         np.testing.assert_allclose(library.numpy(a) * 2.0**44, library.numpy(b), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_scales_of_all_sizes(library: Any, size: float) -> None:
     """Keys and queries a thousand times larger or smaller, in float32 at degree 8, by the scale alone."""
     call = draw(2)
@@ -400,16 +400,16 @@ def test_gradients_of_views_that_are_none(library: Any) -> None:
 
 def test_the_librarys_own_gradients(library: Any) -> None:
     """Autograd of torch and JAX through summarize, +, update and attend; elsewhere the pullbacks, in finite differences."""
-    call, plan = draw(2, masked=True), PLANS[2]
-    shards = [library.arrays(*part) for part in parts_of(call, (3, 2))]
+    call, plan = drawn({"views": 2, "masked": True}), PLANS[2]
+    shards = [library.arrays(*part) for part in parts_of(call, (4, 2))]
     query, grad_out, grad_lse = library.arrays(call.query, call.grad_out, call.grad_lse)
     masks = library.arrays(call.masks)
 
     def loss(arrays: Sequence[Any]) -> Any:
         q, a, b, u, v = arrays
-        one = tattn.summarize([a[:3, :], b[:2, :]], [u[:3, :], v[:2, :]], plan, key_masks=shards[0][2])
+        one = tattn.summarize([a[:4, :], b[:2, :]], [u[:4, :], v[:2, :]], plan, key_masks=shards[0][2])
         # Both ways to add: one view by +, the other by update.
-        two = tattn.summarize([a[3:, :], None], [u[3:, :], None], plan, key_masks=[shards[1][2][0], None])
+        two = tattn.summarize([a[4:, :], None], [u[4:, :], None], plan, key_masks=[shards[1][2][0], None])
         both = (one + two).update([None, b[2:, :]], [None, v[2:, :]])
         out, lse = both.attend(q, return_lse=True)
         return (out * grad_out).sum() + (lse * grad_lse).sum()
