@@ -515,3 +515,91 @@ def test_table_bounds_what_it_says(degree: int, moment: int) -> None:
         rounding = 1e-15 * np.exp(bound) / np.array([0.05 * bound, 1.0, 1.0]) ** moment
         assert (found <= row[-3:] * (1 + 1e-9) + rounding).all()
         assert (row[-3:] <= 1.01 * found + rounding).all()
+
+
+@pytest.mark.parametrize("method", ["polynomial", "exact", "banded"])
+def test_bounds_know_of_a_gradient_of_lse_alone(library: Any, method: str) -> None:
+    call = draw(2)
+    call = call._replace(grad_out=np.zeros_like(call.grad_out))
+    query, keys, values = library.arrays(call.query, call.keys, call.values)
+    options: dict[str, Any] = {"method": method, "tol": 0.1}
+    if method == "banded":
+        options = {"plan": tattn.plan(query, keys, values, series="banded", degree=2, bands=2)}
+    _, pullback = tattn.tensor_attention_vjp(query, keys, values, **options)
+    gradients, bounds = pullback(*library.arrays(call.grad_out, call.grad_lse), return_error=True)
+    truth = dense(call.query, call.keys, call.values, grad_out=call.grad_out, grad_lse=call.grad_lse)
+    for got, bound, true in zip(
+        (gradients[0], *gradients[1]), (bounds[0], *bounds[1]), (truth.dquery, *truth.dkeys), strict=True
+    ):
+        assert (np.abs(library.numpy(got) - true) <= library.numpy(bound)).all()
+        assert library.numpy(bound).max() < 1e3
+
+
+def test_a_masked_key_has_no_gradient_even_where_rows_are_lost(library: Any) -> None:
+    """Query rows whose normaliser loses its sign are NaN, and so are gradients, but not those of what takes no part."""
+    rng = np.random.default_rng(0)
+    q, a, b = rng.normal(size=(3, 20, 3)) * np.array([3, 1, 1])[:, None, None]
+    u, v = rng.normal(size=(2, 20, 2))
+    mask = np.arange(20) > 3
+    query, keys, values = library.arrays(q, [a, b], [u, v])
+    plan = tattn.plan(query, keys, values, series="banded", degree=3, bands=4, scale=1.0)
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, key_masks=[library.array(mask), None])
+    assert np.isnan(library.numpy(out)).any()
+    _, dkeys, dvalues = pullback(out * 0 + 1)
+    assert (library.numpy(dkeys[0])[~mask] == 0).all()
+    assert (library.numpy(dvalues[0])[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(1e30, 1e30), (1e-25, 1e-25), (1e30, 1e-30, 1e30), (1e30, 1e-25, 1e-25)])
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_nothing_is_promised_near_the_ends_of_the_range(sizes: tuple[float, ...]) -> None:
+    """Values whose products leave float32, at the end or on the way."""
+    rng = np.random.default_rng(0)
+    views = len(sizes)
+    query, *keys = (rng.normal(size=(20, 3)).astype("float32") for _ in range(views + 1))
+    values = [(rng.normal(size=(20, 2)) * s).astype("float32") for s in sizes]
+    plan = tattn.plan(0.5 * query, keys, values, series="banded", degree=3, bands=2)
+    (_, error), pullback = tattn.tensor_attention_vjp(0.5 * query, keys, values, plan=plan, return_error=True)
+    assert np.isinf(error).all()
+    _, (dquery, dkeys, dvalues) = pullback(np.ones((20, 2), "float32"), return_error=True)
+    for bound in (dquery, *dkeys, *dvalues):
+        assert np.isinf(bound).all()
+
+
+def test_bounds_of_gradients_near_the_ends_of_the_range() -> None:
+    """A query so small that its squares vanish, with keys that make up for it."""
+    rng = np.random.default_rng(0)
+    q, a, b = (rng.normal(size=(20, 3)) for _ in range(3))
+    u, v, g = (rng.normal(size=(20, 2)).astype("float32") for _ in range(3))
+    query, keys = (q * 1e-25).astype("float32"), [(a * 1e12).astype("float32"), (b * 1e13).astype("float32")]
+    plan = tattn.plan(query, keys, series="banded", degree=3, bands=2, scale=1.0)
+    _, pullback = tattn.tensor_attention_vjp(query, keys, [u, v], plan=plan)
+    _, (_, dkeys, _) = pullback(g, return_error=True)
+    assert all(np.isinf(bound).all() for bound in dkeys)
+
+
+@pytest.mark.parametrize("method", ["polynomial", "exact", "banded"])
+def test_masks_with_more_problems_than_their_keys(library: Any, method: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 8, 2)), rng.normal(size=(7, 2)), rng.normal(size=(7, 2))
+    masks = [rng.random((3, 7)) < 0.7 for _ in range(2)]
+    query, keys, values = library.arrays(0.3 * q, [k, k], [v, v])
+    options: dict[str, Any] = {"method": method}
+    if method == "banded":
+        options = {"plan": tattn.plan(query, keys, values, series="banded", degree=4, bands=2)}
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, key_masks=library.arrays(masks), **options)
+    truth = dense(0.3 * q, [k, k], [v, v], masks=masks, grad_out=np.ones((3, 8, 2)))
+    np.testing.assert_allclose(library.numpy(out), truth.out, atol=1e-2)
+    _, dkeys, _ = pullback(out * 0 + 1)
+    np.testing.assert_allclose(library.numpy(dkeys[0]), truth.dkeys[0], atol=2e-2)
+
+
+def test_a_scale_beyond_the_dtype_with_rows_that_make_up_for_it() -> None:
+    rng = np.random.default_rng(0)
+    q, a, b, u, v = (rng.normal(size=(20, 3)) for _ in range(5))
+    plain = tattn.tensor_attention(q, [a, b], [u, v], scale=1.0, method="exact")
+    small = [x.astype("float32") for x in (q * 1e8, a * 1e-23, b * 1e-23)]
+    wide = tattn.tensor_attention(
+        small[0], small[1:], [u.astype("float32"), v.astype("float32")], scale=1e38, method="exact"
+    )
+    np.testing.assert_allclose(wide, plain, atol=1e-4)

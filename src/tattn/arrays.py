@@ -26,6 +26,16 @@ def sum_to_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> 
     return backend.xp.reshape(summed, (*leading, *array.shape[-2:]))
 
 
+def max_to_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
+    """The largest over the leading dimensions that an array with `leading` is broadcast along, which stay or go as it has them."""
+    extra = array.ndim - 2 - len(leading)
+    axes = (*range(extra), *(extra + i for i, size in enumerate(leading) if size != array.shape[extra + i]))
+    if not axes:
+        return array
+    largest = backend.xp.max(array, axis=axes, keepdims=True)
+    return backend.xp.reshape(largest, (*leading, *array.shape[-2:]))
+
+
 def unpack(
     views: int, arrays: Sequence[Array | None]
 ) -> tuple[Array, list[Array], list[Array], list[Array | None], tuple[Array, ...]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import clean, gather_rows, prod_of
+from .arrays import clean, gather_rows, max_to_leading, prod_of
 from .backends import Array, Backend
 from .backends.base import memoized
 from .channels import channel_sizes, units_of
@@ -90,7 +90,8 @@ def sorted_views(
     sizes = [channel_sizes(x, mask, backend) for x, _, mask in given]
     units = units_of([top for top, _ in sizes], (q, *keys), call.scale, backend)
     views = []
-    balances = balancing_units([spread for _, spread in sizes], backend)
+    spreads = [max_to_leading(s, tuple(x.shape[:-2]), backend) for (_, s), (x, _, _) in zip(sizes, given, strict=True)]
+    balances = balancing_units(spreads, backend)
     for (x, v, mask), unit, balance, (top, spread) in zip(given, units, balances, sizes, strict=True):
         balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
         norm = _norms(x, mask, balance, call.views + 1, backend)

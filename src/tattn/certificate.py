@@ -12,7 +12,7 @@ of |e^x − 1| by Cauchy and Schwarz from the same block, and root mean squares 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import log2, sqrt
 from typing import NamedTuple
 
 from .arrays import prod_of, with_leading
@@ -70,6 +70,18 @@ def moment_columns(
     columns = xp.concat([multiply_out(coefficients[..., kind], tensors, backend) for kind, tensors in groups], axis=-1)
     weights = backend.table(multinomials, series.dim, call.moment, like=columns, dtype=columns.dtype)
     return columns * weights[block_t(call, series.dim)][:, None]
+
+
+def in_range(tops: Sequence[Array], scale: float, backend: Backend) -> Array:
+    """Whether products of channels with these largest entries (..., 1, ·), and their squares, stay normal numbers: (..., 1, 1)."""
+    xp = backend.xp
+    total: Array = abs(log2(scale))
+    for top in tops:
+        some = xp.isfinite(top) & (top > 0)
+        size = xp.max(xp.abs(xp.log2(xp.where(some, top, 1.0))), axis=-1, keepdims=True)
+        total = total + xp.where(xp.all(xp.isfinite(top), axis=-1, keepdims=True), size, xp.inf)
+    exponents = -log2(float(xp.finfo(total.dtype).smallest_normal))
+    return total < exponents / 2
 
 
 class Roundings(NamedTuple):
@@ -135,6 +147,8 @@ def read_out(
     main, more = xp.matrix_transpose(combined), xp.matrix_transpose(moments)
     inverses = [xp.matrix_transpose(xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0)) for t in value_tops]
     value_dim = main.shape[-2] - 1
+    # Products of values that leave the range of the dtype lose what no bound knows of.
+    safe = in_range(value_tops, 1.0, backend)
 
     def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
         phi = features(channels(block, unit, dtype, backend), call.degree, backend)
@@ -143,6 +157,7 @@ def read_out(
         sizes = prod_of([xp.abs(numerator[..., :-1, :]), *inverses])
         weighted = prod_of([sums[..., :value_dim, :], *inverses])
         errors = _row_errors(call, numerator[..., -1:, :], sizes, weighted, sums[..., value_dim:, :], rounding, backend)
+        errors = xp.where(safe, errors, xp.inf)
         return None, (
             out,
             xp.concat([normaliser, with_leading(xp.matrix_transpose(errors), leading, backend)], axis=-1),
@@ -170,7 +185,7 @@ def _row_errors(
     xp = backend.xp
 
     def positive(x: Array) -> Array:
-        return xp.where(x > 0, x, 0.0)
+        return xp.where(x <= 0, 0.0, x)  # and NaN stays
 
     safe = xp.where(normaliser > 0, normaliser, 1.0)
     d = (positive(sums[..., 0:1, :]) + rounding.plain) / safe
@@ -180,9 +195,10 @@ def _row_errors(
     error = xp.max(of_channel + d * xp.where(own < 1, own, 1.0), axis=-2, keepdims=True)
     steep = xp.sqrt(positive(sums[..., 1:2, :]) + rounding.squares) / safe
     growth = (positive(sums[..., 2:3, :]) + rounding.growth) ** (1 / call.moment)
+    finite = xp.isfinite(xp.max(sizes, axis=-2, keepdims=True))
     results = []
     for e in (error, d, steep, rounding.steep / safe, growth):
         # Where all is masked the answer is 0 exactly; where the normaliser lost its sign nothing is promised.
-        known = xp.where((normaliser > 0) & xp.isfinite(e), e, xp.inf)
+        known = xp.where((normaliser > 0) & xp.isfinite(e) & finite, e, xp.inf)
         results.append(xp.where(normaliser == 0, 0.0, known))
     return xp.concat(results, axis=-2)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log2
+from math import frexp, log2
 
-from .arrays import broadcast_leading, clean, over_rows, shared_leading, sum_of
+from .arrays import broadcast_leading, clean, max_to_leading, over_rows, shared_leading, sum_of
 from .backends import Array, Backend
 
 
@@ -25,6 +25,8 @@ def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backen
     do not depend on the factors, hence they count as constants in the adjoint.
     """
     xp = backend.xp
+    # A mask may have leading dimensions that its rows lack.
+    tops = [max_to_leading(t, tuple(x.shape[:-2]), backend) for t, x in zip(tops, views, strict=True)]
     tops = shared_leading(tops, backend)
     logs, zeros = [], []
     for view, top in enumerate(tops):
@@ -39,8 +41,11 @@ def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backen
     vacant = total / xp.where(count > 0, count, 1.0)
     powers = [xp.round(xp.where(z > 0, vacant, target - x)) for x, z in zip(logs, zeros, strict=True)]
     powers[0] = -sum_of(powers[1:])
+    # A power of two and the scale may each leave the dtype's range where their product does not.
+    fraction, exponent = frexp(scale)
+    powers[0] = powers[0] + exponent
     units = [xp.pow(xp.full_like(p, 2.0), p) for p in powers]
-    units[0] = units[0] * scale
+    units[0] = units[0] * fraction
     # A view has no more leading dimensions for it: those that it lacks are of length one.
     return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import banded, exact, hybrid, lowrank
-from .arrays import in_parts, unpack
+from .arrays import in_parts, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall
 from .certificate import ERROR
@@ -215,7 +215,7 @@ def gradient_bounds(
     if plan.series != "banded":
         stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
         call = StatedCall(plan.scale, stated, inputs.views)
-        return backend.run(_stated_bounds, call, (*arrays, grad_out))  # type: ignore[no-any-return]
+        return backend.run(_stated_bounds, call, (*arrays, grad_out, grad_lse))  # type: ignore[no-any-return]
     recomputes = isinstance(work.call, hybrid.HybridCall)
     banded_call = work.call.banded if recomputes else work.call
     call = banded_call._replace(certify=True)
@@ -234,9 +234,12 @@ def _forward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | 
 def _backward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     q, keys, values, *_ = unpack(call.views, arrays)
     limit = module.leading_limit(call, backend, arrays)
-    grads = in_parts(module.backward, limit, (q, *keys, *values), call, backend, arrays)
-    # Narrow dtypes only now: sums over problems that share a view are over.
-    return tuple(backend.cast(g, q.dtype) for g in grads)
+    targets = (q, *keys, *values)
+    grads = in_parts(module.backward, limit, targets, call, backend, arrays)
+    # A mask may have leading dimensions that its rows lack; and narrow dtypes only now that all sums are over.
+    return tuple(
+        backend.cast(sum_to_leading(g, t.shape[:-2], backend), q.dtype) for g, t in zip(grads, targets, strict=True)
+    )
 
 
 # Named functions, since backends cache what they compile by function.

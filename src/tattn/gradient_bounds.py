@@ -14,7 +14,19 @@ from typing import NamedTuple
 from .arrays import broadcast_leading, clean, gather_rows, inverse_order, over_rows, prod_of, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, sorted_views
-from .certificate import ERROR, GROWTH, NORMALISER, ROUNDING, SPREAD, STEEP, block_t, moment_columns, roundings, shares
+from .certificate import (
+    ERROR,
+    GROWTH,
+    NORMALISER,
+    ROUNDING,
+    SPREAD,
+    STEEP,
+    block_t,
+    in_range,
+    moment_columns,
+    roundings,
+    shares,
+)
 from .channels import channel_sizes
 from .lowrank import block_of, channels, read, row_products, summed_products
 from .monomials import features
@@ -33,16 +45,17 @@ class StatedCall(NamedTuple):
 
 
 def stated_bounds(call: StatedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """From what holds for every row alike; `arrays` ends with the gradient of the output."""
+    """From what holds for every row alike; `arrays` ends with the gradients of the output and of lse."""
     xp = backend.xp
-    q, keys, values, masks, (grad_out,) = unpack(call.views, arrays)
+    q, keys, values, masks, (grad_out, grad_lse) = unpack(call.views, arrays)
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     masked = list(zip(keys, values, masks, strict=True))
     key_tops = [channel_sizes(k, mask, backend)[0] for k, _, mask in masked]
     value_tops = [channel_sizes(v, mask, backend)[0] for _, v, mask in masked]
     size = xp.abs(backend.cast(grad_out, dtype))
-    weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True)
+    # |w − r| is at most twice the first term and once the second.
+    weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True) + xp.abs(backend.cast(grad_lse, dtype))
     total, total_out = (over_rows(xp.sum, x, backend) for x in (weight, size))
     error, steep = call.stated[0], call.scale * call.stated[1]
     bounds = [(steep * weight * prod_of(key_tops), q)]
@@ -84,10 +97,11 @@ def banded_bounds(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
         _view_bounds(call, number, query, views, series, sizes, rms, weights, top, backend)
         for number in range(call.views)
     ]
-    return (
-        sum_to_leading(of_query, q.shape[:-2], backend),
-        *(sum_to_leading(b[0], k.shape[:-2], backend) for b, k in zip(of_views, keys, strict=True)),
-        *(sum_to_leading(b[1], v.shape[:-2], backend) for b, v in zip(of_views, values, strict=True)),
+    safe = in_range([query.tops, *(v.tops for v in views), *value_tops, top], call.scale, backend)
+    bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
+    return tuple(
+        sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
+        for b, like in zip(bounds, (q, *keys, *values), strict=True)
     )
 
 
@@ -231,7 +245,7 @@ def _view_bounds(
         def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
             phi = features(channels(clean(k, mask, backend), view.unit, dtype, backend), t, backend)
             sums = xp.matrix_transpose(read(phi[..., part, :], reading, backend)) + added
-            sums = xp.where(sums > 0, sums, 0.0)
+            sums = xp.where(sums <= 0, 0.0, sums)
             plain, slope, slope_alone, grown, grown_alone = (sums[..., i : i + 1] for i in range(len(_SUMS)))
             size = xp.abs(backend.cast(clean(v, mask, backend), dtype))
             near = growth(grown, 1)

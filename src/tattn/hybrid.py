@@ -69,9 +69,9 @@ def gradient_bounds(call: HybridCall, backend: Backend, arrays: Sequence[Array |
     q, keys, values, masks, (chosen, place, *columns) = unpack(call.views, arrays)
     plain = (q, *keys, *values, *masks)
     through_banded = banded_bounds(call.banded, backend, (*plain, *_others(chosen, place, columns, backend)))
-    own = gather_rows(columns[2], chosen, backend)
+    own = (gather_rows(x, chosen, backend) for x in columns[2:])
     stated = StatedCall(call.exact.scale, (call.exact_error, call.exact_grad_error), call.views)
-    dq_chosen, *through_exact = stated_bounds(stated, backend, (gather_rows(q, chosen, backend), *plain[1:], own))
+    dq_chosen, *through_exact = stated_bounds(stated, backend, (gather_rows(q, chosen, backend), *plain[1:], *own))
     return _added(q, dq_chosen, through_banded, through_exact, chosen, place, backend)
 
 

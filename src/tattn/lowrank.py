@@ -211,8 +211,7 @@ def key_adjoint(
         phi = features(channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
         dk = _pull_back(phi[..., :lower, :], wide, z, backend) * unit
         dv = xp.matrix_transpose(read(phi, value_columns, backend))
-        if mask is not None:
-            dv = xp.where(mask, dv, 0.0)
+        dk, dv = clean(dk, mask, backend), clean(dv, mask, backend)
         dk, dv = sum_to_leading(dk, k_leading, backend), sum_to_leading(dv, v_leading, backend)
         return None, (dk, dv)
 
