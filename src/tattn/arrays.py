@@ -18,22 +18,21 @@ def broadcast_leading(*arrays: Array | None) -> tuple[int, ...]:
 
 def sum_to_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
     """Sum over the leading dimensions that a view with `leading` was broadcast along."""
-    extra = array.ndim - 2 - len(leading)
-    axes = (*range(extra), *(extra + i for i, size in enumerate(leading) if size != array.shape[extra + i]))
-    if not axes:
-        return array
-    summed = backend.xp.sum(array, axis=axes, keepdims=True)
-    return backend.xp.reshape(summed, (*leading, *array.shape[-2:]))
+    return _to_leading(backend.xp.sum, array, leading, backend)
 
 
 def max_to_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
-    """The largest over the leading dimensions that an array with `leading` is broadcast along, which stay or go as it has them."""
+    """The largest over the leading dimensions that a view with `leading` was broadcast along."""
+    return _to_leading(backend.xp.max, array, leading, backend)
+
+
+def _to_leading(reduction: Callable[..., Array], array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
+    """A sum or maximum that leaves these leading dimensions."""
     extra = array.ndim - 2 - len(leading)
     axes = (*range(extra), *(extra + i for i, size in enumerate(leading) if size != array.shape[extra + i]))
     if not axes:
         return array
-    largest = backend.xp.max(array, axis=axes, keepdims=True)
-    return backend.xp.reshape(largest, (*leading, *array.shape[-2:]))
+    return backend.xp.reshape(reduction(array, axis=axes, keepdims=True), (*leading, *array.shape[-2:]))
 
 
 def unpack(

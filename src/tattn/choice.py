@@ -242,6 +242,12 @@ def _backward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array |
     )
 
 
+def _bounds(function: Any, module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    q, keys, values, *_ = unpack(call.views, arrays)
+    limit = module.leading_limit(call, backend, arrays)
+    return in_parts(function, limit, (q, *keys, *values), call, backend, arrays)
+
+
 # Named functions, since backends cache what they compile by function.
 def _exact_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _forward(exact, call, backend, arrays)
@@ -268,15 +274,11 @@ def _banded_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]
 
 
 def _banded_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    q, keys, values, *_ = unpack(call.views, arrays)
-    limit = banded.leading_limit(call, backend, arrays)
-    return in_parts(banded_bounds, limit, (q, *keys, *values), call, backend, arrays)
+    return _bounds(banded_bounds, banded, call, backend, arrays)
 
 
 def _hybrid_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    q, keys, values, *_ = unpack(call.views, arrays)
-    limit = hybrid.leading_limit(call, backend, arrays)
-    return in_parts(hybrid.gradient_bounds, limit, (q, *keys, *values), call, backend, arrays)
+    return _bounds(hybrid.gradient_bounds, hybrid, call, backend, arrays)
 
 
 def _stated_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

@@ -73,8 +73,8 @@ def plan(
         the device, band by band, and the certified error comes with the answer (``return_error=True``). `degree` is 2
         if not given.
     bands, moment : int
-        Of "banded": norm bands of every view, at most its rows; even order t of the moments, at most `degree` and, for
-        the gradients' bounds, at most degree / 2 + 1.
+        Of "banded": norm bands of every view, at most its rows; even order t of the moments, at most
+        `degree`.
 
     Returns
     -------
