@@ -138,6 +138,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+@pytest.fixture(autouse=True)
+def through_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The polynomial method computes features at any length; tests/test_scorewise.py is about calls that need none."""
+    monkeypatch.setattr("tattn.Plan.by_scores", lambda *_: False)
+
+
+@pytest.fixture
+def scorewise(through_features: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every polynomial is computed score by score; the list tells of calls that were."""
+    from tattn import choice
+
+    monkeypatch.setattr("tattn.Plan.by_scores", lambda *_: True)
+    taken: list[str] = []
+    forward = choice.scorewise.forward
+
+    def recorded(*given: Any) -> Any:
+        taken.append("scores")
+        return forward(*given)
+
+    monkeypatch.setattr(choice.scorewise, "forward", recorded)
+    return taken
+
+
 @pytest.fixture(scope="session")
 def library(request: pytest.FixtureRequest) -> Library:
     return make_library(request.param)

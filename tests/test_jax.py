@@ -167,3 +167,20 @@ def test_products_differentiate_as_they_are(call: str) -> None:
     mapped = jax.vmap(of)(*(jnp.stack([a, 2 * a]) for a in given))
     same(mapped[0], expected)
     same(mapped[1], of(*(2 * a for a in given)))
+
+
+def test_transformations_score_by_score(scorewise: list[str]) -> None:
+    jax.config.update("jax_enable_x64", True)
+    plan = tattn.plan_for(n=5, dim=3, bound=1.0, degree=5, dtype="float64")
+    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 3)))
+
+    def loss(x: Any) -> Any:
+        return jnp.sin(tattn.tensor_attention(x, [x, x], [x, x], plan=plan)).sum()
+
+    both = jax.jit(jax.vmap(jax.grad(loss)))(x)
+    for got, given in zip(both, x, strict=True):
+        np.testing.assert_allclose(got, jax.grad(loss)(given), rtol=1e-12, atol=1e-14)
+        step = 1e-6 * jnp.cos(jnp.arange(15.0).reshape(5, 3))
+        slope = (loss(given + step) - loss(given - step)) / 2
+        np.testing.assert_allclose((got * step).sum(), slope, rtol=1e-6)
+    assert scorewise

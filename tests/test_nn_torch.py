@@ -260,3 +260,37 @@ def test_the_block_trains(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path))["main"](80)
     errors = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines() if "variance" in line]
     assert errors[0] > 0.9 and errors[-1] < 0.8
+
+
+def test_derivatives_score_by_score(scorewise: list[str]) -> None:
+    layer = module(torch.float64, degree=3)
+    x = drawn(3, 5, EMBED, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    assert torch.autograd.gradcheck(lambda x: layer(x, key_masks=mask), x)
+    assert torch.autograd.gradgradcheck(layer, x[:1, :3].detach().requires_grad_())
+    params = dict(layer.named_parameters())
+
+    def loss(params: Any, x: Any) -> Any:
+        return torch.func.functional_call(layer, params, (x,)).sin().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x.detach())
+    for i in range(3):
+        layer.zero_grad()
+        loss(params, x[i]).backward()
+        for name, p in params.items():
+            torch.testing.assert_close(each[name][i], p.grad, rtol=1e-10, atol=1e-12)
+    assert scorewise
+
+
+def test_compile_score_by_score(scorewise: list[str]) -> None:
+    layer = module(torch.float64, degree=3)
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        x = drawn(2, 5, EMBED, dtype=torch.float64, requires_grad=True)
+        out = function(x)
+        out.sin().sum().backward()
+        results.append((out.detach(), x.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert scorewise

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import banded, exact, hybrid, lowrank
+from . import banded, exact, hybrid, lowrank, scorewise
 from .arrays import in_parts, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall
@@ -198,6 +198,8 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     if plan.series == "banded":
         return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
     low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    if plan.by_scores(inputs.lengths, inputs.value_dim):
+        return Work(_scorewise_forward, _scorewise_backward, low, inputs.arrays, plan)
     return Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
 
 
@@ -263,6 +265,14 @@ def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]
 
 def _lowrank_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _backward(lowrank, call, backend, arrays)
+
+
+def _scorewise_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(scorewise, call, backend, arrays)
+
+
+def _scorewise_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(scorewise, call, backend, arrays)
 
 
 def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

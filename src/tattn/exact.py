@@ -34,8 +34,8 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
     leading = broadcast_leading(q, *keys, *values, *masks)
     xp = backend.xp
     units = channel_units(q, keys, masks, call.scale, backend)
-    keys = _scaled(keys, units[1:], masks, backend)
-    blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
+    keys = scaled_keys(keys, units[1:], masks, backend)
+    blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
     # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
     nothing: Array = xp.nan
     if any(m is not None for m in masks):
@@ -61,8 +61,8 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     units = channel_units(q, keys, masks, call.scale, backend)
-    keys = _scaled(keys, units[1:], masks, backend)
-    blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
+    keys = scaled_keys(keys, units[1:], masks, backend)
+    blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
@@ -83,7 +83,7 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     return dq, *d_keys, *(dv for _, dv in grads)
 
 
-def _scaled(
+def scaled_keys(
     keys: Sequence[Array], units: Sequence[Array], masks: Sequence[Array | None], backend: Backend
 ) -> list[Array]:
     """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
@@ -91,17 +91,18 @@ def _scaled(
     return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
 
 
-def leading_limit(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side, so that blocks keep a side of 32 rows."""
-    return max(1, int(backend.workspace // (8 * 32 ** (call.views + 1))))
+def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
+    """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
+    rows = (a.shape[-2] for a in arrays[: call.views + 1])  # type: ignore[union-attr]
+    return max(1, int(backend.workspace // (8 * prod(min(32, n) for n in rows))))
 
 
-def _blocks(
-    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend
+def blocks_of(
+    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend, most: int = 1024
 ) -> tuple[int, ...]:
     """Rows of the query and of each view in a block, so that scores, and products of rows with `width` channels, fit.
 
-    Short ones leave room to others.
+    Short ones leave room to others; none has more than `most`.
     """
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
     numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
@@ -109,7 +110,7 @@ def _blocks(
     sizes = [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     for taken, i in enumerate(order):
-        sizes[i] = max(1, min(lengths[i], 1024, round(room ** (1 / (len(order) - taken)))))
+        sizes[i] = max(1, min(lengths[i], most, round(room ** (1 / (len(order) - taken)))))
         room = max(1.0, room / sizes[i])
     while max(sizes[:-1]) > 1 and prod(sizes[:-1]) * (sizes[-1] + width) > 4 * numbers:
         largest = max(range(len(sizes) - 1), key=lambda i: sizes[i])

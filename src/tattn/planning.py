@@ -24,7 +24,7 @@ from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
 from .monomials import rank as rank_of
-from .plans import Plan, Shape, plan_of, si
+from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
 
@@ -34,8 +34,6 @@ _BANDED_RANK = 1 << 13
 _MAX_DEGREE = 40
 # Fits to samples gain nothing beyond.
 _MOST_ESTIMATED = 12
-# Value channels that a plan made from numbers alone allows for in its rounding.
-_USUAL_VALUE_DIM = 128
 
 
 def plan(
@@ -328,7 +326,7 @@ def _polynomial_errors(shape: Shape, polynomial: Polynomial, lowest_mean: float)
         delta=polynomial.delta,
         rank=rank_of(shape.dim, polynomial.degree),
         views=shape.views,
-        value_dim=max(shape.value_dim, _USUAL_VALUE_DIM),
+        value_dim=max(shape.value_dim, USUAL_VALUE_DIM),
         dtype=shape.dtype,
     )
     return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime)
@@ -391,7 +389,7 @@ def _estimated(
     if sampled.error < inf:
         rho, rho_prime = lowrank_rounding(
             sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, rank=rank, views=shape.views,
-            value_dim=max(shape.value_dim, _USUAL_VALUE_DIM), dtype=shape.dtype,
+            value_dim=max(shape.value_dim, USUAL_VALUE_DIM), dtype=shape.dtype,
         )  # fmt: skip
         rounding, grad_rounding = lowrank_errors(0.0, 0.0, rho, rho_prime)
         sampled = sampled._replace(error=sampled.error + rounding, grad_error=sampled.grad_error + grad_rounding)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, prod
+
+from .rounding import scores_round_less
+
+# Value channels that a plan made from numbers alone allows for in its rounding.
+USUAL_VALUE_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Plan:
     lengths, value_dim, leading
         Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and how many problems side by side.
     flops_exact, flops_polynomial : float
-        Operations of a forward call by either method; a gradient takes three times as many in all.
+        Operations of a forward call by either method; a gradient takes three times as many in all. Where scores are fewer
+        than features, the polynomial method takes about `flops_exact` (`by_scores`).
     bytes_exact, bytes_polynomial : float
         Memory beyond inputs and outputs.
     reason : str
@@ -85,6 +92,35 @@ class Plan:
     moment: int = 0
     recomputed: float = 0.0
 
+    def by_scores(self, lengths: Sequence[int], value_dim: int) -> bool:
+        """Whether a call computes the polynomial of each score, and no features.
+
+        So it does where that takes fewer operations and rounds no more than `error` and `grad_error` allow, by shapes alone.
+        Answers by either way are the same up to that rounding.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            Rows of the query and of every view of the call, (n, n_1, …, n_m).
+        value_dim : int
+            Channels of the values.
+
+        Examples
+        --------
+        >>> import tattn
+        >>> plan = tattn.plan_for(n=12, dim=16, bound=3.0, degree=4)
+        >>> plan.by_scores((12, 12, 12), 16), plan.by_scores((1000, 1000, 1000), 16)
+        (True, False)
+        """
+        if self.method != "polynomial" or self.series == "banded":
+            return False
+        by_features = sum(lengths) * self.rank * (2.0 * (value_dim + 1) + 1)
+        by_scores = prod(lengths) * (2.0 * self.dim + 2.0 * value_dim + 4.0 * self.degree)
+        return by_scores < by_features and scores_round_less(
+            self.coefficients, self.bound, dim=self.dim, rank=self.rank, value_dim=max(value_dim, USUAL_VALUE_DIM),
+            lengths=lengths,
+        )  # fmt: skip
+
     def __str__(self) -> str:
         banded = self.series == "banded"
         kind = {"data": "bounded on the data", "promise": "promised by the caller"}.get(self.source, "estimated")
@@ -110,6 +146,11 @@ class Plan:
             ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
             ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
             ("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B"),
+            *(
+                [("computed", "score by score, with fewer operations")]
+                if self.by_scores(self.lengths, self.value_dim)
+                else []
+            ),
             ("reason", self.reason),
         ]
         width = max(len(name) for name, _ in rows)

@@ -10,8 +10,8 @@ it; the tests hold it against corners, constant rows and cancelling scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import exp, inf, sqrt
+from collections.abc import Callable, Sequence
+from math import exp, inf, prod, sqrt
 
 from .lowrank import CHAIN
 
@@ -43,15 +43,53 @@ def lowrank_rounding(
     least = (1 - delta) * exp(max(-bound, lowest_mean))
     if least <= 0:
         return inf, inf
-    # A chain in each summary and in the read-out, and what adds chains up in a block.
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + 32 * views) + 4
-    plain = steep = 0.0
-    for t, c in enumerate(coefficients):
-        count = (views + 1) * (t + 2) + chains
-        plain += abs(c) * bound**t * count
-        steep += t * abs(c) * bound ** max(0, t - 1) * (count + LAMBDA * sqrt(value_dim + 1) + 2)
+    plain, steep = _of_features(coefficients, bound, rank, views, value_dim)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
+
+
+def scores_round_less(
+    coefficients: Sequence[float], bound: float, *, dim: int, rank: int, value_dim: int, lengths: Sequence[int]
+) -> bool:
+    """Whether P of scores, for rows (n, n_1, …), rounds no more than `lowrank_rounding` allows for any number of rows."""
+    views = len(lengths) - 1
+    # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over one view
+    # after the other, gradients of keys also over all pairs, in chains and what adds them up.
+    score = views + 4 + min(dim, LAMBDA * sqrt(dim))
+    chain = sum(min(CHAIN, n) for n in lengths[1:])
+    pairs = prod(lengths) / min(lengths)
+    longest = max(chain, min(CHAIN, pairs) + pairs / CHAIN)
+    head = views + 5
+    plain, steep = _of_sums(
+        coefficients,
+        bound,
+        lambda t: t * score + head + LAMBDA * sqrt(chain),
+        lambda t: (t - 1) * score + head + LAMBDA * (sqrt(longest) + sqrt(value_dim + 1)) + 2,
+    )
+    allowed, allowed_steep = _of_features(coefficients, bound, rank, views, value_dim)
+    return plain <= allowed and steep <= allowed_steep
+
+
+def _of_features(
+    coefficients: Sequence[float], bound: float, rank: int, views: int, value_dim: int
+) -> tuple[float, float]:
+    """`_of_sums` over features."""
+    # A chain in each summary and in the read-out, and what adds chains up in a block.
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + 32 * views) + 4
+
+    def count(t: int) -> float:
+        return (views + 1) * (t + 2) + chains
+
+    return _of_sums(coefficients, bound, count, lambda t: count(t) + LAMBDA * sqrt(value_dim + 1) + 2)
+
+
+def _of_sums(
+    coefficients: Sequence[float], bound: float, count: Callable[[int], float], steep_count: Callable[[int], float]
+) -> tuple[float, float]:
+    """Units in the last place in the sums with P and with P′, for so many roundings in a term of degree t."""
+    plain = sum(abs(c) * bound**t * count(t) for t, c in enumerate(coefficients))
+    steep = sum(t * abs(c) * bound ** (t - 1) * steep_count(t) for t, c in enumerate(coefficients) if t)
+    return plain, steep
 
 
 def lowrank_errors(delta: float, delta_prime: float, rho: float, rho_prime: float) -> tuple[float, float]:
