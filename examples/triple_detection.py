@@ -11,21 +11,16 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import shared
 import torch
 from torch import Tensor, nn
 
 import tattn
-from tattn.evidence.plots import panels, save_plot, style
-from tattn.evidence.tables import Table, column, distinct, load, markdown, save, seconds, short, where
+from tattn.evidence.plots import panels, style
+from tattn.evidence.tables import Table, column, distinct, markdown, seconds, short, where
 from tattn.exponential import minimax
-
-try:
-    from tqdm import tqdm
-except ImportError:  # no bar, then
-    tqdm = None
 
 NAME = "triple_detection"
 MODULUS, LENGTH = 97, 12
@@ -183,7 +178,7 @@ def made(attention: Callable[[int], nn.Module], seed: int, **options: Any) -> Ne
     return Net(attention, **options)
 
 
-def curves(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> dict[str, Table]:
+def curves(given: argparse.Namespace, watch: shared.Watch) -> Table:
     """Accuracy during training, for every model and seed."""
     rows = []
     for name, attention in MODELS.items():
@@ -195,10 +190,10 @@ def curves(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> di
             )  # fmt: skip
             about = {"model": name, "seed": seed, "attention": parameters(net.attention), "parameters": parameters(net)}
             rows += [{**about, **row} for row in found]
-    return {"curves": rows}
+    return rows
 
 
-def trades(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> dict[str, Table]:
+def trades(given: argparse.Namespace, watch: shared.Watch) -> Table:
     """What heads, channels, bound and degree do, one seed each."""
     rows = []
     steps = given.steps * 3 // 5
@@ -218,10 +213,10 @@ def trades(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> di
             "heads": heads, "dim": dim, "bound": bound, "degree": degree or 0, "rank": plan.rank, "delta": delta,
             "flops": flops, "right": last["right"], "seconds": last["seconds"], "steps": steps,
         })  # fmt: skip
-    return {"trades": rows}
+    return rows
 
 
-def changes(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> dict[str, Table]:
+def changes(given: argparse.Namespace, watch: shared.Watch) -> Table:
     """What happens if one thing is done otherwise."""
     heads, dim, bound, degree = LONG
     steps = given.steps * 3 // 5
@@ -234,10 +229,10 @@ def changes(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> d
             net, Task(), steps, given.batch, rate, given.seed, steps, lambda r, name=name: watch(r, name)
         )[-1]  # fmt: skip
         rows.append({"change": name, "parameters": parameters(net), "right": last["right"], "steps": steps})
-    return {"changes": rows}
+    return rows
 
 
-def lengths(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> dict[str, Table]:
+def lengths(given: argparse.Namespace, watch: shared.Watch) -> Table:
     """A layer trained on 12 rows, at more: evaluated, and trained on."""
     heads, dim, bound, degree = LONG
     net = made(tensor_attention(heads, dim, bound=bound, degree=degree), given.seed)
@@ -275,7 +270,7 @@ def lengths(given: argparse.Namespace, watch: Callable[..., Iterable[Any]]) -> d
                 )  # fmt: skip
                 row |= {"after": accuracy(net, task, sequences, max(1, 4096 // task.rows))["right"], "steps": steps}
             rows.append(row)
-    return {"lengths": rows}
+    return rows
 
 
 def _prime_near(number: int) -> int:
@@ -285,7 +280,7 @@ def _prime_near(number: int) -> int:
     return number
 
 
-PARTS = {"curves": curves, "trades": trades, "changes": changes, "lengths": lengths}
+PARTS: dict[str, shared.Part] = {"curves": curves, "trades": trades, "changes": changes, "lengths": lengths}
 
 
 def plot(rows: Table) -> Any:
@@ -352,8 +347,6 @@ def page(tables: dict[str, Table]) -> str:
     heads, dim, bound, degree = LONG
     return f"""\
 # Triple detection
-
-<!-- Made by `python examples/{NAME}.py` from the tables beside it. Changes made by hand are lost. -->
 
 A sequence of {LENGTH} numbers below M = {
         MODULUS
@@ -431,8 +424,6 @@ one sequence.
 What a bounded head computes is a mean over all pairs, and so it is the same at 16,384 rows as at twelve if the shares of the
 numbers are. What it cannot do is pick one pair among ever more: with n numbers a single pair is 2/n² of the crowd, and no
 score lifts it by more than e^(2 · bound). Accuracy falls as n grows, and training on does not bring all of it back.
-
-Tables: {", ".join(f"[{name}]({NAME}-{name}.csv)" for name in PARTS)}.
 """
 
 
@@ -453,36 +444,11 @@ def _of_trades_words(rows: Table) -> str:
 
 def main() -> None:
     """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute that shows that all runs")
-    parser.add_argument("--only", choices=[*PARTS, "page"], action="append", help="some parts; page measures nothing")
-    parser.add_argument("--steps", type=int, help="2,500 for the curves; 10 if quick")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser = shared.options(__doc__, steps=2500, quick_steps=10, batch=128, rate=1e-2)
     parser.add_argument("--seeds", type=int, help="3; 1 if quick")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-2)
-    parser.add_argument("--out", type=Path, help="docs/examples; build/examples if quick")
     given = parser.parse_args()
-    given.steps = given.steps or (10 if given.quick else 2500)
     given.seeds = given.seeds or (1 if given.quick else 3)
-    folder = given.out or Path("build/examples" if given.quick else "docs/examples")
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def watch(items: Iterable[int], words: str) -> Iterable[int]:
-        if tqdm is not None:
-            return tqdm(items, desc=words)
-        print(words, flush=True)
-        return items
-
-    for name in given.only or PARTS:
-        if name in PARTS:
-            for table, rows in PARTS[name](given, watch).items():
-                save(rows, folder / f"{NAME}-{table}.csv")
-    tables = {name: load(folder / f"{NAME}-{name}.csv") for name in PARTS if (folder / f"{NAME}-{name}.csv").exists()}
-    if len(tables) == len(PARTS):
-        save_plot(plot(tables["curves"]), folder / f"{NAME}.png")
-        (folder / f"{NAME}.md").write_text(page(tables), encoding="utf-8")
-        print(folder / f"{NAME}.md")
+    shared.run(NAME, given, PARTS, plot, page)
 
 
 if __name__ == "__main__":
