@@ -42,9 +42,9 @@ def seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
 def cost(quick: bool) -> str:
     """Forward and gradient in eight bands over the same with one polynomial for all."""
     lines = [
-        f"Forward + gradient, d = dv = {DIM}, degree {DEGREE}, {BANDS} bands, over the polynomial for the whole range. *Promised*: the",
-        "caller promises the range of the scores, 1. *Found*: one polynomial whose range is found in the data first, as a certified",
-        "answer needs without a promise; bands find theirs on the way.",
+        f"Forward + gradient, d = dv = {DIM}, degree {DEGREE}, {BANDS} bands, over the polynomial for the whole range.",
+        "*Promised*: the caller promises the range of the scores, 1. *Found*: one polynomial whose range is found in the data",
+        "first, as a certified answer needs without a promise; bands find theirs on the way.",
         "",
         "| rows | one, promised, s | one, found / promised | bands / promised | bands with the certificate / promised |"
         " the same / found | largest bound of bands | stated error, promised | found |",
