@@ -106,14 +106,14 @@ def losses(given: argparse.Namespace, watch: shared.Watch) -> Table:
         rng = torch.Generator().manual_seed(given.seed)
         spent = 0.0
         for step in watch(range(1, given.steps + 1), name):
-            start = time.perf_counter()
+            start = time.process_time()
             loss = loss_of(net, seen, given.batch, rng, characters)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            spent += time.perf_counter() - start
+            spent += time.process_time() - start
             if step % max(1, given.steps // 12) == 0 or step == given.steps:
                 with torch.no_grad():
                     judge = torch.Generator().manual_seed(10**6)
@@ -126,7 +126,7 @@ def losses(given: argparse.Namespace, watch: shared.Watch) -> Table:
 
 
 def at_length(name: str, n: int) -> dict[str, float]:
-    """Forward and backward of one layer on one sequence: seconds, and MiB beyond what there was before."""
+    """Forward and backward of one layer on one sequence: seconds of processor, and MiB beyond what there was before."""
 
     def now(field: str) -> int:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -137,9 +137,9 @@ def at_length(name: str, n: int) -> dict[str, float]:
     layer(x[:, :600]).sum().backward()  # whatever is set up once
     x.grad = None
     before = now("VmRSS")
-    start = time.perf_counter()
+    start = time.process_time()
     layer(x).square().mean().backward()
-    return {"seconds": time.perf_counter() - start, "MiB": max(0, now("VmHWM") - before) / 1024}
+    return {"seconds": time.process_time() - start, "MiB": max(0, now("VmHWM") - before) / 1024}
 
 
 def lengths(given: argparse.Namespace, watch: shared.Watch) -> Table:
@@ -198,7 +198,7 @@ def page(tables: dict[str, Table]) -> str:
     rate = max(r["flops"] / r["seconds"] for r in long if r["rank"])
     top = max((r for r in long if r["rank"]), key=lambda r: r["rows"])
     days = top["flops_exact"] / rate / 86400
-    heads = ["attention", "rows", "rank", "error", "operations", "time", "peak memory", "exact would take"]
+    heads = ["attention", "rows", "rank", "error", "operations", "processor time", "peak memory", "exact would take"]
     return f"""\
 # In place of `nn.MultiheadAttention`
 
@@ -214,7 +214,7 @@ the last tenth of the text, which no model saw.
 
 ![Loss on unseen text](drop_in.png)
 
-{markdown(of_losses, ["attention", "parameters", "loss", "time of a step"])}
+{markdown(of_losses, ["attention", "parameters", "loss", "processor time of a step"])}
 
 *Single rows* is the same layer of order 2: ordinary attention through the polynomial. {_words(ends)}
 

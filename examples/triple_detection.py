@@ -366,7 +366,13 @@ two linear forms. {steps:,} Adam steps on fresh sequences; all models see the sa
 {
         markdown(
             of_models,
-            ["attention", "its parameters", "all parameters", "right at the end, seed by seed", "time of a run"],
+            [
+                "attention",
+                "its parameters",
+                "all parameters",
+                "right at the end, seed by seed",
+                "time of a run, machine shared",
+            ],
         )
     }
 
