@@ -152,7 +152,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 def answers(net: Net, judge: Sources, shuffled: int | None = None) -> float:
     """Share of right answers; with the rows of one source exchanged between examples, if asked for."""
-    given, bits = judge.batch(2000, torch.Generator().manual_seed(10**6))
+    given, bits = judge.batch(1000, torch.Generator().manual_seed(10**6))
     if shuffled is not None:
         given = tuple(x.roll(1, 0) if i == shuffled else x for i, x in enumerate(given))
     with torch.no_grad():
@@ -178,7 +178,7 @@ def curves(given: argparse.Namespace, watch: shared.Watch) -> Table:
                 loss.backward()
                 optimiser.step()
                 schedule.step()
-                if step % max(1, given.steps // 15) == 0 or step == given.steps:
+                if step % max(1, given.steps // 10) == 0 or step == given.steps:
                     rows.append({
                         "attention": name, "seed": seed, "step": step, "loss": loss.item(), "right": answers(net, judge),
                         **{f"without {s}": answers(net, judge, i) for i, s in enumerate(SOURCES)},
@@ -285,7 +285,7 @@ def _words(rows: Table) -> str:
 
 def main() -> None:
     """Measure, and write what was found."""
-    given = shared.options(__doc__, steps=800, quick_steps=5, batch=128, rate=3e-3).parse_args()
+    given = shared.options(__doc__, steps=400, quick_steps=5, batch=128, rate=3e-3).parse_args()
     shared.run(NAME, given, PARTS, plot, page)
 
 
