@@ -231,8 +231,8 @@ def page(tables: dict[str, Table]) -> str:
     return f"""\\
 # Three modalities
 
-An image, a text and a series, of 8, {CHARACTERS} and {YEARS} rows. Each tells one bit. The text's says which of the other two is the
-answer: the image's if it is code, the series' if it is prose. Without any one of them 75 % can be right at most. The
+An image, a text and a series, of 8, {CHARACTERS} and {YEARS} rows. Each tells one bit. The text's says which of the other two is
+the answer: the image's if it is code, the series' if it is prose. Without any one of them 75 % can be right at most. The
 sources are real, and come with packages; nothing is downloaded when it runs:
 
 {markdown(_SOURCES, ["source", "rows", "from", "licence", "bit"])}
