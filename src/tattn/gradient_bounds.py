@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .arrays import broadcast_leading, clean, gather_rows, inverse_order, over_rows, prod_of, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, sorted_views
+from .basis import Basis
 from .certificate import (
     ERROR,
     GROWTH,
@@ -28,8 +29,7 @@ from .certificate import (
     shares,
 )
 from .channels import channel_sizes
-from .lowrank import block_of, channels, read, row_products, summed_products
-from .monomials import features
+from .lowrank import block_of, channels, summed_products
 from .ranges import BLOCK
 
 # Means of squares over many rows round; by far less than this.
@@ -211,7 +211,7 @@ def _view_bounds(
     others = [i for i in range(call.views) if i != number]
     n, dim = view.rows.shape[-2:]
     value_dim = grad_top.shape[-1]
-    part = block_t(call, dim)
+    basis = Basis.of(dim, t, len(_SUMS))
     falling = gather_rows(weights, query.order, backend)
     of_query = _moments(call, query, falling, backend)
     of_others = [_moments(call, views[i], None, backend) * (1 / views[i].rows.shape[-2]) for i in others]
@@ -235,7 +235,7 @@ def _view_bounds(
 
     def of_rows(band: int, start: int, stop: int) -> tuple[Array, ...]:
         groups = [(kind, [of_query[..., w : w + 1], *of_others]) for kind, w in _SUMS]
-        reading = xp.matrix_transpose(moment_columns(call, series, number + 1, band, groups, backend))
+        reader = basis.reader(moment_columns(call, series, number + 1, band, groups, backend), backend, degree=t)
         lost = [
             roundings(call, series, number + 1, band, [share[..., w : w + 1], *other_shares], value_dim, backend)
             for w in range(4)
@@ -243,8 +243,8 @@ def _view_bounds(
         added = xp.concat([lost[w][kind] for kind, w in _SUMS], axis=-1)
 
         def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
-            phi = features(channels(clean(k, mask, backend), view.unit, dtype, backend), t, backend)
-            sums = xp.matrix_transpose(read(phi[..., part, :], reading, backend)) + added
+            phi = basis.features(channels(clean(k, mask, backend), view.unit, dtype, backend), backend)
+            sums = xp.matrix_transpose(basis.read(phi, reader, backend, degree=t)) + added
             sums = xp.where(sums <= 0, 0.0, sums)
             plain, slope, slope_alone, grown, grown_alone = (sums[..., i : i + 1] for i in range(len(_SUMS)))
             size = xp.abs(backend.cast(clean(v, mask, backend), dtype))
@@ -259,7 +259,7 @@ def _view_bounds(
             return None, tuple(clean(xp.where(xp.isfinite(b), b, xp.inf), mask, backend) for b in bounds)
 
         leading = broadcast_leading(weights, *(v.rows for v in views))
-        block = block_of(t, dim, 4 * (dim + value_dim), dtype, leading, backend)
+        block = block_of(basis, 4 * (dim + value_dim), dtype, leading, backend)
         return backend.scan_rows(body, None, view.band(start, stop), block)[1]
 
     pieces = [of_rows(band, *cut) for band, cut in enumerate(edges(n, call.bands))]
@@ -277,14 +277,15 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     if z is None:
         z = xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
         z = z if view.mask is None else clean(z, view.mask, backend)
+    basis = Basis.of(dim, call.moment, z.shape[-1])
     shape = (part.stop - part.start, z.shape[-1])
 
     def products(phi: Array, z: Array, _: None) -> tuple[Array]:
-        return (row_products(phi[..., part, :], z, backend),)
+        return (basis.row_sums(phi, backend.xp.matrix_transpose(z), backend, degree=call.moment),)
 
     rows = clean(view.rows, view.mask, backend)
     sums = [
-        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.unit, call.moment, backend)[0]
+        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.unit, basis, backend)[0]
         for a, b in edges(n, call.bands)
     ]
     return xp.stack(sums, axis=-3)
