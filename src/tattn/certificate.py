@@ -50,7 +50,7 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
 
     plain, sizes = [], []
     for start, stop in edges(n, call.bands):
-        one, size = summed_products(products, shapes, *view.band(start, stop), view.unit, basis, backend)
+        one, size = summed_products(products, shapes, *view.band(start, stop), view.by.unit, basis, backend)
         plain.append(one)
         sizes.append(xp.concat([size, one[..., part, -1:]], axis=-1))
     return xp.stack(plain, axis=-3) * (1 / n), xp.stack(sizes, axis=-3) * (1 / n)

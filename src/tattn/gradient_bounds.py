@@ -97,7 +97,7 @@ def banded_bounds(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
         _view_bounds(call, number, query, views, series, sizes, rms, weights, top, backend)
         for number in range(call.views)
     ]
-    safe = in_range([query.tops, *(v.tops for v in views), *value_tops, top], call.scale, backend)
+    safe = in_range([query.by.tops, *(v.by.tops for v in views), *value_tops, top], call.scale, backend)
     bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
     return tuple(
         sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
@@ -110,7 +110,7 @@ def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view
     xp = backend.xp
     dtype = backend.compute_dtype(k.dtype)
     n = k.shape[-2]
-    tops = (view.tops, value_top)
+    tops = (view.by.tops, value_top)
     inverses = [xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0) for t in tops]
 
     def body(total: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
@@ -120,7 +120,7 @@ def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view
     leading = broadcast_leading(k, v, mask)
     start = xp.zeros((*leading, v.shape[-1], k.shape[-1]), dtype=dtype, device=backend.device(k))
     total, _ = backend.scan_rows(body, start, (k, v, mask), BLOCK)
-    return xp.sqrt(total * (_SLACK / n)) * xp.matrix_transpose(value_top) * view.tops
+    return xp.sqrt(total * (_SLACK / n)) * xp.matrix_transpose(value_top) * view.by.tops
 
 
 def _query_bound(
@@ -133,8 +133,8 @@ def _query_bound(
 ) -> Array:
     """(..., n, d): every row from its own certificate."""
     xp = backend.xp
-    both, alone = prod_of(rms), prod_of([v.spread for v in views]) * _SLACK
-    key_top = prod_of([v.tops for v in views])
+    both, alone = prod_of(rms), prod_of([v.by.spread for v in views]) * _SLACK
+    key_top = prod_of([v.by.tops for v in views])
 
     def body(_: None, *blocks: Array) -> tuple[None, tuple[Array]]:
         size, l, error, d, steep, rounding, growth, shift, weight = _of_rows(value_tops, blocks, backend)
@@ -212,7 +212,7 @@ def _view_bounds(
     n, dim = view.rows.shape[-2:]
     value_dim = grad_top.shape[-1]
     basis = Basis.of(dim, t, len(_SUMS))
-    falling = gather_rows(weights, query.order, backend)
+    falling = gather_rows(weights, query.by.order, backend)
     of_query = _moments(call, query, falling, backend)
     of_others = [_moments(call, views[i], None, backend) * (1 / views[i].rows.shape[-2]) for i in others]
     bands = edges(falling.shape[-2], call.bands)
@@ -223,7 +223,10 @@ def _view_bounds(
     moved = xp.sqrt(_weighted_squares(query, falling, backend))
     one = xp.ones_like(grad_top[..., :1])
     value_top, value_rms, key_top, key_rms = (
-        (prod_of([one, *x]) for x in zip(*((*sizes[i], views[i].tops, views[i].spread) for i in others), strict=True))
+        (
+            prod_of([one, *x])
+            for x in zip(*((*sizes[i], views[i].by.tops, views[i].by.spread) for i in others), strict=True)
+        )
         if others
         else (one,) * 4
     )
@@ -243,7 +246,7 @@ def _view_bounds(
         added = xp.concat([lost[w][kind] for kind, w in _SUMS], axis=-1)
 
         def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
-            phi = basis.features(channels(clean(k, mask, backend), view.unit, dtype, backend), backend)
+            phi = basis.features(channels(clean(k, mask, backend), view.by.unit, dtype, backend), backend)
             sums = xp.matrix_transpose(basis.read(phi, reader, backend, degree=t)) + added
             sums = xp.where(sums <= 0, 0.0, sums)
             plain, slope, slope_alone, grown, grown_alone = (sums[..., i : i + 1] for i in range(len(_SUMS)))
@@ -254,7 +257,7 @@ def _view_bounds(
             alone = xp.sqrt(slope_alone) * moved[..., 2:3, :] + growth(grown_alone, 3) * moved[..., 3:4, :]
             largest = xp.sum(size * grad_top * value_top, axis=-1, keepdims=True)
             rounded = lost[0].steep * largest + lost[2].steep
-            of_keys = beside * (size @ both) + alone * key_rms + rounded * query.tops * key_top
+            of_keys = beside * (size @ both) + alone * key_rms + rounded * query.by.tops * key_top
             bounds = (of_keys * (call.scale * _SLACK / n), of_values * (_SLACK / n))
             return None, tuple(clean(xp.where(xp.isfinite(b), b, xp.inf), mask, backend) for b in bounds)
 
@@ -263,7 +266,7 @@ def _view_bounds(
         return backend.scan_rows(body, None, view.band(start, stop), block)[1]
 
     pieces = [of_rows(band, *cut) for band, cut in enumerate(edges(n, call.bands))]
-    back = inverse_order(view.order, backend)
+    back = inverse_order(view.by.order, backend)
     of_keys, of_values = (gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
     return of_keys, of_values
 
@@ -285,7 +288,7 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
 
     rows = clean(view.rows, view.mask, backend)
     sums = [
-        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.unit, basis, backend)[0]
+        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.by.unit, basis, backend)[0]
         for a, b in edges(n, call.bands)
     ]
     return xp.stack(sums, axis=-3)
@@ -294,7 +297,7 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
 def _weighted_squares(query: View, weights: Array, backend: Backend) -> Array:
     """Σ_i h_i q_ic² for weights (..., n, k): (..., k, d)."""
     xp = backend.xp
-    inverse = xp.where(query.tops > 0, 1 / xp.where(query.tops > 0, query.tops, 1.0), 0.0)
+    inverse = xp.where(query.by.tops > 0, 1 / xp.where(query.by.tops > 0, query.by.tops, 1.0), 0.0)
 
     def body(total: Array, q: Array, h: Array) -> tuple[Array, tuple[()]]:
         relative = backend.cast(q, h.dtype) * inverse
@@ -303,4 +306,4 @@ def _weighted_squares(query: View, weights: Array, backend: Backend) -> Array:
     shape = (*broadcast_leading(query.rows, weights), weights.shape[-1], query.rows.shape[-1])
     start = xp.zeros(shape, dtype=weights.dtype, device=backend.device(weights))
     total, _ = backend.scan_rows(body, start, (query.rows, weights), BLOCK)
-    return total * query.tops * query.tops * _SLACK
+    return total * query.by.tops * query.by.tops * _SLACK

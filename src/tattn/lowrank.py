@@ -51,14 +51,18 @@ class LowRankCall(NamedTuple):
         return len(self.coefficients) - 1
 
 
-def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1)."""
+def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1).
+
+    And the summary of every view, (..., r, dv + 1), which the adjoint takes if it is given them.
+    """
     q, keys, values, masks, _ = unpack(call.views, arrays)
     units = channel_units(q, keys, masks, call.scale, backend)
-    combined = weights(call, q, backend) * prod_of(_summaries(call, units, keys, values, masks, backend))
+    summaries = _summaries(call, units, keys, values, masks, backend)
+    combined = weights(call, q, backend) * prod_of(summaries)
     leading = broadcast_leading(q, *keys, *values, *masks)
     out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend)
-    return out, log_normaliser(normaliser, keys, backend), normaliser
+    return out, log_normaliser(normaliser, keys, backend), normaliser, *summaries
 
 
 def log_normaliser(normaliser: Array, keys: Sequence[Array], backend: Backend) -> Array:
@@ -77,10 +81,11 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     ĝ = [g, −r] / l, r = Σ g o − g_lse and C = w · A ∘ B: G = Φ(q)ᵀ ĝ, dq pulls ĝ Cᵀ back through Φ, du = Φ(a) (w · G ∘ B),
     da pulls [u, 1] (w · G ∘ B)ᵀ back, and so for the other views.
     """
-    q, keys, values, masks, columns = unpack(call.views, arrays)
+    q, keys, values, masks, (out, normaliser, *known, grad_out, grad_lse) = unpack(call.views, arrays)
     units = channel_units(q, keys, masks, call.scale, backend)
     w = weights(call, q, backend)
-    summaries = _summaries(call, units, keys, values, masks, backend)
+    summaries = known or _summaries(call, units, keys, values, masks, backend)
+    columns = (out, normaliser, grad_out, grad_lse)
     leading = broadcast_leading(q, *keys, *values, *masks)
     upstream, dq = query_adjoint(q, units[0], w * prod_of(summaries), columns, leading, call.degree, backend)
     d_keys, d_values = [], []
