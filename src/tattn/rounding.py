@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import exp, inf, prod, sqrt
 
-from .lowrank import CHAIN
+from .basis import CHAIN
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
@@ -30,6 +30,7 @@ def lowrank_rounding(
     lowest_mean: float,
     *,
     delta: float,
+    dim: int,
     rank: int,
     views: int,
     value_dim: int,
@@ -43,7 +44,7 @@ def lowrank_rounding(
     least = (1 - delta) * exp(max(-bound, lowest_mean))
     if least <= 0:
         return inf, inf
-    plain, steep = _of_features(coefficients, bound, rank, views, value_dim)
+    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
 
@@ -66,16 +67,16 @@ def scores_round_less(
         lambda t: t * score + head + LAMBDA * sqrt(chain),
         lambda t: (t - 1) * score + head + LAMBDA * (sqrt(longest) + sqrt(value_dim + 1)) + 2,
     )
-    allowed, allowed_steep = _of_features(coefficients, bound, rank, views, value_dim)
+    allowed, allowed_steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
     return plain <= allowed and steep <= allowed_steep
 
 
 def _of_features(
-    coefficients: Sequence[float], bound: float, rank: int, views: int, value_dim: int
+    coefficients: Sequence[float], bound: float, dim: int, rank: int, views: int, value_dim: int
 ) -> tuple[float, float]:
     """`_of_sums` over features."""
-    # A chain in each summary and in the read-out, and what adds chains up in a block.
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + 32 * views) + 4
+    # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views) + 4
 
     def count(t: int) -> float:
         return (views + 1) * (t + 2) + chains

@@ -18,15 +18,16 @@ from typing import Any
 
 from .arrays import broadcast_leading, clean, row_pairs, sum_to_leading, unpack
 from .backends import Array, Backend
+from .basis import CHAIN, row_products
 from .channels import channel_units
 from .exact import blocks_of, scaled_keys
 from .exact import leading_limit as leading_limit
-from .lowrank import CHAIN, LowRankCall, add, divided, log_normaliser, row_products, with_ones, zero_sum
+from .lowrank import LowRankCall, add, divided, log_normaliser, with_ones, zero_sum
 
 View = tuple[Array, Array]
 
 
-def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1)."""
     xp = backend.xp
     q, keys, *_ = unpack(call.views, arrays)
@@ -77,7 +78,9 @@ def _prepared(
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     units = channel_units(q, keys, masks, call.scale, backend)
-    ones = [with_ones(v, mask, dtype, backend) for v, mask in zip(values, masks, strict=True)]
+    ones = [
+        backend.xp.matrix_transpose(with_ones(v, mask, dtype, backend)) for v, mask in zip(values, masks, strict=True)
+    ]
     views = list(zip(scaled_keys(keys, units[1:], masks, backend), ones, strict=True))
     width = q.shape[-1] + ones[0].shape[-1]
     blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], width, dtype, backend, most=CHAIN)

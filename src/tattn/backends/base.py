@@ -148,16 +148,19 @@ class Backend:
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
-    ) -> tuple[Array, Array, Array]:
-        """``forward(call, backend, arrays)`` with `backward` as its gradient, if the library has gradients."""
-        result: tuple[Array, Array, Array] = self.run(forward, call, arrays)
+    ) -> tuple[Array, ...]:
+        """``forward(call, backend, arrays)`` with `backward` as its gradient, if the library has gradients.
+
+        Output, log-sum-exp, and what the adjoint needs besides, which carries no gradient.
+        """
+        result: tuple[Array, ...] = self.run(forward, call, arrays)
         return result
 
     def residuals(
-        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], out: Array, rest: Array
-    ) -> tuple[Array, Array]:
-        """Output and residuals for the adjoint, with the path from the inputs where a second derivative will need it."""
-        return out, rest
+        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], residuals: Sequence[Array]
+    ) -> Sequence[Array]:
+        """What the adjoint needs, the output first, with the path from the inputs where a second derivative will need it."""
+        return residuals
 
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         """Let the library's transformations look into instances of a dataclass, at fields of arrays and of constants."""
@@ -186,5 +189,5 @@ def block_rows(row_bytes: int, workspace: int, at_most: int) -> int:
     """Rows in a block whose temporaries take `row_bytes` a row: a power of two or a few quarters more, for few distinct shapes."""
     fitting = max(16, workspace // max(1, row_bytes))
     power = 1 << int(math.log2(fitting))
-    step = power // 4 if power >= 512 else power
+    step = max(128, power // 4) if power >= 256 else power
     return int(min(at_most, fitting // step * step))
