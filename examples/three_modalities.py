@@ -270,22 +270,19 @@ _SOURCES = [
 
 
 def _words(rows: Table) -> str:
-    """How far apart they are."""
-    means = []
+    """How far apart they are, beside how far seeds are."""
+    of_models = []
     for (name,) in distinct(rows, "attention"):
-        ends = [
-            where(rows, attention=name, seed=s)[-1]["right"] for (s,) in distinct(where(rows, attention=name), "seed")
-        ]
-        means.append(100 * sum(ends) / len(ends))
-    pairs, ordinary = means
-    if pairs > ordinary + 2:
-        return (
-            f"Pairs are right for {pairs:.1f} % in the mean of the seeds, rows one after another for {ordinary:.1f} %: a product "
-            "of values is what a choice is made of, and a sum of rows leaves all of it to the MLP."
-        )
+        mine = where(rows, attention=name)
+        of_models.append([100 * where(mine, seed=seed)[-1]["right"] for (seed,) in distinct(mine, "seed")])
+    pairs, ordinary = (sum(ends) / len(ends) for ends in of_models)
+    spread = max(max(ends) - min(ends) for ends in of_models)
+    text = f"In the mean of the seeds pairs are right for {pairs:.1f} %, rows one after another for {ordinary:.1f} %."
+    if pairs > ordinary + spread:
+        return f"{text} A product of values is what a choice is made of, and a sum of rows leaves all of it to the MLP."
     return (
-        f"There is little between them: {pairs:.1f} % and {ordinary:.1f} % in the mean of the seeds. With three bits an MLP after "
-        "the sum can make the choice; it is among many rows that pairs are needed ([triple detection](triple_detection.md))."
+        f"{text} Seeds differ by up to {spread:.0f} %, so there is little between them: with three bits an MLP after the sum can\n"
+        "make the choice. It is among many rows that pairs are needed ([triple detection](triple_detection.md))."
     )
 
 
