@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_products import CALLS, arguments
+from test_scorewise import BY_SCORES
 
 import tattn
 
@@ -302,3 +303,23 @@ def test_shapes_without_values(series: str) -> None:
     assert out.shape == (20, 3)
     gradients = torch.autograd.grad(out.sum(), [query, *rest])
     assert [g.shape for g in gradients] == [t.shape for t in (query, *rest)]
+
+
+def test_compile_score_by_score(scorewise: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
+    plan = tattn.plan_for(n=5, dim=8, bound=1.0, degree=4, dtype="float64")
+
+    def attend(q: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return tattn.tensor_attention(q, [a, b], [a + 1, b + 1], plan=plan)
+
+    drawn = np.random.default_rng(0).uniform(-1, 1, (3, 2, 5, 8))
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        given = [torch.tensor(x, requires_grad=True) for x in drawn]
+        out = function(*given)
+        out.sin().sum().backward()
+        results.append((out.detach(), *(x.grad for x in given)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert scorewise

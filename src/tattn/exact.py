@@ -93,8 +93,8 @@ def scaled_keys(
 
 def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
     """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
-    rows = (a.shape[-2] for a in arrays[: call.views + 1])  # type: ignore[union-attr]
-    return max(1, int(backend.workspace // (8 * prod(min(32, n) for n in rows))))
+    scores = prod([min(32, a.shape[-2]) for a in arrays[: call.views + 1]])  # type: ignore[union-attr]
+    return max(1, int(backend.workspace // (8 * scores)))
 
 
 def blocks_of(

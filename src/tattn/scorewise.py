@@ -32,7 +32,7 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
     xp = backend.xp
     q, keys, *_ = unpack(call.views, arrays)
     leading, unit, views, blocks = _prepared(call, backend, arrays)
-    share = 1 / prod(k.shape[-2] for k in keys)
+    share = 1 / prod([k.shape[-2] for k in keys])
 
     def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
         s = backend.cast(rows, unit[0].dtype) * unit[0]
@@ -48,7 +48,7 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     xp = backend.xp
     q, keys, _, masks, columns = unpack(call.views, arrays)
     _, unit, views, blocks = _prepared(call, backend, arrays)
-    share = 1 / prod(k.shape[-2] for k in keys)
+    share = 1 / prod([k.shape[-2] for k in keys])
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         dtype = unit[0].dtype
