@@ -242,7 +242,7 @@ def _words(ends: Table) -> str:
 
 def main() -> None:
     """Measure, and write what was found."""
-    parser = shared.options(__doc__, steps=1500, quick_steps=3, batch=8, rate=3e-3)
+    parser = shared.options(__doc__, steps=300, quick_steps=3, batch=8, rate=3e-3)
     parser.add_argument("--measure", nargs=2, metavar=("ATTENTION", "ROWS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:

@@ -335,7 +335,7 @@ def page(tables: dict[str, Table]) -> str:
             f"{r['rows']:,}",
             f"{r['numbers']:,}",
             f"{r['modulus']:,}",
-            f"{r['flops_exact']:.0e} / {r['flops']:.0e}",
+            f"{r['flops_exact']:.0e} / " + (f"{r['flops']:.0e}" if r["flops"] < r["flops_exact"] else "of scores"),
             seconds(r["seconds"]),
             f"{100 * r['majority']:.1f} %",
             f"{100 * r['before']:.1f} %",
@@ -399,8 +399,10 @@ one thing changed:
 
 {markdown(of_changes, ["change", "parameters", "right"])}
 
-The answer is a product of the number's own phase with a sum over pairs. A read-out that can multiply learns it within a
-thousand steps; an MLP has to build products first, and attention gets no signal before that.
+The rate matters most: rows of queries and keys are normalised, so that a small one turns them slowly. The answer is a
+product of the number's own phase with a sum over pairs; a read-out that multiplies learns it sooner than an MLP, which has to build
+products first. With neither, and more frequencies than a head has channels for, training stands still at two thirds, where
+attention to single rows ends, too.
 
 ## Longer sequences
 
@@ -409,7 +411,7 @@ The layer of {BASE[0]} heads of {BASE[1]}, trained on {
     } rows, then evaluated on more, and trained further from there with a
 fifth of the rate. *More rows* draws them from twelve numbers, so that every pair comes many times; *more numbers* draws
 all afresh, with M as large as keeps the share of positive answers. Operations are those of a forward call of all heads for
-one sequence.
+one sequence; *of scores*: there the polynomial of every score is computed, in about as many as exact.
 
 {
         markdown(
@@ -429,8 +431,9 @@ one sequence.
     }
 
 What a bounded head computes is a mean over all pairs, and so it is the same at 16,384 rows as at twelve if the shares of the
-numbers are. What it cannot do is pick one pair among ever more: with n numbers a single pair is 2/n² of the crowd, and no
-score lifts it by more than e^(2 · bound). Accuracy falls as n grows, and training on does not bring all of it back.
+numbers are. Training on there keeps what was learned; with the few sequences of a step it adds nothing. What a bounded head
+cannot do is pick one pair among ever more: with n numbers a single pair is 2/n² of the crowd, and no score lifts it by more
+than e^(2 · bound). Accuracy falls as n grows, and training on does not bring all of it back.
 """
 
 
