@@ -189,6 +189,20 @@ def plan_inputs(
         if series != "minimax":
             raise ValueError(f"series has no use with bound='estimated', which fits its own polynomial; got {series!r}")
         return _estimated(inputs, shape, scale, tol, method, degree, found)
+    return plan_found(shape, found, scale=scale, tol=tol, method=method, degree=degree, series=series)
+
+
+def plan_found(
+    shape: Shape,
+    found: Ranges,
+    *,
+    scale: float,
+    tol: float,
+    method: str,
+    degree: int | None = None,
+    series: str = "minimax",
+) -> Plan:
+    """A certified plan for the ranges that were found on data."""
     # The mean is allowed a margin, so that the plan holds for the same rows in another order or library.
     lowest_mean = found.lowest_mean - 0.02 * found.bound
     return _choose(shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean)
@@ -306,7 +320,7 @@ def _choose(
             warnings.warn(
                 f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
                 f"up to {plan.error:.2g} with the exact method, which is taken",
-                stacklevel=6,
+                stacklevel=7,
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan

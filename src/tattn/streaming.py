@@ -31,7 +31,7 @@ from .rounding import computed_in
 _DESCRIPTIVE = {
     "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
 }  # fmt: skip
-_AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
+AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
 _FORMAT, _VERSION = "tattn.Summary", 1
 _PIECE = 1 << 18
 
@@ -399,7 +399,7 @@ def check_streams(plan: Any) -> None:
 
 def check_same_plan(plan: Plan, other: Plan) -> None:
     """PlanError that names where two plans differ, shapes and costs aside."""
-    for name in _AGREEING:
+    for name in AGREEING:
         a, b = getattr(plan, name), getattr(other, name)
         if a != b:
             raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
