@@ -54,7 +54,7 @@ def all_reduce(tensor: Tensor, kind: str, group: Group) -> Tensor:
 def facts(plan: Plan | None, **of_call: Any) -> dict[str, Any]:
     """What a process says of its call and plan, by name."""
     said = dict(zip(_OF_CALL, of_call.values(), strict=True))
-    return said | {f"the plan's {name}": None if plan is None else getattr(plan, name) for name in _OF_PLAN}
+    return said | {f"{name} of the plan": None if plan is None else getattr(plan, name) for name in _OF_PLAN}
 
 
 def agree(said: Mapping[str, Any] | None, group: Group) -> None:
@@ -63,7 +63,7 @@ def agree(said: Mapping[str, Any] | None, group: Group) -> None:
     One maximum of some sixty numbers and their negatives: where the two do not meet, processes differ.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    names = [*_OF_CALL, *(f"the plan's {name}" for name in _OF_PLAN)]
+    names = [*_OF_CALL, *(f"{name} of the plan" for name in _OF_PLAN)]
     numbers = [0.0] * len(names) if said is None else [_number(said[name]) for name in names]
     refused = float(0 if said is not None else 1 + rank)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"

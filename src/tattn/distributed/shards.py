@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arrays import broadcast_leading
 from ..backends.torch import BACKEND
-from ..checks import Inputs, checked_inputs, checked_options, positive
+from ..checks import Inputs, checked_finite, checked_inputs, checked_options, positive
 from ..choice import check_kind, check_ranges
 from ..planning import plan_for, plan_found
 from ..plans import Plan, Shape
@@ -53,6 +53,7 @@ def agreed(
     if plan is None or plan.source == "data":
         found = _ranges(inputs, number, group)
         if plan is None:
+            checked_finite(found.largest, inputs.views)
             plan = plan_found(_shape(inputs, group), found, scale=number, tol=tol, method="polynomial", degree=degree)
         else:
             check_ranges(plan, found, inputs.views)
