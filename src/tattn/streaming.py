@@ -30,6 +30,7 @@ from .rounding import computed_in
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
 _DESCRIPTIVE = {
     "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
+    "workers", "bytes_sent", "seconds", "seconds_gradient",
 }  # fmt: skip
 AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
 _FORMAT, _VERSION = "tattn.Summary", 1

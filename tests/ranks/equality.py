@@ -154,7 +154,11 @@ def check_bytes() -> None:
                 sent[check_first, n] = forward, list(seen)
     finally:
         dist.all_reduce = plain
+    size = dist.get_world_size()
+    # What is given to the sum is what a plan says that a ring of workers sends, but for 2 (p - 1) / p.
     summaries = 8 * 2 * plan.rank * (3 + 1)
+    stated = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, workers=size).bytes_sent
+    assert stated * size == 2 * (size - 1) * summaries
     for (check_first, _), (forward, backward) in sent.items():
         assert forward[-1] == summaries
         assert backward == [summaries]
