@@ -1,4 +1,4 @@
-"""Rows spread over processes that torchrun starts: the scripts in tests/ranks, which raise on any rank where something is wrong."""
+"""Rows spread over processes that torchrun starts: programs that raise on any rank where something is wrong."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import tattn
 
 torch = pytest.importorskip("torch")
 sharded = tattn.distributed.tensor_attention
-RANKS = Path(__file__).parent / "ranks"
+PROGRAMS = Path(__file__).parent / "programs"
 
 
 def launch(script: str, processes: int, **environment: str) -> str:
     """What the processes print; their errors if one fails."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     done = subprocess.run(
-        [*command, str(RANKS / script)], capture_output=True, text=True, timeout=300, check=False,
+        [*command, str(PROGRAMS / script)], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -317,5 +317,5 @@ def test_refused_for_workers(options: dict[str, Any], error: type, match: str) -
 
 
 def test_workers_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("plan --n 1000000 --dim 4 --bound 1 --workers 64 --bandwidth 1e9 --flops 1e10".split()) == 0
+    assert main(["plan", "--n=1000000", "--dim=4", "--bound=1", "--workers=64", "--bandwidth=1e9", "--flops=1e10"]) == 0
     assert capsys.readouterr().out.strip() == str(tattn.plan_for(n=10**6, dim=4, bound=1.0, **RATES))

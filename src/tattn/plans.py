@@ -124,7 +124,9 @@ class Plan:
             ("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B"),
         ]
         if self.workers > 1:
-            rows.append(("workers", f"{self.workers:,}, each sends {si(self.bytes_sent)}B forward and as much backward"))
+            rows.append(
+                ("workers", f"{self.workers:,}, each sends {si(self.bytes_sent)}B forward and as much backward")
+            )
         if isfinite(self.seconds):
             rows.append(("estimated time", f"{self.seconds:.3g} s, {self.seconds_gradient:.3g} s with the gradient"))
         rows.append(("reason", self.reason))

@@ -383,6 +383,13 @@ def summarize_vjp(
     return summary, pullback
 
 
+def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend: Backend) -> tuple[Array, Array]:
+    """Gradients of keys and values from that of their sums: rows (keys, values, mask (..., n, 1) or None) of one view."""
+    # Linear in the rows' sums, which are not needed for it.
+    dk, dv = backend.run(summaries.sum_rows_backward, _call(plan), (*rows, None, None, dsum, None))
+    return dk, dv
+
+
 def check_streams(plan: Any) -> None:
     """PlanError unless summaries of different rows add up under the plan."""
     if not isinstance(plan, Plan):

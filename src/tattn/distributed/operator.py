@@ -19,7 +19,7 @@ from ..lowrank import LowRankCall
 from ..monomials import rank as rank_of
 from ..nn.operator import plan_of_text, plan_text
 from ..plans import Plan
-from ..streaming import summarize
+from ..streaming import row_gradients, summarize
 from .agreement import all_reduce, checked_group
 from .shards import agreed, packed, split
 
@@ -122,16 +122,16 @@ def _backward(
     grad: Any, grad_lse: Any, recording: Any,
 ) -> Any:  # fmt: skip
     """Gradients of query, keys and values."""
-    call = _call(plan_of_text(plan))
-    sums = split(flat, _sums_like(keys, values, masks, plan_of_text(plan)))
-    dquery, *dsums = BACKEND.run(summaries.read_backward, call, (query, *sums, out, normaliser, grad, grad_lse))
+    made = plan_of_text(plan)
+    sums = split(flat, _sums_like(keys, values, masks, made))
+    dquery, *dsums = BACKEND.run(summaries.read_backward, _call(made), (query, *sums, out, normaliser, grad, grad_lse))
     grads = [dquery.contiguous()]
     if not recording:
         # No rank sums.
         return grads + [torch.zeros_like(x) for x in (*keys, *values)]
     dsums = split(all_reduce(packed(dsums), "sum", _resolve_process_group(group)), dsums)
     pairs = [
-        BACKEND.run(summaries.sum_rows_backward, call, (k, v, None if m is None else m[..., None], None, None, g, None))
+        row_gradients((k, v, None if m is None else m[..., None]), g, made, BACKEND)
         for k, v, m, g in zip(keys, values, masks, dsums, strict=True)
     ]
     dkeys, dvalues = zip(*pairs, strict=True)
