@@ -42,7 +42,9 @@ def worker(rows: int, kept: Path) -> None:
     rng = np.random.default_rng(0)
     mine = slice(rank * rows // size, (rank + 1) * rows // size)
     # All draw all, so that shards are those of one call.
-    q, a, b, u, v, g = (torch.tensor(2 * rng.random((rows, DIM), dtype=np.float32)[mine] - 1) for _ in range(6))
+    drawn = [torch.tensor(rng.random((rows, DIM), dtype=np.float32)[mine]) for _ in range(6)]
+    q, a, b = (2 * x - 1 for x in drawn[:3])
+    u, v, g = drawn[3:]
     plan = tattn.plan_for(n=rows, dim=DIM, bound=1.0, degree=DEGREE)
     inputs = [x.requires_grad_() for x in (q, a, b, u, v)]
 

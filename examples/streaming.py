@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> float:
         resource.setrlimit(resource.RLIMIT_AS, (given.limit << 20,) * 2)
 
     rng = np.random.default_rng(0)
-    block = {name: rng.uniform(-1, 1, (BLOCK, DIM)).astype(np.float32) for name in NAMES}
+    block = {name: rng.uniform(0 if name in "uv" else -1, 1, (BLOCK, DIM)).astype(np.float32) for name in NAMES}
     plan = tattn.plan_for(n=rows, dim=DIM, bound=1.0, degree=4)
     print(plan)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
