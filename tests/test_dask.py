@@ -228,3 +228,12 @@ def test_other_functions_say_where_dask_arrays_go(function: Any) -> None:
         function(Q, [Q, Q], [Q, Q])
     with pytest.raises(TypeError, match=r"^keys\[0\] should be an array, got a Dask array"):
         tattn.summarize([Q, Q], [Q, Q], PLANS[2])
+
+
+def test_the_example() -> None:
+    pytest.importorskip("zarr")
+    program = Path(__file__).parent.parent / "examples" / "dask_attention.py"
+    command = [sys.executable, str(program), "--rows", "60000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same as in one process" in done.stdout

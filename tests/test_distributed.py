@@ -101,3 +101,8 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert done.stdout == "False False\n"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         tattn.distributed.nothing  # noqa: B018
+
+
+def test_the_example() -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    assert "the same" in launch(str(examples / "sequence_parallel.py"), 2)

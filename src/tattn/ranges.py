@@ -93,7 +93,7 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     ]
     tops = call.together("max", [s[0] for s in found] + [t for t in of_values if t is not None])
     sums = call.together("sum", [a for s in found for a in s[1:]])
-    stats = [_channel_stats(tops[i], *sums[3 * i : 3 * i + 3], backend) for i in range(len(views))]
+    stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]
     rest = iter(tops[len(views) :])
     largest = [xp.max(top) for top, _, _ in stats]
     largest += [largest[0] * 0.0 if t is None else xp.max(next(rest)) for t in of_values]
@@ -103,7 +103,7 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     # The mean over pairs of a trilinear score is the score of the means.
     means = prod_of([mean for _, _, mean in stats[1:]])
     mean = xp.min(_row_means(q, means, dtype, backend)) * call.scale
-    norms = []
+    norms: list[Array] = []
     for profile in (0, 1):
         units = balancing_units([s[profile] for s in stats], backend)
         for (x, mask), unit in zip(views, units, strict=True):
@@ -153,11 +153,10 @@ def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) ->
     return _over_blocks(body, (zero, zero, zero, counts), (x, mask), backend)  # type: ignore[no-any-return]
 
 
-def _channel_stats(
-    top: Array, squares: Array, total: Array, count: Array, backend: Backend
-) -> tuple[Array, Array, Array]:
-    """Largest |entry|, root mean square and mean of every channel, (..., 1, d)."""
+def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array, Array]:
+    """Largest |entry|, root mean square and mean of every channel, (..., 1, d), from `_channel_sums`."""
     xp = backend.xp
+    top, squares, total, count = found
     some = xp.where(count > 0, count, 1.0)
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     spread = xp.sqrt(squares / some)

@@ -128,8 +128,10 @@ class _Call:
         self, query: Any, keys: Any, values: Any, plan: Any, bound: Any, scale: Any, tol: Any, masks: Any, every: Any
     ) -> None:
         self.every = whole("split_every", every, 2)
-        stand_ins = _stand_in("query", query), *(_stand_ins(n, x) for n, x in (("keys", keys), ("values", values)))
-        self.inputs = checked_inputs(*stand_ins, _stand_ins("key_masks", masks), rowless=True)
+        self.inputs = checked_inputs(
+            _stand_in("query", query), _stand_ins("keys", keys), _stand_ins("values", values),
+            _stand_ins("key_masks", masks), rowless=True,
+        )  # fmt: skip
         self.plan = _planned(self.inputs, plan, bound, scale, tol)
         self.query, self.keys = query, list(keys)
         given = [None] * len(self.keys) if masks is None else list(masks)
@@ -166,13 +168,12 @@ class _Call:
         """Gradients of query, keys and values."""
         out, lse = self.outputs(True)
         rows = self.query.chunks[-2]
-        upstream = []
+        upstream: list[list[Any]] = []
         for name, grad, like, axis in (("grad_out", grad_out, out, 2), ("grad_lse", grad_lse, lse, 1)):
             if grad is None and name == "grad_lse":
                 upstream.append([None] * len(rows))
                 continue
-            of_blocks = _stand_in(name, grad, axis)
-            checked_upstream_of(name, of_blocks, _stand_in(name, like, axis), self.inputs.backend)
+            checked_upstream_of(name, _stand_in(name, grad, axis), _stand_in(name, like, axis), self.inputs.backend)
             upstream.append(_blocks(grad.rechunk({grad.ndim - axis: rows}), len(rows)))
         pulled = [
             _task(_query_gradients)(self.summary, q, g, g_lse)

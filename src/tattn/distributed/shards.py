@@ -57,7 +57,7 @@ def agreed(
             plan = plan_found(_shape(inputs, group), found, scale=number, tol=tol, method="polynomial", degree=degree)
         else:
             check_ranges(plan, found, inputs.views)
-    return plan
+    return plan  # type: ignore[no-any-return]
 
 
 def _checked(
@@ -95,7 +95,7 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
         if kind == "max":
             # What is no number is none on all ranks.
             flat = torch.where(torch.isnan(flat), inf, flat)
-        parts = all_reduce(flat, kind, group).split([a.numel() for a in arrays])
+        parts = torch.split(all_reduce(flat, kind, group), [a.numel() for a in arrays])
         return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
 
     call = RangeCall(scale, inputs.views, together)
@@ -124,5 +124,5 @@ def packed(sums: Sequence[Tensor], rests: Sequence[Tensor] = ()) -> Tensor:
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, of shapes and dtypes as in `like`, that a row of float64 holds."""
-    parts = flat.split([s.numel() for s in like])
+    parts = torch.split(flat, [s.numel() for s in like])
     return tuple(p.reshape(s.shape).to(s.dtype) for p, s in zip(parts, like, strict=True))
