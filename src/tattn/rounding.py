@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, inf, sqrt
 
-from .lowrank import CHAIN
+from .basis import CHAIN
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
@@ -30,6 +30,7 @@ def lowrank_rounding(
     lowest_mean: float,
     *,
     delta: float,
+    dim: int,
     rank: int,
     views: int,
     value_dim: int,
@@ -43,8 +44,8 @@ def lowrank_rounding(
     least = (1 - delta) * exp(max(-bound, lowest_mean))
     if least <= 0:
         return inf, inf
-    # A chain in each summary and in the read-out, and what adds chains up in a block.
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + 32 * views) + 4
+    # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views) + 4
     plain = steep = 0.0
     for t, c in enumerate(coefficients):
         count = (views + 1) * (t + 2) + chains
