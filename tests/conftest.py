@@ -132,7 +132,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = config.getoption("--library")
     if not chosen or "numpy" in chosen:
         return
-    of_libraries = {"test_torch", "test_jax", "test_nn_torch", "test_nn_jax", "test_checks", "test_plugging"}
+    of_libraries = {
+        "test_torch",
+        "test_distributed",
+        "test_jax",
+        "test_nn_torch",
+        "test_nn_jax",
+        "test_checks",
+        "test_plugging",
+    }
     kept = [item for item in items if "library" in getattr(item, "fixturenames", ()) or item.path.stem in of_libraries]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept

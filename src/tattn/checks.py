@@ -33,8 +33,8 @@ class Inputs(NamedTuple):
     traced: bool
 
 
-def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs:
-    """The arrays of a call; `values` may be None. TypeError or ValueError names the argument."""
+def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any, *, rowless: bool = False) -> Inputs:
+    """The arrays of a call; `values` may be None, and rows none at all if `rowless`. TypeError or ValueError names the argument."""
     backend = _backend("query", query)
     keys = _sequence("keys", keys)
     if values is None:
@@ -56,7 +56,7 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs
     for name, a in named:
         _same_library(name, a, backend)
         _floating(name, a, query, backend)
-        _shape(name, a)
+        _shape(name, a, rowless)
     dim = query.shape[-1]
     for i, k in enumerate(keys):
         if k.shape[-1] != dim:
@@ -489,11 +489,14 @@ def _device(name: str, array: Any, query: Any, backend: Backend, like: str = "th
         raise ValueError(f"{name} should be on {like}'s device {expected}, got {device}")
 
 
-def _shape(name: str, array: Any) -> None:
+def _shape(name: str, array: Any, rowless: bool = False) -> None:
     shape = tuple(array.shape)
     if len(shape) < 2:
         raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
-    _not_empty(name, shape)
+    if not rowless:
+        _not_empty(name, shape)
+    elif 0 in (*shape[:-2], shape[-1]):
+        raise ValueError(f"{name} should have no dimension of length 0 but for its rows, got shape {shape}")
 
 
 def _not_empty(name: str, shape: tuple[int, ...]) -> None:
@@ -508,11 +511,7 @@ def _planned(name: str, array: Any, dtype: str, like: Any, backend: Backend, of:
     if given != dtype:
         raise TypeError(f"{name} should have the plan's dtype {dtype}, got {given}")
     _device(name, array, like, backend, of)
-    shape = tuple(array.shape)
-    if len(shape) < 2:
-        raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
-    if 0 in (*shape[:-2], shape[-1]):
-        raise ValueError(f"{name} should have no dimension of length 0 but for its rows, got shape {shape}")
+    _shape(name, array, rowless=True)
 
 
 def _mask(name: str, mask: Any, key_name: str, key: Any, query: Any, backend: Backend) -> None:

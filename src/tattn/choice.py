@@ -20,6 +20,7 @@ from .estimation import sampled_errors
 from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
 from .planning import banded_candidates, measured, plan_inputs
 from .plans import Plan
+from .ranges import Ranges
 from .rounding import exact_errors
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
@@ -154,8 +155,8 @@ def _hybrid_work(
     )
 
 
-def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
-    """PlanError if the plan was made for another kind of call, or for smaller scores."""
+def check_kind(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
+    """PlanError if the plan was made for another kind of call."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
     asked = {"dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale}
@@ -164,6 +165,11 @@ def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
             raise PlanError(f"plan was made for {name} {getattr(plan, name)}, the call has {name} {value}")
     if method not in ("auto", plan.method):
         raise PlanError(f"plan has method {plan.method!r}, the call asks for method {method!r}")
+
+
+def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
+    """PlanError if the plan was made for another kind of call, or for smaller scores."""
+    check_kind(plan, inputs, scale, method)
     if plan.source in ("promise", "answer"):
         if plan.bands > min(inputs.lengths):
             raise PlanError(f"plan has {plan.bands} bands, more than the {min(inputs.lengths)} rows of a view")
@@ -175,8 +181,12 @@ def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
             f"plan rests on the range of other data, which a traced call cannot check: make it a promise of your own, "
             f"tattn.plan(query, keys, bound={plan.bound:.4g})"
         )
-    found = measured(inputs, scale)
-    checked_finite(found.largest, inputs.views)
+    check_ranges(plan, measured(inputs, scale), inputs.views)
+
+
+def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
+    """PlanError if a plan made from data serves smaller scores than those of this data; ValueError for NaN in it."""
+    checked_finite(found.largest, views)
     if plan.source == "data":
         if found.bound > plan.bound:
             raise PlanError(

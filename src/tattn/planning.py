@@ -24,7 +24,7 @@ from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
 from .monomials import rank as rank_of
-from .plans import Plan, Shape, plan_of, si
+from .plans import Plan, Shape, plan_of, si, spread
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
 
@@ -118,6 +118,9 @@ def plan_for(
     series: str = "minimax",
     bands: int = 8,
     moment: int = 2,
+    workers: int | None = None,
+    bandwidth: float | None = None,
+    flops: float | None = None,
 ) -> Plan:
     """Plan from numbers alone, for a call that does not exist yet.
 
@@ -137,6 +140,20 @@ def plan_for(
         Channels of the values; `dim` if not given.
     tol, scale, method, degree, series, bands, moment
         As in `plan`.
+    workers : int, optional
+        Processes or machines that have a share of the rows each, as in `tattn.distributed`: the plan says what each sends.
+    bandwidth : float, optional
+        Bytes a second that a worker sends.
+    flops : float, optional
+        Operations a second that a worker reaches in such products. With `bandwidth` the plan estimates its time.
+
+    Raises
+    ------
+    PlanError
+        If ``method="polynomial"`` cannot meet `tol`; for `workers` or `flops` where the plan is exact or banded, which have no
+        summaries that add up.
+    TypeError, ValueError
+        For arguments that do not fit, by name.
 
     Examples
     --------
@@ -144,6 +161,9 @@ def plan_for(
     >>> plan = tattn.plan_for(n=1_000_000, dim=8, bound=1.0, tol=1e-3)
     >>> plan.method, plan.rank < 2000
     ('polynomial', True)
+    >>> spread = tattn.plan_for(n=10**9, dim=8, bound=1.0, workers=1024, bandwidth=50e9, flops=10e12)
+    >>> spread.bytes_sent < 1e6, spread.seconds < 1
+    (True, True)
     """
     order, dim = whole("order", order, 2), whole("dim", dim, 1)
     if isinstance(n, Sequence):
@@ -156,10 +176,24 @@ def plan_for(
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
     number = checked_options(scale, dim, tol, method)
     shape = Shape(order - 1, dim, dim if value_dim is None else whole("value_dim", value_dim, 1), dtype, lengths, 1)
+    if bandwidth is not None and workers is None:
+        raise ValueError(f"bandwidth should come with workers, got {bandwidth} alone")
     if checked_series(series) == "banded":
-        return _asked_banded(shape, number, method, bound, degree, bands, moment)
-    promised = positive("bound", bound)
-    return _choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
+        made = _asked_banded(shape, number, method, bound, degree, bands, moment)
+    else:
+        promised = positive("bound", bound)
+        made = _choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
+    if workers is None and flops is None:
+        return made
+    count = 1 if workers is None else whole("workers", workers, 1)
+    rates = [
+        None if rate is None else positive(name, rate) for name, rate in (("bandwidth", bandwidth), ("flops", flops))
+    ]
+    if made.method != "polynomial" or made.series == "banded":
+        raise PlanError(
+            f"a plan for workers or flops should be polynomial and not banded, got {made.series or made.method}: {made.reason}"
+        )
+    return spread(made, count, *rates)
 
 
 def plan_inputs(
@@ -189,6 +223,20 @@ def plan_inputs(
         if series != "minimax":
             raise ValueError(f"series has no use with bound='estimated', which fits its own polynomial; got {series!r}")
         return _estimated(inputs, shape, scale, tol, method, degree, found)
+    return plan_found(shape, found, scale=scale, tol=tol, method=method, degree=degree, series=series)
+
+
+def plan_found(
+    shape: Shape,
+    found: Ranges,
+    *,
+    scale: float,
+    tol: float,
+    method: str,
+    degree: int | None = None,
+    series: str = "minimax",
+) -> Plan:
+    """A certified plan for the ranges that were found on data."""
     # The mean is allowed a margin, so that the plan holds for the same rows in another order or library.
     lowest_mean = found.lowest_mean - 0.02 * found.bound
     return _choose(shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean)
@@ -306,7 +354,7 @@ def _choose(
             warnings.warn(
                 f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
                 f"up to {plan.error:.2g} with the exact method, which is taken",
-                stacklevel=6,
+                stacklevel=7,
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan

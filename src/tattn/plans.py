@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
 
@@ -56,6 +56,14 @@ class Plan:
         Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
     recomputed : float
         Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
+    workers : int
+        Workers that the rows are spread over; costs are those of all together.
+    bytes_sent : float
+        What each worker sends for a forward call, and again for its gradient, if summaries are summed round a ring: no
+        worker can send less.
+    seconds, seconds_gradient : float
+        Estimates for a forward call, and for one with its gradient: operations and bytes at the rates that the plan was asked
+        for, one after the other, and nothing for latency. Infinite where a rate was not given.
     """
 
     method: str
@@ -84,6 +92,10 @@ class Plan:
     bands: int = 0
     moment: int = 0
     recomputed: float = 0.0
+    workers: int = 1
+    bytes_sent: float = 0.0
+    seconds: float = inf
+    seconds_gradient: float = inf
 
     def __str__(self) -> str:
         banded = self.series == "banded"
@@ -110,8 +122,14 @@ class Plan:
             ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
             ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
             ("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B"),
-            ("reason", self.reason),
         ]
+        if self.workers > 1:
+            rows.append(
+                ("workers", f"{self.workers:,}, each sends {si(self.bytes_sent)}B forward and as much backward")
+            )
+        if isfinite(self.seconds):
+            rows.append(("estimated time", f"{self.seconds:.3g} s, {self.seconds_gradient:.3g} s with the gradient"))
+        rows.append(("reason", self.reason))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -146,6 +164,22 @@ class Shape:
     def exact_cost(self) -> tuple[float, float]:
         """Operations and bytes of the exact method; an exponential counts as 16."""
         return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+
+
+def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | None) -> Plan:
+    """The plan with what it sends and how long it takes on so many workers; rates are bytes and operations a second of each."""
+    # Sums with their rests as float64: docs/scaling.md.
+    buffer = 8.0 * (plan.order - 1) * plan.rank * (plan.value_dim + 1) * plan.leading
+    sent = 2 * (workers - 1) / workers * buffer
+    computing = inf if flops is None else plan.flops_polynomial / workers / flops
+    sending = 0.0 if workers == 1 else inf if bandwidth is None else sent / bandwidth
+    return replace(
+        plan,
+        workers=workers,
+        bytes_sent=sent,
+        seconds=computing + sending,
+        seconds_gradient=3 * computing + 2 * sending,
+    )
 
 
 def plan_of(
