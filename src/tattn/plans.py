@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf, isfinite, prod
 
+from .checks import Order
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,6 +58,10 @@ class Plan:
         Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
     recomputed : float
         Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
+    causal : bool
+        For calls in which a query row sees only keys up to its own row.
+    window : tuple of int or None
+        And of those only the last so many of each view.
     """
 
     method: str
@@ -84,6 +90,8 @@ class Plan:
     bands: int = 0
     moment: int = 0
     recomputed: float = 0.0
+    causal: bool = False
+    window: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         banded = self.series == "banded"
@@ -95,6 +103,8 @@ class Plan:
             rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
         if self.recomputed:
             rows.append(("rows exact", f"{self.recomputed:.2%}"))
+        if self.causal:
+            rows.append(("sees", "up to its own row" if self.window is None else f"windows of {self.window}"))
         word = "certified" if self.certified else "estimated"
         unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
         size = "x".join(f"{n:,}" for n in self.lengths)
@@ -126,6 +136,7 @@ class Shape:
     dtype: str
     lengths: tuple[int, ...]
     leading: int
+    order: Order = Order()
 
     def polynomial_cost(self, rank: int) -> tuple[float, float]:
         """Operations and bytes of the polynomial method."""
@@ -145,7 +156,18 @@ class Shape:
 
     def exact_cost(self) -> tuple[float, float]:
         """Operations and bytes of the exact method; an exponential counts as 16."""
-        return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+        return self._scores() * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+
+    def _scores(self) -> float:
+        """Scores of a problem, those that the order of rows leaves out not counted."""
+        n, *lengths = self.lengths
+        if not self.order.causal:
+            return float(prod(self.lengths))
+        windows = self.order.window or lengths
+        # The mean over rows, at the middles of 64 parts.
+        rows = [(part + 0.5) / 64 * n for part in range(64)]
+        seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
+        return float(sum(seen)) / 64 * n
 
 
 def plan_of(
@@ -190,6 +212,8 @@ def plan_of(
         bytes_exact=bytes_exact,
         bytes_polynomial=memory,
         reason=reason,
+        causal=shape.order.causal,
+        window=shape.order.window,
     )
 
 
