@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.polynomial.polynomial import polyder, polyval
 from reference import Dense, dense
 
 import tattn
@@ -78,6 +79,22 @@ def test_exact_is_the_definition(library: Any, n: int, views: int, masked: bool,
     assert_close(run(library, call, method="exact", causal=True), expected(call), 1e-12)
 
 
+def polynomial_of(plan: tattn.Plan) -> dict[str, Any]:
+    """What stands for exp, and its derivative."""
+    p = plan.coefficients
+    return {"function": lambda x: polyval(x, p), "derivative": lambda x: polyval(x, polyder(p))}
+
+
+@pytest.mark.parametrize(("n", "views", "masked", "broadcast"), CASES)
+def test_polynomial_is_the_definition_with_its_polynomial(
+    library: Any, n: int, views: int, masked: bool, broadcast: bool
+) -> None:
+    call = draw(n, views, masked=masked, broadcast=broadcast)
+    lengths = [n, *(k.shape[-2] for k in call[1])]
+    plan = tattn.plan_for(n=lengths, dim=3, order=views + 1, bound=1.0, degree=4, dtype="float64", causal=True)
+    assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-12)
+
+
 @pytest.mark.parametrize(("n", "views", "masked", "broadcast"), CASES)
 def test_windows_are_the_definition(library: Any, n: int, views: int, masked: bool, broadcast: bool) -> None:
     call = draw(n, views, masked=masked, broadcast=broadcast)
@@ -90,3 +107,13 @@ def test_exact_in_several_runs(library: Any, window: tuple[int, ...] | None) -> 
     """More rows than a run has, and keys before the first row."""
     call = draw(150, 2, more=(0, 21), masked=True)
     assert_close(run(library, call, method="exact", causal=True, window=window), expected(call, window=window), 1e-12)
+
+
+def test_polynomial_in_several_blocks(library: Any) -> None:
+    """Of so many monomials that blocks are short, and segments of several blocks."""
+    rng = np.random.default_rng(1)
+    query, *keys = (rng.uniform(-1, 1, (n, 8)) for n in (150, 150, 171))
+    values = [rng.normal(size=(len(k), 2)) for k in keys]
+    call = (query, keys, values, None, rng.normal(size=(150, 2)), rng.normal(size=150))
+    plan = tattn.plan_for(n=(150, 150, 171), dim=8, bound=1.0, degree=5, dtype="float64", causal=True)
+    assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-11)

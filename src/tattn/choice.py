@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import banded, exact, exact_causal, hybrid, lowrank
+from . import banded, exact, exact_causal, hybrid, lowrank, lowrank_causal
 from .arrays import in_parts, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall
@@ -204,6 +204,8 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     if plan.series == "banded":
         return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
     low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    if plan.causal:
+        return Work(_lowrank_causal_forward, _lowrank_causal_backward, low, inputs.arrays, plan)
     return Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
 
 
@@ -277,6 +279,14 @@ def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]
 
 def _lowrank_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _backward(lowrank, call, backend, arrays)
+
+
+def _lowrank_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(lowrank_causal, call, backend, arrays)
+
+
+def _lowrank_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(lowrank_causal, call, backend, arrays)
 
 
 def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
