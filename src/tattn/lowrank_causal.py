@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isqrt, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,13 +57,14 @@ SPAN = 16
 
 
 class Setting(NamedTuple):
-    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ, rows of a span."""
+    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a span, spans of a tile."""
 
     degree: int
     w: Array
     units: Sequence[Array]
     shares: Sequence[float]
     span: int
+    tile: int
     leading: tuple[int, ...]
     backend: Backend
 
@@ -77,9 +78,8 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
 
     def body(carry: tuple[Sum, ...], q: Array, *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         spans = _Spans.of(setting, q, rows, [total for total, _ in carry])
-        numerator = _numerator(setting, spans)
         carry = tuple(add(c, s) for c, s in zip(carry, spans.sums, strict=True))
-        return carry, divided(numerator, setting.leading, backend)
+        return carry, divided(_numerator(setting, spans), setting.leading, backend)
 
     rows = [_padded(x, -(-n // block) * block, backend) for x in (q, *views)]
     _, (out, normaliser) = backend.scan_rows(body, sums, rows, block)
@@ -145,21 +145,19 @@ def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     itemsize = 8 if backend.dtype_name(w.dtype) == "float64" else 4
-    row = rank(q.shape[-1], call.degree) * itemsize * prod(leading)
-    if call.views == 1:
-        span = CHAIN
-        most = backend.workspace // (2 * row * span)
-    else:
-        row *= values[0].shape[-1] + 1
-        span = SPAN
-        while span > 2 and span * row > 8 * backend.workspace:
-            span //= 2
-        most = backend.workspace // (2 * row * span)
+    row, columns = rank(q.shape[-1], call.degree) * itemsize * prod(leading), values[0].shape[-1] + 1
+    # What a row of a tile takes, and of a block.
+    in_tile = row * (1 if call.views == 1 else columns)
+    span = CHAIN if call.views == 1 else SPAN
+    while span > 2 and span * in_tile > 8 * backend.workspace:
+        span //= 2
     n = q.shape[-2]
     span = min(span, 1 << (n - 1).bit_length())
-    spans = max(1, min(most, 64, -(-n // span)))
+    tile = max(1, backend.workspace // (2 * in_tile * span))
+    in_block = row * (2 * (call.views + 1) + 2 * call.views * columns // span)
+    spans = max(1, min(2 * backend.workspace // (in_block * span), 2048 // span, -(-n // span)))
     shares = [1 / k.shape[-2] for k in keys]
-    return Setting(call.degree, w, units, shares, span, leading, backend), span * spans
+    return Setting(call.degree, w, units, shares, span, tile, leading, backend), span * spans
 
 
 def _split(
@@ -215,10 +213,13 @@ class _Spans(NamedTuple):
             zs.append(z)
         return cls(phi_q, phis, zs, befores, sums, flat)
 
+    def together(self, backend: Backend) -> list[Array]:
+        """What `_tile` takes, spans as rows."""
+        return [_together(x, backend) for x in (self.phi_q, *self.phis, *self.zs, *self.befores)]
 
-def _prefixes(setting: Setting, spans: _Spans, view: int) -> Array:
-    """S_μ(i) of every row, (..., M, dv + 1, b, r)."""
-    z, phi, before = spans.zs[view], spans.phis[view], spans.befores[view]
+
+def _prefix(setting: Setting, z: Array, phi: Array, before: Array) -> Array:
+    """S_μ(i) of every row of some spans, (..., M, dv + 1, b, r)."""
     xp = setting.backend.xp
     # z_je for the rows j ≤ i, and 0 for others: (..., M, dv + 1, b, b), a product with the monomials of all rows.
     masked = xp.matrix_transpose(z)[..., None, :] * _triangle(setting, z)
@@ -232,17 +233,48 @@ def _prefixes(setting: Setting, spans: _Spans, view: int) -> Array:
 
 def _numerator(setting: Setting, spans: _Spans) -> Array:
     """N of the rows of a block, (..., dv + 1, rows)."""
-    xp = setting.backend.xp
-    others = [_prefixes(setting, spans, view) for view in range(1, len(spans.zs))]
-    x = prod_of([_weighted_query(setting, spans), *others])
-    inside = _scores(setting, x, spans.phis[0]) @ xp.matrix_transpose(spans.zs[0])[..., None]
-    found = _contracted(x, spans.befores[0], setting) + inside[..., 0]
-    return _flat(found, setting)
+    backend = setting.backend
+    xp = backend.xp
+    m = len(spans.zs)
+    *_, b, r = spans.phi_q.shape
+    columns = spans.zs[0].shape[-1]
+
+    def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
+        phi_q, phis, zs, befores, _, _ = _tile(given, m, b, r, columns, backend)
+        x = (phi_q * setting.w[:, 0])[..., None, :, :]
+        for z, phi, before in zip(zs[1:], phis[1:], befores[1:], strict=True):
+            x = _times(_prefix(setting, z, phi, before), x, backend)
+        inside = _scores(setting, x, phis[0]) @ xp.matrix_transpose(zs[0])[..., None]
+        found = _contracted(x, befores[0], setting) + inside[..., 0]
+        return None, (_together(found, backend),)
+
+    _, (found,) = backend.scan_rows(body, None, spans.together(backend), setting.tile)
+    return _flat(xp.reshape(found, (*found.shape[:-1], columns, b)), setting)
 
 
-def _weighted_query(setting: Setting, spans: _Spans) -> Array:
-    """w Φ(q), (..., M, 1, b, r)."""
-    return (spans.phi_q * setting.w[:, 0])[..., None, :, :]
+def _times(x: Array, y: Array, backend: Backend) -> Array:
+    """x ∘ y, in the place of x where that may be and y does not have more leading dimensions."""
+    if not backend.writable or np.broadcast_shapes(x.shape, y.shape) != tuple(x.shape):
+        return x * y
+    x *= y
+    return x
+
+
+def _together(x: Array, backend: Backend) -> Array:
+    """The numbers of each span as one row: (..., M, i, j) → (..., M, i j)."""
+    return backend.xp.reshape(x, (*x.shape[:-2], -1))
+
+
+def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend: Backend) -> Any:
+    """Φ(q), Φ(k) and z of every view, what their spans begin with, ĝ if given, and the sums behind: as `_Spans` has them."""
+
+    def apart(x: Array, rows: int) -> Array:
+        return backend.xp.reshape(x, (*x.shape[:-1], rows, x.shape[-1] // rows))
+
+    phi_q, *rest = given
+    phis, zs, befores = ([apart(x, b if i < 2 else columns) for x in rest[i * m : (i + 1) * m]] for i in range(3))
+    g_hat = apart(rest[3 * m], columns) if len(rest) > 3 * m else None
+    return apart(phi_q, b), phis, zs, befores, g_hat, rest[3 * m + 1 :]
 
 
 def _scores(setting: Setting, x: Array, phi: Array) -> Array:
@@ -274,51 +306,77 @@ def _block_adjoint(
     shift = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
     inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
     g_hat = xp.matrix_transpose(_in_spans(xp.concat([g, -shift], axis=-1) * inverse, setting))
+    *_, b, r = spans.phi_q.shape
+    columns = g_hat.shape[-2]
+
+    def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
+        carry, found = _tile_adjoint(setting, carry, _tile(given, m, b, r, columns, backend))
+        return carry, tuple(_together(x, backend) for x in found)
+
+    folded = [_flipped(x, backend) for x in (*spans.together(backend), _together(g_hat, backend))]
+    carry, found = backend.scan_rows(body, carry, folded, setting.tile)
+    y_q, *of_views = (_flipped(x, backend) for x in found)
+    y_q, *ys = (xp.reshape(y, (*y.shape[:-2], y.shape[-2] * b, r)) for y in (y_q, *of_views[:m]))
+    dq = _pulled_back(setting, y_q, 0, spans, None, q)
+    d_keys, d_values = [], []
+    for view, (y, dz) in enumerate(zip(ys, of_views[m:], strict=True)):
+        k, v, mask = views[view::m]
+        d_keys.append(_pulled_back(setting, y, view + 1, spans, mask, k))
+        dz = xp.reshape(dz, (*dz.shape[:-2], dz.shape[-2] * b, columns))
+        d_values.append(_of_rows(dz[..., :-1] * setting.shares[view], mask, v, backend))
+    return carry, [dq, *d_keys, *d_values]
+
+
+def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[tuple[Sum, ...], list[Array]]:
+    """G_μ with the rows of some spans, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·)."""
+    phi_q, phis, zs, befores, g_hat, _ = tile
+    backend = setting.backend
+    xp = backend.xp
+    m = len(zs)
     triangle = _triangle(setting, g_hat)
-    weighted = _weighted_query(setting, spans)
-    prefixes = [_prefixes(setting, spans, view) for view in range(m)] if m > 1 else []
-    if m > 1:
-        y = xp.sum(prod_of([g_hat[..., None], *prefixes]), axis=-3)
+    upper = xp.matrix_transpose(triangle)
+    w = setting.w[:, 0]
+    weighted = (phi_q * w)[..., None, :, :]
+    if m == 1:
+        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * triangle
+        y_q = xp.matrix_transpose(g_hat) @ befores[0] + pairs @ phis[0]
+        xs = [weighted]
     else:
-        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(spans.zs[0])) * triangle
-        y = xp.matrix_transpose(g_hat) @ spans.befores[0] + pairs @ spans.phis[0]
-    dq = _pulled_back(setting, y * setting.w[:, 0], 0, spans, None, q)
-    after, d_keys, d_values = [], [], []
-    for view, total in enumerate(carry):
-        k, v, mask = views[view :: m]
-        z, phi = spans.zs[view], spans.phis[view]
-        x = prod_of([weighted, *(s for i, s in enumerate(prefixes) if i != view)])
-        scores = _scores(setting, x, phi)
-        if m > 1:
-            of_spans = (g_hat[..., None, :] @ x)[..., 0, :]
-            pairs = xp.matrix_transpose(z)[..., None] * g_hat[..., None, :] * xp.matrix_transpose(triangle)
-            # (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i)
-            pairs = swap_outer(pairs, backend)
-            pairs = xp.reshape(pairs, (*pairs.shape[:-2], -1))
-        else:
+        prefixes = [_prefix(setting, *view) for view in zip(zs, phis, befores, strict=True)]
+        both = swap_outer(prod_of(prefixes), backend)
+        y_q = (xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :]
+        xs = [prod_of([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
+            _times(prefixes[1 - view], weighted, backend) for view in range(m)
+        ]  # fmt: skip
+    after, ys, dzs = [], [], []
+    for total, z, phi, x in zip(carry, zs, phis, xs, strict=True):
+        if m == 1:
             of_spans = g_hat @ x[..., 0, :, :]
-            pairs = (z @ g_hat) * xp.matrix_transpose(triangle)
+            pairs = (z @ g_hat) * upper
+        else:
+            of_spans = (g_hat[..., None, :] @ x)[..., 0, :]
+            # ũ_je ĝ_ie for i ≥ j, (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i).
+            pairs = swap_outer(xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper), backend)
+            pairs = _together(pairs, backend)
         inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
         of_spans = _to_view(of_spans, total[0].shape[:-2], backend)
-        running = xp.flip(
-            xp.cumulative_sum(xp.flip(of_spans, axis=-3), axis=-3, include_initial=True), axis=-3
-        )
-        behind = total[0][..., None, :, :] + running[..., 1:, :, :]
-        dz = xp.matrix_transpose(read(xp.matrix_transpose(phi), behind, backend))
-        dz = dz + xp.matrix_transpose((xp.matrix_transpose(scores) @ g_hat[..., None])[..., 0])
-        d_values.append(_of_rows(_flat_rows(dz, setting)[..., :-1] * setting.shares[view], mask, v, backend))
-        d_keys.append(_pulled_back(setting, z @ behind + inside, view + 1, spans, mask, k))
-        after.append(add(total, running[..., 0, :, :]))
-    return tuple(after), [dq, *d_keys, *d_values]
+        running = xp.cumulative_sum(of_spans, axis=-3, include_initial=True)
+        behind = total[0][..., None, :, :] + running[..., :-1, :, :]
+        after.append(add(total, running[..., -1, :, :]))
+        dz = read(xp.matrix_transpose(phi), behind, backend)
+        dz = dz + (xp.matrix_transpose(_scores(setting, x, phi)) @ g_hat[..., None])[..., 0]
+        dzs.append(xp.matrix_transpose(dz))
+        ys.append(z @ behind + inside)
+    return tuple(after), [y_q * w, *ys, *dzs]
 
 
 def _pulled_back(setting: Setting, y: Array, place: int, spans: _Spans, mask: Array | None, like: Array) -> Array:
-    """Gradient of the rows `like` of a block from that of their monomials (..., M, b, r)."""
+    """Gradient of the rows `like` of a block from that of their monomials (..., rows, r)."""
     backend = setting.backend
     xp = backend.xp
     x, phi = spans.flat[place]
     # The rest is linear in y, so what rows are shared by is summed first.
-    y = sum_to_leading(_flat_rows(y, setting), x.shape[:-2], backend)
+    y = sum_to_leading(y, x.shape[:-2], backend)
     dx = xp.matrix_transpose(pull_back(x, phi, xp.matrix_transpose(y), setting.degree, backend))
     return _of_rows(dx * setting.units[place], mask, like, backend)
 
@@ -399,12 +457,6 @@ def _in_spans(x: Array, setting: Setting) -> Array:
     """(..., rows, k) → (..., M, b, k)."""
     *leading, rows, k = x.shape
     return setting.backend.xp.reshape(x, (*leading, rows // setting.span, setting.span, k))
-
-
-def _flat_rows(x: Array, setting: Setting) -> Array:
-    """(..., M, b, k) → (..., rows, k)."""
-    *leading, spans, b, k = x.shape
-    return setting.backend.xp.reshape(x, (*leading, spans * b, k))
 
 
 def _flat(x: Array, setting: Setting) -> Array:
