@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from .arrays import broadcast_leading, clean, prod_of, row_pairs, sum_to_leading, unpack, with_leading
 from .backends import Array, Backend
 from .channels import channel_units
@@ -44,22 +42,22 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
     keys = _scaled(keys, units[1:], masks, backend)
     blocks = _blocks(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
     at, views = _views(call, q, keys, values, masks, backend)
-    # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
-    alive = [_alive(call, i, q.shape[-2], m, dtype, backend) for i, m in enumerate(masks) if m is not None]
-    empty = prod_of(alive) if alive else None
-    of_row = empty is not None and empty.shape[-2] > 1
 
-    def body(_: None, rows: Array, at: Array | None, own: Array | None) -> tuple[None, tuple[Array, Array]]:
+    def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
         scaled = backend.cast(rows, dtype) * units[0]
         total, normaliser, top = _attend(scaled, at, views, call.window, blocks[1:], backend)
-        some_rows = own if of_row else empty
-        nothing: Array = xp.nan if some_rows is None else xp.where(some_rows == 0, xp.zeros_like(some_rows), xp.nan)
+        # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
+        nothing: Array = xp.nan
+        masked = [i for i, mask in enumerate(masks) if mask is not None]
+        if masked:
+            alive = prod_of([_sees_some(at, views[i], call.window, i, blocks[1 + i], dtype, backend) for i in masked])
+            nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
         some = normaliser > 0
         out = xp.where(some, total / xp.where(some, normaliser, 1.0), nothing)
         lse = xp.where(some, top + xp.log(xp.where(some, normaliser, 1.0)), nothing - xp.inf)
         return None, (with_leading(out, leading, backend), with_leading(lse, leading, backend))
 
-    _, (out, lse) = backend.scan_rows(body, None, (q, at, empty if of_row else None), blocks[0])
+    _, (out, lse) = backend.scan_rows(body, None, (q, at), blocks[0])
     return out, lse, lse
 
 
@@ -165,23 +163,28 @@ def _seen(at: Array | None, mask: Array | None, place: Array | None, window: int
     return seen if present is None else seen & present
 
 
-def _alive(call: ExactCall, view: int, n: int, mask: Array, dtype: object, backend: Backend) -> Array:
-    """How many rows of a view with a mask (..., n_μ, 1) a query row sees, (..., n, 1); or, alike for all rows, (..., 1, 1)."""
+def _sees_some(
+    at: Array | None,
+    view: View,
+    window: tuple[int, ...] | None,
+    number: int,
+    block: int,
+    dtype: object,
+    backend: Backend,
+) -> Array:
+    """1 where a row sees some row of a view that has a mask, else 0: (..., rows, 1), or alike for all rows (..., 1, 1)."""
     xp = backend.xp
-    if call.offsets is None:
-        return backend.cast(xp.any(mask, axis=-2, keepdims=True), dtype)
-    counts = xp.cumulative_sum(xp.astype(mask, xp.int32), axis=-2, dtype=xp.int32, include_initial=True)
-    last = (n, mask.shape[-2], call.offsets[view] + 1)
-    seen = xp.take(counts, backend.table(_clipped, *last, like=mask), axis=-2)
-    if call.window:
-        first = (*last[:2], last[2] - call.window[view])
-        seen = seen - xp.take(counts, backend.table(_clipped, *first, like=mask), axis=-2)
-    return xp.astype(seen, dtype)
+    _, _, mask, place = view
+    own = window[number] if window else 0
 
+    def body(found: Array, mask: Array, place: Array | None) -> tuple[Array, tuple[()]]:
+        seen = backend.cast(_seen(at, mask, place, own, backend), dtype)
+        return xp.maximum(found, xp.max(seen, axis=-1, keepdims=True)), ()
 
-def _clipped(n: int, most: int, offset: int) -> np.ndarray:
-    """i + offset for n rows i, within 0 and `most`."""
-    return np.clip(np.arange(n) + offset, 0, most)
+    shape = (*mask.shape[:-2], 1 if at is None else at.shape[-2], 1)  # type: ignore[union-attr]
+    found: Array
+    found, _ = backend.scan_rows(body, xp.zeros(shape, dtype=dtype, device=backend.device(mask)), (mask, place), block)
+    return found
 
 
 def _attend(

@@ -16,7 +16,7 @@ from . import exact
 from .arrays import in_parts, unpack
 from .backends import Array, Backend
 
-# Rows in a run of prefixes, at least, and runs, at most: a sixteenth more pairs than are seen, or so. Fewer where loops are unrolled.
+# Rows in a run of prefixes, at least, and runs, at most: some 10 % more pairs than are seen. Fewer where loops are unrolled.
 _RUN, _RUNS, _UNROLLED_RUNS = 32, 16, 4
 
 

@@ -17,7 +17,8 @@ Adjoint, for ĝ as in `lowrank`, X_μ with all views but μ, and G_μ(j) = Σ_{i
     dũ_j = Φ(a_j) G_μ(j),   da_j pulls G_μ(j) ũ_j back,   dq_i pulls w Σ_e ĝ_ie Π_μ S_μ(i)_e back.
 
 Blocks are taken from the last one; what came before each is summed up twice: once for segments of √(number of blocks) blocks,
-once for the blocks of a segment. Nothing is ever subtracted from a sum. O((n + Σ n_μ) r dv) time, and O(r dv √n) memory in the adjoint.
+once for the blocks of a segment. Nothing is ever subtracted from a sum. O((n + Σ n_μ) r dv) time, with a factor of m b for
+the rows of a span; memory O(b r dv), in the adjoint O(r dv √n) and copies of the inputs.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ from .lowrank import (
 from .lowrank import leading_limit as limit_of_sums
 from .monomials import features, pull_back, rank
 
-# Rows of a span for two views or more.
-SPAN = 16
+# Rows of a span: for one view, and for more.
+SPANS = 32, 16
 
 
 class Setting(NamedTuple):
@@ -72,18 +73,19 @@ class Setting(NamedTuple):
 def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of all pairs (..., n, 1)."""
     q, keys, *_ = unpack(call.views, arrays)
-    n = q.shape[-2]
     setting, block = _setting(call, arrays, backend)
     sums, views = _split(setting, arrays, call.views)
 
-    def body(carry: tuple[Sum, ...], q: Array, *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
-        spans = _Spans.of(setting, q, rows, [total for total, _ in carry])
+    def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
+        # The last block may be short of whole spans.
+        here = rows[0].shape[-2]  # type: ignore[union-attr]
+        whole = -(-here // setting.span) * setting.span
+        q, *views = (_padded(x, whole, backend) for x in rows)
+        spans = _Spans.of(setting, q, views, [total for total, _ in carry])
         carry = tuple(add(c, s) for c, s in zip(carry, spans.sums, strict=True))
-        return carry, divided(_numerator(setting, spans), setting.leading, backend)
+        return carry, divided(_numerator(setting, spans)[..., :here], setting.leading, backend)
 
-    rows = [_padded(x, -(-n // block) * block, backend) for x in (q, *views)]
-    _, (out, normaliser) = backend.scan_rows(body, sums, rows, block)
-    out, normaliser = out[..., :n, :], normaliser[..., :n, :]
+    _, (out, normaliser) = backend.scan_rows(body, sums, (q, *views), block)
     return out, log_normaliser(normaliser, keys, backend), normaliser
 
 
@@ -124,10 +126,15 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
     targets = (q, *keys, *values)
     found = [
-        _unfolded(_flipped(g, backend), segments * inner * block, like, backend)[..., :n, :]
+        xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, targets, strict=True)
     ]
     return _with_heads(setting, [total for total, _ in carry], found, keys, values, masks)
+
+
+def span_of(views: int) -> int:
+    """Rows of a span, at most."""
+    return SPANS[views > 1]
 
 
 def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
@@ -135,7 +142,7 @@ def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | 
     if call.views == 1:
         return limit_of_sums(call, backend, arrays)
     dim, columns = arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1  # type: ignore[union-attr]
-    return max(1, int(backend.workspace // (rank(dim, call.degree) * columns * SPAN * (call.views + 2))))
+    return max(1, int(backend.workspace // (rank(dim, call.degree) * columns * span_of(call.views) * (call.views + 2))))
 
 
 def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend) -> tuple[Setting, int]:
@@ -148,21 +155,19 @@ def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend
     row, columns = rank(q.shape[-1], call.degree) * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
     in_tile = row * (1 if call.views == 1 else columns)
-    span = CHAIN if call.views == 1 else SPAN
+    span = span_of(call.views)
     while span > 2 and span * in_tile > 8 * backend.workspace:
         span //= 2
     n = q.shape[-2]
     span = min(span, 1 << (n - 1).bit_length())
     tile = max(1, backend.workspace // (2 * in_tile * span))
     in_block = row * (2 * (call.views + 1) + 2 * call.views * columns // span)
-    spans = max(1, min(2 * backend.workspace // (in_block * span), 2048 // span, -(-n // span)))
+    spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
     shares = [1 / k.shape[-2] for k in keys]
     return Setting(call.degree, w, units, shares, span, tile, leading, backend), span * spans
 
 
-def _split(
-    setting: Setting, arrays: Sequence[Array | None], views: int
-) -> tuple[tuple[Sum, ...], list[Array | None]]:
+def _split(setting: Setting, arrays: Sequence[Array | None], views: int) -> tuple[tuple[Sum, ...], list[Array | None]]:
     """Summaries (..., dv + 1, r) of the rows that every query row sees, and the other rows: keys, values and masks."""
     q, keys, values, masks, _ = unpack(views, arrays)
     backend = setting.backend
@@ -174,8 +179,9 @@ def _split(
         start = zero_sum(shape, setting.w.dtype, q, backend)
         head = k.shape[-2] - n
         if head:
-            first = [None if x is None else x[..., :head, :] for x in (k, v, mask)]
-            total = xp.matrix_transpose(summary(*first, unit, setting.degree, backend)) * share
+            seen = None if mask is None else mask[..., :head, :]
+            first = summary(k[..., :head, :], v[..., :head, :], seen, unit, setting.degree, backend)
+            total = xp.matrix_transpose(first) * share
             start = (total, start[1])
         sums.append(start)
     rest = [None if x is None else x[..., x.shape[-2] - n :, :] for x in (*keys, *values, *masks)]
@@ -204,10 +210,12 @@ class _Spans(NamedTuple):
             flat.append((x, features(x, setting.degree, backend)))
         phi_q, *phis = (_in_spans(xp.matrix_transpose(phi), setting) for _, phi in flat)
         zs, befores, sums = [], [], []
-        for v, mask, share, phi, start in zip(rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True):
+        for v, mask, share, phi, start in zip(
+            rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True
+        ):
             z = _in_spans(with_ones(v, mask, dtype, backend) * share, setting)
             of_spans = xp.matrix_transpose(z) @ phi
-            running = xp.cumulative_sum(of_spans, axis=-3, include_initial=True)
+            running = _running(of_spans, backend)
             befores.append(start[..., None, :, :] + running[..., :-1, :, :])
             sums.append(running[..., -1, :, :])
             zs.append(z)
@@ -253,7 +261,7 @@ def _numerator(setting: Setting, spans: _Spans) -> Array:
 
 
 def _times(x: Array, y: Array, backend: Backend) -> Array:
-    """x ∘ y, in the place of x where that may be and y does not have more leading dimensions."""
+    """Product x ∘ y, in the place of x where that may be and y does not have more leading dimensions."""
     if not backend.writable or np.broadcast_shapes(x.shape, y.shape) != tuple(x.shape):
         return x * y
     x *= y
@@ -295,7 +303,7 @@ def _contracted(x: Array, c: Array, setting: Setting) -> Array:
 
 
 def _block_adjoint(
-    setting: Setting, carry: tuple[Sum, ...], starts: Sequence[Array], rows: Sequence[Array | None], m: int
+    setting: Setting, carry: tuple[Sum, ...], starts: Sequence[Array], rows: Sequence[Any], m: int
 ) -> tuple[tuple[Sum, ...], list[Array]]:
     """G_μ with the block's rows, and gradients (dq, dk…, dv…) of the block (q, o, l, g, g_lse, k…, v…, mask…)."""
     backend, dtype = setting.backend, setting.w.dtype
@@ -315,12 +323,12 @@ def _block_adjoint(
 
     folded = [_flipped(x, backend) for x in (*spans.together(backend), _together(g_hat, backend))]
     carry, found = backend.scan_rows(body, carry, folded, setting.tile)
-    y_q, *of_views = (_flipped(x, backend) for x in found)
+    y_q, *of_views = (xp.flip(x, axis=-2) for x in found)
     y_q, *ys = (xp.reshape(y, (*y.shape[:-2], y.shape[-2] * b, r)) for y in (y_q, *of_views[:m]))
     dq = _pulled_back(setting, y_q, 0, spans, None, q)
     d_keys, d_values = [], []
     for view, (y, dz) in enumerate(zip(ys, of_views[m:], strict=True)):
-        k, v, mask = views[view::m]
+        k, v, mask = (views[i] for i in (view, m + view, 2 * m + view))
         d_keys.append(_pulled_back(setting, y, view + 1, spans, mask, k))
         dz = xp.reshape(dz, (*dz.shape[:-2], dz.shape[-2] * b, columns))
         d_values.append(_of_rows(dz[..., :-1] * setting.shares[view], mask, v, backend))
@@ -360,7 +368,7 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
             pairs = _together(pairs, backend)
         inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
         of_spans = _to_view(of_spans, total[0].shape[:-2], backend)
-        running = xp.cumulative_sum(of_spans, axis=-3, include_initial=True)
+        running = _running(of_spans, backend)
         behind = total[0][..., None, :, :] + running[..., :-1, :, :]
         after.append(add(total, running[..., -1, :, :]))
         dz = read(xp.matrix_transpose(phi), behind, backend)
@@ -402,11 +410,11 @@ def _with_heads(
     for view, (k, v, mask, g) in enumerate(zip(keys, values, masks, upstream, strict=True)):
         head = k.shape[-2] - dq.shape[-2]
         if head:
-            first = [None if x is None else x[..., :head, :] for x in (k, v, mask)]
+            seen = None if mask is None else mask[..., :head, :]
             own = xp.matrix_transpose(g) * setting.shares[view]
-            for i, part in zip(
-                (view, m + view), key_adjoint(*first, setting.units[view + 1], own, setting.degree, backend), strict=True
-            ):
+            unit = setting.units[view + 1]
+            parts = key_adjoint(k[..., :head, :], v[..., :head, :], seen, unit, own, setting.degree, backend)
+            for i, part in zip((view, m + view), parts, strict=True):
                 grads[i] = xp.concat([part, grads[i]], axis=-2)
     return dq, *grads
 
@@ -414,7 +422,7 @@ def _with_heads(
 def _starts(
     setting: Setting, sums: tuple[Sum, ...], folded: Sequence[Array | None], like: Sequence[Array | None], rows: int
 ) -> tuple[Array, ...]:
-    """What each piece of so many rows of the views begins with, (..., pieces, (dv + 1) r) for each, from pieces one below another."""
+    """What each piece of so many rows begins with, (..., pieces, (dv + 1) r) for every view, from pieces one below another."""
     backend, dtype = setting.backend, setting.w.dtype
     xp = backend.xp
     m = len(sums)
@@ -451,6 +459,20 @@ def _triangle(setting: Setting, like: Array) -> Array:
 def _lower(b: int) -> np.ndarray:
     """The table of `_triangle`."""
     return np.tril(np.ones((b, b)))
+
+
+def _running(of_spans: Array, backend: Backend) -> Array:
+    """Sums over the spans before each, and over all of them: (..., M, k, r) → (..., M + 1, k, r)."""
+    xp = backend.xp
+    *leading, spans, k, r = of_spans.shape
+    before = backend.table(_before, spans, like=of_spans, dtype=of_spans.dtype)
+    return xp.reshape(before @ xp.reshape(of_spans, (*leading, spans, k * r)), (*leading, spans + 1, k, r))
+
+
+@memoized
+def _before(spans: int) -> np.ndarray:
+    """The table of `_running`."""
+    return np.tril(np.ones((spans + 1, spans)), -1)
 
 
 def _in_spans(x: Array, setting: Setting) -> Array:

@@ -24,6 +24,7 @@ from .estimation import estimate
 from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
+from .lowrank_causal import span_of
 from .monomials import rank as rank_of
 from .plans import Plan, Shape, plan_of, si
 from .ranges import RangeCall, Ranges, ranges
@@ -61,7 +62,8 @@ def plan(
     Parameters
     ----------
     query, keys, values, scale, tol, key_masks, causal, window
-        As in `tensor_attention`, which takes the plan with the same `causal` and `window`. Only shapes are read of `values`, and finiteness.
+        As in `tensor_attention`, which takes the plan with the same `causal` and `window`. Only shapes are read of
+        `values`, and finiteness.
     method : {"auto", "polynomial", "exact"}
     degree : int, optional
         Forces the polynomial method at this degree, whatever error that gives.
@@ -354,6 +356,7 @@ def _polynomial_errors(shape: Shape, polynomial: Polynomial, lowest_mean: float)
         views=shape.views,
         value_dim=max(shape.value_dim, _USUAL_VALUE_DIM),
         dtype=shape.dtype,
+        span=span_of(shape.views) if shape.order.causal else 0,
     )
     return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime)
 

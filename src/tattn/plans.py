@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from math import inf, isfinite, prod
 
 from .checks import Order
+from .lowrank_causal import span_of
+
+_ALL = Order()
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Shape:
     dtype: str
     lengths: tuple[int, ...]
     leading: int
-    order: Order = Order()
+    order: Order = _ALL
 
     def polynomial_cost(self, rank: int) -> tuple[float, float]:
         """Operations and bytes of the polynomial method."""
@@ -146,6 +149,14 @@ class Shape:
         # Problems are taken in parts, of some eight blocks together, or one by one.
         one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
         memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
+        if self.order.causal:
+            # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
+            span, several = span_of(self.views), self.views > 1
+            inside = 2.0 * span * (self.views * (self.value_dim + 1) if several else 1)
+            flops += (
+                self.lengths[0] * self.leading * rank * (inside + 2.0 * several * self.views * (self.value_dim + 1))
+            )
+            memory += max(min(span * one, 32 << 20), 2 * one) + (8 << 20)
         return flops, memory
 
     def banding_cost(self, rank: int, moments: int, bands: int) -> float:

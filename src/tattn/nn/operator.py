@@ -69,7 +69,9 @@ def _plan(text: str) -> Plan:
 
 
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:
-    return work_of(checked_inputs(query, list(keys), list(values), list(masks)), _plan(text), certify)
+    plan = _plan(text)
+    inputs = checked_inputs(query, list(keys), list(values), list(masks), plan.causal, plan.window)
+    return work_of(inputs, plan, certify)
 
 
 _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"
