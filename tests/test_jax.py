@@ -78,7 +78,7 @@ def test_second_derivatives(plan: tattn.Plan, arrays: list[Any]) -> None:
 
     second = jax.jacrev(jax.grad(first))(arrays[0])
     step = 1e-5
-    for i, c in ((0, 1), (5, 2)):
+    for i, c in ((0, 1), (3, 2)):
         ahead, behind = (jax.grad(first)(arrays[0].at[i, c].add(s * step)) for s in (1, -1))
         np.testing.assert_allclose((ahead - behind) / (2 * step), second[:, :, i, c], rtol=1e-6, atol=1e-8)
 
