@@ -319,6 +319,42 @@ def test_what_does_not_go_with_an_order() -> None:
         tattn.nn.AttentionConfig(16, 4, bound=None, degree=2, causal=True)
 
 
+def test_the_adjoint_keeps_few_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some 40 blocks, as many as there are segments, and then as many as there are blocks in one."""
+    from tattn import lowrank_causal
+
+    kept: list[int] = []
+    starts = lowrank_causal._starts
+
+    def counted(*given: Any) -> Any:
+        found = starts(*given)
+        kept.append(found[0].shape[-2])
+        return found
+
+    monkeypatch.setattr(lowrank_causal, "_starts", counted)
+    rng = np.random.default_rng(0)
+    query, *keys = rng.uniform(-1, 1, (3, 2560, 8))
+    plan = tattn.plan_for(n=2560, dim=8, bound=1.0, degree=5, dtype="float64", causal=True)
+    out, pullback = tattn.tensor_attention_vjp(query, keys, [k[:, :2] for k in keys], plan=plan, causal=True)
+    pullback(out)
+    segments, *inner = kept
+    assert len(inner) == segments
+    assert segments * inner[0] >= 40
+    assert max(kept) <= 8
+
+
+def test_a_plan_from_data_does_not_rely_on_the_mean_of_all_pairs() -> None:
+    """Scores of all pairs are 0 in the mean; those of the first rows are not."""
+    query = np.ones((64, 2), np.float32)
+    keys = [np.where(np.arange(64) < 32, -1.0, 1.0).astype(np.float32)[:, None] * np.ones((1, 2), np.float32), query]
+    causal, promised, plain = (
+        tattn.plan(query, keys, scale=1.0, degree=8, **options)
+        for options in ({"causal": True}, {"causal": True, "bound": 2.0**1.0625}, {})
+    )
+    assert causal.bound == promised.bound
+    assert causal.error == promised.error > 3 * plain.error
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_memory_is_that_of_copies_and_blocks(views: int) -> None:
     """100,000 rows, forward and gradient: copies of the inputs and outputs, in the adjoint, and √n summaries."""
