@@ -438,7 +438,7 @@ def test_bounds_are_the_formulas_of_the_proofs(moment: int) -> None:
     for view in views:
         n = len(view.rows)
         bands.append(np.empty(n, int))
-        bands[-1][view.order[:, 0]] = np.repeat([0, 1], [stop - start for start, stop in edges(n, 2)])
+        bands[-1][view.by.order[:, 0]] = np.repeat([0, 1], [stop - start for start, stop in edges(n, 2)])
     table = series.table[np.ix_(*bands)]  # of every triple (i, j, k)
     x = scale * np.einsum("ic,jc,kc->ijk", q, a, b)
     assert (np.abs(x) <= series.ranges[np.ix_(*bands)]).all()

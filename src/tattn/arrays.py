@@ -157,7 +157,7 @@ def in_parts(
     """``function(call, backend, arrays)`` for at most `limit` problems at a time, cut along leading dimensions.
 
     Result i has the leading dimensions of ``targets[i]``, or all of them where that is None; along one that it lacks,
-    parts are summed, as gradients are.
+    parts are summed, as gradients are. Where there are parts, results that have no target are dropped.
     """
     leading = broadcast_leading(*arrays)
     axis = next((i for i, size in enumerate(leading) if size > 1), None)
@@ -177,5 +177,5 @@ def in_parts(
         results.append(list(in_parts(function, limit, part_targets, call, backend, part)))
     return tuple(
         backend.xp.concat(list(parts), axis=-from_right) if t is None or has_axis(t) else sum_of(parts)
-        for t, parts in zip(targets, zip(*results, strict=True), strict=True)
+        for t, parts in zip(targets, zip(*results, strict=True), strict=False)
     )

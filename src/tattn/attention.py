@@ -171,7 +171,7 @@ def tensor_attention_vjp(
     backend = inputs.backend
     # In torch, inputs that need gradients save themselves and not every block's features.
     result = work.result or backend.differentiable(work.forward, work.backward, work.call, work.arrays)
-    computed, lse, rest = result
+    computed, lse, *kept = result
     returned, out = _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan)
 
     def pullback(grad_out: Array, grad_lse: Array | None = None, *, return_error: bool = False) -> Any:
@@ -181,17 +181,17 @@ def tensor_attention_vjp(
         else:
             shape = tuple(lse.shape[:-1])
             grad_lse = checked_output("grad_lse", grad_lse, shape, lse, inputs, "output")[..., None]
-        residuals = backend.residuals(work.forward, work.call, work.arrays, computed, rest)
+        residuals = backend.residuals(work.forward, work.call, work.arrays, (computed, *kept))
         grads = _grouped(backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse)), inputs)
         if not return_error:
             return grads
-        return grads, _grouped(gradient_bounds(work, inputs, computed, rest, grad_out, grad_lse), inputs)
+        return grads, _grouped(gradient_bounds(work, inputs, computed, kept[0], grad_out, grad_lse), inputs)
 
     return returned, pullback
 
 
 def _returned(
-    result: tuple[Array, Array, Array],
+    result: tuple[Array, ...],
     inputs: Inputs,
     plan: Plan,
     query: Array,
@@ -200,7 +200,7 @@ def _returned(
     return_plan: bool,
 ) -> tuple[Any, Array]:
     """What the caller asked for, and the output."""
-    computed, lse, rest = result
+    computed, lse, rest, *_ = result
     out = inputs.backend.cast(computed, query.dtype)
     asked = [out]
     if return_lse:

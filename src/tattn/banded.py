@@ -10,6 +10,7 @@ adjoint. Nothing depends on values read by the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from . import certificate
 from .arrays import broadcast_leading, gather_rows, inverse_order, sum_to_leading, unpack
@@ -20,8 +21,11 @@ from .lowrank import key_adjoint, log_normaliser, query_adjoint, read_out, summa
 from .monomials import rank
 
 
-def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), lse (..., n, 1), and the normaliser over pairs and the columns of the certificate, (..., n, ·)."""
+def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Output (..., n, dv), lse (..., n, 1), and the normaliser over pairs and the columns of the certificate, (..., n, ·).
+
+    And for the adjoint, which takes them if it is given them: summaries (..., bands · r, dv + 1), and how rows are sorted.
+    """
     q, keys, values, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
     query, *views = sorted_views(call, q, keys, values, masks, backend)
@@ -42,37 +46,39 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
             moments = certificate.moment_columns(call, series, 0, band, [(0, sizes), (1, ones), (2, ones)], backend)
             rounding = certificate.roundings(call, series, 0, band, shares, values[0].shape[-1], backend)
             out, rest = certificate.read_out(
-                call, rows, query.unit, combined, moments, rounding, tops, leading, backend
+                call, rows, query.by.unit, combined, moments, rounding, tops, leading, backend
             )
         else:
-            out, rest = read_out(rows, query.unit, combined, leading, call.degree, backend)
+            out, rest = read_out(rows, query.by.unit, combined, leading, call.degree, backend)
         outs.append(out)
         rests.append(rest)
-    back = inverse_order(query.order, backend)
+    back = inverse_order(query.by.order, backend)
     out, rest = (gather_rows(xp.concat(parts, axis=-2), back, backend) for parts in (outs, rests))
-    return out, log_normaliser(rest[..., :1], keys, backend), rest
+    kept = [xp.reshape(s, (*s.shape[:-3], -1, s.shape[-1])) for s in summaries]
+    return out, log_normaliser(rest[..., :1], keys, backend), rest, *kept, *query.by, *chain(*(v.by for v in views))
 
 
 def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query, keys and values: the exact derivative of `forward` for fixed bands."""
-    q, keys, values, masks, (out, rest, grad_out, grad_lse) = unpack(call.views, arrays)
+    q, keys, values, masks, (out, rest, *kept, grad_out, grad_lse) = unpack(call.views, arrays)
     xp = backend.xp
-    query, *views = sorted_views(call, q, keys, values, masks, backend)
+    query, *views = sorted_views(call, q, keys, values, masks, backend, kept[call.views :])
     series = Series.of(call, [query, *views], q, backend)
-    summaries = [_summaries(call, v, backend) for v in views]
+    summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in kept[: call.views]]
+    summaries = summaries or [_summaries(call, v, backend) for v in views]
     leading = broadcast_leading(q, *keys, *values, *masks)
-    columns = [gather_rows(x, query.order, backend) for x in (out, rest[..., :1], grad_out, grad_lse)]
+    columns = [gather_rows(x, query.by.order, backend) for x in (out, rest[..., :1], grad_out, grad_lse)]
     upstreams, dqs = [], []
     for band, (start, stop) in enumerate(edges(q.shape[-2], call.bands)):
         cut = (Ellipsis, slice(start, stop), slice(None))
         combined = series.contract(call, 0, band, summaries, backend)
         upstream, dq = query_adjoint(
-            query.rows[cut], query.unit, combined, [c[cut] for c in columns], leading, call.degree, backend
+            query.rows[cut], query.by.unit, combined, [c[cut] for c in columns], leading, call.degree, backend
         )
         upstreams.append(upstream)
         dqs.append(dq)
     stacked = xp.stack(upstreams, axis=-3)
-    dq = gather_rows(xp.concat(dqs, axis=-2), inverse_order(query.order, backend), backend)
+    dq = gather_rows(xp.concat(dqs, axis=-2), inverse_order(query.by.order, backend), backend)
     d_keys, d_values = [], []
     for number, view in enumerate(views):
         tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
@@ -80,8 +86,8 @@ def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None])
         pieces = []
         for band, (start, stop) in enumerate(edges(n, call.bands)):
             own = series.contract(call, number + 1, band, tensors, backend) * (1 / n)
-            pieces.append(key_adjoint(*view.band(start, stop), view.unit, own, call.degree, backend))
-        back = inverse_order(view.order, backend)
+            pieces.append(key_adjoint(*view.band(start, stop), view.by.unit, own, call.degree, backend))
+        back = inverse_order(view.by.order, backend)
         dk, dv = (gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
         d_keys.append(sum_to_leading(dk, keys[number].shape[:-2], backend))
         d_values.append(sum_to_leading(dv, values[number].shape[:-2], backend))
@@ -98,5 +104,5 @@ def leading_limit(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
 def _summaries(call: BandedCall, view: View, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1] / n of every band, (..., B, r, dv + 1)."""
     n = view.rows.shape[-2]
-    parts = [summary(*view.band(*cut), view.unit, call.degree, backend) for cut in edges(n, call.bands)]
+    parts = [summary(*view.band(*cut), view.by.unit, call.degree, backend) for cut in edges(n, call.bands)]
     return backend.xp.stack(parts, axis=-3) * (1 / n)

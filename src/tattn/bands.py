@@ -38,17 +38,23 @@ class BandedCall(NamedTuple):
     certify: bool
 
 
+class Sorting(NamedTuple):
+    """How the rows of a view are sorted, and their sizes: all arrays, of which the adjoint needs no second look at the rows."""
+
+    order: Array  # (..., n, 1): where each sorted row came from
+    unit: Array  # (..., 1, d): factors of the channels for monomials
+    tops: Array  # (..., 1, d): the largest |entry| of every channel
+    spread: Array  # (..., 1, d): its root mean square over all rows, masked ones counted as 0
+    norms: Array  # (..., bands, 1): the largest of each band
+
+
 class View(NamedTuple):
     """One view, sorted: the query has no values."""
 
     rows: Array  # (..., n, d), band by band, those of the largest norms first
     values: Array | None
     mask: Array | None
-    order: Array  # (..., n, 1): where each sorted row came from
-    unit: Array  # (..., 1, d): factors of the channels for monomials
-    tops: Array  # (..., 1, d): the largest |entry| of every channel
-    spread: Array  # (..., 1, d): its root mean square over all rows, masked ones counted as 0
-    norms: Array  # (..., bands): the largest of each band
+    by: Sorting
 
     def band(self, start: int, stop: int) -> tuple[Array, Array | None, Array | None]:
         """Rows, values and mask of a band."""
@@ -76,23 +82,15 @@ def _band_starts(n: int, bands: int) -> np.ndarray:
     return n * np.repeat(np.arange(bands), [stop - start for start, stop in cut])
 
 
-def sorted_views(
-    call: BandedCall,
-    q: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    masks: Sequence[Array | None],
-    backend: Backend,
-) -> list[View]:
-    """Query and keys with their values, sorted by norm."""
+def sortings(call: BandedCall, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
+    """How norms sort query and keys."""
     xp = backend.xp
-    given = [(q, None, None), *zip(keys, values, masks, strict=True)]
-    sizes = [channel_sizes(x, mask, backend) for x, _, mask in given]
-    units = units_of([top for top, _ in sizes], (q, *keys), call.scale, backend)
-    views = []
-    spreads = [max_to_leading(s, tuple(x.shape[:-2]), backend) for (_, s), (x, _, _) in zip(sizes, given, strict=True)]
+    sizes = [channel_sizes(x, mask, backend) for x, mask in zip(rows, masks, strict=True)]
+    units = units_of([top for top, _ in sizes], rows, call.scale, backend)
+    spreads = [max_to_leading(s, tuple(x.shape[:-2]), backend) for (_, s), x in zip(sizes, rows, strict=True)]
     balances = balancing_units(spreads, backend)
-    for (x, v, mask), unit, balance, (top, spread) in zip(given, units, balances, sizes, strict=True):
+    found = []
+    for x, mask, unit, balance, (top, spread) in zip(rows, masks, units, balances, sizes, strict=True):
         balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
         norm = _norms(x, mask, balance, call.views + 1, backend)
         order = xp.argsort(-norm, axis=-2, stable=False)
@@ -101,18 +99,27 @@ def sorted_views(
         # Within a band rows keep the order in which they came: memory is then read forwards.
         offset = backend.table(_band_starts, x.shape[-2], call.bands, like=order)[:, None]
         order = xp.sort(order + offset, axis=-2, stable=False) - offset
-        views.append(
-            View(
-                gather_rows(x, order, backend),
-                None if v is None else gather_rows(v, order, backend),
-                None if mask is None else gather_rows(mask, order, backend),
-                order,
-                unit,
-                top,
-                spread,
-                gather_rows(norm, firsts, backend)[..., 0],
-            )
-        )
+        found.append(Sorting(order, unit, top, spread, gather_rows(norm, firsts, backend)))
+    return found
+
+
+def sorted_views(
+    call: BandedCall,
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    masks: Sequence[Array | None],
+    backend: Backend,
+    known: Sequence[Array] = (),
+) -> list[View]:
+    """Query and keys with their values, band by band; `known`: the arrays of all sortings, if they are."""
+    width = len(Sorting._fields)
+    found = [Sorting(*known[i : i + width]) for i in range(0, len(known), width)]
+    found = found or sortings(call, (q, *keys), (None, *masks), backend)
+    views = []
+    for x, v, mask, by in zip((q, *keys), (None, *values), (None, *masks), found, strict=True):
+        rows, sorted_values, seen = (None if y is None else gather_rows(y, by.order, backend) for y in (x, v, mask))
+        views.append(View(rows, sorted_values, seen, by))
     return views
 
 
@@ -149,8 +156,9 @@ class Series(NamedTuple):
         count = call.views + 1
         factors = []
         for axis, view in enumerate(views):
-            shape = (*view.norms.shape[:-1], *(call.bands if i == axis else 1 for i in range(count)))
-            factors.append(xp.reshape(view.norms, shape))
+            norms = view.by.norms[..., 0]
+            shape = (*norms.shape[:-1], *(call.bands if i == axis else 1 for i in range(count)))
+            factors.append(xp.reshape(norms, shape))
         # Norms round; a range is raised by more than they can be off, and then to the next one of the grid.
         slack = 2.0 * count * (like.shape[-1] + 16) * float(xp.finfo(dtype).eps)
         reach = prod_of(factors) * (call.scale * (1 + slack))

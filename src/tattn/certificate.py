@@ -18,8 +18,9 @@ from typing import NamedTuple
 from .arrays import prod_of, with_leading
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, level_sizes, multiply_out, of_band
-from .lowrank import CHAIN, block_of, channels, divided, read, row_products, summed_products, with_ones
-from .monomials import features, multinomials, rank
+from .basis import CHAIN, Basis
+from .lowrank import block_of, channels, divided, summed_products, with_ones
+from .monomials import multinomials, rank
 from .rounding import LAMBDA, UNIT
 
 # Columns of what is kept for the adjoint.
@@ -39,15 +40,17 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
     value_dim = view.values.shape[-1]  # type: ignore[union-attr]
     dtype = backend.compute_dtype(view.rows.dtype)
     part = block_t(call, dim)
-    shapes = [(rank(dim, call.degree), value_dim + 1), (part.stop - part.start, value_dim)]
+    basis = Basis.of(dim, call.degree, value_dim + 1)
+    shapes = [(basis.size, value_dim + 1), (part.stop - part.start, value_dim)]
 
     def products(phi: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
         z = with_ones(v, mask, dtype, backend)
-        return row_products(phi, z, backend), row_products(phi[..., part, :], xp.abs(z[..., :-1]), backend)
+        sizes = basis.row_sums(phi, xp.abs(z[..., :-1, :]), backend, degree=call.moment)
+        return basis.row_sums(phi, z, backend), sizes
 
     plain, sizes = [], []
     for start, stop in edges(n, call.bands):
-        one, size = summed_products(products, shapes, *view.band(start, stop), view.unit, call.degree, backend)
+        one, size = summed_products(products, shapes, *view.band(start, stop), view.by.unit, basis, backend)
         plain.append(one)
         sizes.append(xp.concat([size, one[..., part, -1:]], axis=-1))
     return xp.stack(plain, axis=-3) * (1 / n), xp.stack(sizes, axis=-3) * (1 / n)
@@ -101,7 +104,7 @@ def roundings(
     table = xp.abs(of_band(call, target, band, series.table))
     reach = of_band(call, target, band, series.ranges[..., None])[..., 0]
     m, t0, g = call.views, call.moment, call.degree
-    chains = LAMBDA * sqrt(CHAIN * (m + 1) + rank(series.dim, g) / CHAIN + 32 * m) + 4 + 2 * call.bands
+    chains = LAMBDA * sqrt(CHAIN * (m + 1) + rank(series.dim, g) / CHAIN + series.dim + 32 * m) + 4 + 2 * call.bands
     plain = steep = xp.zeros_like(reach)
     for t in range(g + 1):
         count = (m + 1) * (t + 2) + chains
@@ -143,16 +146,17 @@ def read_out(
     """The output (..., n, dv) of a band of the query, and `COLUMNS` columns of its certificate."""
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
-    part = block_t(call, q.shape[-1])
-    main, more = xp.matrix_transpose(combined), xp.matrix_transpose(moments)
+    t = call.moment
+    basis = Basis.of(q.shape[-1], call.degree, combined.shape[-1])
+    main, more = basis.reader(combined, backend), basis.reader(moments, backend, degree=t)
     inverses = [xp.matrix_transpose(xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0)) for t in value_tops]
-    value_dim = main.shape[-2] - 1
+    value_dim = combined.shape[-1] - 1
     # Products of values that leave the range of the dtype lose what no bound knows of.
     safe = in_range(value_tops, 1.0, backend)
 
     def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
-        phi = features(channels(block, unit, dtype, backend), call.degree, backend)
-        numerator, sums = read(phi, main, backend), read(phi[..., part, :], more, backend)
+        phi = basis.features(channels(block, unit, dtype, backend), backend)
+        numerator, sums = basis.read(phi, main, backend), basis.read(phi, more, backend, degree=t)
         out, normaliser = divided(numerator, leading, backend)
         sizes = prod_of([xp.abs(numerator[..., :-1, :]), *inverses])
         weighted = prod_of([sums[..., :value_dim, :], *inverses])
@@ -163,7 +167,7 @@ def read_out(
             xp.concat([normaliser, with_leading(xp.matrix_transpose(errors), leading, backend)], axis=-1),
         )
 
-    block = block_of(call.degree, q.shape[-1], combined.shape[-1] + moments.shape[-1], dtype, leading, backend)
+    block = block_of(basis, combined.shape[-1] + moments.shape[-1], dtype, leading, backend)
     _, (out, rest) = backend.scan_rows(body, None, (q,), block)
     return out, rest
 

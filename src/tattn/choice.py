@@ -31,12 +31,12 @@ _LONG = 1e16
 class Work(NamedTuple):
     """What to compute, and its result where finding out has computed it already."""
 
-    forward: Callable[..., tuple[Array, Array, Array]]
+    forward: Callable[..., tuple[Array, ...]]
     backward: Callable[..., tuple[Array, ...]]
     call: Any
     arrays: tuple[Array | None, ...]
     plan: Plan
-    result: tuple[Array, Array, Array] | None = None
+    result: tuple[Array, ...] | None = None
 
 
 def chosen_work(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
@@ -130,7 +130,7 @@ def _hybrid_work(
     row_errors: np.ndarray,
     most: int,
     values: tuple[Array | None, ...],
-    found: tuple[Array, Array, Array],
+    found: tuple[Array, ...],
 ) -> Work:
     """The banded polynomial with the `most` worst rows of every problem recomputed."""
     backend = inputs.backend
@@ -150,7 +150,7 @@ def _hybrid_work(
         call,
         (*inputs.arrays, *index),
         replace(plan, recomputed=most / inputs.lengths[0]),
-        backend.run(_hybrid_forward, call, (*values, *index, *found)),
+        backend.run(_hybrid_forward, call, (*values, *index, *found[:3])),
     )
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .arrays import broadcast_leading, clean, gather_rows, inverse_order, over_rows, prod_of, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, sorted_views
+from .basis import Basis
 from .certificate import (
     ERROR,
     GROWTH,
@@ -28,8 +29,7 @@ from .certificate import (
     shares,
 )
 from .channels import channel_sizes
-from .lowrank import block_of, channels, read, row_products, summed_products
-from .monomials import features
+from .lowrank import block_of, channels, summed_products
 from .ranges import BLOCK
 
 # Means of squares over many rows round; by far less than this.
@@ -97,7 +97,7 @@ def banded_bounds(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
         _view_bounds(call, number, query, views, series, sizes, rms, weights, top, backend)
         for number in range(call.views)
     ]
-    safe = in_range([query.tops, *(v.tops for v in views), *value_tops, top], call.scale, backend)
+    safe = in_range([query.by.tops, *(v.by.tops for v in views), *value_tops, top], call.scale, backend)
     bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
     return tuple(
         sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
@@ -110,7 +110,7 @@ def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view
     xp = backend.xp
     dtype = backend.compute_dtype(k.dtype)
     n = k.shape[-2]
-    tops = (view.tops, value_top)
+    tops = (view.by.tops, value_top)
     inverses = [xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0) for t in tops]
 
     def body(total: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
@@ -120,7 +120,7 @@ def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view
     leading = broadcast_leading(k, v, mask)
     start = xp.zeros((*leading, v.shape[-1], k.shape[-1]), dtype=dtype, device=backend.device(k))
     total, _ = backend.scan_rows(body, start, (k, v, mask), BLOCK)
-    return xp.sqrt(total * (_SLACK / n)) * xp.matrix_transpose(value_top) * view.tops
+    return xp.sqrt(total * (_SLACK / n)) * xp.matrix_transpose(value_top) * view.by.tops
 
 
 def _query_bound(
@@ -133,8 +133,8 @@ def _query_bound(
 ) -> Array:
     """(..., n, d): every row from its own certificate."""
     xp = backend.xp
-    both, alone = prod_of(rms), prod_of([v.spread for v in views]) * _SLACK
-    key_top = prod_of([v.tops for v in views])
+    both, alone = prod_of(rms), prod_of([v.by.spread for v in views]) * _SLACK
+    key_top = prod_of([v.by.tops for v in views])
 
     def body(_: None, *blocks: Array) -> tuple[None, tuple[Array]]:
         size, l, error, d, steep, rounding, growth, shift, weight = _of_rows(value_tops, blocks, backend)
@@ -211,8 +211,8 @@ def _view_bounds(
     others = [i for i in range(call.views) if i != number]
     n, dim = view.rows.shape[-2:]
     value_dim = grad_top.shape[-1]
-    part = block_t(call, dim)
-    falling = gather_rows(weights, query.order, backend)
+    basis = Basis.of(dim, t, len(_SUMS))
+    falling = gather_rows(weights, query.by.order, backend)
     of_query = _moments(call, query, falling, backend)
     of_others = [_moments(call, views[i], None, backend) * (1 / views[i].rows.shape[-2]) for i in others]
     bands = edges(falling.shape[-2], call.bands)
@@ -223,7 +223,10 @@ def _view_bounds(
     moved = xp.sqrt(_weighted_squares(query, falling, backend))
     one = xp.ones_like(grad_top[..., :1])
     value_top, value_rms, key_top, key_rms = (
-        (prod_of([one, *x]) for x in zip(*((*sizes[i], views[i].tops, views[i].spread) for i in others), strict=True))
+        (
+            prod_of([one, *x])
+            for x in zip(*((*sizes[i], views[i].by.tops, views[i].by.spread) for i in others), strict=True)
+        )
         if others
         else (one,) * 4
     )
@@ -235,7 +238,7 @@ def _view_bounds(
 
     def of_rows(band: int, start: int, stop: int) -> tuple[Array, ...]:
         groups = [(kind, [of_query[..., w : w + 1], *of_others]) for kind, w in _SUMS]
-        reading = xp.matrix_transpose(moment_columns(call, series, number + 1, band, groups, backend))
+        reader = basis.reader(moment_columns(call, series, number + 1, band, groups, backend), backend, degree=t)
         lost = [
             roundings(call, series, number + 1, band, [share[..., w : w + 1], *other_shares], value_dim, backend)
             for w in range(4)
@@ -243,8 +246,8 @@ def _view_bounds(
         added = xp.concat([lost[w][kind] for kind, w in _SUMS], axis=-1)
 
         def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
-            phi = features(channels(clean(k, mask, backend), view.unit, dtype, backend), t, backend)
-            sums = xp.matrix_transpose(read(phi[..., part, :], reading, backend)) + added
+            phi = basis.features(channels(clean(k, mask, backend), view.by.unit, dtype, backend), backend)
+            sums = xp.matrix_transpose(basis.read(phi, reader, backend, degree=t)) + added
             sums = xp.where(sums <= 0, 0.0, sums)
             plain, slope, slope_alone, grown, grown_alone = (sums[..., i : i + 1] for i in range(len(_SUMS)))
             size = xp.abs(backend.cast(clean(v, mask, backend), dtype))
@@ -254,16 +257,16 @@ def _view_bounds(
             alone = xp.sqrt(slope_alone) * moved[..., 2:3, :] + growth(grown_alone, 3) * moved[..., 3:4, :]
             largest = xp.sum(size * grad_top * value_top, axis=-1, keepdims=True)
             rounded = lost[0].steep * largest + lost[2].steep
-            of_keys = beside * (size @ both) + alone * key_rms + rounded * query.tops * key_top
+            of_keys = beside * (size @ both) + alone * key_rms + rounded * query.by.tops * key_top
             bounds = (of_keys * (call.scale * _SLACK / n), of_values * (_SLACK / n))
             return None, tuple(clean(xp.where(xp.isfinite(b), b, xp.inf), mask, backend) for b in bounds)
 
         leading = broadcast_leading(weights, *(v.rows for v in views))
-        block = block_of(t, dim, 4 * (dim + value_dim), dtype, leading, backend)
+        block = block_of(basis, 4 * (dim + value_dim), dtype, leading, backend)
         return backend.scan_rows(body, None, view.band(start, stop), block)[1]
 
     pieces = [of_rows(band, *cut) for band, cut in enumerate(edges(n, call.bands))]
-    back = inverse_order(view.order, backend)
+    back = inverse_order(view.by.order, backend)
     of_keys, of_values = (gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
     return of_keys, of_values
 
@@ -277,14 +280,15 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     if z is None:
         z = xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
         z = z if view.mask is None else clean(z, view.mask, backend)
+    basis = Basis.of(dim, call.moment, z.shape[-1])
     shape = (part.stop - part.start, z.shape[-1])
 
     def products(phi: Array, z: Array, _: None) -> tuple[Array]:
-        return (row_products(phi[..., part, :], z, backend),)
+        return (basis.row_sums(phi, backend.xp.matrix_transpose(z), backend, degree=call.moment),)
 
     rows = clean(view.rows, view.mask, backend)
     sums = [
-        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.unit, call.moment, backend)[0]
+        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.by.unit, basis, backend)[0]
         for a, b in edges(n, call.bands)
     ]
     return xp.stack(sums, axis=-3)
@@ -293,7 +297,7 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
 def _weighted_squares(query: View, weights: Array, backend: Backend) -> Array:
     """Σ_i h_i q_ic² for weights (..., n, k): (..., k, d)."""
     xp = backend.xp
-    inverse = xp.where(query.tops > 0, 1 / xp.where(query.tops > 0, query.tops, 1.0), 0.0)
+    inverse = xp.where(query.by.tops > 0, 1 / xp.where(query.by.tops > 0, query.by.tops, 1.0), 0.0)
 
     def body(total: Array, q: Array, h: Array) -> tuple[Array, tuple[()]]:
         relative = backend.cast(q, h.dtype) * inverse
@@ -302,4 +306,4 @@ def _weighted_squares(query: View, weights: Array, backend: Backend) -> Array:
     shape = (*broadcast_leading(query.rows, weights), weights.shape[-1], query.rows.shape[-1])
     start = xp.zeros(shape, dtype=weights.dtype, device=backend.device(weights))
     total, _ = backend.scan_rows(body, start, (query.rows, weights), BLOCK)
-    return total * query.tops * query.tops * _SLACK
+    return total * query.by.tops * query.by.tops * _SLACK

@@ -40,7 +40,7 @@ def forward(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) 
     xp = backend.xp
     q, keys, values, masks, (chosen, place, *known) = unpack(call.views, arrays)
     plain = (q, *keys, *values, *masks)
-    out, lse, rest = known or banded.forward(call.banded, backend, plain)
+    out, lse, rest = known or banded.forward(call.banded, backend, plain)[:3]
     out_chosen, lse_chosen, _ = exact.forward(call.exact, backend, (gather_rows(q, chosen, backend), *plain[1:]))
     one = xp.ones_like(lse_chosen)
     columns = [one] * rest.shape[-1]

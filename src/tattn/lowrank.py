@@ -28,16 +28,14 @@ from .arrays import (
     clean,
     prod_of,
     sum_to_leading,
-    swap_outer,
     unpack,
     with_leading,
 )
 from .backends import Array, Backend
 from .backends.base import block_rows
+from .basis import CHAIN, Basis
 from .channels import channel_units
-from .monomials import degrees, features, multinomials, raised, raised_factors, rank
-
-CHAIN = 128
+from .monomials import degrees, multinomials, rank
 
 
 class LowRankCall(NamedTuple):
@@ -53,14 +51,18 @@ class LowRankCall(NamedTuple):
         return len(self.coefficients) - 1
 
 
-def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1)."""
+def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1).
+
+    And the summary of every view, (..., r, dv + 1), which the adjoint takes if it is given them.
+    """
     q, keys, values, masks, _ = unpack(call.views, arrays)
     units = channel_units(q, keys, masks, call.scale, backend)
-    combined = weights(call, q, backend) * prod_of(_summaries(call, units, keys, values, masks, backend))
+    summaries = _summaries(call, units, keys, values, masks, backend)
+    combined = weights(call, q, backend) * prod_of(summaries)
     leading = broadcast_leading(q, *keys, *values, *masks)
     out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend)
-    return out, log_normaliser(normaliser, keys, backend), normaliser
+    return out, log_normaliser(normaliser, keys, backend), normaliser, *summaries
 
 
 def log_normaliser(normaliser: Array, keys: Sequence[Array], backend: Backend) -> Array:
@@ -79,10 +81,11 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     ĝ = [g, −r] / l, r = Σ g o − g_lse and C = w · A ∘ B: G = Φ(q)ᵀ ĝ, dq pulls ĝ Cᵀ back through Φ, du = Φ(a) (w · G ∘ B),
     da pulls [u, 1] (w · G ∘ B)ᵀ back, and so for the other views.
     """
-    q, keys, values, masks, columns = unpack(call.views, arrays)
+    q, keys, values, masks, (out, normaliser, *known, grad_out, grad_lse) = unpack(call.views, arrays)
     units = channel_units(q, keys, masks, call.scale, backend)
     w = weights(call, q, backend)
-    summaries = _summaries(call, units, keys, values, masks, backend)
+    summaries = known or _summaries(call, units, keys, values, masks, backend)
+    columns = (out, normaliser, grad_out, grad_lse)
     leading = broadcast_leading(q, *keys, *values, *masks)
     upstream, dq = query_adjoint(q, units[0], w * prod_of(summaries), columns, leading, call.degree, backend)
     d_keys, d_values = [], []
@@ -98,12 +101,13 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
 def summary(k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1], (..., r, dv + 1)."""
     dtype = backend.compute_dtype(k.dtype)
-    rows = rank(k.shape[-1], degree)
+    columns = v.shape[-1] + 1
+    basis = Basis.of(k.shape[-1], degree, columns)
 
     def products(phi: Array, v: Array, mask: Array | None) -> tuple[Array]:
-        return (row_products(phi, with_ones(v, mask, dtype, backend), backend),)
+        return (basis.row_sums(phi, with_ones(v, mask, dtype, backend), backend),)
 
-    return summed_products(products, [(rows, v.shape[-1] + 1)], k, v, mask, unit, degree, backend)[0]
+    return summed_products(products, [(basis.size, columns)], k, v, mask, unit, basis, backend)[0]
 
 
 def summed_products(
@@ -113,7 +117,7 @@ def summed_products(
     v: Array,
     mask: Array | None,
     unit: Array,
-    degree: int,
+    basis: Basis,
     backend: Backend,
 ) -> list[Array]:
     """Sums over blocks of rows of ``products(Φ(k), v, mask)``, of these shapes, with compensation."""
@@ -121,11 +125,11 @@ def summed_products(
     leading = broadcast_leading(k, v, mask)
 
     def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
-        phi = features(channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
+        phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)
         return tuple(add(c, p) for c, p in zip(carry, products(phi, v, mask), strict=True)), ()
 
     start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
-    block = block_of(degree, k.shape[-1], sum(columns for _, columns in shapes), dtype, leading, backend)
+    block = block_of(basis, sum(columns for _, columns in shapes), dtype, leading, backend)
     carry, _ = backend.scan_rows(body, start, (k, v, mask), block)
     return [total for total, _ in carry]
 
@@ -134,15 +138,15 @@ def read_out(
     q: Array, unit: Array, combined: Array, leading: tuple[int, ...], degree: int, backend: Backend
 ) -> tuple[Array, Array]:
     """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
-    xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
-    transposed = xp.matrix_transpose(combined)
+    basis = Basis.of(q.shape[-1], degree, combined.shape[-1])
+    reader = basis.reader(combined, backend)
 
     def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
-        numerator = read(features(channels(block, unit, dtype, backend), degree, backend), transposed, backend)
-        return None, divided(numerator, leading, backend)
+        phi = basis.features(channels(block, unit, dtype, backend), backend)
+        return None, divided(basis.read(phi, reader, backend), leading, backend)
 
-    block = block_of(degree, q.shape[-1], combined.shape[-1], dtype, leading, backend)
+    block = block_of(basis, combined.shape[-1], dtype, leading, backend)
     _, (out, normaliser) = backend.scan_rows(body, None, (q,), block)
     return out, normaliser
 
@@ -170,23 +174,22 @@ def query_adjoint(
 ) -> tuple[Array, Array]:
     """G (..., r, dv + 1) and dq, from C and the columns (o, l, g, g_lse)."""
     xp = backend.xp
-    dim = q.shape[-1]
     dtype = backend.compute_dtype(q.dtype)
-    lower = rank(dim, degree - 1)
-    wide = _derivative(combined, degree, dim, backend)
+    basis = Basis.of(q.shape[-1], degree, combined.shape[-1])
+    derivative = basis.derivative(combined, backend)
 
     def body(carry: Sum, block: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
         o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
         r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
         inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-        g_hat = xp.concat([g, -r], axis=-1) * inverse
-        phi = features(channels(block, unit, dtype, backend), degree, backend)
-        dq = _pull_back(phi[..., :lower, :], wide, g_hat, backend) * unit
+        g_hat = side_by_side(g, -r, backend) * xp.matrix_transpose(inverse)
+        phi = basis.features(channels(block, unit, dtype, backend), backend)
+        dq = basis.pull_back(phi, derivative, g_hat, backend) * unit
         dq = sum_to_leading(dq, q.shape[:-2], backend)
-        return add(carry, row_products(phi, g_hat, backend)), (dq,)
+        return add(carry, basis.row_sums(phi, g_hat, backend)), (dq,)
 
-    start = zero_sum((*leading, rank(dim, degree), combined.shape[-1]), dtype, q, backend)
-    block = block_of(degree, dim, combined.shape[-1] * (1 + dim), dtype, leading, backend)
+    start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
+    block = block_of(basis, combined.shape[-1] * (1 + basis.dim), dtype, leading, backend)
     (upstream, _), (dq,) = backend.scan_rows(body, start, (q, *columns), block)
     return upstream, dq
 
@@ -195,27 +198,24 @@ def key_adjoint(
     k: Array, v: Array, mask: Array | None, unit: Array, own: Array, degree: int, backend: Backend
 ) -> tuple[Array, Array]:
     """(dk, dv) of a view whose summary has the gradient `own` (..., r, dv + 1)."""
-    xp = backend.xp
-    dim, value_dim = k.shape[-1], v.shape[-1]
     dtype = backend.compute_dtype(k.dtype)
-    lower = rank(dim, degree - 1)
+    columns = v.shape[-1] + 1
+    basis = Basis.of(k.shape[-1], degree, columns)
     leading = broadcast_leading(k, v, mask)
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
     own = sum_to_leading(own, leading, backend)
-    wide = _derivative(own, degree, dim, backend)
-    value_columns = xp.matrix_transpose(own[..., :value_dim])
+    reader = basis.value_reader(own, v.shape[-1], backend)
 
     def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
         k_leading, v_leading = k.shape[:-2], v.shape[:-2]
         z = with_ones(v, mask, dtype, backend)
-        phi = features(channels(clean(k, mask, backend), unit, dtype, backend), degree, backend)
-        dk = _pull_back(phi[..., :lower, :], wide, z, backend) * unit
-        dv = xp.matrix_transpose(read(phi, value_columns, backend))
-        dk, dv = clean(dk, mask, backend), clean(dv, mask, backend)
+        phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)
+        dk, dv = basis.pull_back_and_read(phi, reader, z, backend)
+        dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
         dk, dv = sum_to_leading(dk, k_leading, backend), sum_to_leading(dv, v_leading, backend)
         return None, (dk, dv)
 
-    block = block_of(degree, dim, (value_dim + 1) * (1 + dim), dtype, leading, backend)
+    block = block_of(basis, columns * (1 + basis.dim), dtype, leading, backend)
     _, (dk, dv) = backend.scan_rows(body, None, (k, v, mask), block)
     return dk, dv
 
@@ -268,10 +268,11 @@ def _summaries(
     ]
 
 
-def block_of(degree: int, dim: int, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
+def block_of(basis: Basis, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
     """Rows in a block: features and columns of one block fit in the workspace."""
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    return int(block_rows((rank(dim, degree) + columns) * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
+    numbers = basis.held + columns * (1 + basis.dim if basis.lean else 1)
+    return int(block_rows(numbers * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
 
 
 def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:
@@ -280,7 +281,7 @@ def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:
 
 
 def with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) -> Array:
-    """[v, 1], and 0 in masked rows: (..., rows, dv + 1)."""
+    """[v, 1], and 0 in masked rows, channel-major: (..., dv + 1, rows)."""
     xp = backend.xp
     v = backend.cast(clean(v, mask, backend), dtype)
     shape = (*v.shape[:-1], 1)
@@ -290,66 +291,19 @@ def with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) -> 
         if mask is None
         else xp.broadcast_to(backend.cast(mask, dtype), shape)
     )
-    return xp.concat([v, one], axis=-1)
+    return side_by_side(v, one, backend)
 
 
-def row_products(phi: Array, z: Array, backend: Backend) -> Array:
-    """Φᵀ z: (..., r, rows) and (..., rows, k) → (..., r, k)."""
+def side_by_side(left: Array, right: Array, backend: Backend) -> Array:
+    """Columns (..., rows, k) and (..., rows, k'), channel-major: (..., k + k', rows), contiguous."""
     xp = backend.xp
-    *leading, r, rows = phi.shape
-    chains = rows // CHAIN
-    if rows <= CHAIN:
-        return phi @ z
-    cut = chains * CHAIN
-    split = swap_outer(xp.reshape(phi[..., :cut], (*leading, r, chains, CHAIN)), backend)
-    parts = split @ xp.reshape(z[..., :cut, :], (*z.shape[:-2], chains, CHAIN, z.shape[-1]))
-    total = xp.sum(parts, axis=-3)
-    return total if cut == rows else total + phi[..., cut:] @ z[..., cut:, :]
-
-
-def read(phi: Array, transposed: Array, backend: Backend) -> Array:
-    """Mᵀ Φ: (..., r, rows) and Mᵀ (..., k, r) → (..., k, rows)."""
-    xp = backend.xp
-    *leading, r, rows = phi.shape
-    chains = r // CHAIN
-    if r <= CHAIN:
-        return transposed @ phi
-    cut = chains * CHAIN
-    k = transposed.shape[-2]
-    split = xp.reshape(transposed[..., :cut], (*transposed.shape[:-2], k, chains, CHAIN))
-    parts = swap_outer(split, backend) @ xp.reshape(phi[..., :cut, :], (*leading, chains, CHAIN, rows))
-    total = xp.sum(parts, axis=-3)
-    return total if cut == r else total + transposed[..., cut:] @ phi[..., cut:, :]
-
-
-def _derivative(matrix: Array, degree: int, dim: int, backend: Backend) -> Array:
-    """M (..., r, k) → (..., d · k, r'): for each channel c, (β_c + 1) M[β + e_c] over |β| ≤ degree − 1, transposed."""
-    xp = backend.xp
-    lower, k = rank(dim, degree - 1), matrix.shape[-1]
-    transposed = xp.matrix_transpose(matrix)
-    index = backend.table(raised, dim, degree, like=matrix)
-    factors = backend.table(raised_factors, dim, degree, like=matrix, dtype=matrix.dtype)
-
-    def of_channel(c: int) -> Array:
-        cut = slice(c * lower, (c + 1) * lower)
-        return xp.take(transposed, index[cut], axis=-1) * factors[cut]
-
+    parts = [xp.matrix_transpose(left), xp.matrix_transpose(right)]
     if not backend.writable:
-        return xp.concat([of_channel(c) for c in range(dim)], axis=-2)
-    # As large as all summaries together for many value channels: not to be held twice.
-    shape = (*matrix.shape[:-2], dim * k, lower)
-    whole = xp.empty(shape, dtype=matrix.dtype, device=backend.device(matrix))
-    for c in range(dim):
-        whole[..., c * k : (c + 1) * k, :] = of_channel(c)
+        return xp.concat(parts, axis=-2)
+    # NumPy would join transposed arrays into a transposed one.
+    k = left.shape[-1]
+    whole = xp.empty(
+        (*left.shape[:-2], k + right.shape[-1], left.shape[-2]), dtype=left.dtype, device=backend.device(left)
+    )
+    whole[..., :k, :], whole[..., k:, :] = parts
     return whole
-
-
-def _pull_back(phi: Array, wide: Array, z: Array, backend: Backend) -> Array:
-    """Σ_e z_e ∂/∂x (Mᵀ Φ(x))_e as one wide product: (..., r', rows), (..., d · k, r'), (..., rows, k) → (..., rows, d)."""
-    xp = backend.xp
-    k = z.shape[-1]
-    product = read(phi, wide, backend)
-    dim, rows = product.shape[-2] // k, product.shape[-1]
-    split = xp.reshape(product, (*product.shape[:-2], dim, k, rows))
-    summed = xp.sum(split * xp.matrix_transpose(z)[..., None, :, :], axis=-2)
-    return xp.matrix_transpose(summed)

@@ -32,9 +32,9 @@ import numpy as np
 from .arrays import broadcast_leading, clean, prod_of, sum_to_leading, swap_outer, unpack
 from .backends import Array, Backend
 from .backends.base import memoized
+from .basis import CHAIN, Basis, read
 from .channels import channel_units
 from .lowrank import (
-    CHAIN,
     LowRankCall,
     Sum,
     add,
@@ -43,8 +43,6 @@ from .lowrank import (
     divided,
     key_adjoint,
     log_normaliser,
-    read,
-    row_products,
     summary,
     weights,
     with_ones,
@@ -213,7 +211,7 @@ class _Spans(NamedTuple):
         for v, mask, share, phi, start in zip(
             rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True
         ):
-            z = _in_spans(with_ones(v, mask, dtype, backend) * share, setting)
+            z = _in_spans(xp.matrix_transpose(with_ones(v, mask, dtype, backend)) * share, setting)
             of_spans = xp.matrix_transpose(z) @ phi
             running = _running(of_spans, backend)
             befores.append(start[..., None, :, :] + running[..., :-1, :, :])
@@ -423,31 +421,33 @@ def _starts(
     setting: Setting, sums: tuple[Sum, ...], folded: Sequence[Array | None], like: Sequence[Array | None], rows: int
 ) -> tuple[Array, ...]:
     """What each piece of so many rows begins with, (..., pieces, (dv + 1) r) for every view, from pieces one below another."""
-    backend, dtype = setting.backend, setting.w.dtype
+    backend, m = setting.backend, len(sums)
     xp = backend.xp
-    m = len(sums)
     r = setting.w.shape[0]
 
     def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
         pieces = [_unfolded(x, rows, shape, backend) for x, shape in zip(given, like, strict=True)]
-        after = []
-        for view, total in enumerate(carry):
-            unit, share = setting.units[view + 1], setting.shares[view]
-
-            def add_rows(
-                carry: Sum, k: Array, v: Array, mask: Array | None, unit: Array = unit, share: float = share
-            ) -> tuple[Sum, tuple[()]]:
-                phi = features(channels(clean(k, mask, backend), unit, dtype, backend), setting.degree, backend)
-                z = with_ones(v, mask, dtype, backend) * share
-                return add(carry, xp.matrix_transpose(row_products(phi, z, backend))), ()
-
-            columns = total[0].shape[-2]
-            block = block_of(setting.degree, like[view].shape[-1], columns, dtype, setting.leading, backend)  # type: ignore[union-attr]
-            after.append(backend.scan_rows(add_rows, total, pieces[view::m], block)[0])
-        flat = tuple(xp.reshape(total, (*total.shape[:-2], 1, total.shape[-2] * r)) for total, _ in carry)
-        return tuple(after), flat
+        after = tuple(_with_rows(setting, view, total, *pieces[view::m]) for view, total in enumerate(carry))
+        return after, tuple(xp.reshape(total, (*total.shape[:-2], 1, total.shape[-2] * r)) for total, _ in carry)
 
     return backend.scan_rows(body, sums, folded, 1)[1]
+
+
+def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Array, masks: Array | None) -> Sum:
+    """The summary of a view with more rows."""
+    backend, dtype, unit = setting.backend, setting.w.dtype, setting.units[view + 1]
+    columns = values.shape[-1] + 1
+    basis = Basis.of(keys.shape[-1], setting.degree, columns)
+
+    def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
+        phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)
+        z = with_ones(v, mask, dtype, backend) * setting.shares[view]
+        return add(carry, backend.xp.matrix_transpose(basis.row_sums(phi, z, backend))), ()
+
+    block = block_of(basis, columns, dtype, setting.leading, backend)
+    result: Sum
+    result, _ = backend.scan_rows(body, total, (keys, values, masks), block)
+    return result
 
 
 def _triangle(setting: Setting, like: Array) -> Array:

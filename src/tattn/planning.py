@@ -352,6 +352,7 @@ def _polynomial_errors(shape: Shape, polynomial: Polynomial, lowest_mean: float)
         polynomial.bound,
         lowest_mean,
         delta=polynomial.delta,
+        dim=shape.dim,
         rank=rank_of(shape.dim, polynomial.degree),
         views=shape.views,
         value_dim=max(shape.value_dim, _USUAL_VALUE_DIM),
@@ -417,8 +418,8 @@ def _estimated(
     rank = rank_of(shape.dim, len(sampled.coefficients) - 1)
     if sampled.error < inf:
         rho, rho_prime = lowrank_rounding(
-            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, rank=rank, views=shape.views,
-            value_dim=max(shape.value_dim, _USUAL_VALUE_DIM), dtype=shape.dtype,
+            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=shape.dim, rank=rank,
+            views=shape.views, value_dim=max(shape.value_dim, _USUAL_VALUE_DIM), dtype=shape.dtype,
         )  # fmt: skip
         rounding, grad_rounding = lowrank_errors(0.0, 0.0, rho, rho_prime)
         sampled = sampled._replace(error=sampled.error + rounding, grad_error=sampled.grad_error + grad_rounding)

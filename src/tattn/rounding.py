@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, inf, sqrt
 
-from .lowrank import CHAIN
+from .basis import CHAIN
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
@@ -30,6 +30,7 @@ def lowrank_rounding(
     lowest_mean: float,
     *,
     delta: float,
+    dim: int,
     rank: int,
     views: int,
     value_dim: int,
@@ -44,10 +45,10 @@ def lowrank_rounding(
     least = (1 - delta) * exp(max(-bound, lowest_mean))
     if least <= 0:
         return inf, inf
-    # A chain in each summary and in the read-out, and what adds chains up in a block.
+    # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
     # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
     prefixes = views * (CHAIN + 3 * span) + span if span else 0
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + 32 * views + prefixes) + 4
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views + prefixes) + 4
     plain = steep = 0.0
     for t, c in enumerate(coefficients):
         count = (views + 1) * (t + 2) + chains

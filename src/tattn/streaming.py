@@ -206,7 +206,7 @@ class Summary:
                 grad_lse = backend.xp.zeros_like(lse)
             else:
                 grad_lse = checked_upstream_of("grad_lse", grad_lse, lse[..., 0], backend)[..., None]
-            residuals = backend.residuals(summaries.read, call, arrays, computed, rest)
+            residuals = backend.residuals(summaries.read, call, arrays, (computed, rest))
             dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, grad_out, grad_lse))
             return dquery, tuple(dsums)
 
@@ -373,7 +373,7 @@ def summarize_vjp(
             if rows is None or result is None:
                 grads.append((None, None))
                 continue
-            residuals = backend.residuals(summaries.sum_rows, call, rows, result[0], result[2])
+            residuals = backend.residuals(summaries.sum_rows, call, rows, (result[0], result[2]))
             arrays = (*rows, *residuals, g, backend.xp.zeros_like(result[1]))
             grads.append(backend.run(summaries.sum_rows_backward, call, arrays))
         dkeys, dvalues = zip(*grads, strict=True)

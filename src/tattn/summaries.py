@@ -24,6 +24,7 @@ from math import log, log2
 
 from .arrays import broadcast_leading, clean, in_parts, prod_of, sum_of, sum_to_leading
 from .backends import Array, Backend
+from .basis import Basis
 from .lowrank import (
     LowRankCall,
     Sum,
@@ -34,12 +35,11 @@ from .lowrank import (
     log_normaliser,
     query_adjoint,
     read_out,
-    row_products,
     weights,
     with_ones,
     zero_sum,
 )
-from .monomials import features, rank
+from .monomials import rank
 
 # log2 of eps over the smallest normal number.
 _RANGE = {"float32": 103, "float64": 970}
@@ -97,17 +97,18 @@ def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None
     k, v, mask = arrays
     xp = backend.xp
     dtype = backend.compute_dtype(k.dtype)  # type: ignore[union-attr]
-    dim, columns = k.shape[-1], v.shape[-1] + 1  # type: ignore[union-attr]
+    columns = v.shape[-1] + 1  # type: ignore[union-attr]
+    basis = Basis.of(k.shape[-1], call.degree, columns)  # type: ignore[union-attr]
     leading = broadcast_leading(k, v, mask)
     _, unit = units(call)
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
         x = _in_range(call, channels(clean(k, mask, backend), unit, dtype, backend), backend)
-        products = row_products(features(x, call.degree, backend), with_ones(v, mask, dtype, backend), backend)
+        products = basis.row_sums(basis.features(x, backend), with_ones(v, mask, dtype, backend), backend)
         return add(carry, products), ()
 
-    start = zero_sum((*leading, rank(dim, call.degree), columns), dtype, k, backend)
-    block = block_of(call.degree, dim, columns, dtype, leading, backend)
+    start = zero_sum((*leading, basis.size, columns), dtype, k, backend)
+    block = block_of(basis, columns, dtype, leading, backend)
     (total, lost), _ = backend.scan_rows(body, start, (k, v, mask), block)
     return total, xp.zeros((*leading, 1, 1), dtype=dtype, device=backend.device(k)), -lost
 

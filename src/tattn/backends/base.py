@@ -148,16 +148,19 @@ class Backend:
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
-    ) -> tuple[Array, Array, Array]:
-        """``forward(call, backend, arrays)`` with `backward` as its gradient, if the library has gradients."""
-        result: tuple[Array, Array, Array] = self.run(forward, call, arrays)
+    ) -> tuple[Array, ...]:
+        """``forward(call, backend, arrays)`` with `backward` as its gradient, if the library has gradients.
+
+        Output, log-sum-exp, and what the adjoint needs besides, which carries no gradient.
+        """
+        result: tuple[Array, ...] = self.run(forward, call, arrays)
         return result
 
     def residuals(
-        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], out: Array, rest: Array
-    ) -> tuple[Array, Array]:
-        """Output and residuals for the adjoint, with the path from the inputs where a second derivative will need it."""
-        return out, rest
+        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], residuals: Sequence[Array]
+    ) -> Sequence[Array]:
+        """What the adjoint needs, the output first, with the path from the inputs where a second derivative will need it."""
+        return residuals
 
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         """Let the library's transformations look into instances of a dataclass, at fields of arrays and of constants."""

@@ -74,8 +74,8 @@ class JaxBackend(Backend):
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
-    ) -> tuple[Array, Array, Array]:
-        result: tuple[Array, Array, Array] = _bound(forward, backward)(call, tuple(arrays))
+    ) -> tuple[Array, ...]:
+        result: tuple[Array, ...] = _bound(forward, backward)(call, tuple(arrays))
         return result
 
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
@@ -112,18 +112,18 @@ def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callabl
     run_forward, run_backward = _compiled(forward), _compiled(backward)
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attention(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Array, Array, Array]:
-        result: tuple[Array, Array, Array] = run_forward(call, arrays)
+    def attention(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Array, ...]:
+        result: tuple[Array, ...] = run_forward(call, arrays)
         return result
 
     def attention_forward(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Any, Any]:
-        out, lse, normaliser = run_forward(call, arrays)
-        return (out, lse, normaliser), (arrays, out, normaliser)
+        out, lse, *kept = run_forward(call, arrays)
+        return (out, lse, *kept), (arrays, out, *kept)
 
     def attention_backward(call: Any, residuals: Any, cotangents: Any) -> tuple[tuple[Array | None, ...]]:
-        arrays, out, normaliser = residuals
+        arrays, *kept = residuals
         grad_out, grad_lse = (jnp.asarray(c) for c in cotangents[:2])
-        grads = run_backward(call, (*arrays, out, normaliser, grad_out, grad_lse))
+        grads = run_backward(call, (*arrays, *kept, grad_out, grad_lse))
         masks = arrays[len(grads) :]
         no_grads = (None if m is None else np.zeros(m.shape, jax.dtypes.float0) for m in masks)
         return ((*grads, *no_grads),)

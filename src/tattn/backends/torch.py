@@ -82,18 +82,18 @@ class TorchBackend(Backend):
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         function = _COMPILED[len(arrays)] if torch.compiler.is_compiling() else _Attention
-        result: tuple[Array, Array, Array] = function.apply((forward, backward, call), *arrays)
+        result: tuple[Array, ...] = function.apply((forward, backward, call), *arrays)
         return result
 
     def residuals(
-        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], out: Array, rest: Array
-    ) -> tuple[Array, Array]:
+        self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], residuals: Sequence[Array]
+    ) -> Sequence[Array]:
         if not torch.is_grad_enabled() or not (self.is_traced(arrays) or any(_needs_gradient(a) for a in arrays)):
-            return out, rest
-        out, _, rest = self.run(forward, call, arrays)
-        return out, rest
+            return residuals
+        out, _, *kept = self.run(forward, call, arrays)
+        return out, *kept
 
     def synchronize(self, array: Array) -> None:
         if array.device.type == "cuda":
@@ -147,11 +147,11 @@ def _full_precision() -> Iterator[None]:
                 torch.set_float32_matmul_precision(_Precision.before)
 
 
-def _compute(method: Any, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def _compute(method: Any, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     forward, _, call = method
-    out, lse, normaliser = BACKEND.run(forward, call, arrays)
+    out, lse, *kept = BACKEND.run(forward, call, arrays)
     # torch.compile wants an output to be returned once.
-    return out, lse, normaliser.clone() if normaliser is lse else normaliser
+    return out, lse, *(k.clone() if k is lse else k for k in kept)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -160,16 +160,17 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.method, *arrays = inputs
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*arrays, output[0], output[2])
+        ctx.count, ctx.kept = len(arrays), len(output) - 2
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*arrays, output[0], *output[2:])
         ctx.save_for_forward(*arrays)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Array, grad_lse: Array, _: Array) -> tuple[Array | None, ...]:
+    def backward(ctx: Any, grad_out: Array, grad_lse: Array, *_: Array) -> tuple[Array | None, ...]:
         forward, backward, call = ctx.method
-        *arrays, out, normaliser = ctx.saved_tensors
-        out, normaliser = BACKEND.residuals(forward, call, arrays, out, normaliser)
-        grads = BACKEND.run(backward, call, (*arrays, out, normaliser, grad_out, grad_lse))
+        arrays, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        kept = BACKEND.residuals(forward, call, arrays, kept)
+        grads = BACKEND.run(backward, call, (*arrays, *kept, grad_out, grad_lse))
         return (None, *grads, *(None for _ in arrays[len(grads) :]))
 
     @staticmethod
@@ -184,18 +185,19 @@ class _Adjoint(torch.autograd.Function):
                 a = a.reshape(a.shape[0], *(1,) * (ndim - a.ndim + 1), *a.shape[1:])
             moved.append(a)
         results: Any = _Attention.apply(method, *moved)  # type: ignore[no-untyped-call]
-        return results, (0, 0, 0)
+        # What is kept for the adjoint has the axis only if what it was made from has.
+        return results, (0, 0, *(0 if kept.ndim > ndim else None for kept in results[2:]))
 
 
 class _Attention(_Adjoint):
     """For eager calls and torch.func."""
 
     @staticmethod
-    def forward(method: Any, *arrays: Array | None) -> tuple[Array, Array, Array]:
+    def forward(method: Any, *arrays: Array | None) -> tuple[Array, ...]:
         return _compute(method, arrays)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Array | None) -> tuple[Array, Array, None]:
+    def jvp(ctx: Any, _: Any, *tangents: Array | None) -> tuple[Array | None, ...]:
         forward, _, call = ctx.method
         arrays = ctx.saved_tensors
         moving = [i for i, t in enumerate(tangents) if t is not None]
@@ -209,7 +211,7 @@ class _Attention(_Adjoint):
 
         primals = tuple(arrays[i] for i in moving)
         out, lse = torch.func.jvp(along, primals, tuple(tangents[i] for i in moving))[1]
-        return out, lse, None
+        return out, lse, *(None,) * ctx.kept
 
 
 def _with_arguments(count: int) -> Any:

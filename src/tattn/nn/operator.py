@@ -83,7 +83,7 @@ _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"
 def _forward(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
     """Output (..., n, dv), and what the adjoint needs (..., n, 1), or with the certificate."""
     work = _work(query, keys, values, masks, plan, certify)
-    out, _, rest = BACKEND.run(work.forward, work.call, work.arrays)
+    out, _, rest = BACKEND.run(work.forward, work.call, work.arrays)[:3]
     return out.contiguous(), rest.contiguous()
 
 

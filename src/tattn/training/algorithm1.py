@@ -20,9 +20,10 @@ from typing import NamedTuple
 from ..arrays import broadcast_leading, channel_pairs, in_parts, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
+from ..basis import CHAIN, read, row_products
 from ..channels import channel_units
 from ..exponential import Polynomial
-from ..lowrank import CHAIN, LowRankCall, add, channels, read, row_products, weights, with_ones, zero_sum
+from ..lowrank import LowRankCall, add, channels, weights, with_ones, zero_sum
 from ..monomials import features, rank
 from ..rounding import LAMBDA, UNIT, computed_in
 
@@ -139,7 +140,7 @@ def _key_side(k: Array, v: Array, a: Array, unit: Array, degree: int, backend: B
 
     def body(carry: tuple[Sum, Sum], k: Array, v: Array, a: Array) -> tuple[tuple[Sum, Sum], tuple[()]]:
         factor = key_factor(k, unit, degree, backend)
-        z = with_ones(v, None, v.dtype, backend)
+        z = backend.xp.matrix_transpose(with_ones(v, None, v.dtype, backend))
         return (
             add(carry[0], projected(factor, z, a, backend)),
             add(carry[1], row_products(factor, z, backend)),

@@ -1,0 +1,198 @@
+"""Products with the monomials of a block of rows: sums over rows, sums over monomials, and their adjoint.
+
+Sums run in chains of `CHAIN` terms. Where there are few columns, products with all monomials are slow twice over: they are
+skinny, and most of what they read are the monomials of the highest degree g, which had to be made first. Those need not be
+made. Each is a channel times a monomial of degree g − 1, so that with x_0 = 1
+
+    Φ_gᵀ z    is picked from   Φ_{g−1}ᵀ [x_0 z, x_1 z, …, x_d z],
+    M_gᵀ Φ_g         =         Σ_c x_c (M^[c]ᵀ Φ_{g−1}),
+
+wide products with a fraction of the features. The adjoint has Σ_c x_c ∂f/∂x_c = g f for what is homogeneous of degree g
+(Euler), and ∂f/∂x_c needs no monomials of degree g.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .arrays import swap_outer
+from .backends import Array, Backend
+from .monomials import features, raised, raised_factors, rank, runs
+
+CHAIN = 128
+# Beyond, a product with all monomials is wide enough by itself.
+FEW_COLUMNS = 24
+
+
+class Basis(NamedTuple):
+    """The monomials of degree at most g in d channels; `lean` ones are held up to degree g − 1, and the others implied."""
+
+    dim: int
+    degree: int
+    lean: bool
+
+    @classmethod
+    def of(cls, dim: int, degree: int, columns: int) -> Basis:
+        """For products with so many columns."""
+        return cls(dim, degree, degree >= 2 and columns <= FEW_COLUMNS)
+
+    @property
+    def size(self) -> int:
+        """How many monomials there are, r."""
+        return rank(self.dim, self.degree)
+
+    @property
+    def held(self) -> int:
+        """How many monomials a row has in memory."""
+        return rank(self.dim, self.degree - self.lean)
+
+    @property
+    def lower(self) -> int:
+        """How many monomials have a degree below g."""
+        return rank(self.dim, self.degree - 1)
+
+    def level(self, degree: int) -> slice:
+        """Where the monomials of one degree stand."""
+        return slice(rank(self.dim, degree - 1) if degree else 0, rank(self.dim, degree))
+
+    def features(self, x: Array, backend: Backend) -> Array:
+        """The monomials that are held: (..., d, rows) → (..., held, rows)."""
+        return features(x, self.degree - self.lean, backend)
+
+    def row_sums(self, phi: Array, z: Array, backend: Backend, degree: int | None = None) -> Array:
+        """Φᵀ z, of all monomials or of those of one degree: (..., held, rows) and (..., k, rows) → (..., r, k)."""
+        xp = backend.xp
+        if not self.lean or (degree is not None and degree < self.degree):
+            part = phi if degree is None else phi[..., self.level(degree), :]
+            return row_products(part, xp.matrix_transpose(z), backend)
+        k = z.shape[-2]
+        pairs = phi[..., : self.dim + 1, None, :] * z[..., None, :, :]
+        pairs = xp.reshape(pairs, (*pairs.shape[:-3], (self.dim + 1) * k, pairs.shape[-1]))
+        top = self.level(self.degree - 1)
+        wide = row_products(phi[..., top, :], xp.matrix_transpose(pairs), backend)
+        picked = [
+            wide[..., source - top.start :, (channel + 1) * k : (channel + 2) * k]
+            for channel, _, _, source in runs(self.dim, self.degree)[-1]
+        ]
+        if degree is None:
+            picked = [row_products(phi[..., : top.start, :], xp.matrix_transpose(z), backend), wide[..., :k], *picked]
+        return xp.concat(picked, axis=-2)
+
+    def reader(self, matrix: Array, backend: Backend, degree: int | None = None) -> tuple[Array | None, Array]:
+        """What `read` takes for M (..., r, k), of all monomials or of those of one degree."""
+        xp = backend.xp
+        transposed = xp.matrix_transpose(matrix)
+        if not self.lean or (degree is not None and degree < self.degree):
+            return None, transposed
+        top = self.level(self.degree - 1)
+        start = self.lower if degree is None else 0
+        levels = [transposed[..., top]] if degree is None else []
+        for _, first, stop, source in runs(self.dim, self.degree)[-1]:
+            cut = slice(start + first - self.lower, start + stop - self.lower)
+            nothing = xp.zeros_like(transposed[..., : source - top.start])
+            levels.append(xp.concat([nothing, transposed[..., cut]], axis=-1))
+        return (transposed[..., : top.start] if degree is None else None), xp.concat(levels, axis=-2)
+
+    def read(
+        self, phi: Array, reader: tuple[Array | None, Array], backend: Backend, degree: int | None = None
+    ) -> Array:
+        """Mᵀ Φ, of all monomials or of those of one degree: (..., held, rows) → (..., k, rows)."""
+        rest, matrix = reader
+        if not self.lean or (degree is not None and degree < self.degree):
+            return read(phi if degree is None else phi[..., self.level(degree), :], matrix, backend)
+        top = self.level(self.degree - 1)
+        product = read(phi[..., top, :], matrix, backend)
+        found = _over_channels(product, phi[..., int(degree is not None) : self.dim + 1, :], backend)
+        return found if rest is None else found + read(phi[..., : top.start, :], rest, backend)
+
+    def derivative(self, matrix: Array, backend: Backend) -> Array:
+        """M (..., r, k) → (..., d · k, r'): for each channel c, (β_c + 1) M[β + e_c] over |β| ≤ g − 1, transposed."""
+        xp = backend.xp
+        lower, k = self.lower, matrix.shape[-1]
+        transposed = xp.matrix_transpose(matrix)
+        index = backend.table(raised, self.dim, self.degree, like=matrix)
+        factors = backend.table(raised_factors, self.dim, self.degree, like=matrix, dtype=matrix.dtype)
+
+        def of_channel(c: int) -> Array:
+            cut = slice(c * lower, (c + 1) * lower)
+            return xp.take(transposed, index[cut], axis=-1) * factors[cut]
+
+        if not backend.writable:
+            return xp.concat([of_channel(c) for c in range(self.dim)], axis=-2)
+        # As large as all summaries together for many value channels: not to be held twice.
+        shape = (*matrix.shape[:-2], self.dim * k, lower)
+        whole = xp.empty(shape, dtype=matrix.dtype, device=backend.device(matrix))
+        for c in range(self.dim):
+            whole[..., c * k : (c + 1) * k, :] = of_channel(c)
+        return whole
+
+    def pull_back(self, phi: Array, derivative: Array, z: Array, backend: Backend) -> Array:
+        """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x as one wide product: (..., held, rows), (..., d · k, r'), (..., k, rows) → (..., rows, d)."""
+        return _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
+
+    def value_reader(self, matrix: Array, count: int, backend: Backend) -> tuple[Array, Array]:
+        """What `pull_back_and_read` takes for M (..., r, k), of which it reads the first `count` columns."""
+        xp = backend.xp
+        derivative, values = self.derivative(matrix, backend), xp.matrix_transpose(matrix[..., :count])
+        return (xp.concat([derivative, values[..., : self.lower]], axis=-2) if self.lean else derivative), values
+
+    def pull_back_and_read(
+        self, phi: Array, reader: tuple[Array, Array], z: Array, backend: Backend
+    ) -> tuple[Array, Array]:
+        """`pull_back` (..., rows, d), and Mᵀ Φ (..., rows, count)."""
+        xp = backend.xp
+        derivative, values = reader
+        if not self.lean:
+            return self.pull_back(phi, derivative, z, backend), xp.matrix_transpose(read(phi, values, backend))
+        top = self.level(self.degree - 1)
+        high = read(phi[..., top, :], derivative[..., top], backend)
+        both = high + read(phi[..., : top.start, :], derivative[..., : top.start], backend)
+        count, wide = values.shape[-2], self.dim * z.shape[-2]
+        of_top = _over_channels(high[..., :wide, :], phi[..., 1 : self.dim + 1, :], backend)[..., :count, :]
+        found = both[..., wide:, :] + of_top * (1 / self.degree)
+        return _weighted(both[..., :wide, :], z, backend), xp.matrix_transpose(found)
+
+
+def _over_channels(product: Array, channels: Array, backend: Backend) -> Array:
+    """Σ_c x_c y_ce: (..., c · k, rows) and (..., c, rows) → (..., k, rows)."""
+    xp = backend.xp
+    count, rows = channels.shape[-2:]
+    split = xp.reshape(product, (*product.shape[:-2], count, product.shape[-2] // count, rows))
+    return xp.sum(split * channels[..., :, None, :], axis=-3)
+
+
+def _weighted(product: Array, z: Array, backend: Backend) -> Array:
+    """Σ_e z_e y_ce: (..., d · k, rows) and (..., k, rows) → (..., rows, d)."""
+    xp = backend.xp
+    k = z.shape[-2]
+    split = xp.reshape(product, (*product.shape[:-2], product.shape[-2] // k, k, product.shape[-1]))
+    return xp.matrix_transpose(xp.sum(split * z[..., None, :, :], axis=-2))
+
+
+def row_products(phi: Array, z: Array, backend: Backend) -> Array:
+    """Φᵀ z: (..., r, rows) and (..., rows, k) → (..., r, k)."""
+    xp = backend.xp
+    *leading, r, rows = phi.shape
+    chains = rows // CHAIN
+    if rows <= CHAIN:
+        return phi @ z
+    cut = chains * CHAIN
+    split = swap_outer(xp.reshape(phi[..., :cut], (*leading, r, chains, CHAIN)), backend)
+    parts = split @ xp.reshape(z[..., :cut, :], (*z.shape[:-2], chains, CHAIN, z.shape[-1]))
+    total = xp.sum(parts, axis=-3)
+    return total if cut == rows else total + phi[..., cut:] @ z[..., cut:, :]
+
+
+def read(phi: Array, transposed: Array, backend: Backend) -> Array:
+    """Mᵀ Φ: (..., r, rows) and Mᵀ (..., k, r) → (..., k, rows)."""
+    xp = backend.xp
+    *leading, r, rows = phi.shape
+    chains = r // CHAIN
+    if r <= CHAIN:
+        return transposed @ phi
+    cut = chains * CHAIN
+    k = transposed.shape[-2]
+    split = xp.reshape(transposed[..., :cut], (*transposed.shape[:-2], k, chains, CHAIN))
+    parts = swap_outer(split, backend) @ xp.reshape(phi[..., :cut, :], (*leading, chains, CHAIN, rows))
+    total = xp.sum(parts, axis=-3)
+    return total if cut == r else total + transposed[..., cut:] @ phi[..., cut:, :]
