@@ -33,7 +33,7 @@ class DecodingState:
     Examples
     --------
     >>> import numpy as np, tattn
-    >>> plan = tattn.plan_for(n=100, dim=4, bound=1.0, dtype="float64", causal=True)
+    >>> plan = tattn.plan_for(n=100, dim=4, bound=1.0, degree=5, causal=True, dtype="float64")
     >>> query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 100, 4))
     >>> state = tattn.DecodingState(plan)
     >>> for i in range(100):
