@@ -167,7 +167,7 @@ def read_out(
             xp.concat([normaliser, with_leading(xp.matrix_transpose(errors), leading, backend)], axis=-1),
         )
 
-    block = block_of(basis, combined.shape[-1] + moments.shape[-1], dtype, leading, backend)
+    block = block_of(basis, basis.width(combined.shape[-1] + moments.shape[-1]), dtype, leading, backend)
     _, (out, rest) = backend.scan_rows(body, None, (q,), block)
     return out, rest
 

@@ -129,7 +129,7 @@ def summed_products(
         return tuple(add(c, p) for c, p in zip(carry, products(phi, v, mask), strict=True)), ()
 
     start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
-    block = block_of(basis, sum(columns for _, columns in shapes), dtype, leading, backend)
+    block = block_of(basis, basis.width(sum(columns for _, columns in shapes)), dtype, leading, backend)
     carry, _ = backend.scan_rows(body, start, (k, v, mask), block)
     return [total for total, _ in carry]
 
@@ -146,7 +146,7 @@ def read_out(
         phi = basis.features(channels(block, unit, dtype, backend), backend)
         return None, divided(basis.read(phi, reader, backend), leading, backend)
 
-    block = block_of(basis, combined.shape[-1], dtype, leading, backend)
+    block = block_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend)
     _, (out, normaliser) = backend.scan_rows(body, None, (q,), block)
     return out, normaliser
 
@@ -200,7 +200,8 @@ def key_adjoint(
     """(dk, dv) of a view whose summary has the gradient `own` (..., r, dv + 1)."""
     dtype = backend.compute_dtype(k.dtype)
     columns = v.shape[-1] + 1
-    basis = Basis.of(k.shape[-1], degree, columns)
+    # The derivatives are there, and give the values' share of the highest degree.
+    basis = Basis(k.shape[-1], degree, degree >= 2)
     leading = broadcast_leading(k, v, mask)
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
     own = sum_to_leading(own, leading, backend)
@@ -271,8 +272,7 @@ def _summaries(
 def block_of(basis: Basis, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
     """Rows in a block: features and columns of one block fit in the workspace."""
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    numbers = basis.held + columns * (1 + basis.dim if basis.lean else 1)
-    return int(block_rows(numbers * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
+    return int(block_rows((basis.held + columns) * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
 
 
 def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:

@@ -108,7 +108,7 @@ def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None
         return add(carry, products), ()
 
     start = zero_sum((*leading, basis.size, columns), dtype, k, backend)
-    block = block_of(basis, columns, dtype, leading, backend)
+    block = block_of(basis, basis.width(columns), dtype, leading, backend)
     (total, lost), _ = backend.scan_rows(body, start, (k, v, mask), block)
     return total, xp.zeros((*leading, 1, 1), dtype=dtype, device=backend.device(k)), -lost
 

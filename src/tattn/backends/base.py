@@ -189,5 +189,5 @@ def block_rows(row_bytes: int, workspace: int, at_most: int) -> int:
     """Rows in a block whose temporaries take `row_bytes` a row: a power of two or a few quarters more, for few distinct shapes."""
     fitting = max(16, workspace // max(1, row_bytes))
     power = 1 << int(math.log2(fitting))
-    step = power // 4 if power >= 512 else power
+    step = max(128, power // 4) if power >= 256 else power
     return int(min(at_most, fitting // step * step))
