@@ -309,6 +309,7 @@ def test_plans_for_workers_differ_in_costs_alone() -> None:
         ({"bandwidth": 1e9}, ValueError, r"^bandwidth should come with workers, got 1000000000.0 alone"),
         ({"workers": 2, "method": "exact"}, tattn.PlanError, r"^a plan for workers .* got exact: exact was asked for"),
         ({"workers": 2, "bound": None, "series": "banded"}, tattn.PlanError, r"^a plan for workers .* got banded"),
+        ({"workers": 2, "causal": True}, tattn.PlanError, r"^a plan for workers .* got causal"),
     ],
 )
 def test_refused_for_workers(options: dict[str, Any], error: type, match: str) -> None:

@@ -19,6 +19,13 @@ class PlanError(ValueError):
     """No plan meets what was asked for, or a plan does not fit the call that it is used for."""
 
 
+class Order(NamedTuple):
+    """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them."""
+
+    causal: bool = False
+    window: tuple[int, ...] | None = None
+
+
 class Inputs(NamedTuple):
     """The arrays of a call, checked."""
 
@@ -31,9 +38,19 @@ class Inputs(NamedTuple):
     lengths: tuple[int, ...]  # n, n_1, …, n_m
     leading: tuple[int, ...]
     traced: bool
+    order: Order
 
 
-def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any, *, rowless: bool = False) -> Inputs:
+def checked_inputs(
+    query: Any,
+    keys: Any,
+    values: Any,
+    key_masks: Any,
+    causal: Any = False,
+    window: Any = None,
+    *,
+    rowless: bool = False,
+) -> Inputs:
     """The arrays of a call; `values` may be None, and rows none at all if `rowless`. TypeError or ValueError names the argument."""
     backend = _backend("query", query)
     keys = _sequence("keys", keys)
@@ -82,6 +99,7 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any, *, rowles
         columns.append(mask)
     leading = _leading(named)
     arrays = (query, *keys, *values, *columns)
+    lengths = tuple(a.shape[-2] for a in (query, *keys))
     return Inputs(
         backend=backend,
         arrays=arrays,
@@ -89,9 +107,10 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any, *, rowles
         dim=dim,
         value_dim=dim if values[0] is None else values[0].shape[-1],
         dtype=backend.dtype_name(query.dtype),
-        lengths=tuple(a.shape[-2] for a in (query, *keys)),
+        lengths=lengths,
         leading=leading,
         traced=backend.is_traced([a for a in arrays if a is not None]),
+        order=checked_order(causal, window, lengths),
     )
 
 
@@ -100,6 +119,29 @@ def checked_options(scale: Any, dim: int, tol: Any, method: Any) -> float:
     checked_method(method)
     positive("tol", tol)
     return 1 / dim if scale is None else positive("scale", scale)
+
+
+def checked_order(causal: Any, window: Any, lengths: Sequence[int]) -> Order:
+    """`causal` and `window` for a call with lengths (n, n_1, …, n_m); a window implies causal."""
+    causal = true_or_false("causal", causal)
+    views = len(lengths) - 1
+    if window is not None:
+        if not isinstance(window, (list, tuple)):
+            raise TypeError(
+                f"window should be a list or tuple of {views} whole numbers, one for each view, got {type(window).__name__}"
+            )
+        if len(window) != views:
+            raise ValueError(f"window should have one number for each of the {views} views, got {len(window)}")
+        window = tuple(whole(f"window[{i}]", w, 1) for i, w in enumerate(window))
+    if not causal and window is None:
+        return Order()
+    for i, length in enumerate(lengths[1:]):
+        if length < lengths[0]:
+            raise ValueError(
+                f"keys[{i}] should have at least as many rows as query, {lengths[0]}, where attention is causal: the last "
+                f"rows are aligned, and with {length} the first {lengths[0] - length} rows of query would see none"
+            )
+    return Order(True, window)
 
 
 def positive(name: str, value: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import banded, exact, hybrid, lowrank
+from . import banded, exact, exact_causal, hybrid, lowrank, lowrank_causal
 from .arrays import in_parts, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall
@@ -159,7 +159,10 @@ def check_kind(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
     """PlanError if the plan was made for another kind of call."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
-    asked = {"dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale}
+    asked = {
+        "dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale,
+        "causal": inputs.order.causal, "window": inputs.order.window,
+    }  # fmt: skip
     for name, value in asked.items():
         if getattr(plan, name) != value:
             raise PlanError(f"plan was made for {name} {getattr(plan, name)}, the call has {name} {value}")
@@ -203,11 +206,16 @@ def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
 def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     """Forward, backward and what they depend on, for a plan."""
     views = inputs.views
+    if plan.method == "exact" and plan.causal:
+        call = exact_causal.CausalCall(plan.scale, views, plan.window)
+        return Work(_exact_causal_forward, _exact_causal_backward, call, inputs.arrays, plan)
     if plan.method == "exact":
         return Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
     if plan.series == "banded":
         return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
     low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    if plan.causal:
+        return Work(_lowrank_causal_forward, _lowrank_causal_backward, low, inputs.arrays, plan)
     return Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
 
 
@@ -267,12 +275,28 @@ def _exact_backward(call: Any, backend: Backend, arrays: Sequence[Array | None])
     return _backward(exact, call, backend, arrays)
 
 
+def _exact_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(exact_causal, call, backend, arrays)
+
+
+def _exact_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(exact_causal, call, backend, arrays)
+
+
 def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _forward(lowrank, call, backend, arrays)
 
 
 def _lowrank_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _backward(lowrank, call, backend, arrays)
+
+
+def _lowrank_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(lowrank_causal, call, backend, arrays)
+
+
+def _lowrank_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(lowrank_causal, call, backend, arrays)
 
 
 def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
+from .checks import Order
+from .lowrank_causal import span_of
+
+_ALL = Order()
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,6 +61,10 @@ class Plan:
         Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
     recomputed : float
         Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
+    causal : bool
+        For calls in which a query row sees only keys up to its own row.
+    window : tuple of int or None
+        And of those only the last so many of each view.
     workers : int
         Workers that the rows are spread over; costs are those of all together.
     bytes_sent : float
@@ -92,6 +101,8 @@ class Plan:
     bands: int = 0
     moment: int = 0
     recomputed: float = 0.0
+    causal: bool = False
+    window: tuple[int, ...] | None = None
     workers: int = 1
     bytes_sent: float = 0.0
     seconds: float = inf
@@ -107,6 +118,8 @@ class Plan:
             rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
         if self.recomputed:
             rows.append(("rows exact", f"{self.recomputed:.2%}"))
+        if self.causal:
+            rows.append(("sees", "up to its own row" if self.window is None else f"windows of {self.window}"))
         word = "certified" if self.certified else "estimated"
         unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
         size = "x".join(f"{n:,}" for n in self.lengths)
@@ -144,6 +157,7 @@ class Shape:
     dtype: str
     lengths: tuple[int, ...]
     leading: int
+    order: Order = _ALL
 
     def polynomial_cost(self, rank: int) -> tuple[float, float]:
         """Operations and bytes of the polynomial method."""
@@ -153,6 +167,14 @@ class Shape:
         # Problems are taken in parts, of some eight blocks together, or one by one.
         one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
         memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
+        if self.order.causal:
+            # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
+            span, several = span_of(self.views), self.views > 1
+            inside = 2.0 * span * (self.views * (self.value_dim + 1) if several else 1)
+            flops += (
+                self.lengths[0] * self.leading * rank * (inside + 2.0 * several * self.views * (self.value_dim + 1))
+            )
+            memory += max(min(span * one, 32 << 20), 2 * one) + (8 << 20)
         return flops, memory
 
     def banding_cost(self, rank: int, moments: int, bands: int) -> float:
@@ -163,7 +185,18 @@ class Shape:
 
     def exact_cost(self) -> tuple[float, float]:
         """Operations and bytes of the exact method; an exponential counts as 16."""
-        return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+        return self._scores() * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+
+    def _scores(self) -> float:
+        """Scores of a problem, those that the order of rows leaves out not counted."""
+        n, *lengths = self.lengths
+        if not self.order.causal:
+            return float(prod(self.lengths))
+        windows = self.order.window or lengths
+        # The mean over rows, at the middles of 64 parts.
+        rows = [(part + 0.5) / 64 * n for part in range(64)]
+        seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
+        return float(sum(seen)) / 64 * n
 
 
 def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | None) -> Plan:
@@ -224,6 +257,8 @@ def plan_of(
         bytes_exact=bytes_exact,
         bytes_polynomial=memory,
         reason=reason,
+        causal=shape.order.causal,
+        window=shape.order.window,
     )
 
 

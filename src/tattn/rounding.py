@@ -35,8 +35,9 @@ def lowrank_rounding(
     views: int,
     value_dim: int,
     dtype: str,
+    span: int = 0,
 ) -> tuple[float, float]:
-    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser.
+    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser; prefixes in spans of so many rows, if any.
 
     The monomials of degree t add up to at most |c_t| R^t for a pair in absolute value, whatever cancels; the mean of
     P over all pairs is at least (1 − δ) exp of the mean score (Jensen).
@@ -45,12 +46,14 @@ def lowrank_rounding(
     if least <= 0:
         return inf, inf
     # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views) + 4
+    # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
+    prefixes = views * (CHAIN + 3 * span) + span if span else 0
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views + prefixes) + 4
     plain = steep = 0.0
     for t, c in enumerate(coefficients):
         count = (views + 1) * (t + 2) + chains
         plain += abs(c) * bound**t * count
-        steep += t * abs(c) * bound ** max(0, t - 1) * (count + LAMBDA * sqrt(value_dim + 1) + 2)
+        steep += t * abs(c) * bound ** max(0, t - 1) * (count + LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 2)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
 

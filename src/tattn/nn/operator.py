@@ -70,7 +70,9 @@ def plan_of_text(text: str) -> Plan:
 
 
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:
-    return work_of(checked_inputs(query, list(keys), list(values), list(masks)), plan_of_text(text), certify)
+    plan = plan_of_text(text)
+    inputs = checked_inputs(query, list(keys), list(values), list(masks), plan.causal, plan.window)
+    return work_of(inputs, plan, certify)
 
 
 _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"
