@@ -6,10 +6,11 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "tests", "conformance", "doctest", "docs"]
+nox.options.sessions = ["lint", "types", "tests", "conformance", "distributed", "doctest", "docs"]
 
 # On Python 3.11 this pin is a small wheel without CUDA.
 TORCH = "torch==2.13.0"
+ZARR = "zarr>=3"
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST, DOCS = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs"))
 LIBRARIES = {
@@ -46,7 +47,8 @@ def tests(session: nox.Session, library: str) -> None:
     session.install("-e", ".", *TEST, *LIBRARIES[library], *extras)
     if library == "numpy":
         session.install("--no-deps", MODEL)
-    options = ("-n", "auto", "--dist", "loadfile", "--library", library, "--ignore=tests/test_conformance.py")
+    elsewhere = [f"--ignore=tests/test_{name}.py" for name in ("conformance", "distributed", "dask")]
+    options = ("-n", "auto", "--dist", "loadfile", "--library", library, *elsewhere)
     session.run("pytest", *options, *session.posargs, env=ONE_THREAD)
 
 
@@ -60,6 +62,15 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def distributed(session: nox.Session) -> None:
+    """Rows spread over processes: torch.distributed by torchrun, Dask on a cluster of processes, and their examples."""
+    session.install("-e", ".[dask]", *TEST, TORCH, ZARR)
+    # Without one of these tests would be skipped.
+    session.run("python", "-c", "import dask.array, distributed, torch.distributed, zarr")
+    session.run("pytest", "tests/test_distributed.py", "tests/test_dask.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def doctest(session: nox.Session) -> None:
     """The examples in docstrings, in the README and in the documentation."""
     session.install("-e", ".", *TEST)
@@ -69,6 +80,7 @@ def doctest(session: nox.Session) -> None:
         "--ignore=src/tattn/backends",
         # Those of layers run with the tests of torch and JAX.
         "--ignore-glob=src/tattn/nn/[!_c]*.py",
+        "--ignore-glob=src/tattn/distributed/[!_]*.py",
         "src/tattn",
         "--doctest-glob=*.md",
         "README.md",
@@ -80,7 +92,7 @@ def doctest(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, into docs/_build/html; warnings, and references that lead nowhere, are errors."""
-    session.install("-e", ".", *DOCS, TORCH, "jax>=0.5")
+    session.install("-e", ".[dask]", *DOCS, TORCH, "jax>=0.5")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 

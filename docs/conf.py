@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import re
-from math import inf
+from math import ceil, inf, log2
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tattn.__main__ import main
 from tattn.exponential import minimax
 from tattn.monomials import rank
 from tattn.planning import MAX_RANK
+from tattn.plans import si
 
 project = "tattn"
 version = release = tattn.__version__
@@ -28,7 +29,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "_generated", "bands"]
+exclude_patterns = ["_build", "_generated", "bands", "causal", "scaling"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -127,10 +128,39 @@ def _reach() -> str:
     return _table("", [f"tol = {_power(tol)}" for tol in tols], rows)
 
 
+def _scaling() -> str:
+    """What plans say of 10^9 rows on 1,024 workers at assumed rates."""
+    n, workers, flops, bandwidth, latency = 10**9, 1024, 10e12, 50e9, 10e-6
+    rows = []
+    for dim in (4, 8, 16):
+        plan = tattn.plan_for(n=n, dim=dim, bound=1.0, workers=workers, flops=flops, bandwidth=bandwidth)
+        sending = plan.bytes_sent / bandwidth
+        exact = plan.flops_exact / workers / flops / (365.25 * 86400)
+        cells = [f"{plan.degree}, {plan.rank:,}", f"{plan.error:.1e}", f"{si(plan.flops_polynomial)}flop"]
+        cells += [f"{si(plan.bytes_sent)}B", f"{sending * 1e3:.2g} ms", f"{plan.seconds * 1e3:.3g} ms"]
+        rows.append((f"d = {dim}", [*cells, f"{plan.seconds_gradient * 1e3:.3g} ms", f"{exact:,.0f} years"]))
+    columns = ["degree, rank", "certified error", "forward, all workers", "sent by each", "sending", "forward"]
+    table = _table("", [*columns, "with gradient", "exact, forward"], rows)
+    steps = 2 * ceil(log2(workers))
+    return (
+        f"n = {n:,} in query and in two views, dv = d, scores within ±1, tol = 1e-3, float32; {workers:,} workers, of which each "
+        f"reaches {si(flops)}flop/s and sends {si(bandwidth)}B/s. These rates are assumed, not measured.\n\n{table}\n"
+        f"Latency comes on top. At an assumed {latency * 1e6:.0f} µs a message, {steps} messages one after another up and down a "
+        f"tree are {steps * latency * 1e3:.2g} ms for each sum; round a ring of {workers:,} they would be "
+        f"{2 * (workers - 1) * latency * 1e3:.0f} ms, so buffers this small go by a tree.\n"
+    )
+
+
 def _generate() -> None:
     """Write the pages' parts that are computed: only where they changed, so that builds stay incremental."""
     _GENERATED.mkdir(exist_ok=True)
-    for name, text in {"commands": _commands(), "ranks": _ranks(), "degrees": _degrees(), "reach": _reach()}.items():
+    for name, text in {
+        "commands": _commands(),
+        "ranks": _ranks(),
+        "degrees": _degrees(),
+        "reach": _reach(),
+        "scaling": _scaling(),
+    }.items():
         file = _GENERATED / f"{name}.md"
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.write_text(text, encoding="utf-8")

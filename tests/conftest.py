@@ -134,6 +134,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     of_libraries = {
         "test_torch",
+        "test_distributed",
         "test_jax",
         "test_nn_torch",
         "test_nn_jax",

@@ -27,6 +27,8 @@ def dense(
     *,
     scale: float | None = None,
     masks: Sequence[np.ndarray | None] | None = None,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
     grad_out: np.ndarray | None = None,
     grad_lse: np.ndarray | None = None,
     function: Callable[[np.ndarray], np.ndarray] = np.exp,
@@ -45,6 +47,12 @@ def dense(
         if mask is not None:
             shape = (*mask.shape[:-1], 1, *(mask.shape[-1] if j == i else 1 for j in range(m)))
             present = present & np.asarray(mask).reshape(shape)
+    if causal or window is not None:
+        n = q.shape[-2]
+        for i, k in enumerate(ks):
+            behind = np.arange(n)[:, None] + k.shape[-2] - n - np.arange(k.shape[-2])
+            seen = (behind >= 0) & (behind < (np.inf if window is None else window[i]))
+            present = present & seen.reshape(n, *(k.shape[-2] if j == i else 1 for j in range(m)))
     axes = tuple(range(-m, 0))
     # exp is shifted by the largest score; a polynomial is taken as it is.
     masked = np.where(present, scores, -np.inf)

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "contexts": {"context_dims": (4, 5)},
     "shared keys": {"num_heads": 4, "num_key_heads": 2, "value_dim": 2},
     "learned": {"learn_bound": True, "bound": 1.5},
+    "causal": {"causal": True},
     "contexts, shared and learned": {
         "context_dims": (4, 5), "num_heads": 4, "num_key_heads": 1, "value_dim": 5, "learn_bound": True,
     },
@@ -140,7 +141,7 @@ def reference(
     """The layer by its definition, and what errors of the heads, relative to their values, come to in its output."""
     query, keys, values = heads_of(config, params, x, contexts)
     given = None if masks is None else [None if m is None else m[..., None, :] for m in masks]
-    out = dense(query, keys, values, scale=config.scale, masks=given).out
+    out = dense(query, keys, values, scale=config.scale, masks=given, causal=config.causal).out
     allowed = np.broadcast_to(error * value_sizes(values, given), out.shape)
 
     def joined(heads: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -259,3 +260,64 @@ def test_estimates_of_many_heads_on_shared_keys_stay_small() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400 << 20
+
+
+# Workers.
+
+RATES = {"workers": 64, "bandwidth": 1e9, "flops": 1e10}
+
+
+def test_what_workers_send_and_how_long_they_take() -> None:
+    one = tattn.plan_for(n=10**6, dim=4, value_dim=7, bound=1.0, order=4)
+    plan = tattn.plan_for(n=10**6, dim=4, value_dim=7, bound=1.0, order=4, **RATES)
+    # Three views, rank × (dv + 1) numbers of eight bytes, once round the ring to add and once to tell.
+    assert plan.bytes_sent == pytest.approx(2 * 63 / 64 * 3 * one.rank * 8 * 8)
+    computing, sending = one.flops_polynomial / 64 / 1e10, plan.bytes_sent / 1e9
+    assert plan.seconds == pytest.approx(computing + sending)
+    assert plan.seconds_gradient == pytest.approx(3 * computing + 2 * sending)
+    # Ten times the rows: nothing more to send.
+    longer = tattn.plan_for(n=10**7, dim=4, value_dim=7, bound=1.0, order=4, **RATES)
+    assert longer.bytes_sent == plan.bytes_sent
+    assert longer.seconds - sending == pytest.approx(10 * computing)
+    text = str(plan)
+    assert f"workers            64, each sends {plan.bytes_sent / 1e3:.3g} kB forward and as much backward" in text
+    assert f"estimated time     {plan.seconds:.3g} s, {plan.seconds_gradient:.3g} s with the gradient" in text
+    # What was not asked for is not said.
+    assert one.seconds == inf
+    assert "workers" not in str(one)
+    assert "estimated time" not in str(tattn.plan_for(n=10**6, dim=4, bound=1.0, workers=64, bandwidth=1e9))
+    assert tattn.plan_for(n=10**6, dim=4, bound=1.0, flops=1e9).seconds == pytest.approx(
+        tattn.plan_for(n=10**6, dim=4, bound=1.0).flops_polynomial / 1e9
+    )
+
+
+def test_plans_for_workers_differ_in_costs_alone() -> None:
+    rows = np.zeros((2, 4), np.float32)
+    summaries = [
+        tattn.summarize([rows, rows], [rows, rows], tattn.plan_for(n=10**6, dim=4, bound=1.0, **options))
+        for options in ({}, RATES)
+    ]
+    assert float((summaries[0] + summaries[1]).counts[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"workers": 0}, ValueError, r"^workers should be at least 1, got 0"),
+        ({"workers": 2.0}, TypeError, r"^workers should be a whole number, got float"),
+        ({"workers": 2, "bandwidth": 0.0}, ValueError, r"^bandwidth should be finite and above 0, got 0.0"),
+        ({"flops": -1.0}, ValueError, r"^flops should be finite and above 0, got -1.0"),
+        ({"bandwidth": 1e9}, ValueError, r"^bandwidth should come with workers, got 1000000000.0 alone"),
+        ({"workers": 2, "method": "exact"}, tattn.PlanError, r"^a plan for workers .* got exact: exact was asked for"),
+        ({"workers": 2, "bound": None, "series": "banded"}, tattn.PlanError, r"^a plan for workers .* got banded"),
+        ({"workers": 2, "causal": True}, tattn.PlanError, r"^a plan for workers .* got causal"),
+    ],
+)
+def test_refused_for_workers(options: dict[str, Any], error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        tattn.plan_for(**{"n": 10**6, "dim": 4, "bound": 1.0, **options})
+
+
+def test_workers_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--n=1000000", "--dim=4", "--bound=1", "--workers=64", "--bandwidth=1e9", "--flops=1e10"]) == 0
+    assert capsys.readouterr().out.strip() == str(tattn.plan_for(n=10**6, dim=4, bound=1.0, **RATES))

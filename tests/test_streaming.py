@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import operator
 import pickle
+import re
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 from functools import reduce
 from math import log, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -943,3 +947,29 @@ def test_tokens_that_do_not_fit() -> None:
         one,
     )
     refuse(TypeError, r"^query should be an array .*, got list", state.step, [1.0], one, one)
+
+
+# Examples.
+
+
+def example(name: str, *arguments: str) -> str:
+    """What it prints, in a process of its own: it may limit its memory."""
+    program = Path(__file__).parent.parent / "examples" / name
+    done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_file_passes_under_a_limit_of_address_space() -> None:
+    """A file of 458 MiB in 400; what is read at a time and kept is less than half of that."""
+    if sys.platform != "linux":
+        pytest.skip("limits of address space are Linux's")
+    printed = example("streaming.py", "--rows", "3000000", "--limit", "400")
+    assert "the files cannot be read at once: MemoryError" in printed
+    error = float(re.search(r"error (\S+) against exact", printed)[1])  # type: ignore[index]
+    assert error <= float(re.search(r"certified (\S+);", printed)[1])  # type: ignore[index]
+
+
+def test_decoding_is_attention_to_prefixes() -> None:
+    printed = example("decoding.py", "--tokens", "300")
+    assert float(printed.rpartition(" by ")[2]) <= 1e-12

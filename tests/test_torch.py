@@ -19,6 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 PLANS = {
     "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
     "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),
+    "causal polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64", causal=True),
+    "causal exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64", causal=True),
 }
 
 
@@ -37,12 +39,12 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tensors(device: str) -> list[Any]:
     rng = np.random.default_rng(0)
-    shapes = [(6, 3), (5, 3), (4, 3), (5, 2), (4, 2)]
+    shapes = [(4, 3), (5, 3), (6, 3), (5, 2), (6, 2)]
     return [torch.tensor(rng.uniform(-1, 1, s), device=device, requires_grad=True) for s in shapes]
 
 
 def attend(plan: tattn.Plan, **options: Any) -> Callable[..., Any]:
-    return lambda q, a, b, u, v: tattn.tensor_attention(q, [a, b], [u, v], plan=plan, **options)
+    return lambda q, a, b, u, v: tattn.tensor_attention(q, [a, b], [u, v], plan=plan, causal=plan.causal, **options)
 
 
 def loss(plan: tattn.Plan) -> Callable[..., Any]:
@@ -69,7 +71,7 @@ def test_with_masks_and_shared_keys(plan: tattn.Plan, tensors: list[Any]) -> Non
     heads = torch.stack([q.detach(), 0.5 * q.detach()]).requires_grad_()
 
     def of(q: Any, *rest: Any) -> Any:
-        return tattn.tensor_attention(q, rest[:2], rest[2:], plan=plan, key_masks=[mask, None])
+        return tattn.tensor_attention(q, rest[:2], rest[2:], plan=plan, causal=plan.causal, key_masks=[mask, None])
 
     assert torch.autograd.gradcheck(of, (heads, a, b, u, v))
     assert torch.autograd.gradgradcheck(of, (heads, a, b, u, v))
@@ -150,10 +152,12 @@ def test_the_pullback_is_differentiable(plan: tattn.Plan, tensors: list[Any]) ->
     q, a, b, u, v = tensors
 
     def dquery(q: Any, g: Any) -> Any:
-        _, pullback = tattn.tensor_attention_vjp(q, [a.detach(), b.detach()], [u.detach(), v.detach()], plan=plan)
+        _, pullback = tattn.tensor_attention_vjp(
+            q, [a.detach(), b.detach()], [u.detach(), v.detach()], plan=plan, causal=plan.causal
+        )
         return pullback(g)[0]
 
-    grad = torch.ones(6, 2, dtype=torch.float64, device=q.device, requires_grad=True)
+    grad = torch.ones(4, 2, dtype=torch.float64, device=q.device, requires_grad=True)
     assert torch.autograd.gradcheck(dquery, (q, grad))
 
 

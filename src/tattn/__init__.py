@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import nn, products, training
+from . import distributed, nn, products, training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .decoding import DecodingState
@@ -19,6 +19,7 @@ __all__ = [
     "PlanError",
     "Summary",
     "__version__",
+    "distributed",
     "measure_error",
     "nn",
     "plan",

@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--degree", type=int, help="force the polynomial method at this degree")
     plan.add_argument("--method", choices=METHODS, default="auto")
     plan.add_argument("--series", choices=SERIES, default="minimax")
+    plan.add_argument("--workers", type=int, help="processes or machines with a share of the rows each")
+    plan.add_argument("--bandwidth", type=float, help="bytes a second that a worker sends")
+    plan.add_argument("--flops", type=float, help="operations a second that a worker reaches")
     plan.add_argument("--json", action="store_true", help="for programs")
 
     demo = commands.add_parser("demo", help="attention heads of a trained encoder on a real text")

@@ -26,6 +26,8 @@ def tensor_attention(
     method: str = "auto",
     plan: Plan | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
     return_lse: bool = False,
     return_error: bool = False,
     return_plan: bool = False,
@@ -63,6 +65,11 @@ def tensor_attention(
         and ``torch.compile``, and then with a bound of the caller's own.
     key_masks : sequence of m boolean arrays (..., n_μ) or None, optional
         True where to attend. Where every pair is masked the output and its gradients are 0 and lse is −inf.
+    causal : bool
+        Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: of n queries and n_μ ≥ n keys, row i
+        sees those j ≤ i + n_μ − n.
+    window : sequence of m ints, optional
+        Of those the last ``window[μ]`` alone, i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal`; by the exact method.
     return_lse : bool
         Also return log Σ exp of the scores, (..., n).
     return_error : bool
@@ -89,7 +96,8 @@ def tensor_attention(
     Notes
     -----
     Polynomial method: O((n + Σ n_μ) r dv) time for rank r, O(r dv) memory beyond inputs and outputs. Exact method:
-    O(n Π n_μ (d + dv)) time in constant memory. Theorem 4.2 and Lemma F.1 of arXiv 2405.16411.
+    O(n Π n_μ (d + dv)) time in constant memory, O(n Π window[μ] (d + dv)) with windows. Theorem 4.2 and Lemma F.1 of
+    arXiv 2405.16411.
 
     Examples
     --------
@@ -100,7 +108,8 @@ def tensor_attention(
     >>> tattn.tensor_attention(query, keys, values).shape
     (1000, 4)
     """
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, return_error)
+    order = (causal, window)
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, return_error)
     if work.result is None or inputs.backend.records(work.arrays):
         result = inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
     else:
@@ -118,6 +127,8 @@ def tensor_attention_vjp(
     method: str = "auto",
     plan: Plan | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
     return_lse: bool = False,
     return_error: bool = False,
     return_plan: bool = False,
@@ -126,7 +137,7 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, return_lse, return_error, return_plan
+    query, keys, values, scale, tol, method, plan, key_masks, causal, window, return_lse, return_error, return_plan
         As in `tensor_attention`.
 
     Returns
@@ -155,7 +166,8 @@ def tensor_attention_vjp(
     >>> dquery.shape, len(dkeys), len(dvalues)
     ((500, 4), 2, 2)
     """
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, return_error)
+    order = (causal, window)
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, return_error)
     backend = inputs.backend
     # In torch, inputs that need gradients save themselves and not every block's features.
     result = work.result or backend.differentiable(work.forward, work.backward, work.call, work.arrays)
@@ -211,19 +223,28 @@ def _grouped(gradients: Sequence[Array], inputs: Inputs) -> tuple[Array, tuple[A
 
 
 def _prepare(
-    query: Array, keys: Any, values: Any, scale: Any, tol: Any, method: Any, plan: Any, key_masks: Any, certify: bool
+    query: Array,
+    keys: Any,
+    values: Any,
+    scale: Any,
+    tol: Any,
+    method: Any,
+    plan: Any,
+    key_masks: Any,
+    order: tuple[Any, Any],
+    certify: bool,
 ) -> tuple[Inputs, Work]:
     """Inputs, checked, and what to compute for them."""
     if values is None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, key_masks)
+    inputs = checked_inputs(query, keys, values, key_masks, *order)
     if plan is not None and scale is None and isinstance(plan, Plan):
         scale = plan.scale
     number = checked_options(scale, inputs.dim, tol, method)
     if plan is not None:
         check_plan(plan, inputs, number, method)
         return inputs, work_of(inputs, plan, certify)
-    if inputs.traced and method != "exact":
+    if inputs.traced and method != "exact" and inputs.order.window is None:
         raise PlanError(
             "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound of your own, "
             "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"

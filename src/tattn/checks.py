@@ -19,6 +19,13 @@ class PlanError(ValueError):
     """No plan meets what was asked for, or a plan does not fit the call that it is used for."""
 
 
+class Order(NamedTuple):
+    """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them."""
+
+    causal: bool = False
+    window: tuple[int, ...] | None = None
+
+
 class Inputs(NamedTuple):
     """The arrays of a call, checked."""
 
@@ -31,10 +38,20 @@ class Inputs(NamedTuple):
     lengths: tuple[int, ...]  # n, n_1, …, n_m
     leading: tuple[int, ...]
     traced: bool
+    order: Order
 
 
-def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs:
-    """The arrays of a call; `values` may be None. TypeError or ValueError names the argument."""
+def checked_inputs(
+    query: Any,
+    keys: Any,
+    values: Any,
+    key_masks: Any,
+    causal: Any = False,
+    window: Any = None,
+    *,
+    rowless: bool = False,
+) -> Inputs:
+    """The arrays of a call; `values` may be None, and rows none at all if `rowless`. TypeError or ValueError names the argument."""
     backend = _backend("query", query)
     keys = _sequence("keys", keys)
     if values is None:
@@ -56,7 +73,7 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs
     for name, a in named:
         _same_library(name, a, backend)
         _floating(name, a, query, backend)
-        _shape(name, a)
+        _shape(name, a, rowless)
     dim = query.shape[-1]
     for i, k in enumerate(keys):
         if k.shape[-1] != dim:
@@ -82,6 +99,7 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs
         columns.append(mask)
     leading = _leading(named)
     arrays = (query, *keys, *values, *columns)
+    lengths = tuple(a.shape[-2] for a in (query, *keys))
     return Inputs(
         backend=backend,
         arrays=arrays,
@@ -89,9 +107,10 @@ def checked_inputs(query: Any, keys: Any, values: Any, key_masks: Any) -> Inputs
         dim=dim,
         value_dim=dim if values[0] is None else values[0].shape[-1],
         dtype=backend.dtype_name(query.dtype),
-        lengths=tuple(a.shape[-2] for a in (query, *keys)),
+        lengths=lengths,
         leading=leading,
         traced=backend.is_traced([a for a in arrays if a is not None]),
+        order=checked_order(causal, window, lengths),
     )
 
 
@@ -100,6 +119,29 @@ def checked_options(scale: Any, dim: int, tol: Any, method: Any) -> float:
     checked_method(method)
     positive("tol", tol)
     return 1 / dim if scale is None else positive("scale", scale)
+
+
+def checked_order(causal: Any, window: Any, lengths: Sequence[int]) -> Order:
+    """`causal` and `window` for a call with lengths (n, n_1, …, n_m); a window implies causal."""
+    causal = true_or_false("causal", causal)
+    views = len(lengths) - 1
+    if window is not None:
+        if not isinstance(window, (list, tuple)):
+            raise TypeError(
+                f"window should be a list or tuple of {views} whole numbers, one for each view, got {type(window).__name__}"
+            )
+        if len(window) != views:
+            raise ValueError(f"window should have one number for each of the {views} views, got {len(window)}")
+        window = tuple(whole(f"window[{i}]", w, 1) for i, w in enumerate(window))
+    if not causal and window is None:
+        return Order()
+    for i, length in enumerate(lengths[1:]):
+        if length < lengths[0]:
+            raise ValueError(
+                f"keys[{i}] should have at least as many rows as query, {lengths[0]}, where attention is causal: the last "
+                f"rows are aligned, and with {length} the first {lengths[0] - length} rows of query would see none"
+            )
+    return Order(True, window)
 
 
 def positive(name: str, value: Any) -> float:
@@ -489,11 +531,14 @@ def _device(name: str, array: Any, query: Any, backend: Backend, like: str = "th
         raise ValueError(f"{name} should be on {like}'s device {expected}, got {device}")
 
 
-def _shape(name: str, array: Any) -> None:
+def _shape(name: str, array: Any, rowless: bool = False) -> None:
     shape = tuple(array.shape)
     if len(shape) < 2:
         raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
-    _not_empty(name, shape)
+    if not rowless:
+        _not_empty(name, shape)
+    elif 0 in (*shape[:-2], shape[-1]):
+        raise ValueError(f"{name} should have no dimension of length 0 but for its rows, got shape {shape}")
 
 
 def _not_empty(name: str, shape: tuple[int, ...]) -> None:
@@ -508,11 +553,7 @@ def _planned(name: str, array: Any, dtype: str, like: Any, backend: Backend, of:
     if given != dtype:
         raise TypeError(f"{name} should have the plan's dtype {dtype}, got {given}")
     _device(name, array, like, backend, of)
-    shape = tuple(array.shape)
-    if len(shape) < 2:
-        raise ValueError(f"{name} should have at least two dimensions (..., rows, channels), got shape {shape}")
-    if 0 in (*shape[:-2], shape[-1]):
-        raise ValueError(f"{name} should have no dimension of length 0 but for its rows, got shape {shape}")
+    _shape(name, array, rowless=True)
 
 
 def _mask(name: str, mask: Any, key_name: str, key: Any, query: Any, backend: Backend) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import banded, exact, hybrid, lowrank, scorewise
+from . import banded, exact, exact_causal, hybrid, lowrank, lowrank_causal, scorewise
 from .arrays import in_parts, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall
@@ -20,6 +20,7 @@ from .estimation import sampled_errors
 from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
 from .planning import banded_candidates, measured, plan_inputs
 from .plans import Plan
+from .ranges import Ranges
 from .rounding import exact_errors
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
@@ -154,16 +155,24 @@ def _hybrid_work(
     )
 
 
-def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
-    """PlanError if the plan was made for another kind of call, or for smaller scores."""
+def check_kind(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
+    """PlanError if the plan was made for another kind of call."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
-    asked = {"dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale}
+    asked = {
+        "dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale,
+        "causal": inputs.order.causal, "window": inputs.order.window,
+    }  # fmt: skip
     for name, value in asked.items():
         if getattr(plan, name) != value:
             raise PlanError(f"plan was made for {name} {getattr(plan, name)}, the call has {name} {value}")
     if method not in ("auto", plan.method):
         raise PlanError(f"plan has method {plan.method!r}, the call asks for method {method!r}")
+
+
+def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
+    """PlanError if the plan was made for another kind of call, or for smaller scores."""
+    check_kind(plan, inputs, scale, method)
     if plan.source in ("promise", "answer"):
         if plan.bands > min(inputs.lengths):
             raise PlanError(f"plan has {plan.bands} bands, more than the {min(inputs.lengths)} rows of a view")
@@ -175,8 +184,12 @@ def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
             f"plan rests on the range of other data, which a traced call cannot check: make it a promise of your own, "
             f"tattn.plan(query, keys, bound={plan.bound:.4g})"
         )
-    found = measured(inputs, scale)
-    checked_finite(found.largest, inputs.views)
+    check_ranges(plan, measured(inputs, scale), inputs.views)
+
+
+def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
+    """PlanError if a plan made from data serves smaller scores than those of this data; ValueError for NaN in it."""
+    checked_finite(found.largest, views)
     if plan.source == "data":
         if found.bound > plan.bound:
             raise PlanError(
@@ -193,11 +206,16 @@ def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
 def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     """Forward, backward and what they depend on, for a plan."""
     views = inputs.views
+    if plan.method == "exact" and plan.causal:
+        call = exact_causal.CausalCall(plan.scale, views, plan.window)
+        return Work(_exact_causal_forward, _exact_causal_backward, call, inputs.arrays, plan)
     if plan.method == "exact":
         return Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
     if plan.series == "banded":
         return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
     low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    if plan.causal:
+        return Work(_lowrank_causal_forward, _lowrank_causal_backward, low, inputs.arrays, plan)
     if plan.by_scores(inputs.lengths, inputs.value_dim):
         return Work(_scorewise_forward, _scorewise_backward, low, inputs.arrays, plan)
     return Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
@@ -259,6 +277,14 @@ def _exact_backward(call: Any, backend: Backend, arrays: Sequence[Array | None])
     return _backward(exact, call, backend, arrays)
 
 
+def _exact_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(exact_causal, call, backend, arrays)
+
+
+def _exact_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(exact_causal, call, backend, arrays)
+
+
 def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _forward(lowrank, call, backend, arrays)
 
@@ -273,6 +299,14 @@ def _scorewise_forward(call: Any, backend: Backend, arrays: Sequence[Array | Non
 
 def _scorewise_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _backward(scorewise, call, backend, arrays)
+
+
+def _lowrank_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _forward(lowrank_causal, call, backend, arrays)
+
+
+def _lowrank_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
+    return _backward(lowrank_causal, call, backend, arrays)
 
 
 def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

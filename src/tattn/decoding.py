@@ -16,6 +16,8 @@ from .streaming import Summary, check_same_plan, check_streams, summarize
 class DecodingState:
     """What causal attention keeps of the tokens so far: query i sees the pairs (triples, …) of keys j ≤ i, k ≤ i, ….
 
+    Outputs are the rows of ``tensor_attention(..., causal=True)``.
+
     Both prefixes grow by a row with every token, and the pairs of two prefixes factorise: a summary of each is all that is
     needed, r (dv + 1) numbers for each view however long the stream. Immutable: a step returns a new state, and one state may be
     continued in several ways.
@@ -23,7 +25,7 @@ class DecodingState:
     Parameters
     ----------
     plan : Plan
-        As in `summarize`. Its error holds for every output if its bound does.
+        As in `summarize`. Its error holds for every output if its bound does, of a promised bound or made with ``causal=True``.
     summary : Summary, optional
         Of rows that all queries see, such as a prompt's. Under ``jax.lax.scan``, which wants a state of one shape from the
         start, that of arrays without rows: ``summarize([keys[..., :0, :], …], …)``.
@@ -31,13 +33,13 @@ class DecodingState:
     Examples
     --------
     >>> import numpy as np, tattn
-    >>> plan = tattn.plan_for(n=100, dim=4, bound=1.0, dtype="float64")
+    >>> plan = tattn.plan_for(n=100, dim=4, bound=1.0, degree=5, causal=True, dtype="float64")
     >>> query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 100, 4))
     >>> state = tattn.DecodingState(plan)
     >>> for i in range(100):
     ...     token = slice(i, i + 1)
     ...     out, state = state.step(query[token], [k[token] for k in keys], [k[token] for k in keys])
-    >>> np.allclose(out, tattn.tensor_attention(query, keys, keys, plan=plan)[-1:])
+    >>> np.allclose(out, tattn.tensor_attention(query, keys, keys, plan=plan, causal=True)[-1:])
     True
     """
 

@@ -71,12 +71,14 @@ def measure_error(
     seed: int = 0,
     scale: float | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """Recompute some query rows exactly and compare.
 
     Parameters
     ----------
-    query, keys, values, scale, key_masks
+    query, keys, values, scale, key_masks, causal, window
         Those of the call that gave `out`.
     out : array (..., n, dv)
         The answer to check.
@@ -104,7 +106,7 @@ def measure_error(
     """
     if values is None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, key_masks)
+    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
     number = checked_options(scale, inputs.dim, 1.0, "exact")
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
@@ -115,10 +117,15 @@ def measure_error(
     query, out, *rest = backend.values_of((query, out, *inputs.arrays[1:]))
     values = rest[inputs.views : 2 * inputs.views]
     chosen = np.random.default_rng(seed).permutation(inputs.lengths[0])[:rows]
-    index = _index(np.sort(chosen), query, backend)
+    chosen = np.sort(chosen)
+    index = _index(chosen, query, backend)
     arrays = (xp.take(query, index, axis=-2), *rest)
+    if inputs.order.causal:
+        arrays = _each_with_its_keys(inputs, arrays, chosen)
     dtype = backend.compute_dtype(query.dtype)
     truth, _, _ = backend.run(exact.forward, exact.ExactCall(number, inputs.views), arrays)
+    if inputs.order.causal:
+        truth = truth[..., 0, :]
     size: Array = 1.0
     for v, mask in zip(values, rest[2 * inputs.views :], strict=True):
         v = backend.cast(v, dtype)
@@ -131,6 +138,19 @@ def measure_error(
         # Which argument is to blame is worth a look only now.
         checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
     return largest, mean
+
+
+def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: np.ndarray) -> tuple[Any, ...]:
+    """Query rows (..., rows, 1, d), each a problem with masks (..., rows, n_μ, 1) of the keys that the row of this number sees."""
+    backend, m = inputs.backend, inputs.views
+    apart: list[Any] = [arrays[0][..., None, :]]  # type: ignore[index]
+    apart += [a[..., None, :, :] for a in arrays[1 : 1 + 2 * m]]  # type: ignore[index]
+    for view, (length, mask) in enumerate(zip(inputs.lengths[1:], arrays[1 + 2 * m :], strict=True)):
+        behind = (chosen + length - inputs.lengths[0])[:, None] - np.arange(length)
+        window = length if inputs.order.window is None else inputs.order.window[view]
+        seen = _index((behind >= 0) & (behind < window), arrays[0], backend)[..., None] > 0
+        apart.append(seen if mask is None else seen & mask[..., None, :, :])
+    return tuple(apart)
 
 
 def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> Iterator[np.ndarray]:

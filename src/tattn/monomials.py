@@ -141,3 +141,33 @@ def raised(dim: int, degree: int) -> np.ndarray:
 def raised_factors(dim: int, degree: int) -> np.ndarray:
     """β_c + 1 in the order of `raised`, (d · r',) float64."""
     return (exponents(dim, degree - 1).T + 1.0).reshape(-1)
+
+
+def pull_back(x: Array, phi: Array, y: Array, degree: int, backend: Backend) -> Array:
+    """Σ_α y_α ∂x^α/∂x backwards through the recursion: (..., d, rows), `features` of it, (..., r, rows) → (..., d, rows).
+
+    Two multiplications and two additions a monomial.
+    """
+    xp = backend.xp
+    dim = x.shape[-2]
+    levels = runs(dim, degree)
+    gradient = y[..., levels[-1][0].start :, :]
+    sums: list[Array | None] = [None] * dim
+    for t in range(degree, 0, -1):
+        start = levels[t - 1][0].start
+        before = levels[t - 2][0].start if t > 1 else 0
+        # The sources of later channels are ends of those of earlier ones, so what goes back to them adds up from the last.
+        back: Array = None
+        for channel, first, stop, source in reversed(levels[t - 1]):
+            part = gradient[..., first - start : stop - start, :]
+            found = xp.sum(part * phi[..., source : source + stop - first, :], axis=-2)
+            sums[channel] = found if sums[channel] is None else sums[channel] + found
+            if t > 1:
+                part = part * x[..., channel : channel + 1, :]
+                if back is not None:
+                    fresh = part.shape[-2] - back.shape[-2]
+                    part = xp.concat([part[..., :fresh, :], part[..., fresh:, :] + back], axis=-2)
+                back = part
+        if t > 1:
+            gradient = y[..., before:start, :] + back
+    return xp.stack(sums, axis=-2)

@@ -15,6 +15,7 @@ from .checks import (
     checked_finite,
     checked_inputs,
     checked_options,
+    checked_order,
     checked_series,
     positive,
     whole,
@@ -23,8 +24,9 @@ from .estimation import estimate
 from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
+from .lowrank_causal import span_of
 from .monomials import rank as rank_of
-from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si
+from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
 
@@ -50,13 +52,16 @@ def plan(
     bands: int = 8,
     moment: int = 2,
     key_masks: Sequence[Array | None] | None = None,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
 ) -> Plan:
     """Choose a method for arrays like these, and say what it costs and how wrong it can be.
 
     Parameters
     ----------
-    query, keys, values, scale, tol, key_masks
-        As in `tensor_attention`. Only shapes are read of `values`, and finiteness.
+    query, keys, values, scale, tol, key_masks, causal, window
+        As in `tensor_attention`, which takes the plan with the same `causal` and `window`. Only shapes are read of
+        `values`, and finiteness.
     method : {"auto", "polynomial", "exact"}
     degree : int, optional
         Forces the polynomial method at this degree, whatever error that gives.
@@ -94,7 +99,7 @@ def plan(
     >>> plan.method, plan.error < 1e-3
     ('polynomial', True)
     """
-    inputs = checked_inputs(query, keys, values, key_masks)
+    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
     number = checked_options(scale, inputs.dim, tol, method)
     if checked_series(series) == "banded":
         return _asked_banded(_shape_of(inputs), number, method, bound, degree, bands, moment)
@@ -116,6 +121,11 @@ def plan_for(
     series: str = "minimax",
     bands: int = 8,
     moment: int = 2,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
+    workers: int | None = None,
+    bandwidth: float | None = None,
+    flops: float | None = None,
 ) -> Plan:
     """Plan from numbers alone, for a call that does not exist yet.
 
@@ -133,8 +143,22 @@ def plan_for(
     dtype : {"float64", "float32", "float16", "bfloat16"}
     value_dim : int, optional
         Channels of the values; `dim` if not given.
-    tol, scale, method, degree, series, bands, moment
+    tol, scale, method, degree, series, bands, moment, causal, window
         As in `plan`.
+    workers : int, optional
+        Processes or machines that have a share of the rows each, as in `tattn.distributed`: the plan says what each sends.
+    bandwidth : float, optional
+        Bytes a second that a worker sends.
+    flops : float, optional
+        Operations a second that a worker reaches in such products. With `bandwidth` the plan estimates its time.
+
+    Raises
+    ------
+    PlanError
+        If ``method="polynomial"`` cannot meet `tol`; for `workers` or `flops` where the plan is exact, banded or causal, which
+        have no summaries that add up.
+    TypeError, ValueError
+        For arguments that do not fit, by name.
 
     Examples
     --------
@@ -142,6 +166,9 @@ def plan_for(
     >>> plan = tattn.plan_for(n=1_000_000, dim=8, bound=1.0, tol=1e-3)
     >>> plan.method, plan.rank < 2000
     ('polynomial', True)
+    >>> spread = tattn.plan_for(n=10**9, dim=8, bound=1.0, workers=1024, bandwidth=50e9, flops=10e12)
+    >>> spread.bytes_sent < 1e6, spread.seconds < 1
+    (True, True)
     """
     order, dim = whole("order", order, 2), whole("dim", dim, 1)
     if isinstance(n, Sequence):
@@ -153,11 +180,27 @@ def plan_for(
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
     number = checked_options(scale, dim, tol, method)
-    shape = Shape(order - 1, dim, dim if value_dim is None else whole("value_dim", value_dim, 1), dtype, lengths, 1)
+    value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
+    shape = Shape(order - 1, dim, value_dim, dtype, lengths, 1, checked_order(causal, window, lengths))
+    if bandwidth is not None and workers is None:
+        raise ValueError(f"bandwidth should come with workers, got {bandwidth} alone")
     if checked_series(series) == "banded":
-        return _asked_banded(shape, number, method, bound, degree, bands, moment)
-    promised = positive("bound", bound)
-    return _choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
+        made = _asked_banded(shape, number, method, bound, degree, bands, moment)
+    else:
+        promised = positive("bound", bound)
+        made = _choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
+    if workers is None and flops is None:
+        return made
+    count = 1 if workers is None else whole("workers", workers, 1)
+    rates = [
+        None if rate is None else positive(name, rate) for name, rate in (("bandwidth", bandwidth), ("flops", flops))
+    ]
+    if made.method != "polynomial" or made.series == "banded" or made.causal:
+        kind = "causal" if made.causal else made.series or made.method
+        raise PlanError(
+            f"a plan for workers or flops should be polynomial, not banded and not causal, got {kind}: {made.reason}"
+        )
+    return spread(made, count, *rates)
 
 
 def plan_inputs(
@@ -178,7 +221,7 @@ def plan_inputs(
         promised = positive("bound", bound)
         return _choose(shape, scale, tol, method, degree, series, "promise", promised, -promised)
     if inputs.traced:
-        if method == "exact" and bound is None:
+        if (method == "exact" or inputs.order.window is not None) and bound is None:
             return _choose(shape, scale, tol, method, degree, series, "promise", inf, -inf)
         raise PlanError("the arrays are traced and their range cannot be read: give a bound of your own, bound=...")
     found = measured(inputs, scale)
@@ -186,9 +229,28 @@ def plan_inputs(
     if bound is not None and method != "exact":
         if series != "minimax":
             raise ValueError(f"series has no use with bound='estimated', which fits its own polynomial; got {series!r}")
+        if inputs.order.causal:
+            raise ValueError(
+                "bound='estimated' samples all pairs and has no use with causal=True: give a bound, or none"
+            )
         return _estimated(inputs, shape, scale, tol, method, degree, found)
-    # The mean is allowed a margin, so that the plan holds for the same rows in another order or library.
-    lowest_mean = found.lowest_mean - 0.02 * found.bound
+    return plan_found(shape, found, scale=scale, tol=tol, method=method, degree=degree, series=series)
+
+
+def plan_found(
+    shape: Shape,
+    found: Ranges,
+    *,
+    scale: float,
+    tol: float,
+    method: str,
+    degree: int | None = None,
+    series: str = "minimax",
+) -> Plan:
+    """A certified plan for the ranges that were found on data."""
+    # The mean is allowed a margin, so that the plan holds for the same rows in another order or library. It is that over
+    # all pairs, and says nothing of some of them.
+    lowest_mean = -inf if shape.order.causal else found.lowest_mean - 0.02 * found.bound
     return _choose(shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean)
 
 
@@ -199,6 +261,8 @@ def measured(inputs: Inputs, scale: float) -> Ranges:
 
 def banded_candidates(inputs: Inputs, scale: float) -> list[Plan]:
     """Banded plans to try, the cheapest first."""
+    if inputs.order.causal:
+        return []
     shape = _shape_of(inputs)
     shortest = min(shape.lengths)
     bands = 8 if shortest < 1 << 14 else 12
@@ -214,6 +278,10 @@ def _asked_banded(
     """A banded plan, with what it does not go together with refused."""
     if bound is not None:
         raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {bound!r}")
+    if shape.order.causal:
+        raise ValueError(
+            "series 'banded' sorts rows by norm and has no use where their order counts, got it with causal=True"
+        )
     if method == "exact":
         raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
     return _banded(shape, scale, 2 if degree is None else degree, bands, moment)
@@ -239,7 +307,9 @@ def _banded(shape: Shape, scale: float, degree: int, bands: int, moment: int) ->
 
 
 def _shape_of(inputs: Inputs) -> Shape:
-    return Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading))
+    return Shape(
+        inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading), inputs.order
+    )
 
 
 def _choose(
@@ -260,6 +330,11 @@ def _choose(
             raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
         _check_rank(shape, degree)
     rounded = _round_up(bound) if source == "data" else bound
+    windows = shape.order.window is not None
+    if windows and (method == "polynomial" or degree is not None):
+        raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
+    if windows:
+        method = "exact"
 
     def plan_with(polynomial: Polynomial, reason: str) -> Plan:
         error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean)
@@ -284,7 +359,7 @@ def _choose(
             raise PlanError(f"scores may reach {rounded:.4g}, where no polynomial of degree {degree} resembles exp")
         return plan_with(fitted, f"degree {degree} was asked for")
     if method == "exact":
-        return exact_plan("exact was asked for", 0)
+        return exact_plan("windows are exact" if windows else "exact was asked for", 0)
 
     best = _smallest(shape, rounded, lowest_mean, tol, series) if isfinite(rounded) else None
     needed = best.degree if best else _needed_degree(rounded, tol, series)
@@ -304,7 +379,7 @@ def _choose(
             warnings.warn(
                 f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
                 f"up to {plan.error:.2g} with the exact method, which is taken",
-                stacklevel=6,
+                stacklevel=7,
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan
@@ -329,6 +404,7 @@ def _polynomial_errors(shape: Shape, polynomial: Polynomial, lowest_mean: float)
         views=shape.views,
         value_dim=max(shape.value_dim, USUAL_VALUE_DIM),
         dtype=shape.dtype,
+        span=span_of(shape.views) if shape.order.causal else 0,
     )
     return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime)
 

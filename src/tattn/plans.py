@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
+from .checks import Order
+from .lowrank_causal import span_of
 from .rounding import scores_round_less
 
+_ALL = Order()
 # Value channels that a plan made from numbers alone allows for in its rounding.
 USUAL_VALUE_DIM = 128
 
@@ -63,6 +66,18 @@ class Plan:
         Norm bands of every view, and the even order t of the moments that bound the error; 0 unless banded.
     recomputed : float
         Share of the query rows that were computed exactly because the banded polynomial bounds them too loosely.
+    causal : bool
+        For calls in which a query row sees only keys up to its own row.
+    window : tuple of int or None
+        And of those only the last so many of each view.
+    workers : int
+        Workers that the rows are spread over; costs are those of all together.
+    bytes_sent : float
+        What each worker sends for a forward call, and again for its gradient, if summaries are summed round a ring: no
+        worker can send less.
+    seconds, seconds_gradient : float
+        Estimates for a forward call, and for one with its gradient: operations and bytes at the rates that the plan was asked
+        for, one after the other, and nothing for latency. Infinite where a rate was not given.
     """
 
     method: str
@@ -91,12 +106,18 @@ class Plan:
     bands: int = 0
     moment: int = 0
     recomputed: float = 0.0
+    causal: bool = False
+    window: tuple[int, ...] | None = None
+    workers: int = 1
+    bytes_sent: float = 0.0
+    seconds: float = inf
+    seconds_gradient: float = inf
 
     def by_scores(self, lengths: Sequence[int], value_dim: int) -> bool:
         """Whether a call computes the polynomial of each score, and no features.
 
         So it does where that takes fewer operations and rounds no more than `error` and `grad_error` allow, by shapes alone.
-        Answers by either way are the same up to that rounding.
+        Answers by either way are the same up to that rounding. Causal calls always compute features.
 
         Parameters
         ----------
@@ -112,7 +133,7 @@ class Plan:
         >>> plan.by_scores((12, 12, 12), 16), plan.by_scores((1000, 1000, 1000), 16)
         (True, False)
         """
-        if self.method != "polynomial" or self.series == "banded":
+        if self.method != "polynomial" or self.series == "banded" or self.causal:
             return False
         by_features = sum(lengths) * self.rank * (2.0 * (value_dim + 1) + 1)
         by_scores = prod(lengths) * (2.0 * self.dim + 2.0 * value_dim + 4.0 * self.degree)
@@ -131,6 +152,8 @@ class Plan:
             rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
         if self.recomputed:
             rows.append(("rows exact", f"{self.recomputed:.2%}"))
+        if self.causal:
+            rows.append(("sees", "up to its own row" if self.window is None else f"windows of {self.window}"))
         word = "certified" if self.certified else "estimated"
         unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
         size = "x".join(f"{n:,}" for n in self.lengths)
@@ -151,8 +174,14 @@ class Plan:
                 if self.by_scores(self.lengths, self.value_dim)
                 else []
             ),
-            ("reason", self.reason),
         ]
+        if self.workers > 1:
+            rows.append(
+                ("workers", f"{self.workers:,}, each sends {si(self.bytes_sent)}B forward and as much backward")
+            )
+        if isfinite(self.seconds):
+            rows.append(("estimated time", f"{self.seconds:.3g} s, {self.seconds_gradient:.3g} s with the gradient"))
+        rows.append(("reason", self.reason))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -167,6 +196,7 @@ class Shape:
     dtype: str
     lengths: tuple[int, ...]
     leading: int
+    order: Order = _ALL
 
     def polynomial_cost(self, rank: int) -> tuple[float, float]:
         """Operations and bytes of the polynomial method."""
@@ -176,6 +206,14 @@ class Shape:
         # Problems are taken in parts, of some eight blocks together, or one by one.
         one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
         memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
+        if self.order.causal:
+            # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
+            span, several = span_of(self.views), self.views > 1
+            inside = 2.0 * span * (self.views * (self.value_dim + 1) if several else 1)
+            flops += (
+                self.lengths[0] * self.leading * rank * (inside + 2.0 * several * self.views * (self.value_dim + 1))
+            )
+            memory += max(min(span * one, 32 << 20), 2 * one) + (8 << 20)
         return flops, memory
 
     def banding_cost(self, rank: int, moments: int, bands: int) -> float:
@@ -186,7 +224,34 @@ class Shape:
 
     def exact_cost(self) -> tuple[float, float]:
         """Operations and bytes of the exact method; an exponential counts as 16."""
-        return float(prod(self.lengths)) * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+        return self._scores() * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+
+    def _scores(self) -> float:
+        """Scores of a problem, those that the order of rows leaves out not counted."""
+        n, *lengths = self.lengths
+        if not self.order.causal:
+            return float(prod(self.lengths))
+        windows = self.order.window or lengths
+        # The mean over rows, at the middles of 64 parts.
+        rows = [(part + 0.5) / 64 * n for part in range(64)]
+        seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
+        return float(sum(seen)) / 64 * n
+
+
+def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | None) -> Plan:
+    """The plan with what it sends and how long it takes on so many workers; rates are bytes and operations a second of each."""
+    # Sums with their rests as float64: docs/scaling.md.
+    buffer = 8.0 * (plan.order - 1) * plan.rank * (plan.value_dim + 1) * plan.leading
+    sent = 2 * (workers - 1) / workers * buffer
+    computing = inf if flops is None else plan.flops_polynomial / workers / flops
+    sending = 0.0 if workers == 1 else inf if bandwidth is None else sent / bandwidth
+    return replace(
+        plan,
+        workers=workers,
+        bytes_sent=sent,
+        seconds=computing + sending,
+        seconds_gradient=3 * computing + 2 * sending,
+    )
 
 
 def plan_of(
@@ -231,6 +296,8 @@ def plan_of(
         bytes_exact=bytes_exact,
         bytes_polynomial=memory,
         reason=reason,
+        causal=shape.order.causal,
+        window=shape.order.window,
     )
 
 

@@ -13,7 +13,7 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf, isfinite, isnan, log
 from typing import Any, NamedTuple
 
@@ -32,11 +32,20 @@ class Ranges(NamedTuple):
     largest: tuple[float, ...]  # largest entry of query, keys and values, NaN or inf where one is not finite
 
 
+# ("sum" or "max", arrays) → their sums or largest values over all that hold rows of the same views.
+Together = Callable[[str, Sequence[Array]], Sequence[Array]]
+
+
+def _alone(_: str, arrays: Sequence[Array]) -> Sequence[Array]:
+    return arrays
+
+
 class RangeCall(NamedTuple):
     """What the look depends on besides arrays; hashable."""
 
     scale: float
     views: int
+    together: Together = _alone
 
 
 def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
@@ -67,34 +76,48 @@ def exponents(views: int) -> list[tuple[float, ...]]:
     return tried
 
 
+def _wanted(views: int) -> list[float]:
+    """Every p that some Hölder bound asks of any view."""
+    return sorted({p for ps in exponents(views) for p in ps})
+
+
 def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Scalars: channel bound, lowest mean score, entry bound, Hölder bounds, largest entries."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     views = [(q, None), *zip(keys, masks, strict=True)]
-    stats = [channel_stats(x, mask, dtype, backend) for x, mask in views]
+    found = [_channel_sums(x, mask, dtype, backend) for x, mask in views]
+    of_values = [
+        None if v is None else _channel_sums(v, m, dtype, backend)[0] for v, m in zip(values, masks, strict=True)
+    ]
+    tops = call.together("max", [s[0] for s in found] + [t for t in of_values if t is not None])
+    sums = call.together("sum", [a for s in found for a in s[1:]])
+    stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]
+    rest = iter(tops[len(views) :])
     largest = [xp.max(top) for top, _, _ in stats]
-    for v, mask in zip(values, masks, strict=True):
-        largest.append(largest[0] * 0.0 if v is None else xp.max(channel_stats(v, mask, dtype, backend)[0]))
+    largest += [largest[0] * 0.0 if t is None else xp.max(next(rest)) for t in of_values]
     dim = q.shape[-1]
     entries = _product(largest[: call.views + 1], call.scale * dim, backend)
     channel = xp.max(xp.sum(_product([top for top, _, _ in stats], call.scale, backend), axis=-1))
     # The mean over pairs of a trilinear score is the score of the means.
     means = prod_of([mean for _, _, mean in stats[1:]])
     mean = xp.min(_row_means(q, means, dtype, backend)) * call.scale
-    bounds = []
-    tried = exponents(call.views)
+    norms: list[Array] = []
     for profile in (0, 1):
         units = balancing_units([s[profile] for s in stats], backend)
-        norms = [
-            _largest_norms(x, mask, unit, call.views, dtype, backend)
-            for (x, mask), unit in zip(views, units, strict=True)
-        ]
-        bounds += [
-            xp.max(_product([n[p] for n, p in zip(norms, ps, strict=True)], call.scale, backend)) for ps in tried
-        ]
-    return channel, mean, entries, *bounds, *largest
+        for (x, mask), unit in zip(views, units, strict=True):
+            norms += _largest_norms(x, mask, unit, call.views, dtype, backend)
+    lowered, *norms = call.together("max", [-mean, *norms])
+    # Two profiles, every view, every exponent.
+    wanted, bounds = _wanted(call.views), []
+    by_exponent = [
+        dict(zip(wanted, norms[i : i + len(wanted)], strict=True)) for i in range(0, len(norms), len(wanted))
+    ]
+    for of_views in (by_exponent[: len(views)], by_exponent[len(views) :]):
+        for ps in exponents(call.views):
+            bounds.append(xp.max(_product([n[p] for n, p in zip(of_views, ps, strict=True)], call.scale, backend)))
+    return channel, -lowered, entries, *bounds, *largest
 
 
 def _product(sizes: Sequence[Array], scale: float, backend: Backend) -> Array:
@@ -105,8 +128,8 @@ def _product(sizes: Sequence[Array], scale: float, backend: Backend) -> Array:
     return xp.where(nothing, 0.0, xp.exp(total))
 
 
-def channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array]:
-    """Largest |entry|, root mean square and mean of every channel, (..., 1, d)."""
+def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array, Array]:
+    """Largest |entry|, sum of squares and sum of every channel (..., 1, d), and number of rows (..., 1, 1)."""
     xp = backend.xp
     device = backend.device(x)
 
@@ -127,12 +150,23 @@ def channel_stats(x: Array, mask: Array | None, dtype: Any, backend: Backend) ->
     leading = clean(x[..., :1, :], None if mask is None else mask[..., :1, :], backend).shape[:-2]
     zero = xp.zeros((*leading, 1, x.shape[-1]), dtype=dtype, device=device)
     counts = xp.zeros((*(leading if mask is None else mask.shape[:-2]), 1, 1), dtype=dtype, device=device)
-    (top, squares, total, count), _ = backend.scan_rows(body, (zero, zero, zero, counts), (x, mask), BLOCK)
+    return _over_blocks(body, (zero, zero, zero, counts), (x, mask), backend)  # type: ignore[no-any-return]
+
+
+def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array, Array]:
+    """Largest |entry|, root mean square and mean of every channel, (..., 1, d), from `_channel_sums`."""
+    xp = backend.xp
+    top, squares, total, count = found
     some = xp.where(count > 0, count, 1.0)
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     spread = xp.sqrt(squares / some)
     spread = xp.where((spread > 0) & xp.isfinite(spread), spread, top)
     return top, spread, total / some
+
+
+def _over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Backend) -> Any:
+    """The state after all blocks of rows; a shard may have none."""
+    return start if rows[0].shape[-2] == 0 else backend.scan_rows(body, start, rows, BLOCK)[0]  # type: ignore[union-attr]
 
 
 def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
@@ -144,8 +178,7 @@ def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
 
     start = xp.min(means) * 0.0 + xp.inf
     start = xp.where(xp.isnan(start), xp.inf, start)
-    lowest, _ = backend.scan_rows(body, start, (q,), BLOCK)
-    return lowest
+    return _over_blocks(body, start, (q,), backend)
 
 
 def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
@@ -164,10 +197,10 @@ def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
 
 def _largest_norms(
     x: Array, mask: Array | None, unit: Array, views: int, dtype: Any, backend: Backend
-) -> dict[float, Array]:
-    """The largest ℓ_p norm of a row, for each p that some Hölder bound asks of any view: p → (...)."""
+) -> tuple[Array, ...]:
+    """The largest ℓ_p norm of a row, for each of `_wanted`: (...)."""
     xp = backend.xp
-    wanted = sorted({p for ps in exponents(views) for p in ps})
+    wanted = _wanted(views)
 
     def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
         size = xp.abs(backend.cast(clean(rows, mask, backend), dtype) * unit)
@@ -194,5 +227,4 @@ def _largest_norms(
 
     leading = (clean(x[..., :1, :], None if mask is None else mask[..., :1, :], backend) * unit).shape[:-2]
     zero = xp.zeros(leading, dtype=dtype, device=backend.device(x))
-    found, _ = backend.scan_rows(body, (zero,) * len(wanted), (x, mask), BLOCK)
-    return dict(zip(wanted, found, strict=True))
+    return _over_blocks(body, (zero,) * len(wanted), (x, mask), backend)  # type: ignore[no-any-return]

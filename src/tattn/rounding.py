@@ -35,8 +35,9 @@ def lowrank_rounding(
     views: int,
     value_dim: int,
     dtype: str,
+    span: int = 0,
 ) -> tuple[float, float]:
-    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser.
+    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser; prefixes in spans of so many rows, if any.
 
     The monomials of degree t add up to at most |c_t| R^t for a pair in absolute value, whatever cancels; the mean of
     P over all pairs is at least (1 − δ) exp of the mean score (Jensen).
@@ -44,7 +45,7 @@ def lowrank_rounding(
     least = (1 - delta) * exp(max(-bound, lowest_mean))
     if least <= 0:
         return inf, inf
-    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
+    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim, span)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
 
@@ -72,16 +73,19 @@ def scores_round_less(
 
 
 def _of_features(
-    coefficients: Sequence[float], bound: float, dim: int, rank: int, views: int, value_dim: int
+    coefficients: Sequence[float], bound: float, dim: int, rank: int, views: int, value_dim: int, span: int = 0
 ) -> tuple[float, float]:
     """`_of_sums` over features."""
     # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views) + 4
+    # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
+    prefixes = views * (CHAIN + 3 * span) + span if span else 0
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views + prefixes) + 4
 
     def count(t: int) -> float:
         return (views + 1) * (t + 2) + chains
 
-    return _of_sums(coefficients, bound, count, lambda t: count(t) + LAMBDA * sqrt(value_dim + 1) + 2)
+    slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 2
+    return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
 
 
 def _of_sums(

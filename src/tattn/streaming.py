@@ -30,8 +30,9 @@ from .rounding import computed_in
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
 _DESCRIPTIVE = {
     "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
+    "workers", "bytes_sent", "seconds", "seconds_gradient",
 }  # fmt: skip
-_AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
+AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
 _FORMAT, _VERSION = "tattn.Summary", 1
 _PIECE = 1 << 18
 
@@ -382,6 +383,13 @@ def summarize_vjp(
     return summary, pullback
 
 
+def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend: Backend) -> tuple[Array, Array]:
+    """Gradients of keys and values from that of their sums: rows (keys, values, mask (..., n, 1) or None) of one view."""
+    # Linear in the rows' sums, which are not needed for it.
+    dk, dv = backend.run(summaries.sum_rows_backward, _call(plan), (*rows, None, None, dsum, None))
+    return dk, dv
+
+
 def check_streams(plan: Any) -> None:
     """PlanError unless summaries of different rows add up under the plan."""
     if not isinstance(plan, Plan):
@@ -399,7 +407,7 @@ def check_streams(plan: Any) -> None:
 
 def check_same_plan(plan: Plan, other: Plan) -> None:
     """PlanError that names where two plans differ, shapes and costs aside."""
-    for name in _AGREEING:
+    for name in AGREEING:
         a, b = getattr(plan, name), getattr(other, name)
         if a != b:
             raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")

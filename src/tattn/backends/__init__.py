@@ -46,6 +46,10 @@ def _by_module(module: str) -> Backend | None:
         from .cupy import BACKEND as cupy_backend
 
         return cupy_backend
+    if module == "dask":
+        from .dask import BACKEND as dask_backend
+
+        return dask_backend
     if module == "array_api_strict":
         from .array_api_strict import BACKEND as strict_backend
 

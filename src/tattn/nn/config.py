@@ -70,6 +70,9 @@ class AttentionConfig:
         Rows much shorter than this keep that they are short; gradients of the normalisation stay below 1/eps.
     bias : bool
         Whether projections have a bias.
+    causal : bool
+        Row i sees the rows of the contexts up to its own, aligned at the end: contexts have at least as many rows as the input.
+        Not with norm bands.
 
     Raises
     ------
@@ -94,6 +97,7 @@ class AttentionConfig:
     max_rank: int = 1 << 15
     eps: float = 1e-3
     bias: bool = True
+    causal: bool = False
 
     def __post_init__(self) -> None:
         embed_dim, num_heads = whole("embed_dim", self.embed_dim, 1), whole("num_heads", self.num_heads, 1)
@@ -123,6 +127,7 @@ class AttentionConfig:
             "max_rank": whole("max_rank", self.max_rank, 1),
             "eps": positive("eps", self.eps),
             "bias": true_or_false("bias", self.bias),
+            "causal": true_or_false("causal", self.causal),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -132,6 +137,8 @@ class AttentionConfig:
             raise ValueError("learn_bound needs a bound to stay within, got bound=None")
         if self.degree is not None and self.method != "polynomial":
             raise ValueError(f"degree belongs to method 'polynomial', got it with method {self.method!r}")
+        if self.causal and self.degree is not None and self.bound is None:
+            raise ValueError("causal needs a bound, or no degree: norm bands sort rows, got bound=None and a degree")
         if self.degree is not None and self.bound is None and self.degree < 2:
             raise ValueError(f"degree should be at least 2 with bound=None, got {self.degree}")
 
@@ -207,7 +214,7 @@ class AttentionConfig:
     def _bounded_plan(self, n: int | Sequence[int], dtype: str, method: str) -> Plan:
         return plan_for(
             n=n, dim=self.head_dim, bound=self.promise, order=self.order, tol=self.tol, dtype=dtype, scale=self.scale,
-            value_dim=self.value_dim, method=method, degree=self.degree,
+            value_dim=self.value_dim, method=method, degree=self.degree, causal=self.causal,
         )  # fmt: skip
 
     def _unbounded_plan(self, n: int | Sequence[int], dtype: str, bands: int) -> Plan:

@@ -120,7 +120,8 @@ def apply(
         options: dict[str, Any] = {"tol": config.tol, "method": config.method}
         if plans:
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
-        return tensor_attention(query, keys, values, key_masks=masks, return_error=return_error, **options)
+        options |= {"key_masks": masks, "causal": config.causal, "return_error": return_error}
+        return tensor_attention(query, keys, values, **options)
 
     out, error = attend(config, attention, query, keys, values, masks, temperature, jax.lax.stop_gradient, return_error)
     out = project("out_proj", out)

@@ -61,7 +61,8 @@ _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
-def _plan(text: str) -> Plan:
+def plan_of_text(text: str) -> Plan:
+    """What `plan_text` wrote."""
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
     }
@@ -69,7 +70,9 @@ def _plan(text: str) -> Plan:
 
 
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:
-    return work_of(checked_inputs(query, list(keys), list(values), list(masks)), _plan(text), certify)
+    plan = plan_of_text(text)
+    inputs = checked_inputs(query, list(keys), list(values), list(masks), plan.causal, plan.window)
+    return work_of(inputs, plan, certify)
 
 
 _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"

@@ -38,7 +38,7 @@ class TensorAttention(nn.Module):
     ----------
     embed_dim, num_heads, order, head_dim, value_dim, num_key_heads, context_dims
         As in `AttentionConfig`.
-    bound, learn_bound, tol, degree, method, max_rank, eps, bias
+    bound, learn_bound, tol, degree, method, max_rank, eps, bias, causal
         As in `AttentionConfig`. ``head_dim`` and ``bound`` decide the cost: docs/layers.md has a table.
     device, dtype
         Of the weights. Attention itself computes in float64 if they are float64, and in float32 otherwise, also under
@@ -98,6 +98,7 @@ class TensorAttention(nn.Module):
         max_rank: int = 1 << 15,
         eps: float = 1e-3,
         bias: bool = True,
+        causal: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,6 +107,7 @@ class TensorAttention(nn.Module):
             embed_dim, num_heads, order=order, head_dim=head_dim, value_dim=value_dim,  # type: ignore[arg-type]
             num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
             tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,
+            causal=causal,
         )  # fmt: skip
         dtype = torch.get_default_dtype() if dtype is None else dtype
         # For both dtypes now, since a compiler cannot trace how plans are made.
@@ -195,7 +197,7 @@ class TensorAttention(nn.Module):
         if not texts:
             return tensor_attention(
                 query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
-                return_error=return_error,
+                causal=self.config.causal, return_error=return_error,
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0])
@@ -203,7 +205,7 @@ class TensorAttention(nn.Module):
         options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
         if traced_whole():
             return planned_attention(query, keys, values, text=texts[chosen], **options)
-        return tensor_attention(query, keys, values, **options)
+        return tensor_attention(query, keys, values, causal=self.config.causal, **options)
 
     def extra_repr(self) -> str:
         """Sizes, bound, degree, rank and error."""

@@ -1,0 +1,115 @@
+"""What causal attention costs beside attention to all rows, and decoding token by token beside the causal call.
+
+    python benchmarks/causal.py cost [--library numpy|torch] [--quick]
+    python benchmarks/causal.py decoding [--tokens 100000] [--quick]
+
+float32, one thread. Processor time, the best of runs that take turns.
+"""
+
+from __future__ import annotations
+
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import tattn
+
+# Views, channels, degree, channels of the values, rows.
+SHAPES = (
+    (1, 8, 4, 8, 16384),
+    (2, 8, 4, 8, 8192),
+    (2, 8, 4, 32, 4096),
+    (2, 16, 3, 16, 4096),
+    (2, 8, 7, 8, 1024),
+    (3, 8, 3, 8, 768),
+)
+
+
+def seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
+    """Least processor time of each, run in turns."""
+    times = []
+    for _ in range(repeats):
+        times.append([])
+        for function in functions:
+            start = time.process_time()
+            function()
+            times[-1].append(time.process_time() - start)
+    return [min(t) for t in zip(*times, strict=True)]
+
+
+def cost(library: str, quick: bool) -> None:
+    """Causal over all rows, forward and gradient, and the largest difference from rows computed exactly."""
+    move: Callable[[np.ndarray], Any] = np.asarray
+    if library == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+        move = torch.tensor
+    print(
+        "| views | d | degree | rank | dv | rows | causal, s | over all rows | its gradient, s | over all rows | error | stated |"
+    )
+    print("|" + "---|" * 12)
+    for views, dim, degree, value_dim, n in SHAPES[:2] if quick else SHAPES:
+        rng = np.random.default_rng(0)
+        query, *keys = (move(2 * rng.random((n, dim), dtype=np.float32) - 1) for _ in range(views + 1))
+        values = [move(2 * rng.random((n, value_dim), dtype=np.float32) - 1) for _ in range(views)]
+        made: dict[str, Any] = {"n": n, "dim": dim, "order": views + 1, "bound": 1.0, "degree": degree}
+        plans = [tattn.plan_for(**made, value_dim=value_dim, causal=causal) for causal in (False, True)]
+
+        def forward(plan: tattn.Plan) -> Any:
+            return tattn.tensor_attention(query, keys, values, plan=plan, causal=plan.causal)  # noqa: B023
+
+        pairs = [tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=plan.causal) for plan in plans]
+        plain, causal = seconds([lambda p=plan: forward(p) for plan in plans], 3)
+        plain_gradient, gradient = seconds([lambda o=out, p=pullback: p(o) for out, pullback in pairs], 3)
+        error, _ = tattn.measure_error(query, keys, values, pairs[1][0], causal=True, rows=4)
+        print(
+            f"| {views} | {dim} | {degree} | {plans[1].rank} | {value_dim} | {n} | {causal:.3f} | {causal / plain:.1f} "
+            f"| {gradient:.3f} | {gradient / plain_gradient:.1f} | {error:.1e} | {plans[1].error:.1e} |",
+            flush=True,
+        )
+
+
+def decoding(tokens: int, quick: bool) -> None:
+    """A token at a time: time and memory by the number of tokens before, and the difference from one causal call."""
+    tokens = 2000 if quick else tokens
+    rng = np.random.default_rng(0)
+    query, *keys = 2 * rng.random((3, tokens, 8), dtype=np.float32) - 1
+    values = list(2 * rng.random((2, tokens, 8), dtype=np.float32) - 1)
+    plan = tattn.plan_for(n=tokens, dim=8, bound=1.0, degree=4, causal=True)
+    together = tattn.tensor_attention(query, keys, values, plan=plan, causal=True)
+    state, worst = tattn.DecodingState(plan), 0.0
+    print("| tokens | μs a token | peak memory, MiB | largest difference from the causal call |")
+    print("|---|---|---|---|")
+    part = tokens // 10
+    for start in range(0, tokens, part):
+        begun = time.process_time()
+        for i in range(start, min(start + part, tokens)):
+            at = slice(i, i + 1)
+            out, state = state.step(query[at], [k[at] for k in keys], [v[at] for v in values])
+            worst = max(worst, float(np.abs(out - together[at]).max()))
+        taken = (time.process_time() - begun) / part
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"| {min(start + part, tokens):,} | {1e6 * taken:.0f} | {peak:.0f} | {worst:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("cost", "decoding"))
+    parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.part == "cost":
+        cost(options.library, options.quick)
+    else:
+        decoding(options.tokens, options.quick)

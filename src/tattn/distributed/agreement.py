@@ -1,0 +1,87 @@
+"""What the processes of a group have to agree on before they add anything up, and sums over them that say what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks import PlanError
+from ..plans import Plan
+from ..streaming import AGREEING
+
+Group = Any
+
+# What each process says of its call, in this order: a mapping of these names.
+_OF_CALL = ("number of views", "dim", "dtype", "dv", "leading dimensions", "need of gradients", "plan or none", "tol")
+_OF_PLAN = tuple(f.name for f in fields(Plan) if f.name in AGREEING)
+
+
+def checked_group(group: Any) -> Group:
+    """The group, the default one for None; ValueError if there is none, or none with this process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "group should be a group of torch.distributed, and none is there: call torch.distributed.init_process_group, "
+            "in a program that torchrun starts"
+        )
+    if group is None:
+        return dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group should be a ProcessGroup of torch.distributed, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group should have this process for a member")
+    return group
+
+
+def all_reduce(tensor: Tensor, kind: str, group: Group) -> Tensor:
+    """The tensor, in place, with the sums ("sum") or largest values ("max") over all processes."""
+    operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[kind]
+    try:
+        dist.all_reduce(tensor, operation, group=group)
+    except RuntimeError as found:
+        raise RuntimeError(
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} is left alone in a sum over its group: another rank "
+            f"has ended, or did not come within the group's time-out ({found})"
+        ) from found
+    return tensor
+
+
+def facts(plan: Plan | None, **of_call: Any) -> dict[str, Any]:
+    """What a process says of its call and plan, by name."""
+    said = dict(zip(_OF_CALL, of_call.values(), strict=True))
+    return said | {f"{name} of the plan": None if plan is None else getattr(plan, name) for name in _OF_PLAN}
+
+
+def agree(said: Mapping[str, Any] | None, group: Group) -> None:
+    """ValueError or PlanError on every process of the group if they differ in a fact, or if one has none to say.
+
+    One maximum of some sixty numbers and their negatives: where the two do not meet, processes differ.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    names = [*_OF_CALL, *(f"{name} of the plan" for name in _OF_PLAN)]
+    numbers = [0.0] * len(names) if said is None else [_number(said[name]) for name in names]
+    refused = float(0 if said is not None else 1 + rank)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    told = torch.tensor([refused, *numbers, *(-x for x in numbers)], dtype=torch.float64, device=device)
+    first, *found = all_reduce(told, "max", group).tolist()
+    if said is None:
+        return  # its own error says more
+    if first:
+        raise ValueError(f"rank {int(first) - 1} of {size} refused its arguments, and all ranks stop with it")
+    for name, most, least in zip(names, found[: len(names)], found[len(names) :], strict=True):
+        if most != -least:
+            between = f", {-least:g} to {most:g} over all" if isinstance(said[name], (int, float)) else ""
+            error = PlanError if "plan" in name else ValueError
+            raise error(f"all ranks should have the same {name}, got {said[name]} on rank {rank} of {size}{between}")
+
+
+def _number(fact: Any) -> float:
+    """A number that two facts share only if they are the same; for what is no number, but for one in 2^52."""
+    if isinstance(fact, (int, float)):
+        return float(fact)
+    return float(int.from_bytes(sha256(repr(fact).encode()).digest()[:8], "big") >> 12)

@@ -1,0 +1,329 @@
+"""Attention to Dask arrays: one task a block of rows, and a tree that adds the summaries up.
+
+    blocks of keys and values → a Summary each → sums of `split_every` at a time → one Summary → blocks of queries
+
+Nothing is computed before the result is. Blocks come from wherever Dask reads them, Zarr or ``numpy.memmap`` among them, and a
+task holds a block of each view and a summary; if a worker is lost, its tasks run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+from dask.delayed import Delayed
+from dask.highlevelgraph import HighLevelGraph
+
+from ..backends import backend_of
+from ..checks import Inputs, PlanError, checked_inputs, checked_options, checked_upstream_of, positive, whole
+from ..choice import check_kind
+from ..planning import plan_for
+from ..plans import Plan
+from ..rounding import computed_in
+from ..streaming import Summary, check_streams, row_gradients
+from ..streaming import summarize as summarize_rows
+
+Pullback = Callable[..., Any]
+
+
+def tensor_attention(
+    query: da.Array,
+    keys: Sequence[da.Array],
+    values: Sequence[da.Array],
+    *,
+    plan: Plan | None = None,
+    bound: float | None = None,
+    scale: float | None = None,
+    tol: float = 1e-3,
+    key_masks: Sequence[da.Array | None] | None = None,
+    return_lse: bool = False,
+    split_every: int = 8,
+) -> Any:
+    """`tattn.tensor_attention` of Dask arrays of NumPy blocks, lazily.
+
+    Parameters
+    ----------
+    query : dask array (..., n, d)
+        In blocks of rows; all other dimensions in one block. Blocks may be empty.
+    keys : sequence of m dask arrays (..., n_μ, d)
+        Likewise; views may differ in their blocks.
+    values : sequence of m dask arrays (..., n_μ, dv)
+        Brought to the blocks of their keys.
+    plan : Plan, optional
+        Polynomial and not banded, with a promised bound: ``tattn.plan_for(..., bound=...)``.
+    bound : float, optional
+        The promise itself, instead of a plan. One of the two is needed, since no value is read.
+    scale, tol
+        As in `tattn.tensor_attention`.
+    key_masks : sequence of m boolean dask arrays (..., n_μ) or None, optional
+    return_lse : bool
+        Also return log Σ exp of the scores, (..., n).
+    split_every : int
+        How many summaries a task adds up.
+
+    Returns
+    -------
+    dask array (..., n, dv), or a tuple of it and lse
+        In the query's blocks of rows and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name, before anything is computed.
+    PlanError
+        Without plan and bound, or if none meets `tol`, or for a plan that is exact or banded.
+
+    Notes
+    -----
+    One task for each block of keys and of queries, and one for every `split_every` summaries; r (dv + 1) numbers for each view,
+    twice, are what a task sends to the next. Work and memory of a task are those of `tattn.summarize` and `tattn.Summary.attend`.
+    """
+    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every)
+    return call.outputs(return_lse)
+
+
+def tensor_attention_vjp(
+    query: da.Array,
+    keys: Sequence[da.Array],
+    values: Sequence[da.Array],
+    *,
+    plan: Plan | None = None,
+    bound: float | None = None,
+    scale: float | None = None,
+    tol: float = 1e-3,
+    key_masks: Sequence[da.Array | None] | None = None,
+    return_lse: bool = False,
+    split_every: int = 8,
+) -> tuple[Any, Pullback]:
+    """Attention of Dask arrays, and the function that takes a gradient of its output back to its inputs, lazily.
+
+    Parameters
+    ----------
+    query, keys, values, plan, bound, scale, tol, key_masks, return_lse, split_every
+        As in `tensor_attention`.
+
+    Returns
+    -------
+    out : as from `tensor_attention`
+    pullback : callable
+        ``pullback(grad_out, grad_lse=None) -> (dquery, dkeys, dvalues)`` of dask arrays, in the blocks of what each is the
+        gradient of.
+
+    Notes
+    -----
+    The sums of the gradient of the summary go up a tree as the summaries do. Outputs and gradients that are computed together, by
+    ``dask.compute(out, dquery, ...)``, share the summary; it is made again where they are not.
+    """
+    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every)
+    return call.outputs(return_lse), call.gradients
+
+
+class _Call:
+    """The arrays of a call in blocks, checked, and its summary as a task."""
+
+    def __init__(
+        self, query: Any, keys: Any, values: Any, plan: Any, bound: Any, scale: Any, tol: Any, masks: Any, every: Any
+    ) -> None:
+        self.every = whole("split_every", every, 2)
+        self.inputs = checked_inputs(
+            _stand_in("query", query), _stand_ins("keys", keys), _stand_ins("values", values),
+            _stand_ins("key_masks", masks), rowless=True,
+        )  # fmt: skip
+        self.plan = _planned(self.inputs, plan, bound, scale, tol)
+        self.query, self.keys = query, list(keys)
+        given = [None] * len(self.keys) if masks is None else list(masks)
+        self.values = [v.rechunk({v.ndim - 2: k.chunks[-2]}) for v, k in zip(values, self.keys, strict=True)]
+        self.masks = [
+            None if m is None else m.rechunk({m.ndim - 1: k.chunks[-2]}) for m, k in zip(given, self.keys, strict=True)
+        ]
+        views = [
+            [_blocks(x, len(k.chunks[-2])) for x in (k, v, m)]
+            for k, v, m in zip(self.keys, self.values, self.masks, strict=True)
+        ]
+        # Of every view (keys, values, mask) of each block.
+        self.rows = [list(zip(*view, strict=True)) for view in views]
+        most = max(map(len, self.rows))
+        parts = [
+            _task(_summarized)(self.plan, *zip(*(r[i] if i < len(r) else (None,) * 3 for r in self.rows), strict=True))
+            for i in range(most)
+        ]
+        self.summary = _tree(_task(_added), parts, self.every)
+
+    def outputs(self, return_lse: bool) -> Any:
+        """The output, and lse if asked for."""
+        blocks = [
+            _task(_attended)(self.summary, q, return_lse) for q in _blocks(self.query, len(self.query.chunks[-2]))
+        ]
+        if not return_lse:
+            return self._joined(blocks, self.query, self.inputs.value_dim)
+        return (
+            self._joined([b[0] for b in blocks], self.query, self.inputs.value_dim),
+            self._joined([b[1] for b in blocks], self.query, None),
+        )
+
+    def gradients(self, grad_out: Any, grad_lse: Any = None) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        """Gradients of query, keys and values."""
+        out, lse = self.outputs(True)
+        rows = self.query.chunks[-2]
+        upstream: list[list[Any]] = []
+        for name, grad, like, axis in (("grad_out", grad_out, out, 2), ("grad_lse", grad_lse, lse, 1)):
+            if grad is None and name == "grad_lse":
+                upstream.append([None] * len(rows))
+                continue
+            checked_upstream_of(name, _stand_in(name, grad, axis), _stand_in(name, like, axis), self.inputs.backend)
+            upstream.append(_blocks(grad.rechunk({grad.ndim - axis: rows}), len(rows)))
+        pulled = [
+            _task(_query_gradients)(self.summary, q, g, g_lse)
+            for q, g, g_lse in zip(_blocks(self.query, len(rows)), *upstream, strict=True)
+        ]
+        dsums = _tree(_task(_sums_added), [p[1] for p in pulled], self.every)
+        dkeys, dvalues = [], []
+        for view, (of_blocks, k, v) in enumerate(zip(self.rows, self.keys, self.values, strict=True)):
+            pairs = [_task(_row_gradients)(self.plan, view, dsums, *block) for block in of_blocks]
+            dkeys.append(_array([p[0] for p in pairs], k.shape, k.chunks[-2], 2, k.dtype))
+            dvalues.append(_array([p[1] for p in pairs], v.shape, v.chunks[-2], 2, v.dtype))
+        dquery = _array([p[0] for p in pulled], self.query.shape, rows, 2, self.query.dtype)
+        return dquery, tuple(dkeys), tuple(dvalues)
+
+    def _joined(self, blocks: list[Delayed], like: da.Array, columns: int | None) -> da.Array:
+        """Blocks (..., rows, columns), or (..., rows) of lse for None, as one array."""
+        leading = self.inputs.leading
+        rows = like.chunks[-2]
+        if columns is None:
+            return _array(blocks, (*leading, sum(rows)), rows, 1, np.dtype(computed_in(self.plan.dtype)))
+        return _array(blocks, (*leading, sum(rows), columns), rows, 2, like.dtype)
+
+
+def _planned(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -> Plan:
+    """The plan of a call, which reads no values."""
+    if plan is None and bound is None:
+        raise PlanError(
+            "a call on Dask arrays reads no values, so it needs a plan with a bound of your own, "
+            "plan=tattn.plan_for(..., bound=...), or bound=..."
+        )
+    if plan is not None and bound is not None:
+        raise ValueError("bound has no use with a plan, which has its own")
+    if plan is None:
+        number = checked_options(scale, inputs.dim, tol, "polynomial")
+        return plan_for(
+            n=[max(1, n) for n in inputs.lengths], dim=inputs.dim, bound=positive("bound", bound),
+            order=inputs.views + 1, tol=tol, dtype=inputs.dtype, scale=number, value_dim=inputs.value_dim, method="polynomial",
+        )  # fmt: skip
+    check_streams(plan)
+    check_kind(
+        plan, inputs, checked_options(plan.scale if scale is None else scale, inputs.dim, tol, "polynomial"), "auto"
+    )
+    if plan.source == "data":
+        raise PlanError(
+            f"plan rests on the range of other data, which a lazy call does not read: make it a promise of your own, "
+            f"bound={plan.bound:.4g}"
+        )
+    return plan  # type: ignore[no-any-return]
+
+
+def _stand_in(name: str, array: Any, axis: int = 2) -> np.ndarray:
+    """An array of the shape and dtype, without memory for it, to check in the place of a dask array."""
+    if not isinstance(array, da.Array):
+        raise TypeError(f"{name} should be a Dask array, got {type(array).__name__}")
+    if type(array._meta) is not np.ndarray:
+        raise TypeError(f"{name} should be a Dask array of NumPy blocks, got blocks of {type(array._meta).__name__}")
+    if any(n != n for n in array.shape):
+        raise ValueError(f"{name} should have blocks of known sizes, got shape {array.shape}: call compute_chunk_sizes")
+    for i, chunks in enumerate(array.chunks):
+        if i != array.ndim - axis and len(chunks) > 1:
+            raise ValueError(
+                f"{name} should be in blocks of rows alone, got {len(chunks)} blocks along dimension {i} of shape "
+                f"{array.shape}: rechunk({{{i}: -1}})"
+            )
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+def _stand_ins(name: str, arrays: Any) -> Any:
+    if not isinstance(arrays, (list, tuple)):
+        return None if arrays is None and name == "key_masks" else _refused(name, arrays)
+    axis = 1 if name == "key_masks" else 2
+    return [
+        None if a is None and name == "key_masks" else _stand_in(f"{name}[{i}]", a, axis) for i, a in enumerate(arrays)
+    ]
+
+
+def _refused(name: str, given: Any) -> Any:
+    hint = "; a single view goes in a tuple of one" if hasattr(given, "shape") else ""
+    raise TypeError(f"{name} should be a list or tuple of arrays, one for each view, got {type(given).__name__}{hint}")
+
+
+def _task(function: Callable[..., Any]) -> Callable[..., Delayed]:
+    """The function as a task, of which equal ones are one."""
+    return dask.delayed(function, pure=True)  # type: ignore[no-any-return]
+
+
+def _blocks(array: da.Array | None, count: int) -> list[Delayed | None]:
+    return [None] * count if array is None else list(array.to_delayed().ravel())
+
+
+def _tree(add: Callable[[list[Delayed]], Delayed], parts: list[Delayed], every: int) -> Delayed:
+    """One task of many, by levels of `every`."""
+    while len(parts) > 1:
+        groups = [parts[i : i + every] for i in range(0, len(parts), every)]
+        parts = [add(group) if len(group) > 1 else group[0] for group in groups]
+    return parts[0]
+
+
+def _array(blocks: list[Delayed], shape: tuple[int, ...], rows: tuple[int, ...], axis: int, dtype: Any) -> da.Array:
+    """Blocks of rows as one array."""
+    at = len(shape) - axis
+    name = f"tattn-{dask.base.tokenize(*blocks)}"
+    # Not by concatenate, which would leave out empty blocks.
+    layer = {(name, *(i if k == at else 0 for k in range(len(shape)))): (_itself, b.key) for i, b in enumerate(blocks)}
+    graph = HighLevelGraph.from_collections(name, layer, dependencies=blocks)
+    chunks = tuple(rows if k == at else (size,) for k, size in enumerate(shape))
+    return da.Array(graph, name, chunks, dtype=dtype, meta=np.empty((0,) * len(shape), dtype))
+
+
+# What runs on workers.
+
+
+def _itself(block: np.ndarray) -> np.ndarray:
+    return block
+
+
+def _summarized(plan: Plan, keys: Any, values: Any, masks: Any) -> Summary:
+    return summarize_rows(keys, values, plan, key_masks=masks)
+
+
+def _added(parts: Sequence[Summary]) -> Summary:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _attended(summary: Summary, query: np.ndarray, return_lse: bool) -> Any:
+    return summary.attend(query, return_lse=return_lse)
+
+
+def _query_gradients(
+    summary: Summary, query: np.ndarray, grad_out: np.ndarray, grad_lse: np.ndarray | None
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Gradient of a block of queries, and what its rows add to the gradient of the sums, in float64."""
+    _, pullback = summary.attend_vjp(query, return_lse=True)
+    dquery, dsums = pullback(grad_out, grad_lse)
+    return dquery, tuple(g.astype(np.float64) for g in dsums)
+
+
+def _sums_added(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    return tuple(np.sum(np.stack(of_view), axis=0) for of_view in zip(*parts, strict=True))
+
+
+def _row_gradients(
+    plan: Plan, view: int, dsums: Sequence[np.ndarray], keys: np.ndarray, values: np.ndarray, mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(dkeys, dvalues) of a block of one view."""
+    backend = backend_of(keys)
+    assert backend is not None
+    column = None if mask is None else mask[..., None]
+    dsum = dsums[view].astype(computed_in(plan.dtype))
+    return row_gradients((keys, values, column), dsum, plan, backend)

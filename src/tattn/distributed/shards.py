@@ -1,0 +1,128 @@
+"""What every rank does with its own rows: check them, agree on a plan with the others, pack sums into one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arrays import broadcast_leading
+from ..backends.torch import BACKEND
+from ..checks import Inputs, checked_finite, checked_inputs, checked_options, positive
+from ..choice import check_kind, check_ranges
+from ..planning import plan_for, plan_found
+from ..plans import Plan, Shape
+from ..ranges import RangeCall, Ranges, ranges
+from ..streaming import check_streams
+from .agreement import Group, agree, all_reduce, facts
+
+
+def agreed(
+    given: tuple[Any, Any, Any, Any], group: Group, scale: Any, tol: Any, plan: Any, bound: Any, degree: Any, check: Any,
+    recording: bool | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of all ranks, once they are known to agree and this rank's arrays to fit."""
+    refused: Exception | None = None
+    said = None
+    try:
+        inputs, number, plan = _checked(given, scale, tol, plan, bound)
+        views = inputs.views
+        keys, values, masks = (inputs.arrays[1 + i * views : 1 + (i + 1) * views] for i in range(3))
+        if recording is None:
+            recording = BACKEND.records((*keys, *values))
+        said = facts(
+            plan,
+            views=views,
+            dim=inputs.dim,
+            dtype=inputs.dtype,
+            value_dim=inputs.value_dim,
+            leading=tuple(broadcast_leading(k, v, mask) for k, v, mask in zip(keys, values, masks, strict=True)),
+            recording=recording,
+            planned=None if plan is not None else (number, degree),
+            tol=None if plan is not None else tol,
+        )
+    except (TypeError, ValueError) as own:
+        refused = own
+    if check:
+        agree(said, group)
+    if refused is not None:
+        raise refused
+    if plan is None or plan.source == "data":
+        found = _ranges(inputs, number, group)
+        if plan is None:
+            checked_finite(found.largest, inputs.views)
+            plan = plan_found(_shape(inputs, group), found, scale=number, tol=tol, method="polynomial", degree=degree)
+        else:
+            check_ranges(plan, found, inputs.views)
+    return plan  # type: ignore[no-any-return]
+
+
+def _checked(
+    given: tuple[Any, Any, Any, Any], scale: Any, tol: Any, plan: Any, bound: Any
+) -> tuple[Inputs, float, Plan | None]:
+    """The arrays of this rank, the scale, and the plan if one was given or promised."""
+    query, keys, values, masks = given
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query should be a torch tensor, got {type(query).__name__}")
+    if values is None:
+        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
+    inputs = checked_inputs(query, keys, values, masks, rowless=True)
+    if plan is not None:
+        if bound is not None:
+            raise ValueError("bound has no use with a plan, which has its own")
+        check_streams(plan)
+        number = checked_options(plan.scale if scale is None else scale, inputs.dim, tol, "polynomial")
+        check_kind(plan, inputs, number, "polynomial")
+        return inputs, number, plan
+    number = checked_options(scale, inputs.dim, tol, "polynomial")
+    if bound is None:
+        return inputs, number, None
+    promised = plan_for(
+        n=[max(1, n) for n in inputs.lengths], dim=inputs.dim, bound=positive("bound", bound), order=inputs.views + 1,
+        tol=tol, dtype=inputs.dtype, scale=number, value_dim=inputs.value_dim, method="polynomial",
+    )  # fmt: skip
+    return inputs, number, promised
+
+
+def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
+    """The ranges of the rows of all ranks, to the bit the same on each."""
+
+    def together(kind: str, arrays: Sequence[Tensor]) -> list[Tensor]:
+        flat = torch.cat([a.reshape(-1) for a in arrays]).double()
+        if kind == "max":
+            # What is no number is none on all ranks.
+            flat = torch.where(torch.isnan(flat), inf, flat)
+        parts = torch.split(all_reduce(flat, kind, group), [a.numel() for a in arrays])
+        return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
+
+    call = RangeCall(scale, inputs.views, together)
+    found = ranges(call, inputs.backend, inputs.backend.values_of(inputs.arrays))
+    like = inputs.arrays[0]
+    ends = torch.tensor([found.bound, -found.lowest_mean], dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
+    bound, lowest = all_reduce(ends, "max", group).tolist()
+    return found._replace(bound=bound, lowest_mean=-lowest)
+
+
+def _shape(inputs: Inputs, group: Group) -> Shape:
+    """The shape of the call with the rows of all ranks."""
+    like = inputs.arrays[0]
+    lengths = torch.tensor(inputs.lengths, dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
+    total = tuple(max(1, int(n)) for n in all_reduce(lengths, "sum", group).tolist())
+    return Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, total, prod(inputs.leading))
+
+
+def packed(sums: Sequence[Tensor], rests: Sequence[Tensor] = ()) -> Tensor:
+    """Sums, with their rests if there are, as one row of float64."""
+    wide = [s.double() for s in sums]
+    if rests:
+        wide = [s + r.double() for s, r in zip(wide, rests, strict=True)]
+    return torch.cat([s.reshape(-1) for s in wide])
+
+
+def split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, of shapes and dtypes as in `like`, that a row of float64 holds."""
+    parts = torch.split(flat, [s.numel() for s in like])
+    return tuple(p.reshape(s.shape).to(s.dtype) for p, s in zip(parts, like, strict=True))

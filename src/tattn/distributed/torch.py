@@ -1,0 +1,161 @@
+"""Sequence-parallel attention for torch: every rank has some rows, and one sum of summaries joins them.
+
+    S_μ = Σ_ranks Φ(keys_μ)ᵀ [values_μ, 1]         forward: one all-reduce of all views' sums in one buffer
+    dS_μ = Σ_ranks (gradient of the rank's outputs)  backward: one all-reduce of as many numbers
+
+All else is `summarize` and `Summary.attend` on a rank's own rows, and their adjoints. The buffer is float64 whatever the dtype: it
+takes sums and rests as one number, and p ranks then add at most p · 2^-53 of the sums' absolute values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plans import Plan
+from ..streaming import Summary, summarize
+from .agreement import Group, all_reduce, checked_group
+from .operator import compiled_attention
+from .shards import agreed, packed, split
+
+
+def tensor_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    group: Group = None,
+    scale: float | None = None,
+    tol: float = 1e-3,
+    plan: Plan | None = None,
+    bound: float | None = None,
+    key_masks: Sequence[Tensor | None] | None = None,
+    return_lse: bool = False,
+    return_plan: bool = False,
+    check: bool = True,
+) -> Any:
+    """`tattn.tensor_attention` where every rank of a group has some rows of the query and of each view.
+
+    All ranks call it, and each gets the output of its own queries, which attend to the keys of all ranks.
+
+    Parameters
+    ----------
+    query : tensor (..., n, d)
+        This rank's rows. Ranks may have different numbers of rows, in query and in each view, and none at all: (..., 0, d).
+    keys : sequence of m tensors (..., n_μ, d)
+        This rank's rows of every view; leading dimensions are alike on all ranks.
+    values : sequence of m tensors (..., n_μ, dv)
+    group : torch.distributed.ProcessGroup, optional
+        The default group if not given.
+    scale, tol
+        As in `tattn.tensor_attention`; alike on all ranks.
+    plan : Plan, optional
+        Polynomial and not banded, alike on all ranks but for the shapes and costs that it was made for.
+        ``tattn.plan_for(..., bound=...)`` or `tattn.distributed.plan`. The range of one that rests on data is checked on the
+        rows of all ranks, which takes three small sums more.
+    bound : float, optional
+        Instead of a plan, the caller's promise for the rows of all ranks, as in `tattn.plan`. With neither, the plan
+        is made from the rows of all ranks, and is certified.
+    key_masks : sequence of m boolean tensors (..., n_μ) or None, optional
+        Of this rank's rows.
+    return_lse, return_plan : bool
+        As in `tattn.tensor_attention`.
+    check : bool
+        Whether ranks first tell each other dims, dtype and plan, in one sum of some hundred numbers that they wait for. Without,
+        only the summaries are summed; ranks that then differ give wrong answers, or wait until the group's time-out.
+
+    Returns
+    -------
+    tensor (..., n, dv), or a tuple of it, lse (..., n) and the plan, as asked for
+        Differentiable with respect to query, keys and values: the gradient on each rank is that of the sum of all ranks'
+        losses, with respect to its own rows. All ranks have to run the backward pass, or none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name; a ValueError on the other ranks, which says which rank refused. ValueError on all
+        ranks that differ in dims, dtype, leading dimensions or whether keys and values need gradients.
+    PlanError
+        On all ranks: if plans differ, which names in what; if the rows of all have scores beyond the plan; if none meets `tol`.
+    RuntimeError
+        If another rank has ended, or did not come within the group's time-out.
+
+    Notes
+    -----
+    O((n + Σ n_μ) r dv) time for a rank's own rows and O(r dv) memory. 8 m r (dv + 1) bytes for each problem are summed over the
+    group forward and as many backward, and 8 · (number of facts) with `check`: nothing that grows with n.
+    Parameters of a layer around it get, on each rank, the part of their gradient that comes from its rows: DistributedDataParallel
+    and FSDP average it, so a loss that is a sum over rows has to be multiplied by the number of ranks.
+    Under ``torch.compile`` it is one operator, which needs a plan with a promised bound and has no second derivatives.
+    """
+    given = (query, keys, values, key_masks)
+    if torch.compiler.is_compiling():
+        out, lse = compiled_attention(query, keys, values, key_masks, plan, group, scale, check)
+    else:
+        group = checked_group(group)
+        plan = agreed(given, group, scale, tol, plan, bound, None, check)
+        local = summarize(keys, values, plan, key_masks=key_masks)
+        flat = _SumOverRanks.apply(group, packed(local.sums, local.rests))  # type: ignore[no-untyped-call]
+        rests = tuple(torch.zeros_like(s) for s in local.sums)
+        out, lse = Summary(plan, split(flat, local.sums), rests).attend(query, return_lse=True)
+    result = [out, *([lse] if return_lse else []), *([plan] if return_plan else [])]
+    return tuple(result) if len(result) > 1 else out
+
+
+def plan(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    group: Group = None,
+    scale: float | None = None,
+    tol: float = 1e-3,
+    degree: int | None = None,
+    key_masks: Sequence[Tensor | None] | None = None,
+) -> Plan:
+    """A certified plan for the rows of all ranks, the same on each: that of `tattn.plan` for all rows together.
+
+    Parameters
+    ----------
+    query, keys, values, group, scale, tol, key_masks
+        As in `tattn.distributed.tensor_attention`; all ranks call it.
+    degree : int, optional
+        As in `tattn.plan`.
+
+    Returns
+    -------
+    Plan
+        Polynomial. Its range was bounded on the rows of all ranks.
+
+    Raises
+    ------
+    PlanError
+        On all ranks, if no polynomial meets `tol`.
+    TypeError, ValueError, RuntimeError
+        As `tattn.distributed.tensor_attention`.
+
+    Notes
+    -----
+    O(n + Σ n_μ) time, and five sums over the group of O(m d) numbers.
+    """
+    given = (query, keys, values, key_masks)
+    return agreed(given, checked_group(group), scale, tol, None, None, degree, True)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over the ranks, and of the gradients with respect to it."""
+
+    @staticmethod
+    def forward(group: Group, flat: Tensor) -> Tensor:
+        return all_reduce(flat.clone(), "sum", group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.group, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _SumOverRanks.apply(ctx.group, grad)  # type: ignore[no-untyped-call]

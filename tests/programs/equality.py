@@ -1,0 +1,217 @@
+"""Run by torchrun: sharded attention against the whole call, on every rank; what differs is raised."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import tattn
+from tattn.distributed import plan as group_plan
+from tattn.distributed import tensor_attention
+
+DEVICE = torch.device(os.environ.get("TESTED_DEVICE", "cpu"))
+CASES: list[dict[str, Any]] = [
+    {"views": 1},
+    {"views": 2, "dtype": "float32"},
+    {"views": 2, "masked": True},
+    {"views": 2, "heads": True},
+    {"views": 3, "masked": True, "dtype": "float32"},
+    {"views": 2, "empty": True},
+]
+
+
+def draw(case: dict[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None] | None, Tensor, Tensor]:
+    """The whole call, the same on all ranks: query, keys, values, masks, and gradients of output and lse."""
+    rng = np.random.default_rng(len(repr(case)))
+    views, dtype = case["views"], getattr(torch, case.get("dtype", "float64"))
+    heads = (2,) if case.get("heads") else ()
+
+    def tensor(a: np.ndarray) -> Tensor:
+        return torch.tensor(a, device=DEVICE, dtype=None if a.dtype == bool else dtype)
+
+    lengths = [9, 13, 4][:views]
+    query = tensor(rng.uniform(-1, 1, (*heads, 11, 3)))
+    # One head of keys in the first view serves all.
+    keys = [tensor(rng.uniform(-1, 1, (*(heads if i else ()), n, 3))) for i, n in enumerate(lengths)]
+    values = [tensor(rng.normal(size=(*(heads if i else ()), n, 2))) for i, n in enumerate(lengths)]
+    masks: list[Tensor | None] | None = None
+    if case.get("masked"):
+        masks = [tensor(rng.random(n) < 0.7) for n in lengths]
+        masks[-1] = None
+    grad, grad_lse = tensor(rng.normal(size=(*heads, 11, 2))), tensor(rng.normal(size=(*heads, 11)))
+    return query, keys, values, masks, grad, grad_lse
+
+
+def cuts(n: int, size: int, seed: int, empty: bool) -> list[slice]:
+    """Uneven shards of n rows; with `empty`, rank 0 has none and the last all that others leave."""
+    rng = np.random.default_rng(seed)
+    ends = np.sort(rng.integers(0, n + 1, size - 1))
+    if empty:
+        ends[: len(ends) // 2 + 1] = 0
+    return [slice(int(a), int(b)) for a, b in zip([0, *ends], [*ends, n], strict=True)]
+
+
+def same(got: Tensor, expected: Tensor, case: Any, what: str) -> None:
+    tolerance = 1e-12 if got.dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what} of {case}: {text}"
+    )
+
+
+def gradients(outs: Any, grads: Any, inputs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(outs, inputs, grads))
+
+
+def check(case: dict[str, Any], compiled: bool = False) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    query, keys, values, masks, grad, grad_lse = draw(case)
+    plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=4, dtype=str(query.dtype)[6:])
+    whole = [t.requires_grad_() for t in (query, *keys, *values)]
+    out, lse = tattn.tensor_attention(query, keys, values, plan=plan, key_masks=masks, return_lse=True)
+    expected = gradients((out, lse), (grad, grad_lse), whole)
+
+    empty = bool(case.get("empty"))
+    rows = [cuts(t.shape[-2], size, 10 + i, empty)[rank] for i, t in enumerate((query, *keys))]
+    of_tensors = [rows[0], *rows[1:], *rows[1:]]
+    own = [t.detach()[..., r, :].clone().requires_grad_() for t, r in zip(whole, of_tensors, strict=True)]
+    own_masks = None if masks is None else [m if m is None else m[r] for m, r in zip(masks, rows[1:], strict=True)]
+    m = len(keys)
+
+    def call(*tensors: Tensor) -> Any:
+        return tensor_attention(
+            tensors[0], tensors[1 : m + 1], tensors[m + 1 :], plan=plan, key_masks=own_masks, return_lse=True
+        )
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    got, got_lse = function(*own)
+    here = (..., rows[0], slice(None))
+    same(got, out[here], case, "output")
+    same(got_lse, lse[..., rows[0]], case, "lse")
+    found = gradients((got, got_lse), (grad[here].clone(), grad_lse[..., rows[0]].clone()), own)
+    names = ["query", *(f"keys[{i}]" for i in range(m)), *(f"values[{i}]" for i in range(m))]
+    for g, e, r, name in zip(found, expected, of_tensors, names, strict=True):
+        same(g, e[..., r, :], case, f"gradient of {name}")
+
+
+def check_data_plans() -> None:
+    """The plan of all ranks is that of all rows, and one call makes and uses it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for case in ({"views": 2}, {"views": 2, "masked": True, "heads": True}, {"views": 1, "empty": True}):
+        query, keys, values, masks, *_ = draw(case)
+        # The largest row is that of one rank.
+        keys[0][..., -1, :] *= 1.7
+        whole = tattn.plan(query, keys, values, tol=1e-2, key_masks=masks, method="polynomial")
+        rows = [cuts(t.shape[-2], size, i, bool(case.get("empty")))[rank] for i, t in enumerate((query, *keys))]
+        own = [query[..., rows[0], :], [k[..., r, :] for k, r in zip(keys, rows[1:], strict=True)]]
+        own.append([v[..., r, :] for v, r in zip(values, rows[1:], strict=True)])
+        own_masks = None if masks is None else [m if m is None else m[r] for m, r in zip(masks, rows[1:], strict=True)]
+        made = group_plan(*own, tol=1e-2, key_masks=own_masks)
+        assert made.certified
+        for name in ("degree", "bound", "source", "lengths", "coefficients", "error"):
+            assert getattr(made, name) == getattr(whole, name), (name, made, whole)
+        out = tattn.tensor_attention(query, keys, values, plan=whole, key_masks=masks)[..., rows[0], :]
+        for options in ({"tol": 1e-2}, {"plan": made}):
+            got, used = tensor_attention(*own, key_masks=own_masks, return_plan=True, **options)
+            assert used == made
+            same(got, out, case, "output with a plan of the data")
+    # Rows beyond the plan on one rank are everyone's error.
+    own[1][0] = own[1][0] * (3.0 if rank == size - 1 else 1.0)
+    try:
+        tensor_attention(*own, plan=made)
+    except tattn.PlanError as found:
+        assert "plan serves scores up to" in str(found), found
+    else:
+        raise AssertionError("scores beyond the plan were not refused")
+
+
+def check_bytes() -> None:
+    """What travels does not depend on the number of rows; one sum forward, one backward."""
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
+    seen: list[int] = []
+    plain = dist.all_reduce
+
+    def counted(tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append(tensor.numel() * tensor.element_size())
+        return plain(tensor, *rest, **options)
+
+    dist.all_reduce = counted
+    sent = {}
+    try:
+        for check_first in (True, False):
+            for n in (3, 50, 4000):
+                seen.clear()
+                q, a, b, u, v = (torch.zeros(n + i, 3, device=DEVICE, requires_grad=True) for i in (0, 1, 2, 1, 2))
+                out = tensor_attention(q, [a, b], [u, v], plan=plan, check=check_first)
+                forward = list(seen)
+                seen.clear()
+                out.sum().backward()
+                sent[check_first, n] = forward, list(seen)
+    finally:
+        dist.all_reduce = plain
+    size = dist.get_world_size()
+    # What is given to the sum is what a plan says that a ring of workers sends, but for 2 (p - 1) / p.
+    summaries = 8 * 2 * plan.rank * (3 + 1)
+    stated = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, workers=size).bytes_sent
+    assert stated * size == 2 * (size - 1) * summaries
+    for (check_first, _), (forward, backward) in sent.items():
+        assert forward[-1] == summaries
+        assert backward == [summaries]
+        assert len(forward) == 1 + check_first
+        assert sum(forward[:-1]) <= 1024
+    assert len({str(v) for (first, _), v in sent.items() if first}) == 1
+
+
+def check_second_derivatives() -> None:
+    """By autograd through both sums, against those of the whole call."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    query, keys, values, _, grad, _ = draw({"views": 2})
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, dtype="float64")
+
+    def twice(outs: Tensor, upstream: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(outs, inputs, upstream, create_graph=True)
+        return gradients(sum((g * g).sum() for g in first), None, inputs)
+
+    whole = [t.requires_grad_() for t in (query, *keys, *values)]
+    expected = twice(tattn.tensor_attention(query, keys, values, plan=plan), grad, whole)
+    rows = [cuts(t.shape[-2], size, i, False)[rank] for i, t in enumerate((query, *keys))]
+    of_tensors = [rows[0], *rows[1:], *rows[1:]]
+    own = [t.detach()[..., r, :].clone().requires_grad_() for t, r in zip(whole, of_tensors, strict=True)]
+    out = tensor_attention(own[0], own[1:3], own[3:], plan=plan)
+    for got, e, r in zip(twice(out, grad[rows[0]].clone(), own), expected, of_tensors, strict=True):
+        same(got, e[..., r, :], "second derivatives", "gradient")
+
+
+def check_compiled() -> None:
+    """One number of processes is enough to compile for."""
+    for case in (
+        {"views": 2, "masked": True},
+        {"views": 2, "heads": True, "dtype": "float32"},
+        {"views": 2, "empty": True},
+    ):
+        check(case, compiled=True)
+
+
+def main() -> None:
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+    for case in CASES:
+        check(case)
+    check_data_plans()
+    check_bytes()
+    check_second_derivatives()
+    if dist.get_world_size() == 2:
+        check_compiled()
+    print(f"rank {dist.get_rank()} of {dist.get_world_size()} has seen {len(CASES)} cases agree")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

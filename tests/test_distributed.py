@@ -1,0 +1,108 @@
+"""Rows spread over processes that torchrun starts: programs that raise on any rank where something is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tattn
+
+torch = pytest.importorskip("torch")
+sharded = tattn.distributed.tensor_attention
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def launch(script: str, processes: int, **environment: str) -> str:
+    """What the processes print; their errors if one fails."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    done = subprocess.run(
+        [*command, str(PROGRAMS / script)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_shards_are_the_whole(processes: int) -> None:
+    """Output, lse, all gradients and second derivatives, plans from data, bytes that travel, compiled and not."""
+    printed = launch("equality.py", processes)
+    for rank in range(processes):
+        assert f"rank {rank} of {processes} has seen 6 cases agree" in printed
+
+
+@pytest.mark.gpu
+def test_shards_are_the_whole_on_devices() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    devices = torch.cuda.device_count()
+    assert f"rank 0 of {devices} has seen 6 cases agree" in launch("equality.py", devices, TESTED_DEVICE="cuda")
+
+
+def test_what_ranks_disagree_on_is_an_error_on_all() -> None:
+    assert launch("refusals.py", 3).count("has seen all refusals") == 3
+
+
+def test_an_absent_rank_is_an_error_within_the_time_out() -> None:
+    printed = launch("absent.py", 4)
+    assert [f"rank {rank} was told of all absences" in printed for rank in range(4)] == [True, True, False, False]
+
+
+def test_data_parallel_wrappers_and_compilers_around_it() -> None:
+    printed = launch("around.py", 2)
+    for wrapper in ("DDP", "compiled DDP", "FSDP"):
+        assert printed.count(f"through {wrapper} are those of one process") == 2
+
+
+def refuse(error: type, match: str, **options: Any) -> None:
+    q = torch.zeros(4, 3)
+    with pytest.raises(error, match=match):
+        sharded(q, [q, q], [q, q], **options)
+
+
+def test_without_a_group() -> None:
+    refuse(
+        ValueError, r"^group should be a group of torch.distributed, and none is there: call torch.distributed.init_"
+    )
+
+
+def test_alone_in_a_group(tmp_path: Path) -> None:
+    """In this process: what is not a torch tensor, and a traced call without a promise."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        plan = tattn.plan_for(n=4, dim=3, bound=1.0, degree=3)
+        with pytest.raises(TypeError, match=r"^query should be a torch tensor, got ndarray"):
+            q = torch.zeros(4, 3).numpy()
+            sharded(q, [q, q], [q, q], plan=plan)
+        compiled = torch.compile(
+            lambda q, **options: sharded(q, [q, q], [q, q], **options), backend="aot_eager", fullgraph=True
+        )
+        with pytest.raises(Exception, match="the call is traced and its values cannot be read"):
+            compiled(torch.zeros(4, 3))
+        query = torch.rand(4, 3)
+        for other in (plan, tattn.plan_for(n=4, dim=3, bound=1.0, degree=1), plan):
+            torch.testing.assert_close(
+                compiled(query, plan=other), sharded(query, [query] * 2, [query] * 2, plan=other)
+            )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, tattn.distributed; print('torch' in sys.modules, 'dask' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        tattn.distributed.nothing  # noqa: B018
+
+
+def test_the_example() -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    assert "the same" in launch(str(examples / "sequence_parallel.py"), 2)
