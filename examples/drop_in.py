@@ -217,6 +217,7 @@ nats on the last tenth of the text, which no model saw.
 {markdown(of_losses, ["attention", "parameters", "loss", "processor time of a step"])}
 
 *Single rows* is the same layer of order 2: ordinary attention through the polynomial. {_words(ends)}
+Steps are few: this shows that the layer can stand there and what it costs, not which attention reads text better.
 
 ## Length
 
@@ -235,7 +236,7 @@ def _words(ends: Table) -> str:
     ordinary, pairs = ends[0], ends[1]
     lower = "lower" if pairs["unseen"] < ordinary["unseen"] else "no lower"
     return (
-        f"With pairs the loss is {lower} than with `nn.MultiheadAttention` ({pairs['unseen']:.3f} and {ordinary['unseen']:.3f}), "
+        f"With pairs the loss is {lower} than with `nn.MultiheadAttention` ({pairs['unseen']:.3f} and {ordinary['unseen']:.3f}),\n"
         f"and a step takes {pairs['seconds'] / ordinary['seconds']:.1f} times as long at this length."
     )
 
