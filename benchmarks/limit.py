@@ -1,6 +1,6 @@
 """What the polynomial method is measured against: its own matrix products, and its own growth.
 
-    python benchmarks/limit.py [--library numpy|torch] [--quick] [--million]
+    python benchmarks/limit.py [--library numpy|torch] [--value-dim DV] [--quick] [--million]
 
 One thread. Ratios are of one run; the error stands beside the time.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 import tattn
 
-DIM = VALUE_DIM = 8
+DIM = 8
 DEGREE = 4
 
 
@@ -38,15 +38,15 @@ def best(function: Callable[[], Any], repeats: int) -> float:
     return min(times)
 
 
-def draw(n: int) -> list[np.ndarray]:
+def draw(n: int, value_dim: int = DIM) -> list[np.ndarray]:
     """query, two keys, two values and a gradient in float32, scores within ±1."""
     rng = np.random.default_rng(0)
-    return [2 * rng.random((n, DIM), dtype=np.float32) - 1 for _ in range(6)]
+    return [2 * rng.random((n, d), dtype=np.float32) - 1 for d in (*(DIM,) * 3, *(value_dim,) * 3)]
 
 
-def passes(move: Callable[[np.ndarray], Any], n: int) -> tuple[Callable[[], Any], tattn.Plan]:
+def passes(move: Callable[[np.ndarray], Any], n: int, value_dim: int = DIM) -> tuple[Callable[[], Any], tattn.Plan]:
     """Forward and gradient as one function, and the plan."""
-    q, a, b, u, v, g = map(move, draw(n))
+    q, a, b, u, v, g = map(move, draw(n, value_dim))
     plan = tattn.plan_for(n=n, dim=DIM, bound=1.0, degree=DEGREE)
 
     def run() -> Any:
@@ -60,6 +60,7 @@ def passes(move: Callable[[np.ndarray], Any], n: int) -> tuple[Callable[[], Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
+    parser.add_argument("--value-dim", type=int, default=DIM, help="channels of the values (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="shorter sequences, fewer repeats")
     parser.add_argument("--million", action="store_true", help="a million rows, with the memory that they take")
     given = parser.parse_args()
@@ -75,30 +76,33 @@ def main() -> None:
         return
     repeats = 2 if given.quick else 5
     n = 1 << (14 if given.quick else 16)
-    run, plan = passes(move, n)
-    q, a, b, u, v, _ = map(move, draw(n))
-    error = tattn.measure_error(q, [a, b], [u, v], run(), rows=1)[0] if n <= 1 << 14 else check(move, plan)
+    dv = given.value_dim
+    run, plan = passes(move, n, dv)
+    q, a, b, u, v, _ = map(move, draw(n, dv))
+    error = tattn.measure_error(q, [a, b], [u, v], run(), rows=1)[0] if n <= 1 << 14 else check(move, plan, dv)
     features = move(np.random.default_rng(1).standard_normal((plan.rank, n)).astype(np.float32))
-    columns = move(np.random.default_rng(2).standard_normal((n, VALUE_DIM + 1)).astype(np.float32))
+    columns = move(np.random.default_rng(2).standard_normal((n, dv + 1)).astype(np.float32))
     ours = best(run, repeats)
     bare = 9 * best(lambda: features @ columns, repeats)
-    print(f"{given.library}, one thread, float32, n = {n:,}, d = dv = {DIM}, degree {plan.degree}, rank {plan.rank}")
+    print(
+        f"{given.library}, one thread, float32, n = {n:,}, d = {DIM}, dv = {dv}, degree {plan.degree}, rank {plan.rank}"
+    )
     print(
         f"forward + gradient {ours:.3f} s; nine bare products (r × n)·(n × (dv + 1)) {bare:.3f} s; ratio {ours / bare:.2f}"
     )
     print(f"error {error:.1e}, stated {plan.error:.1e}")
 
     sizes = [1 << i for i in (range(12, 16) if given.quick else range(14, 19))]
-    times = [best(passes(move, n)[0], repeats) for n in sizes]
+    times = [best(passes(move, n, dv)[0], repeats) for n in sizes]
     exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
     for n, seconds in zip(sizes, times, strict=True):
         print(f"  n = {n:>8,}: {seconds:.3f} s, {seconds / n * 1e6:.2f} µs a row")
     print(f"time grows as n^{exponent:.3f}")
 
 
-def check(move: Callable[[np.ndarray], Any], plan: tattn.Plan) -> float:
-    """Error against the exact method on the first 512 rows, as stated errors are measured."""
-    q, a, b, u, v, _ = (move(x[:512]) for x in draw(512))
+def check(move: Callable[[np.ndarray], Any], plan: tattn.Plan, value_dim: int) -> float:
+    """Error against the exact method on 512 rows, as stated errors are measured."""
+    q, a, b, u, v, _ = map(move, draw(512, value_dim))
     out = tattn.tensor_attention(q, [a, b], [u, v], plan=plan)
     return tattn.measure_error(q, [a, b], [u, v], out, rows=512)[0]
 
