@@ -56,8 +56,9 @@ class Plan:
     lengths, value_dim, leading
         Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and how many problems side by side.
     flops_exact, flops_polynomial : float
-        Operations of a forward call by either method; a gradient takes three times as many in all. Where scores are fewer
-        than features, the polynomial method takes about `flops_exact` (`by_scores`).
+        Operations of a forward call by either method; a gradient takes three times as many in all. Those of the polynomial
+        are counted for products with all monomials: for values of few channels there are up to dg/(d + g − 1) times as
+        many, which take less time. Where scores are fewer than features it takes about `flops_exact` (`by_scores`).
     bytes_exact, bytes_polynomial : float
         Memory beyond inputs and outputs.
     reason : str
