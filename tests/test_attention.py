@@ -10,6 +10,9 @@ from numpy.polynomial.polynomial import polyder, polyval
 from reference import Dense, dense, value_sizes
 
 import tattn
+from tattn.backends import backend_of
+from tattn.checks import checked_inputs
+from tattn.choice import work_of
 
 LENGTHS = (9, 7, 6, 4)
 
@@ -357,3 +360,22 @@ def test_torch_tables_survive_modes() -> None:
     arrays[0].requires_grad_()
     tattn.tensor_attention(arrays[0], arrays[1:3], arrays[3:], plan=plan).sum().backward()
     assert arrays[0].grad is not None
+
+
+@pytest.mark.parametrize("series", ["minimax", "banded"])
+def test_little_is_kept_for_the_adjoint(series: str) -> None:
+    """No more than inputs are, however many problems; gradients are the same with and without."""
+    plan = tattn.plan_for(n=8, dim=4, degree=3, dtype="float64", series=series, bound=None if series == "banded" else 1.0,
+                          **({"bands": 2} if series == "banded" else {}))  # fmt: skip
+    rng = np.random.default_rng(0)
+    for n, some in ((8, False), (2000, True)):
+        query, a, b, g = rng.uniform(-1, 1, (4, 2, n, 4))
+        arrays = (query, a, b, a, b, None, None)
+        work = work_of(checked_inputs(query, [a, b], [a, b], None), plan)
+        out, lse, rest, *kept = work.forward(work.call, backend_of(query), arrays)
+        assert bool(kept) == some
+        assert sum(x.size for x in kept) <= 5 * query.size
+        residuals = ((out, rest, *kept, g, 0 * lse), (out, rest, g, 0 * lse))
+        with_it, without = (work.backward(work.call, backend_of(query), (*arrays, *r)) for r in residuals)
+        for one, other in zip(with_it, without, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)

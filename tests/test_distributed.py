@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,56 @@ def test_importing_the_package_does_not_import_torch() -> None:
 def test_the_example() -> None:
     examples = Path(__file__).parent.parent / "examples"
     assert "the same" in launch(str(examples / "sequence_parallel.py"), 2)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """A group of this process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_gradients_of_narrow_dtypes_are_those_of_eager_calls(alone: Any) -> None:
+    """The adjoint gets the output in the dtype of the computation: values far from 0 lose all digits else."""
+    from tattn.distributed.operator import compiled_attention
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [(2 * torch.rand(60, 4, generator=generator) - 1).bfloat16() for _ in range(3)]
+    rows += [(torch.rand(60, 3, generator=generator) + 5).bfloat16() for _ in range(2)]
+    g = torch.rand(60, 3, generator=generator).bfloat16()
+    plan = tattn.plan_for(n=60, dim=4, bound=1.0, degree=4, dtype="bfloat16")
+
+    def gradients(function: Any) -> Any:
+        leaves = [x.clone().requires_grad_() for x in rows]
+        out = function(leaves)
+        assert out.dtype == torch.bfloat16
+        return torch.autograd.grad(out, leaves, g)
+
+    eager = gradients(lambda x: sharded(x[0], x[1:3], x[3:], plan=plan))
+    compiled = gradients(lambda x: compiled_attention(x[0], x[1:3], x[3:], None, plan, None, None, True)[0])
+    for one, other in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.01 * float(other.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranges_travel_in_arrays_of_one_size(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that agree add up as many numbers, whether they have masks or not; what would not add up is a fact."""
+    from tattn.distributed import shards
+
+    sizes: list[tuple[str, int]] = []
+    facts: list[Any] = []
+    monkeypatch.setattr(shards, "all_reduce", lambda x, kind, _: sizes.append((kind, x.numel())) or x)
+    monkeypatch.setattr(shards, "agree", lambda said, _: facts.append(said))
+
+    def told(query: Any, values: Any, masks: Any) -> tuple[Any, list[tuple[str, int]]]:
+        sizes.clear()
+        shards.agreed((query, [rows, rows], [values, values], masks), alone, None, 1e-2, None, None, None, True)
+        return facts[-1], list(sizes)
+
+    rows = torch.rand(3, 5, 2)
+    first = told(rows, rows, None)
+    assert told(rows, rows, [torch.ones(5, dtype=torch.bool), None]) == first
+    assert told(rows[0], rows, None)[0] != first[0]
+    assert told(rows, rows[0], None)[0] != first[0]

@@ -119,3 +119,20 @@ def test_more_rounding_than_stated_is_not_taken() -> None:
     options: dict[str, Any] = {"dim": 64, "rank": 2145, "value_dim": 128}
     assert scores_round_less(coefficients, 0.1, **options, lengths=(9, 9, 9))
     assert not scores_round_less(coefficients, 2.0, **options, lengths=(500, 500, 500))
+
+
+def test_large_values_of_a_view_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over pairs are means, view by view, as they are of features."""
+    rng = np.random.default_rng(0)
+    query, *keys = rng.uniform(-1, 1, (3, 12, 4)).astype(np.float32)
+    values = [np.full((12, 4), 5e36, np.float32), np.ones((12, 4), np.float32)]
+    plan = tattn.plan_for(n=12, dim=4, bound=1.0, degree=4)
+    out = tattn.tensor_attention(query, keys, values, plan=plan)
+    np.testing.assert_allclose(out, 5e36, rtol=1e-5)
+
+
+def test_lengths_are_those_of_all_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
+    plan = tattn.plan_for(n=12, dim=4, bound=1.0, degree=4)
+    with pytest.raises(ValueError, match=r"^lengths should be 3 numbers of rows, .* got \(12, 12\)"):
+        plan.by_scores((12, 12), 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,7 +248,10 @@ def gradient_bounds(
 
 def _forward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     limit = module.leading_limit(call, backend, arrays)
-    return in_parts(module.forward, limit, (None, None, None), call, backend, arrays)
+    results = in_parts(module.forward, limit, (None, None, None), call, backend, arrays)
+    # What the adjoint can do without is kept where it is smaller than what the adjoint gets anyway.
+    kept, inputs = (sum(prod(a.shape) for a in x if a is not None) for x in (results[3:], arrays))
+    return results if kept <= inputs else results[:3]
 
 
 def _backward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

@@ -134,6 +134,8 @@ class Plan:
         >>> plan.by_scores((12, 12, 12), 16), plan.by_scores((1000, 1000, 1000), 16)
         (True, False)
         """
+        if len(lengths) != self.order:
+            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
         if self.method != "polynomial" or self.series == "banded" or self.causal:
             return False
         by_features = sum(lengths) * self.rank * (2.0 * (value_dim + 1) + 1)

@@ -61,7 +61,7 @@ def scores_round_less(
     chain = sum(min(CHAIN, n) for n in lengths[1:])
     pairs = prod(lengths) / min(lengths)
     longest = max(chain, min(CHAIN, pairs) + pairs / CHAIN)
-    head = views + 5
+    head = 2 * views + 5
     plain, steep = _of_sums(
         coefficients,
         bound,

@@ -1,7 +1,7 @@
 """The polynomial method score by score, for sequences so short that their scores are fewer than their features.
 
-What `lowrank` computes, the softmax with P in place of exp, up to rounding and in Π n_μ time: with ũ = [u, 1], ṽ = [v, 1],
-and 0 in masked rows,
+What `lowrank` computes, the softmax with P in place of exp, up to rounding and in Π n_μ time: with ũ = [u, 1], ṽ = [v, 1]
+over the number of rows, and 0 in masked ones,
 
     N_i = Σ_jk P(x_ijk) ũ_j ∘ ṽ_k,      o = N[:, :-1] / N[:, -1].
 
@@ -13,7 +13,6 @@ dh = P ṽ back. Sums run over at most `CHAIN` rows, and blocks are added with c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from .arrays import broadcast_leading, clean, row_pairs, sum_to_leading, unpack
@@ -32,11 +31,10 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
     xp = backend.xp
     q, keys, *_ = unpack(call.views, arrays)
     leading, unit, views, blocks = _prepared(call, backend, arrays)
-    share = 1 / prod([k.shape[-2] for k in keys])
 
     def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
         s = backend.cast(rows, unit[0].dtype) * unit[0]
-        numerator = _numerator(call, s, views, blocks[1:], backend) * share
+        numerator = _numerator(call, s, views, blocks[1:], backend)
         return None, divided(xp.matrix_transpose(numerator), leading, backend)
 
     _, (out, normaliser) = backend.scan_rows(body, None, (q,), blocks[0])
@@ -48,13 +46,12 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     xp = backend.xp
     q, keys, _, masks, columns = unpack(call.views, arrays)
     _, unit, views, blocks = _prepared(call, backend, arrays)
-    share = 1 / prod([k.shape[-2] for k in keys])
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         dtype = unit[0].dtype
         o, l, g, g_lse = (backend.cast(c, dtype) for c in columns)
         r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-        inverse = xp.where(l == 0, 0.0, share / xp.where(l == 0, 1.0, l))
+        inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
         h = xp.concat([g, -r], axis=-1) * inverse
         ds, _, grads = _adjoint(call, backend.cast(rows, dtype) * unit[0], h, views, blocks[1:], backend)
         return _plus(carry, grads), (sum_to_leading(ds * unit[0], rows.shape[:-2], backend),)
@@ -66,20 +63,21 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
         (*pair, *of_view) for pair, *of_view in zip(grads, unit[1:], keys, masks, strict=True)
     ):
         d_keys.append(sum_to_leading(dk * u, k.shape[:-2], backend))
-        d_values.append(clean(dz[..., :-1], mask, backend))
+        d_values.append(clean(dz[..., :-1] * (1 / k.shape[-2]), mask, backend))
     return dq, *d_keys, *d_values
 
 
 def _prepared(
     call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
 ) -> tuple[tuple[int, ...], list[Array], list[View], tuple[int, ...]]:
-    """Leading dimensions, channel units, (k · unit, [v, 1]) of every view, and rows in a block."""
+    """Leading dimensions, channel units, (k · unit, [v, 1] / n_μ) of every view, and rows in a block."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     units = channel_units(q, keys, masks, call.scale, backend)
     ones = [
-        backend.xp.matrix_transpose(with_ones(v, mask, dtype, backend)) for v, mask in zip(values, masks, strict=True)
+        backend.xp.matrix_transpose(with_ones(v, mask, dtype, backend)) * (1 / v.shape[-2])
+        for v, mask in zip(values, masks, strict=True)
     ]
     views = list(zip(scaled_keys(keys, units[1:], masks, backend), ones, strict=True))
     width = q.shape[-1] + ones[0].shape[-1]

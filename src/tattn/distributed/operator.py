@@ -46,7 +46,7 @@ def compiled_attention(
     out, lse, _, _ = _forward(
         query, list(keys), list(values), masks, _text(plan), _name(group), factor, recording, check
     )
-    return out, lse[..., 0]
+    return out.to(query.dtype), lse[..., 0]
 
 
 def _name(group: Any) -> str:
@@ -86,7 +86,8 @@ def _forward(
     local = summarize(keys, values, made, key_masks=masks)
     flat = all_reduce(packed(local.sums, local.rests), "sum", resolved)
     out, lse, normaliser = BACKEND.run(summaries.read, _call(made), (query, *split(flat, local.sums)))
-    return out.to(query.dtype).contiguous(), lse.contiguous(), normaliser.clone(), flat
+    # In the dtype of the computation: the adjoint needs all digits.
+    return out.contiguous(), lse.contiguous(), normaliser.clone(), flat
 
 
 @_forward.register_fake
@@ -99,7 +100,8 @@ def _(
     shape = (*np.broadcast_shapes(query.shape[:-2], *(s[:-2] for s in sums)), query.shape[-2])
     column = query.new_empty((*shape, 1), dtype=dtype)
     flat = query.new_empty((sum(s.numel() for s in sums),), dtype=torch.float64)
-    return query.new_empty((*shape, values[0].shape[-1])), column, torch.empty_like(column), flat
+    out = query.new_empty((*shape, values[0].shape[-1]), dtype=dtype)
+    return out, column, torch.empty_like(column), flat
 
 
 def _sums_like(keys: Any, values: Any, masks: Any, plan: Plan) -> list[Tensor]:

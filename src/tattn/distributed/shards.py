@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arrays import broadcast_leading
+from ..arrays import broadcast_leading, unpack
 from ..backends.torch import BACKEND
 from ..checks import Inputs, checked_finite, checked_inputs, checked_options, positive
 from ..choice import check_kind, check_ranges
@@ -30,16 +30,15 @@ def agreed(
     try:
         inputs, number, plan = _checked(given, scale, tol, plan, bound)
         views = inputs.views
-        keys, values, masks = (inputs.arrays[1 + i * views : 1 + (i + 1) * views] for i in range(3))
         if recording is None:
-            recording = BACKEND.records((*keys, *values))
+            recording = BACKEND.records(inputs.arrays[1 : 1 + 2 * views])
         said = facts(
             plan,
             views=views,
             dim=inputs.dim,
             dtype=inputs.dtype,
             value_dim=inputs.value_dim,
-            leading=tuple(broadcast_leading(k, v, mask) for k, v, mask in zip(keys, values, masks, strict=True)),
+            leading=_leading(inputs, alone=plan is None or plan.source == "data"),
             recording=recording,
             planned=None if plan is not None else (number, degree),
             tol=None if plan is not None else tol,
@@ -58,6 +57,14 @@ def agreed(
         else:
             check_ranges(plan, found, inputs.views)
     return plan  # type: ignore[no-any-return]
+
+
+def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:
+    """Leading dimensions of every view, of which sums depend; and of each array `alone`, of which ranges do."""
+    _, keys, values, masks, _ = unpack(inputs.views, inputs.arrays)
+    of_views = tuple(broadcast_leading(*view) for view in zip(keys, values, masks, strict=True))
+    rows = inputs.arrays[: 1 + 2 * inputs.views] if alone else ()
+    return of_views + tuple(tuple(x.shape[:-2]) for x in rows)  # type: ignore[union-attr]
 
 
 def _checked(
@@ -98,8 +105,15 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
         parts = torch.split(all_reduce(flat, kind, group), [a.numel() for a in arrays])
         return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
 
+    # Masks are a rank's own affair, but what they leave is counted in arrays of one shape on all.
+    q, keys, values, masks, _ = unpack(inputs.views, inputs.arrays)
+    shapes = [(*leading, k.shape[-2], 1) for leading, k in zip(_leading(inputs, alone=False), keys, strict=True)]
+    seen = [
+        torch.ones(shape, dtype=torch.bool, device=q.device) if mask is None else mask.expand(shape)
+        for mask, shape in zip(masks, shapes, strict=True)
+    ]
     call = RangeCall(scale, inputs.views, together)
-    found = ranges(call, inputs.backend, inputs.backend.values_of(inputs.arrays))
+    found = ranges(call, inputs.backend, inputs.backend.values_of((q, *keys, *values, *seen)))
     like = inputs.arrays[0]
     ends = torch.tensor([found.bound, -found.lowest_mean], dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
     bound, lowest = all_reduce(ends, "max", group).tolist()
