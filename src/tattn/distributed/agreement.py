@@ -18,7 +18,7 @@ from ..streaming import AGREEING
 Group = Any
 
 # What each process says of its call, in this order: a mapping of these names.
-_OF_CALL = ("number of views", "dim", "dtype", "dv", "leading dimensions", "need of gradients", "plan or none", "tol")
+_OF_CALL = ("number of views", "dim", "dtype", "dv", "plan or none", "leading dimensions", "need of gradients", "tol")
 _OF_PLAN = tuple(f.name for f in fields(Plan) if f.name in AGREEING)
 
 

@@ -38,9 +38,9 @@ def agreed(
             dim=inputs.dim,
             dtype=inputs.dtype,
             value_dim=inputs.value_dim,
+            planned=None if plan is not None else (number, degree),
             leading=_leading(inputs, alone=plan is None or plan.source == "data"),
             recording=recording,
-            planned=None if plan is not None else (number, degree),
             tol=None if plan is not None else tol,
         )
     except (TypeError, ValueError) as own:
