@@ -174,7 +174,7 @@ class Plan:
             ("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B"),
             *(
                 [("computed", "score by score, with fewer operations")]
-                if self.by_scores(self.lengths, self.value_dim)
+                if len(self.lengths) == self.order and self.by_scores(self.lengths, self.value_dim)
                 else []
             ),
         ]
