@@ -59,6 +59,10 @@ class Basis(NamedTuple):
         """Where the monomials of one degree stand."""
         return slice(rank(self.dim, degree - 1) if degree else 0, rank(self.dim, degree))
 
+    def _is_held(self, degree: int | None) -> bool:
+        """Whether the monomials of one degree, or of all, are all in memory."""
+        return not self.lean or (degree is not None and degree < self.degree)
+
     def features(self, x: Array, backend: Backend) -> Array:
         """The monomials that are held: (..., d, rows) → (..., held, rows)."""
         return features(x, self.degree - self.lean, backend)
@@ -66,7 +70,7 @@ class Basis(NamedTuple):
     def row_sums(self, phi: Array, z: Array, backend: Backend, degree: int | None = None) -> Array:
         """Φᵀ z, of all monomials or of those of one degree: (..., held, rows) and (..., k, rows) → (..., r, k)."""
         xp = backend.xp
-        if not self.lean or (degree is not None and degree < self.degree):
+        if self._is_held(degree):
             part = phi if degree is None else phi[..., self.level(degree), :]
             return row_products(part, xp.matrix_transpose(z), backend)
         k = z.shape[-2]
@@ -86,7 +90,7 @@ class Basis(NamedTuple):
         """What `read` takes for M (..., r, k), of all monomials or of those of one degree."""
         xp = backend.xp
         transposed = xp.matrix_transpose(matrix)
-        if not self.lean or (degree is not None and degree < self.degree):
+        if self._is_held(degree):
             return None, transposed
         top = self.level(self.degree - 1)
         start = self.lower if degree is None else 0
@@ -102,7 +106,7 @@ class Basis(NamedTuple):
     ) -> Array:
         """Mᵀ Φ, of all monomials or of those of one degree: (..., held, rows) → (..., k, rows)."""
         rest, matrix = reader
-        if not self.lean or (degree is not None and degree < self.degree):
+        if self._is_held(degree):
             return read(phi if degree is None else phi[..., self.level(degree), :], matrix, backend)
         top = self.level(self.degree - 1)
         product = read(phi[..., top, :], matrix, backend)
