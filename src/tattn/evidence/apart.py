@@ -55,8 +55,8 @@ def measured(task: str, method: str, n: int, dim: int, entries: float, eps: floa
     # The first call loads what later ones share.
     prepare(method, 16, dim, entries, eps)[0]()
     call, error_of = prepare(method, n, dim, entries, eps)
-    _reset_peak()
-    before = _resident("VmRSS")
+    reset_peak()
+    before = resident_bytes("VmRSS")
     times: list[float] = []
     outputs = None
     while not times or (len(times) < 5 and sum(times) < budget):
@@ -65,7 +65,7 @@ def measured(task: str, method: str, n: int, dim: int, entries: float, eps: floa
         outputs, planned = call()
         times.append(time.process_time() - start)
         if len(times) == 1:
-            resident = _resident("VmHWM") - before - _bytes(outputs)
+            resident = resident_bytes("VmHWM") - before - _bytes(outputs)
     tracemalloc.start()
     outputs, planned = call()
     traced = tracemalloc.get_traced_memory()[1] - _bytes(outputs)
@@ -134,8 +134,8 @@ def _gradient(method: str, n: int, dim: int, entries: float, eps: float) -> tupl
 def stored(
     q: np.ndarray, a: np.ndarray, b: np.ndarray, u: np.ndarray, v: np.ndarray, g: np.ndarray
 ) -> list[np.ndarray]:
-    """Output and gradients by the definition, with all n³ scores stored: what the other methods are spared."""
-    scale, n = 1 / q.shape[1], len(q)
+    """Output and gradients by the definition, with all scores stored: what the other methods are spared."""
+    scale = 1 / q.shape[1]
     keys, values = _pairs(a, b), _pairs(u, v)
     f = q @ keys.T * scale
     f -= f.max(axis=1, keepdims=True)
@@ -143,7 +143,7 @@ def stored(
     f /= f.sum(axis=1, keepdims=True)
     out = f @ values
     p = f * (g @ values.T - (g * out).sum(axis=1, keepdims=True)) * scale
-    dkeys, dvalues = ((x.T @ y).reshape(n, n, -1) for x, y in ((p, q), (f, g)))
+    dkeys, dvalues = ((x.T @ y).reshape(len(a), len(b), -1) for x, y in ((p, q), (f, g)))
     d_keys = [np.einsum("jkc,kc->jc", dkeys, b), np.einsum("jkc,jc->kc", dkeys, a)]
     return [out, p @ keys, *d_keys, np.einsum("jke,ke->je", dvalues, v), np.einsum("jke,je->ke", dvalues, u)]
 
@@ -158,14 +158,14 @@ def _bytes(arrays: list[np.ndarray] | None) -> int:
     return sum(a.nbytes for a in arrays or ())
 
 
-def _resident(name: str) -> int:
+def resident_bytes(name: str) -> int:
     """Bytes resident now (VmRSS) or at the peak (VmHWM); 0 where the system does not say."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Let the peak of the resident set begin anew, where the system can."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():

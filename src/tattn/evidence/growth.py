@@ -60,10 +60,10 @@ def exponents(rows: Table) -> Table:
     found = []
     for task, method, dim, b, eps in distinct(rows, "task", "method", "dim", "entries", "eps"):
         mine = where(rows, task=task, method=method, dim=dim, entries=b, eps=eps)
-        slope = _fit(mine)[0]
+        slope = fit(mine)[0]
         crossing: Row = {"crossing": "", "crossing_measured": ""}
         if method == "polynomial":
-            at, seen = _crossing(where(rows, task=task, method="exact", dim=dim), mine)
+            at, seen = overtaking(where(rows, task=task, method="exact", dim=dim), mine)
             crossing = {"crossing": at, "crossing_measured": seen}
         last = mine[-1]
         found.append(
@@ -86,19 +86,19 @@ def exponents(rows: Table) -> Table:
             }
         )
         if method == "polynomial":
-            exact_slope, exact_offset = _fit(where(rows, task=task, method="exact", dim=dim))
+            exact_slope, exact_offset = fit(where(rows, task=task, method="exact", dim=dim))
             found[-1]["exact_would_take"] = exp(exact_offset + exact_slope * log(last["n"]))
     return found
 
 
-def _fit(rows: Table) -> tuple[float, float]:
+def fit(rows: Table) -> tuple[float, float]:
     """Slope and offset of log seconds over log n, for the largest sizes."""
     largest = rows[-_FITTED:]
     slope, offset = np.polyfit(np.log(column(largest, "n")), np.log(column(largest, "seconds")), 1)
     return float(slope), float(offset)
 
 
-def _crossing(exact: Table, polynomial: Table) -> tuple[float, bool]:
+def overtaking(exact: Table, polynomial: Table) -> tuple[float, bool]:
     """The n from which on the polynomial method is faster, between sizes that both ran; or by the fits, and False.
 
     0, True where it was faster at every such size.
@@ -112,7 +112,7 @@ def _crossing(exact: Table, polynomial: Table) -> tuple[float, bool]:
     if last + 1 < len(both):
         (n, lead), (m, next_lead) = both[last : last + 2]
         return float(exp(log(n) + log(m / n) * -lead / (next_lead - lead))), True
-    (slope, offset), (own, own_offset) = _fit(exact), _fit(polynomial)
+    (slope, offset), (own, own_offset) = fit(exact), fit(polynomial)
     return exp((own_offset - offset) / (slope - own)), False
 
 

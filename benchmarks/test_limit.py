@@ -1,0 +1,40 @@
+"""Forward, and forward with gradient, over the bare matrix products that they are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tattn
+
+from .conftest import Measure
+from .libraries import Library
+from .problem import draw
+
+# Features that are held at once for the bare product, in numbers: more rows take as much longer.
+_HELD = 1 << 26
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (8, 64), (16, 16), (16, 64)])
+def test_limit(
+    measure: Measure, library: Library, quick: bool, dim: int, value_dim: int, degree: int, gradient: bool
+) -> None:
+    """float32, the bare product (rank × n)·(n × (dv + 1)) before every round: three forward, nine with the gradient."""
+    # The rank of 16 channels at degree 4 is ten times that of 8.
+    n = 1 << ((12 if dim == 16 and degree == 4 else 14) if quick else 16)
+    problem = draw(n, dim, value_dim)
+    plan = tattn.plan_for(n=n, dim=dim, value_dim=value_dim, bound=1.0, degree=degree, method="polynomial")
+    rng = np.random.default_rng(1)
+    rows = min(n, 1 << (_HELD // plan.rank).bit_length() - 1)
+    features = library.array(rng.standard_normal((plan.rank, rows), dtype=np.float32))
+    columns = library.array(rng.standard_normal((rows, value_dim + 1), dtype=np.float32))
+    product = library.product(features, columns)
+    measure.timed(product)
+    arrays = [library.array(x) for x in problem.arrays]
+    run = library.attention(arrays, library.array(problem.grad) if gradient else None, plan=plan)
+    count = 9 if gradient else 3
+    measure(
+        "limit", "polynomial", problem, run, plan=plan, beside=lambda: count * n / rows * measure.timed(product)
+    )

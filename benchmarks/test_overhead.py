@@ -1,0 +1,37 @@
+"""What a call costs where there is hardly anything to compute."""
+
+from __future__ import annotations
+
+import pytest
+
+import tattn
+
+from .conftest import Measure
+from .libraries import Library, attention
+from .problem import draw
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("way", ["with a plan", "without a plan", "without jit, with a plan"])
+def test_overhead(measure: Measure, library: Library, threads: int, way: str, gradient: bool) -> None:
+    """16 rows of 8 channels; JAX under jit where a plan allows it."""
+    if threads > 1:
+        pytest.skip("measured on one thread")
+    problem = draw(16, 8, 8)
+    arrays, grad = [library.array(x) for x in problem.arrays], library.array(problem.grad)
+    plan = tattn.plan(arrays[0], arrays[1:3], arrays[3:])
+    options = {} if way == "without a plan" else {"plan": tattn.plan_for(n=16, dim=8, value_dim=8, bound=1.0)}
+    if library.name != "jax":
+        if way.startswith("without jit"):
+            pytest.skip("nothing is compiled")
+        run = library.attention(arrays, grad if gradient else None, **options)
+    elif way == "with a plan":
+        run = library.attention(arrays, grad if gradient else None, **options)
+    elif gradient:
+        pytest.skip("JAX differentiates under jit, with a plan")
+    else:
+
+        def run() -> list[object]:
+            return [attention(*arrays, **options)]
+
+    measure("overhead", way, problem, run, plan=options.get("plan", plan))
