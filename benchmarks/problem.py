@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -74,15 +75,24 @@ def draw(n: int, dim: int, value_dim: int, views: int = 2) -> Problem:
     distinct = min(n, _DISTINCT)
     if n % distinct:
         raise ValueError(f"n should be a multiple of {distinct}, got {n}")
+    query, keys, values, grad, expected = _distinct(distinct, dim, value_dim, views)
     rng = np.random.default_rng(0)
-    points = rng.choice((-1.0, 1.0), (views + 1, distinct, dim)) * rng.uniform(0.7, 1, (views + 1, distinct, dim))
-    query, *keys = points.astype(np.float32)
-    *values, grad = rng.uniform(-1, 1, (views + 1, distinct, value_dim)).astype(np.float32)
-    ones = [[np.ones_like(x[:1])] if views == 1 else [] for x in (query, grad)]
-    wide = [x.astype(np.float64) for x in (query, *keys, *ones[0], *values, *ones[1], grad)]
-    out, d_query, *rest = stored(*wide)
-    # A second view of one row of ones makes a single view of two.
-    expected = (out, d_query, *rest[:views], *rest[2 : 2 + views])
     rows, *places = (rng.permutation(np.arange(n) % distinct) for _ in range(views + 1))
     spread = (query[rows], *(x[p] for x, p in zip((*keys, *values), places * 2, strict=True)))
     return Problem(spread, grad[rows], expected, (rows, rows, *places, *places))
+
+
+@cache
+def _distinct(
+    n: int, dim: int, value_dim: int, views: int
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], np.ndarray, tuple[np.ndarray, ...]]:
+    """Query, keys, values and gradient of the distinct rows, (n, d) or (n, dv), and what is expected for them."""
+    rng = np.random.default_rng(0)
+    points = rng.choice((-1.0, 1.0), (views + 1, n, dim)) * rng.uniform(0.7, 1, (views + 1, n, dim))
+    query, *keys = points.astype(np.float32)
+    *values, grad = rng.uniform(-1, 1, (views + 1, n, value_dim)).astype(np.float32)
+    # A second view of one row of ones makes a single view of two.
+    ones = [[np.ones_like(x[:1])] if views == 1 else [] for x in (query, grad)]
+    wide = [x.astype(np.float64) for x in (query, *keys, *ones[0], *values, *ones[1], grad)]
+    out, d_query, *rest = stored(*wide)
+    return query, keys, values, grad, (out, d_query, *rest[:views], *rest[2 : 2 + views])

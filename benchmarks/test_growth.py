@@ -19,7 +19,7 @@ def test_growth(measure: Measure, library: Library, threads: int, quick: bool, d
         pytest.skip("measured on one thread")
     if dim > 8 and library.device == "cpu":
         pytest.skip("minutes a call on a CPU")
-    if quick and power not in (10, 12, 14, 16):
+    if quick and power not in (10, 12, 14):
         pytest.skip("left out of a quick run")
     n = 1 << power
     problem = draw(n, dim, dim)

@@ -15,7 +15,7 @@ from .rivals import ORDER_THREE
 
 _MEMORY = 4 << 30
 # Degrees whose rank 8, 16 and 32 channels can pay.
-_DEGREES = {8: (2, 3, 4, 5), 16: (2, 3, 4), 32: (2, 3), 64: ()}
+_DEGREES = {8: (2, 4, 7), 16: (2, 3, 4, 5), 32: (2, 3, 4), 64: ()}
 _METHODS = (
     "dense einsum",
     "scores stored, gradient by hand",
@@ -23,13 +23,13 @@ _METHODS = (
     "naive_two_simplicial_attend",
     "nth_order_attend",
     "exact",
-    *(f"polynomial, degree {g}" for g in (2, 3, 4, 5)),
+    *(f"polynomial, degree {g}" for g in (2, 3, 4, 5, 7)),
 )
 # (method, channels, gradient) → rows and seconds of the longest call so far.
 _took: dict[tuple[str, int, bool], tuple[int, float]] = {}
 
 
-@pytest.mark.parametrize("n", [1 << i for i in range(6, 17)])
+@pytest.mark.parametrize("n", [1 << i for i in range(6, 16)])
 @pytest.mark.parametrize("method", _METHODS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("dim", [8, 16, 32, 64])
@@ -37,14 +37,14 @@ def test_rivals(
     measure: Measure, library: Library, threads: int, quick: bool, dim: int, gradient: bool, method: str, n: int
 ) -> None:
     """dv = d; stops where the next call would take more than 10 s or 4 GiB. 64 channels: exact methods up to 1,024 rows."""
-    if threads > 1:
-        pytest.skip("measured on one thread")
-    if quick and (n.bit_length() % 2 == 0 or n > 1 << 13):
+    if threads > 1 or library.name == "jax":
+        pytest.skip("measured on one thread, and not in JAX, which compiles for each length")
+    if quick and (n.bit_length() % 2 == 0 or n > 1 << 12):
         pytest.skip("left out of a quick run")
     if dim == 64 and not 128 <= n <= 1024:
         pytest.skip("a comparison of exact methods alone")
     key = method, dim, gradient
-    _skip_if_long(key, n, 0.1 if quick else 10.0)
+    _skip_if_long(key, n, 0.05 if quick else 10.0)
     problem = draw(n, dim, dim)
     plan = None
     if method.startswith("polynomial"):

@@ -1,0 +1,103 @@
+"""The plots of the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tattn.evidence.plots import COLOURS, legend_below, panels, style
+from tattn.evidence.tables import Table, column, distinct, where
+
+from .goals import LIMITS, passes, ratio
+
+
+def figures(measured: Table) -> dict[str, Any]:
+    """All that there is data for, by name."""
+    found = {"limit": _limit(where(measured, group="limit")), "growth": _growth(where(measured, group="growth"))}
+    rivals = where(measured, group="rivals")
+    for (library,) in distinct(rivals, "library"):
+        found[f"rivals-{library}"] = _rivals([row for row in where(rivals, library=library) if row["dim"] < 64])
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _limit(rows: Table) -> Any:
+    """Bars of ratios, a panel for forward and one with the gradient."""
+    if not rows:
+        return None
+    figure, axes = panels(1, 2, height=3.4, sharex=True)
+    figure.set_figwidth(9)
+    cases = distinct(rows, "dim", "value_dim", "degree")
+    bars = sorted(distinct(rows, "library", "threads"), key=lambda bar: (bar[0], bar[1]))
+    colours = {name: COLOURS[i] for i, name in enumerate(sorted({bar[0] for bar in bars}))}
+    width = 0.84 / len(bars)
+    for axis, gradient in zip(axes.flat, (False, True), strict=True):
+        for i, (library, threads) in enumerate(bars):
+            mine = where(rows, library=library, threads=threads, gradient=gradient)
+            at = [cases.index((row["dim"], row["value_dim"], row["degree"])) for row in mine]
+            axis.bar(
+                [x + (i - (len(bars) - 1) / 2) * width for x in at],
+                [ratio(row) for row in mine],
+                0.9 * width,
+                color=colours[library],
+                alpha=1.0 if threads == 1 else 0.45,
+                label=f"{library}, {threads} thread{'s' * (threads > 1)}",
+            )
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(ylabel="time over bare products", title=passes(gradient))
+    for value_dim, most in LIMITS.items():
+        if (8, value_dim, 4) in cases:
+            at = cases.index((8, value_dim, 4))
+            axes[1, 0].plot([at - 0.46, at + 0.46], [most, most], color=COLOURS[3], linewidth=2, label="_")
+    labels = [f"d = {dim}, dv = {value_dim}\ndegree {degree}" for dim, value_dim, degree in cases]
+    axes[1, 0].set_xticks(range(len(cases)), labels, fontsize="small")
+    # A panel may lack libraries that the other has.
+    fuller = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+    legend_below(figure, fuller, 6)
+    return figure
+
+
+def _growth(rows: Table) -> Any:
+    """Time and memory against n."""
+    if not rows:
+        return None
+    figure, ((times, memory),) = panels(2, height=4.2)
+    for i, (library, dim) in enumerate(distinct(rows, "library", "dim")):
+        mine = where(rows, library=library, dim=dim)
+        look = style(i, label=f"{library}, d = {dim}")
+        times.loglog(column(mine, "n"), column(mine, "seconds"), **look)
+        told = [row for row in mine if row["peak_bytes"] != ""]
+        memory.semilogx(column(told, "n"), [row["peak_bytes"] / 2**20 for row in told], **look)
+    times.set(xlabel="n", ylabel="seconds", title="time, forward + gradient")
+    memory.set(xlabel="n", ylabel="MiB beyond inputs and outputs", title="memory at the peak")
+    memory.set_ylim(bottom=0)
+    legend_below(figure, times, 4)
+    return figure
+
+
+def _rivals(rows: Table) -> Any:
+    """Time against n, a column for each d, a row for each pass; polynomials drawn through, exact methods dashed."""
+    if not rows:
+        return None
+    dims = sorted({*column(rows, "dim")})
+    figure, axes = panels(len(dims), 2, height=3.5, sharex=True, sharey=True)
+    methods = [method for (method,) in distinct(rows, "method")]
+    methods.sort(key=lambda name: (name.startswith("polynomial"), name == "exact"))
+    exact = [name for name in methods if not name.startswith("polynomial")]
+    for line, gradient in zip(axes, (False, True), strict=True):
+        for axis, dim in zip(line, dims, strict=True):
+            for method in methods:
+                mine = where(rows, method=method, dim=dim, gradient=gradient)
+                if method in exact:
+                    look = style(exact.index(method), linestyle="-" if method == "exact" else "--")
+                    look["color"] = "black" if method == "exact" else look["color"]
+                else:
+                    look = style(int(method[-1]) + 1, linewidth=1.8, markersize=0)
+                name = {"exact": "tattn, exact"}.get(method, method.replace("polynomial", "tattn, polynomial"))
+                # Empty lines too: one panel gives the legend of all.
+                axis.loglog(column(mine, "n"), column(mine, "seconds"), label=name, **look)
+            axis.set_title(f"d = dv = {dim}, {passes(gradient)}")
+    for axis in axes[-1]:
+        axis.set_xlabel("n")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("seconds")
+    legend_below(figure, axes[0, 0], 3)
+    return figure

@@ -1,0 +1,280 @@
+"""The words and tables of the report, made of its tables alone."""
+
+from __future__ import annotations
+
+from tattn.evidence.growth import fit
+from tattn.evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
+
+from .goals import STORED, breaks_even, passes, ratio, speedups
+
+_INTRO = """\
+# Benchmarks
+
+<!-- Made by `python -m benchmarks.report` from the tables in docs/benchmarks. Changes made by hand are lost. -->
+
+How long the library takes over the matrix products that it is made of, how that grows, and what else would do the same. `nox -s
+bench` measures all of it and writes this page; `-- --quick` takes some minutes and writes elsewhere.
+
+float32. Every result is first compared with the definition in float64: rows are drawn from 64 distinct ones, so that the answer
+for any length is known from a small problem, gradients included, and a case whose error is above its certified bound, or an exact one whose
+error is above rounding, fails. Query and keys have entries from ±0.7 to ±1 and the scale is 1/d, so scores lie within ±1 and fill
+much of it. *Error* is relative to max|u| max|v|, as `tol` is; *of spread* is the same difference
+relative to how far the outputs of two rows are apart, which is stricter. Each library and number of threads has a process of its own.
+Times are the shortest of two rounds or more, after a call to warm up, and waited for.
+"""
+_QUICK = "**A quick run, of small sizes and few rounds: it shows that all runs, and is not to be quoted.**\n"
+
+
+def page(tables: dict[str, Table]) -> str:
+    """The whole page."""
+    measured, machines = tables["measured"], tables["machine"]
+    parts = [_INTRO]
+    if any(column(machines, "quick")):
+        parts.append(_QUICK)
+    parts += [
+        _section("Goals", _goals(tables["goals"]), tables["goals"]),
+        "```{include} benchmarks/tried.md\n```\n",
+        _section("Over the bare matrix products", _limit(where(measured, group="limit")), where(measured, group="limit")),
+        _section("Growth", _growth(where(measured, group="growth")), where(measured, group="growth")),
+        _section("Rivals", _rivals(measured), where(measured, group="rivals")),
+        _section(
+            "Attention of order two, as context",
+            _order_one(where(measured, group="order one")),
+            where(measured, group="order one"),
+        ),
+        _section("Short calls", _overhead(where(measured, group="overhead")), where(measured, group="overhead")),
+        "## Machine\n\n" + _machine(machines, measured),
+        "Tables: [all cases](benchmarks/measured.csv), [goals](benchmarks/goals.csv), [machine](benchmarks/machine.csv).\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _section(title: str, words: str, rows: Table) -> str:
+    return f"## {title}\n\n{words.strip()}\n" if rows else f"## {title}\n\nNot measured in this run.\n"
+
+
+def _goals(goals: Table) -> str:
+    lines = []
+    for row in goals:
+        verdict = {True: "met", False: "**not met**"}.get(row["met"], "–")
+        asked = f"{row['sign']} {row['asked']:.2f}" if row["asked"] != "" else "–"
+        got = f"{row['measured']:.2f}" if row["measured"] != "" else "–"
+        lines.append([row["goal"], row["case"], asked, got, verdict])
+    return markdown(lines, ["goal", "case", "asked", "measured", ""])
+
+
+def _limit(rows: Table) -> str:
+    lines = []
+    for row in rows:
+        if row["gradient"]:
+            same = ("library", "device", "threads", "n", "dim", "value_dim", "degree")
+            forward = where(rows, gradient=False, **{k: row[k] for k in same})
+            lines.append(
+                [
+                    *_who(row),
+                    str(row["threads"]),
+                    f"{row['n']:,}",
+                    str(row["dim"]),
+                    str(row["value_dim"]),
+                    str(row["degree"]),
+                    f"{row['rank']:,}",
+                    seconds(forward[0]["seconds"]) if forward else "–",
+                    f"{ratio(forward[0]):.2f}" if forward else "–",
+                    seconds(row["seconds"]),
+                    f"**{ratio(row):.2f}**",
+                    *_errors(row),
+                    _memory(row),
+                ]
+            )
+    heads = ["library", "threads", "n", "d", "dv", "degree", "rank", "forward", "over 3 products", "with gradient"]
+    heads += ["over 9 products", "error", "of spread", "certified", "MiB"]
+    return f"""\
+The polynomial method is three products (rank × n)·(n × (dv + 1)) forward and nine with the gradient; a bare product of that shape takes turns
+with the call in the same process. Where the features of the bare product would take more than 256 MiB, fewer rows are multiplied and the time
+is scaled. MiB: memory at the peak beyond inputs and outputs, of the call with its gradient.
+
+![Time over that of the bare products](benchmarks/limit.png)
+
+Bars: time over that of the bare products, lighter on two threads; the short lines are the goals.
+
+{markdown(lines, heads)}"""
+
+
+def _growth(rows: Table) -> str:
+    lines = []
+    for library, dim in distinct(rows, "library", "dim"):
+        mine = where(rows, library=library, dim=dim)
+        slope = f"{fit(mine)[0]:.2f}" if len(mine) > 1 else "–"
+        last = mine[-1]
+        a_row = f"{last['seconds'] / last['n'] * 1e6:.2f} µs"
+        lines.append([*_who(last), str(dim), f"{mine[0]['n']:,}", f"{last['n']:,}", slope, seconds(last["seconds"]), a_row])
+        lines[-1] += [_memory(last), *_errors(last)]
+    heads = ["library", "d", "n from", "to", "exponent", "time at the largest", "a row", "MiB there"]
+    return f"""\
+Forward and gradient at degree 4, dv = d, one thread. The exponent is the slope of log time over log n at the three largest lengths.
+
+![Time and memory against n](benchmarks/growth.png)
+
+Left: time of a call. Right: memory at its peak beyond inputs and outputs, which blocks of rows bound whatever the length. JAX does not tell.
+
+{markdown(lines, [*heads, "error", "of spread", "certified"])}"""
+
+
+def _rivals(measured: Table) -> str:
+    rows = where(measured, group="rivals")
+    libraries = [name for (name,) in distinct(rows, "library")]
+    plots = "\n\n".join(
+        f"![Time against n in {name}](benchmarks/rivals-{name}.png)\n\n{name}: exact methods dashed, ours in black, "
+        "polynomials drawn through, at the errors in the table. A line ends where the next call would take 10 s or 4 GiB."
+        for name in libraries
+    )
+    return f"""\
+What users would write otherwise, or install, for the same attention over pairs, dv = d, one thread. *SDPA over pair keys*: torch's
+`scaled_dot_product_attention` over the n² keys a_j ∘ b_k and values u_j ∘ v_k, which is the same function and stores no scores.
+`naive_two_simplicial_attend` and `nth_order_attend` are those of simplicial-attention; they combine values as we do and divide scores by √d, so their query
+carries another 1/√d. Gradients are those of the library's autograd, and in NumPy those of the definition written by hand with all scores stored.
+
+{plots}
+
+### How far each goes
+
+{_furthest(rows)}
+
+### From which length the polynomial is faster
+
+Against the fastest exact method at each n, ours among them. Exact methods are right to rounding, about 1e-8 here; the error of the
+polynomial stands beside it, and equal error is what the highest degrees have where there is room for them. ~: where fits of the largest lengths meet;
+≤: at every length that both ran.
+
+{_break_even(measured)}
+
+### The exact method against its rivals
+
+Time of the rival over ours.
+
+{_exact(measured)}"""
+
+
+def _furthest(rows: Table) -> str:
+    lines = []
+    for library, dim, method in distinct(rows, "library", "dim", "method"):
+        if dim == 64:
+            continue
+        mine = where(rows, library=library, dim=dim, method=method)
+        line = [library, str(dim), method]
+        for gradient in (False, True):
+            ran = where(mine, gradient=gradient)
+            line += [f"{ran[-1]['n']:,}", seconds(ran[-1]["seconds"]), _memory(ran[-1])] if ran else ["–"] * 3
+        last = mine[-1]
+        lines.append([*line, *_errors(last)])
+    heads = ["library", "d", "method", "forward: largest n", "time", "MiB", "forward + gradient: largest n", "time", "MiB"]
+    return markdown(lines, [*heads, "error", "of spread", "certified"])
+
+
+def _break_even(measured: Table) -> str:
+    rows = breaks_even(measured)
+    lines = []
+    for library, dim, degree in distinct(rows, "library", "dim", "degree"):
+        mine = where(rows, library=library, dim=dim, degree=degree)
+        crossings = []
+        for gradient in (False, True):
+            found = where(mine, gradient=gradient)
+            crossings.append(_crossing(found[0], measured) if found else "–")
+        lines.append([library, str(dim), str(degree), f"{mine[0]['rank']:,}", *_errors(mine[0]), *crossings])
+    heads = ["library", "d", "degree", "rank", "error", "of spread", "certified", "forward", "forward + gradient"]
+    return markdown(lines, heads)
+
+
+def _crossing(row: Row, measured: Table) -> str:
+    if row["crossing"] == 0:
+        return f"≤ {min(column(where(measured, group='rivals', dim=row['dim']), 'n'))}"
+    return f"{'' if row['seen'] else '~ '}{row['crossing']:,.0f} ({row['best']})"
+
+
+def _exact(measured: Table) -> str:
+    lines = []
+    rows = where(measured, group="rivals", method="exact")
+    for library, dim, gradient in distinct(rows, "library", "dim", "gradient"):
+        for rival in ("dense einsum", STORED, "SDPA over pair keys"):
+            pairs = speedups(measured, library, rival, dim, gradient)
+            if pairs:
+                cells = ", ".join(f"{n:,}: {times:.2f}" for n, times in pairs)
+                lines.append([library, str(dim), passes(gradient), rival, cells])
+    return markdown(lines, ["library", "d", "", "rival", "n: times as fast"])
+
+
+def _order_one(rows: Table) -> str:
+    lines = []
+    for dim, method in distinct(rows, "dim", "method"):
+        for gradient in (False, True):
+            mine = where(rows, dim=dim, method=method, gradient=gradient)
+            if mine:
+                cells = ", ".join(f"{row['n']:,}: {seconds(row['seconds'])}" for row in mine)
+                lines.append([str(dim), method, passes(gradient), *_errors(mine[-1]), cells])
+    heads = ["d", "method", "", "error", "of spread", "certified", "n: time"]
+    return f"""\
+One view is ordinary attention, which a polynomial serves as well. torch, one thread. *FastAttention, m*: that of performer-pytorch with m random
+features, drawn with a seed; its error is that of one draw, and nothing bounds it.
+
+{markdown(lines, heads)}"""
+
+
+def _overhead(rows: Table) -> str:
+    lines = []
+    for library, method in distinct(rows, "library", "method"):
+        cells = []
+        for gradient in (False, True):
+            mine = where(rows, library=library, method=method, gradient=gradient)
+            cells.append(seconds(mine[0]["seconds"]) if mine else "–")
+        lines.append([library, method, *cells])
+    words = "16 rows, d = dv = 8, one thread: there is hardly anything to compute. JAX runs under jit unless it says otherwise."
+    return f"{words}\n\n{markdown(lines, ['library', '', 'forward', 'forward + gradient'])}"
+
+
+def _machine(machines: Table, measured: Table) -> str:
+    threads = listed(sorted({*column(measured, "threads")}))
+    lines = [f"* threads: {threads}, each in processes of their own"]
+    for name in machines[0]:
+        values = list(dict.fromkeys(str(row[name]) for row in machines))
+        lines.append(f"* {name}: {', '.join(values)}")
+    devices = sorted({*column(measured, "device")} - {"cpu"})
+    lines.append(f"* accelerator: {', '.join(devices) or 'none; what needs one was skipped'}")
+    return "\n".join(lines) + "\n"
+
+
+def readme(measured: Table) -> str:
+    """The table of README."""
+    lines = []
+    for name in ("numpy", "torch"):
+        goal = {"gradient": True, "dim": 8, "value_dim": 8, "degree": 4, "threads": 1, "library": name}
+        for row in where(measured, group="limit", device="cpu", **goal):
+            over = f"{seconds(row['seconds'])}: {ratio(row):.1f} × its nine bare matrix products"
+            lines.append([f"{row['n']:,} tokens, {name}", _exact_flops(row), over, *_errors(row)])
+        grown = where(measured, group="growth", device="cpu", library=name, dim=8)
+        if grown:
+            row = max(grown, key=lambda found: int(found["n"]))
+            took = f"{seconds(row['seconds'])}, {_memory(row)} MiB beyond inputs and outputs"
+            lines.append([f"{row['n']:,} tokens, {name}", _exact_flops(row), took, *_errors(row)])
+    lines = [[*line[:3], line[5], line[3]] for line in lines]
+    heads = ["forward + gradient, d = dv = 8, float32, one thread", "exact, forward alone", "`tattn`, degree 4"]
+    table = markdown(lines, [*heads, "certified error", "measured"])
+    return f"{table}\n\nScores within ±1; errors are relative to max|u| max|v|. From [the benchmarks](docs/benchmarks.md), `nox -s bench`."
+
+
+def _exact_flops(row: Row) -> str:
+    """Operations of the exact method: two for each channel of query and value of a score, and 16 for an exponential."""
+    count = float(row["n"]) ** 3 * (2 * row["dim"] + 2 * row["value_dim"] + 16)
+    power, prefix = next((p, x) for p, x in ((18, "E"), (15, "P"), (12, "T"), (0, "")) if count >= 10.0**p)
+    return f"{count / 10.0**power:.2g} {prefix}flop"
+
+
+def _who(row: Row) -> list[str]:
+    return [row["library"] if row["device"] == "cpu" else f"{row['library']}, {row['device']}"]
+
+
+def _errors(row: Row) -> list[str]:
+    return [short(row[k]) if row[k] != "" else "–" for k in ("error", "error_of_spread", "certified")]
+
+
+def _memory(row: Row) -> str:
+    return mebibytes(row["peak_bytes"]) if row["peak_bytes"] != "" else "–"

@@ -1,0 +1,84 @@
+"""Tables, plots and a page from the JSON of pytest-benchmark, and the table in README.
+
+    python -m benchmarks.report [build/benchmarks/full]
+
+Tables are saved and read back before anything is drawn or said, so the page holds nothing but what stands in them and what
+docs/benchmarks/tried.md says. The report of a quick run stays beside its JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tattn.evidence.plots import save_plot
+from tattn.evidence.tables import Row, Table, load, save
+
+from .figures import figures
+from .goals import goals
+from .page import page, readme
+
+_ROOT = Path(__file__).parent.parent
+_MARKS = "<!-- benchmarks: made by `python -m benchmarks.report` -->", "<!-- end of benchmarks -->"
+TABLES = ("measured", "machine", "goals")
+
+
+def rows_of(contents: Sequence[Row]) -> tuple[Table, Table]:
+    """All cases of some JSON files, and the machines they ran on, each once."""
+    measured = [
+        {**case["extra_info"], "seconds": case["stats"]["min"], "rounds": case["stats"]["rounds"]}
+        for content in contents
+        for case in content["benchmarks"]
+    ]
+    machines = [content["machine_info"] for content in contents]
+    return measured, [m for i, m in enumerate(machines) if m not in machines[:i]]
+
+
+def write(files: Sequence[Path], docs: Path, into: Path | None) -> None:
+    """Tables and plots into docs/benchmarks, the page docs/benchmarks.md, and the table between the marks of `into`."""
+    measured, machines = rows_of([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    folder = docs / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in zip(TABLES, (measured, machines, goals(measured)), strict=True):
+        save(table, folder / f"{name}.csv")
+    tables = {name: load(folder / f"{name}.csv") for name in TABLES}
+    drawn = figures(tables["measured"])
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for name, figure in drawn.items():
+        save_plot(figure, folder / f"{name}.png")
+    (docs / "benchmarks.md").write_text(page(tables), encoding="utf-8")
+    if into is not None:
+        into.write_text(between_marks(into.read_text(encoding="utf-8"), readme(tables["measured"])), encoding="utf-8")
+
+
+def between_marks(text: str, table: str) -> str:
+    """The text with what stands between the marks replaced."""
+    start, end = _MARKS
+    head, found, rest = text.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the text should hold {start} and after it {end}")
+    return f"{head}{start}\n{table}\n{end}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the report of a folder of JSON files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=_ROOT / "build" / "benchmarks" / "full")
+    given = parser.parse_args(arguments)
+    # A process that found nothing to measure may leave an empty file.
+    files = [file for file in sorted(given.folder.glob("*.json")) if file.stat().st_size]
+    if not files:
+        sys.exit(f"no JSON in {given.folder}: run python -m benchmarks first")
+    quick = any(json.loads(file.read_text(encoding="utf-8"))["machine_info"]["quick"] for file in files)
+    docs = given.folder / "report" if quick else _ROOT / "docs"
+    write(files, docs, None if quick else _ROOT / "README.md")
+    print(docs / "benchmarks.md")
+
+
+if __name__ == "__main__":
+    main()
