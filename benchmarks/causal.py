@@ -17,6 +17,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ SHAPES = (
 
 def seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
     """Least processor time of each, run in turns."""
-    times = []
+    times: list[list[float]] = []
     for _ in range(repeats):
         times.append([])
         for function in functions:
@@ -69,8 +70,8 @@ def cost(library: str, quick: bool) -> None:
             return tattn.tensor_attention(query, keys, values, plan=plan, causal=plan.causal)  # noqa: B023
 
         pairs = [tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=plan.causal) for plan in plans]
-        plain, causal = seconds([lambda p=plan: forward(p) for plan in plans], 3)
-        plain_gradient, gradient = seconds([lambda o=out, p=pullback: p(o) for out, pullback in pairs], 3)
+        plain, causal = seconds([partial(forward, plan) for plan in plans], 3)
+        plain_gradient, gradient = seconds([partial(pullback, out) for out, pullback in pairs], 3)
         error, _ = tattn.measure_error(query, keys, values, pairs[1][0], causal=True, rows=4)
         print(
             f"| {views} | {dim} | {degree} | {plans[1].rank} | {value_dim} | {n} | {causal:.3f} | {causal / plain:.1f} "

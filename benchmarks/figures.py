@@ -32,9 +32,9 @@ def _limit(rows: Table) -> Any:
     for axis, gradient in zip(axes.flat, (False, True), strict=True):
         for i, (library, threads) in enumerate(bars):
             mine = where(rows, library=library, threads=threads, gradient=gradient)
-            at = [cases.index((row["dim"], row["value_dim"], row["degree"])) for row in mine]
+            places = [cases.index((row["dim"], row["value_dim"], row["degree"])) for row in mine]
             axis.bar(
-                [x + (i - (len(bars) - 1) / 2) * width for x in at],
+                [x + (i - (len(bars) - 1) / 2) * width for x in places],
                 [ratio(row) for row in mine],
                 0.9 * width,
                 color=colours[library],

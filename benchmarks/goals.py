@@ -31,7 +31,7 @@ def _of_the_limit(measured: Table) -> Table:
     found = []
     for value_dim, most in LIMITS.items():
         for row in where(measured, group="limit", gradient=True, dim=8, degree=4, value_dim=value_dim, threads=1):
-            case = f"{row['library']}, dv = {value_dim}, n = {row['n']:,}{_device(row)}"
+            case = f"{row['library']}, dv = {value_dim}, n = {row['n']:,}"
             found.append(_goal("over nine bare products, d = 8, degree 4, one thread", case, "≤", most, ratio(row)))
     return found
 
@@ -39,7 +39,7 @@ def _of_the_limit(measured: Table) -> Table:
 def _of_threads(measured: Table) -> Table:
     found = []
     for row in where(measured, group="limit", gradient=True, dim=8, degree=4, threads=2):
-        same = {k: row[k] for k in ("library", "device", "value_dim", "n", "degree", "dim", "group", "gradient")}
+        same = {k: row[k] for k in ("library", "value_dim", "n", "degree", "dim", "group", "gradient")}
         alone = where(measured, threads=1, **same)
         if alone and row["value_dim"] in LIMITS:
             case = f"{row['library']}, dv = {row['value_dim']}, n = {row['n']:,}"
@@ -74,7 +74,7 @@ def speedups(measured: Table, library: str, rival: str, dim: int, gradient: bool
 
 def _on_a_gpu(measured: Table) -> Table:
     found = []
-    for row in where(measured, group="growth", n=1 << 20):
+    for row in where(measured, group="growth", n=1 << 20, threads=1):
         if row["device"] != "cpu":
             case = f"{row['library']}, d = {row['dim']}: {row['seconds']:.3g} s"
             found.append(_goal(f"2^20 rows, forward + gradient on {row['device']}", case, "", "", ""))
@@ -90,10 +90,6 @@ def _goal(name: str, case: str, sign: str, asked: float | str, got: float | str)
     return {"goal": name, "case": case, "sign": sign, "asked": asked, "measured": got, "met": met}
 
 
-def _device(row: Row) -> str:
-    return "" if row["device"] == "cpu" else f", {row['device']}"
-
-
 def breaks_even(measured: Table) -> Table:
     """For each library, d, degree and pass: from which n on the polynomial is faster than every exact method.
 
@@ -101,8 +97,8 @@ def breaks_even(measured: Table) -> Table:
     """
     found = []
     rivals = where(measured, group="rivals")
-    for library, device, dim, gradient in distinct(rivals, "library", "device", "dim", "gradient"):
-        mine = where(rivals, library=library, device=device, dim=dim, gradient=gradient)
+    for library, dim, gradient in distinct(rivals, "library", "dim", "gradient"):
+        mine = where(rivals, library=library, dim=dim, gradient=gradient)
         exact = [row for row in mine if row["degree"] == ""]
         best = [min(where(exact, n=n), key=lambda row: float(row["seconds"])) for n in sorted({*column(exact, "n")})]
         for (degree,) in distinct([row for row in mine if row["degree"] != ""], "degree"):
@@ -111,7 +107,7 @@ def breaks_even(measured: Table) -> Table:
                 continue
             crossing, seen = overtaking(best, ours)
             last = ours[-1]
-            about = {"library": library, "device": device, "dim": dim, "gradient": gradient, "degree": degree}
+            about = {"library": library, "dim": dim, "gradient": gradient, "degree": degree}
             errors = {k: last[k] for k in ("rank", "certified", "error", "error_of_spread")}
             found.append({**about, **errors, "best": best[-1]["method"], "crossing": crossing, "seen": seen})
     return found

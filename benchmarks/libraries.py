@@ -64,16 +64,14 @@ class Library:
         views = len(arrays) // 2
 
         def run() -> Sequence[Array]:
-            out, pullback = tattn.tensor_attention_vjp(
-                arrays[0], arrays[1 : views + 1], arrays[views + 1 :], **options
-            )
+            out, pullback = tattn.tensor_attention_vjp(arrays[0], arrays[1 : views + 1], arrays[views + 1 :], **options)
             d_query, d_keys, d_values = pullback(grad)
             return [out, d_query, *d_keys, *d_values]
 
         return run
 
     def product(self, left: Array, right: Array) -> Run:
-        """left @ right."""
+        """Matrix product."""
         return self.forward(lambda x, y: x @ y, (left, right))
 
     def begin_peak(self) -> None:
@@ -93,6 +91,8 @@ class Library:
 
 
 class Torch(Library):
+    """By autograd; on CUDA devices, too."""
+
     name = "torch"
 
     def __init__(self, device: str, threads: int) -> None:
@@ -147,6 +147,8 @@ class Torch(Library):
 
 
 class Jax(Library):
+    """Under jit."""
+
     name = "jax"
 
     def __init__(self, device: str, threads: int) -> None:
@@ -166,7 +168,8 @@ class Jax(Library):
         return self.jax.device_put(given, self.where)
 
     def wait(self, result: Sequence[Array]) -> None:
-        self.jax.block_until_ready(result)
+        for array in result:
+            array.block_until_ready()
 
     def forward(self, function: Function, arrays: Sequence[Array]) -> Run:
         compiled = self.jax.jit(function)
@@ -197,6 +200,8 @@ class Jax(Library):
 
 
 class Cupy(Library):
+    """As NumPy, on a CUDA device."""
+
     name = "cupy"
 
     def __init__(self, device: str, threads: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tattn import plan_for
 from tattn.evidence.growth import fit
 from tattn.evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
+from tattn.plans import si
 
 from .goals import STORED, breaks_even, passes, ratio, speedups
 
@@ -12,15 +14,16 @@ _INTRO = """\
 
 <!-- Made by `python -m benchmarks.report` from the tables in docs/benchmarks. Changes made by hand are lost. -->
 
-How long the library takes over the matrix products that it is made of, how that grows, and what else would do the same. `nox -s
-bench` measures all of it and writes this page; `-- --quick` takes some minutes and writes elsewhere.
+How long the library takes over the matrix products that it is made of, how that grows, and what else would do the same.
+`nox -s bench` measures all of it and writes this page; `-- --quick` takes some minutes and writes elsewhere.
 
-float32. Every result is first compared with the definition in float64: rows are drawn from 64 distinct ones, so that the answer
-for any length is known from a small problem, gradients included, and a case whose error is above its certified bound, or an exact one whose
-error is above rounding, fails. Query and keys have entries from ±0.7 to ±1 and the scale is 1/d, so scores lie within ±1 and fill
-much of it. *Error* is relative to max|u| max|v|, as `tol` is; *of spread* is the same difference
-relative to how far the outputs of two rows are apart, which is stricter. Each library and number of threads has a process of its own.
-Times are the shortest of two rounds or more, after a call to warm up, and waited for.
+float32. Every result is first compared with the definition in float64: rows are drawn from 64 distinct ones, so that the
+answer for any length is known from a small problem, gradients included. A case whose error is above its certified bound
+fails, and so does an exact one whose error is above rounding. Query and keys have entries from ±0.7 to ±1 and the scale is
+1/d, so scores lie within ±1 and fill much of it. *Error* is relative to max|u| max|v|, as `tol` is; *of spread* is the same
+difference relative to how far the outputs of two rows are apart: stricter, and nothing that is certified. Each library and
+number of threads has a process of its own. Times are the shortest of two rounds or more, after a call to warm up, and
+waited for.
 """
 _QUICK = "**A quick run, of small sizes and few rounds: it shows that all runs, and is not to be quoted.**\n"
 
@@ -34,7 +37,9 @@ def page(tables: dict[str, Table]) -> str:
     parts += [
         _section("Goals", _goals(tables["goals"]), tables["goals"]),
         "```{include} benchmarks/tried.md\n```\n",
-        _section("Over the bare matrix products", _limit(where(measured, group="limit")), where(measured, group="limit")),
+        _section(
+            "Over the bare matrix products", _limit(where(measured, group="limit")), where(measured, group="limit")
+        ),
         _section("Growth", _growth(where(measured, group="growth")), where(measured, group="growth")),
         _section("Rivals", _rivals(measured), where(measured, group="rivals")),
         _section(
@@ -67,11 +72,11 @@ def _limit(rows: Table) -> str:
     lines = []
     for row in rows:
         if row["gradient"]:
-            same = ("library", "device", "threads", "n", "dim", "value_dim", "degree")
+            same = ("library", "threads", "n", "dim", "value_dim", "degree")
             forward = where(rows, gradient=False, **{k: row[k] for k in same})
             lines.append(
                 [
-                    *_who(row),
+                    row["library"],
                     str(row["threads"]),
                     f"{row['n']:,}",
                     str(row["dim"]),
@@ -89,9 +94,10 @@ def _limit(rows: Table) -> str:
     heads = ["library", "threads", "n", "d", "dv", "degree", "rank", "forward", "over 3 products", "with gradient"]
     heads += ["over 9 products", "error", "of spread", "certified", "MiB"]
     return f"""\
-The polynomial method is three products (rank × n)·(n × (dv + 1)) forward and nine with the gradient; a bare product of that shape takes turns
-with the call in the same process. Where the features of the bare product would take more than 256 MiB, fewer rows are multiplied and the time
-is scaled. MiB: memory at the peak beyond inputs and outputs, of the call with its gradient.
+The polynomial method is three products (rank × n)·(n × (dv + 1)) forward and nine with the gradient; a bare product of that
+shape takes turns with the call in the same process. Where the features of the bare product would take more than 256 MiB,
+fewer rows are multiplied and the time is scaled. MiB: memory at the peak beyond inputs and outputs, of the call with its
+gradient; JAX does not tell it.
 
 ![Time over that of the bare products](benchmarks/limit.png)
 
@@ -107,7 +113,7 @@ def _growth(rows: Table) -> str:
         slope = f"{fit(mine)[0]:.2f}" if len(mine) > 1 else "–"
         last = mine[-1]
         a_row = f"{last['seconds'] / last['n'] * 1e6:.2f} µs"
-        lines.append([*_who(last), str(dim), f"{mine[0]['n']:,}", f"{last['n']:,}", slope, seconds(last["seconds"]), a_row])
+        lines.append([library, str(dim), f"{mine[0]['n']:,}", f"{last['n']:,}", slope, seconds(last["seconds"]), a_row])
         lines[-1] += [_memory(last), *_errors(last)]
     heads = ["library", "d", "n from", "to", "exponent", "time at the largest", "a row", "MiB there"]
     return f"""\
@@ -115,7 +121,8 @@ Forward and gradient at degree 4, dv = d, one thread. The exponent is the slope 
 
 ![Time and memory against n](benchmarks/growth.png)
 
-Left: time of a call. Right: memory at its peak beyond inputs and outputs, which blocks of rows bound whatever the length. JAX does not tell.
+Left: time of a call. Right: memory at its peak beyond inputs and outputs, which blocks of rows bound whatever the length;
+JAX does not tell it.
 
 {markdown(lines, [*heads, "error", "of spread", "certified"])}"""
 
@@ -130,9 +137,10 @@ def _rivals(measured: Table) -> str:
     )
     return f"""\
 What users would write otherwise, or install, for the same attention over pairs, dv = d, one thread. *SDPA over pair keys*: torch's
-`scaled_dot_product_attention` over the n² keys a_j ∘ b_k and values u_j ∘ v_k, which is the same function and stores no scores.
-`naive_two_simplicial_attend` and `nth_order_attend` are those of simplicial-attention; they combine values as we do and divide scores by √d, so their query
-carries another 1/√d. Gradients are those of the library's autograd, and in NumPy those of the definition written by hand with all scores stored.
+`scaled_dot_product_attention` over the n² keys a_j ∘ b_k and values u_j ∘ v_k, which is the same function and stores no
+scores. `naive_two_simplicial_attend` and `nth_order_attend` are those of simplicial-attention; they combine values as we do and
+divide scores by √d, so their query carries another 1/√d. Gradients are those of the library's autograd, and in NumPy those of
+the definition written by hand with all scores stored.
 
 {plots}
 
@@ -142,9 +150,9 @@ carries another 1/√d. Gradients are those of the library's autograd, and in Nu
 
 ### From which length the polynomial is faster
 
-Against the fastest exact method at each n, ours among them. Exact methods are right to rounding, about 1e-8 here; the error of the
-polynomial stands beside it, and equal error is what the highest degrees have where there is room for them. ~: where fits of the largest lengths meet;
-≤: at every length that both ran.
+Against the fastest exact method at each n, ours among them. Exact methods are right to rounding ({_rounding(rows)} at most);
+the error of each polynomial stands beside it, and falls to that of the exact ones where d leaves room for the degree. In
+brackets the fastest exact method at its largest n; ~: where fits to the largest lengths meet; ≤: at every length that both ran.
 
 {_break_even(measured)}
 
@@ -167,8 +175,23 @@ def _furthest(rows: Table) -> str:
             line += [f"{ran[-1]['n']:,}", seconds(ran[-1]["seconds"]), _memory(ran[-1])] if ran else ["–"] * 3
         last = mine[-1]
         lines.append([*line, *_errors(last)])
-    heads = ["library", "d", "method", "forward: largest n", "time", "MiB", "forward + gradient: largest n", "time", "MiB"]
+    heads = [
+        "library",
+        "d",
+        "method",
+        "forward: largest n",
+        "time",
+        "MiB",
+        "forward + gradient: largest n",
+        "time",
+        "MiB",
+    ]
     return markdown(lines, [*heads, "error", "of spread", "certified"])
+
+
+def _rounding(rows: Table) -> str:
+    """The largest error of an exact method."""
+    return short(max(row["error"] for row in rows if row["degree"] == ""))
 
 
 def _break_even(measured: Table) -> str:
@@ -213,8 +236,8 @@ def _order_one(rows: Table) -> str:
                 lines.append([str(dim), method, passes(gradient), *_errors(mine[-1]), cells])
     heads = ["d", "method", "", "error", "of spread", "certified", "n: time"]
     return f"""\
-One view is ordinary attention, which a polynomial serves as well. torch, one thread. *FastAttention, m*: that of performer-pytorch with m random
-features, drawn with a seed; its error is that of one draw, and nothing bounds it.
+One view is ordinary attention, which a polynomial serves as well. torch, one thread. *FastAttention, m*: that of
+performer-pytorch with m random features, drawn with a seed; its error is that of one draw, and nothing bounds it.
 
 {markdown(lines, heads)}"""
 
@@ -247,10 +270,10 @@ def readme(measured: Table) -> str:
     lines = []
     for name in ("numpy", "torch"):
         goal = {"gradient": True, "dim": 8, "value_dim": 8, "degree": 4, "threads": 1, "library": name}
-        for row in where(measured, group="limit", device="cpu", **goal):
+        for row in where(measured, group="limit", **goal):
             over = f"{seconds(row['seconds'])}: {ratio(row):.1f} × its nine bare matrix products"
             lines.append([f"{row['n']:,} tokens, {name}", _exact_flops(row), over, *_errors(row)])
-        grown = where(measured, group="growth", device="cpu", library=name, dim=8)
+        grown = where(measured, group="growth", library=name, dim=8)
         if grown:
             row = max(grown, key=lambda found: int(found["n"]))
             took = f"{seconds(row['seconds'])}, {_memory(row)} MiB beyond inputs and outputs"
@@ -258,18 +281,14 @@ def readme(measured: Table) -> str:
     lines = [[*line[:3], line[5], line[3]] for line in lines]
     heads = ["forward + gradient, d = dv = 8, float32, one thread", "exact, forward alone", "`tattn`, degree 4"]
     table = markdown(lines, [*heads, "certified error", "measured"])
-    return f"{table}\n\nScores within ±1; errors are relative to max|u| max|v|. From [the benchmarks](docs/benchmarks.md), `nox -s bench`."
+    source = "From [the benchmarks](docs/benchmarks.md), `nox -s bench`."
+    return f"{table}\n\nScores within ±1; errors are relative to max|u| max|v|. {source}"
 
 
 def _exact_flops(row: Row) -> str:
-    """Operations of the exact method: two for each channel of query and value of a score, and 16 for an exponential."""
-    count = float(row["n"]) ** 3 * (2 * row["dim"] + 2 * row["value_dim"] + 16)
-    power, prefix = next((p, x) for p, x in ((18, "E"), (15, "P"), (12, "T"), (0, "")) if count >= 10.0**p)
-    return f"{count / 10.0**power:.2g} {prefix}flop"
-
-
-def _who(row: Row) -> list[str]:
-    return [row["library"] if row["device"] == "cpu" else f"{row['library']}, {row['device']}"]
+    """Operations of a forward call by the exact method."""
+    shape = {"n": row["n"], "dim": row["dim"], "value_dim": row["value_dim"]}
+    return f"{si(plan_for(**shape, bound=1.0, method='exact').flops_exact)}flop"
 
 
 def _errors(row: Row) -> list[str]:

@@ -51,7 +51,10 @@ class Problem:
         out = self.expected[0]
         off = [np.abs(r - e[p]) for r, e, p in zip(result, self.expected, self.places, strict=False)]
         size = np.prod([np.abs(v).max(axis=0) for v in values], axis=0)
-        found = {"error": float((off[0] / size).max()), "error_of_spread": float(off[0].max() / np.ptp(out, axis=0).max())}
+        found = {
+            "error": float((off[0] / size).max()),
+            "error_of_spread": float(off[0].max() / np.ptp(out, axis=0).max()),
+        }
         allowed = 1e-5 if plan is None or plan.method == "exact" else plan.error
         if checked and not found["error"] <= allowed:
             raise AssertionError(f"error {found['error']:.2e} where {allowed:.2e} is promised")

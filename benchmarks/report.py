@@ -1,6 +1,6 @@
 """Tables, plots and a page from the JSON of pytest-benchmark, and the table in README.
 
-    python -m benchmarks.report [build/benchmarks/full]
+    python -m benchmarks.report [build/benchmarks/full] [--docs FOLDER]
 
 Tables are saved and read back before anything is drawn or said, so the page holds nothing but what stands in them and what
 docs/benchmarks/tried.md says. The report of a quick run stays beside its JSON.
@@ -69,14 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the report of a folder of JSON files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=_ROOT / "build" / "benchmarks" / "full")
+    parser.add_argument("--docs", type=Path, help="folder for page, tables and plots; README is left alone")
     given = parser.parse_args(arguments)
     # A process that found nothing to measure may leave an empty file.
     files = [file for file in sorted(given.folder.glob("*.json")) if file.stat().st_size]
     if not files:
         sys.exit(f"no JSON in {given.folder}: run python -m benchmarks first")
     quick = any(json.loads(file.read_text(encoding="utf-8"))["machine_info"]["quick"] for file in files)
-    docs = given.folder / "report" if quick else _ROOT / "docs"
-    write(files, docs, None if quick else _ROOT / "README.md")
+    docs = given.docs or (given.folder / "report" if quick else _ROOT / "docs")
+    write(files, docs, None if quick or given.docs else _ROOT / "README.md")
     print(docs / "benchmarks.md")
 
 

@@ -37,8 +37,8 @@ def fused(q: Array, k: Array, v: Array) -> Array:
     """Ordinary attention by the library's fused kernel, scores scaled as ours."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    batched = (x[None, None] for x in (q, k, v))
-    return scaled_dot_product_attention(*batched, scale=1 / q.shape[1])[0, 0]
+    q, k, v = (x[None, None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, scale=1 / q.shape[-1])[0, 0]
 
 
 def two_simplicial(q: Array, a: Array, b: Array, u: Array, v: Array) -> Array:

@@ -7,8 +7,8 @@ import pytest
 
 import tattn
 
-from .conftest import Measure
 from .libraries import Library
+from .measure import Measure
 from .problem import draw
 
 # Features that are held at once for the bare product, in numbers: more rows take as much longer.
@@ -46,6 +46,4 @@ def test_limit(
     arrays = [library.array(x) for x in problem.arrays]
     run = library.attention(arrays, library.array(problem.grad) if gradient else None, plan=plan)
     count = 9 if gradient else 3
-    measure(
-        "limit", "polynomial", problem, run, plan=plan, beside=lambda: count * n / rows * measure.timed(product)
-    )
+    measure("limit", "polynomial", problem, run, plan=plan, beside=lambda: count * n / rows * measure.timed(product))

@@ -6,8 +6,8 @@ import pytest
 
 import tattn
 
-from .conftest import Measure
 from .libraries import Library
+from .measure import Measure
 from .problem import draw
 from .rivals import fused, random_features
 

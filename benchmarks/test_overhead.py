@@ -6,8 +6,8 @@ import pytest
 
 import tattn
 
-from .conftest import Measure
 from .libraries import Library, attention
+from .measure import Measure
 from .problem import draw
 
 

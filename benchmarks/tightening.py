@@ -70,7 +70,8 @@ VARIANTS = [
 def norm(x: np.ndarray, p: float) -> np.ndarray:
     """ℓ_p norm of every row."""
     size = np.abs(x)
-    return size.max(1) if p == inf else (size**p).sum(1) ** (1 / p)
+    found: np.ndarray = size.max(1) if p == inf else (size**p).sum(1) ** (1 / p)
+    return found
 
 
 def edges(n: int, v: Variant, corner: int) -> np.ndarray:

@@ -29,7 +29,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "_generated", "bands", "causal", "scaling"]
+exclude_patterns = ["_build", "_generated", "bands", "benchmarks", "causal", "scaling"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
