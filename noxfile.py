@@ -104,10 +104,10 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Only the tests that need a CUDA device, with the libraries that the environment has."""
-    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+    """Only the tests that need a CUDA device, in the environment that nox is started from."""
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
 
 
 @nox.session

@@ -2,7 +2,8 @@
 
     python -m benchmarks [--quick] [--device cuda] [--library NAME …] [--threads N …] [--out FOLDER] [-k EXPRESSION]
 
-JSON goes to build/benchmarks, the report to docs/benchmarks.md and README.md; that of a quick run to build/benchmarks as well.
+JSON goes to build/benchmarks, the report to docs/benchmarks.md and README.md; that of a quick run stays in build/benchmarks. All of
+it takes the better part of an hour, and wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main() -> int:
     libraries = given.library or (["numpy", "torch", "jax"] if given.device == "cpu" else ["torch", "cupy", "jax"])
     # On a GPU the threads of the host hardly matter.
     threads = given.threads if given.device == "cpu" else [1]
-    folder = given.out / ("quick" if given.quick else "full")
+    # Parts stay apart: a report is of one run of everything.
+    folder = given.out / ("part" if given.k else "quick" if given.quick else "full")
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for count in threads:

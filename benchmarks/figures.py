@@ -25,7 +25,7 @@ def _limit(rows: Table) -> Any:
         return None
     figure, axes = panels(1, 2, height=3.4, sharex=True)
     figure.set_figwidth(9)
-    cases = distinct(rows, "dim", "value_dim", "degree")
+    cases = sorted(distinct(rows, "dim", "value_dim", "degree"))
     bars = sorted(distinct(rows, "library", "threads"), key=lambda bar: (bar[0], bar[1]))
     colours = {name: COLOURS[i] for i, name in enumerate(sorted({bar[0] for bar in bars}))}
     width = 0.84 / len(bars)
@@ -49,9 +49,7 @@ def _limit(rows: Table) -> Any:
             axes[1, 0].plot([at - 0.46, at + 0.46], [most, most], color=COLOURS[3], linewidth=2, label="_")
     labels = [f"d = {dim}, dv = {value_dim}\ndegree {degree}" for dim, value_dim, degree in cases]
     axes[1, 0].set_xticks(range(len(cases)), labels, fontsize="small")
-    # A panel may lack libraries that the other has.
-    fuller = max(axes.flat, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
-    legend_below(figure, fuller, 6)
+    legend_below(figure, axes[1, 0], 6)
     return figure
 
 
@@ -73,6 +71,19 @@ def _growth(rows: Table) -> Any:
     return figure
 
 
+def _look(method: str) -> dict[str, Any]:
+    """Polynomials in colours, our exact method in black, others dashed in grey and blue."""
+    if method.startswith("polynomial"):
+        degree = int(method[-1])
+        return style(
+            degree, color=("#E69F00", "#CC79A7", "#009E73", "#D55E00", "", "#882255")[degree - 2], linewidth=1.8
+        )
+    if method == "exact":
+        return style(0, color="black")
+    greys = {"SDPA over pair keys": COLOURS[0], "dense einsum": "#777777", "nth_order_attend": "#BBBBBB"}
+    return style(len(method), color=greys.get(method, "#999999"), linestyle="--")
+
+
 def _rivals(rows: Table) -> Any:
     """Time against n, a column for each d, a row for each pass; polynomials drawn through, exact methods dashed."""
     if not rows:
@@ -80,17 +91,12 @@ def _rivals(rows: Table) -> Any:
     dims = sorted({*column(rows, "dim")})
     figure, axes = panels(len(dims), 2, height=3.5, sharex=True, sharey=True)
     methods = [method for (method,) in distinct(rows, "method")]
-    methods.sort(key=lambda name: (name.startswith("polynomial"), name == "exact"))
-    exact = [name for name in methods if not name.startswith("polynomial")]
+    methods.sort(key=lambda name: (name.startswith("polynomial"), name == "exact", name))
     for line, gradient in zip(axes, (False, True), strict=True):
         for axis, dim in zip(line, dims, strict=True):
             for method in methods:
                 mine = where(rows, method=method, dim=dim, gradient=gradient)
-                if method in exact:
-                    look = style(exact.index(method), linestyle="-" if method == "exact" else "--")
-                    look["color"] = "black" if method == "exact" else look["color"]
-                else:
-                    look = style(int(method[-1]) + 1, linewidth=1.8, markersize=0)
+                look = _look(method)
                 name = {"exact": "tattn, exact"}.get(method, method.replace("polynomial", "tattn, polynomial"))
                 # Empty lines too: one panel gives the legend of all.
                 axis.loglog(column(mine, "n"), column(mine, "seconds"), label=name, **look)

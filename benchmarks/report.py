@@ -32,6 +32,8 @@ def rows_of(contents: Sequence[Row]) -> tuple[Table, Table]:
         {**case["extra_info"], "seconds": case["stats"]["min"], "rounds": case["stats"]["rounds"]}
         for content in contents
         for case in content["benchmarks"]
+        # What failed is not recorded.
+        if case["extra_info"]
     ]
     machines = [content["machine_info"] for content in contents]
     return measured, [m for i, m in enumerate(machines) if m not in machines[:i]]

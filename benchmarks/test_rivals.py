@@ -44,7 +44,7 @@ def test_rivals(
     if dim == 64 and not 128 <= n <= 1024:
         pytest.skip("a comparison of exact methods alone")
     key = method, dim, gradient
-    _skip_if_long(key, n, (0.05 if method.startswith("polynomial") else 0.3) if quick else 10.0)
+    _skip_if_long(key, n, (0.05 if method.startswith("polynomial") else 0.6) if quick else 10.0)
     problem = draw(n, dim, dim)
     plan = None
     if method.startswith("polynomial"):

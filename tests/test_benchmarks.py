@@ -1,0 +1,169 @@
+"""The benchmarks: answers that are known at any length, and a report that holds what its tables say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tattn
+from benchmarks import goals, page, report
+from benchmarks.libraries import Library
+from benchmarks.measure import Measure
+from benchmarks.problem import Problem, draw
+from benchmarks.rivals import einsum_numpy
+from tattn.evidence.apart import stored
+from tattn.evidence.tables import Table, load, where
+
+ROOT = Path(__file__).parents[1]
+PLOTS = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="package missing: matplotlib")
+
+
+class Benchmark:
+    """What a case needs of the fixture of pytest-benchmark."""
+
+    def __init__(self) -> None:
+        self.group = ""
+        self.extra_info: dict[str, Any] = {}
+        self.stats = types.SimpleNamespace(stats=types.SimpleNamespace(min=0.0))
+
+    def pedantic(self, function: Any, setup: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            function()
+        self.stats.stats.min = 1e-3 * (1 + len(self.extra_info))
+
+
+def case(group: str, method: str, problem: Problem, gradient: bool, seconds: float, **more: Any) -> dict[str, Any]:
+    """One case as pytest-benchmark writes it."""
+    benchmark, library = Benchmark(), Library("cpu", 1)
+    plan = None
+    if method.startswith("polynomial"):
+        n, dim = problem.arrays[0].shape
+        plan = tattn.plan_for(n=n, dim=dim, value_dim=problem.grad.shape[1], bound=1.0, degree=4, method="polynomial")
+    options: dict[str, Any] = {"plan": plan} if plan else {"method": "exact"}
+    if method == "dense einsum":
+        run = library.forward(einsum_numpy, problem.arrays)
+    else:
+        run = library.attention(problem.arrays, problem.grad if gradient else None, **options)
+    Measure(benchmark, library, 1, quick=True)(group, method, problem, run, plan=plan, **more)
+    return {"extra_info": benchmark.extra_info, "stats": {"min": seconds, "rounds": 2}}
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    """Two lengths of every group that NumPy has, with times that are made up: ours take n, the definition n³."""
+    cases = []
+    for n in (64, 128):
+        problem = draw(n, 8, 8)
+        for gradient in (False, True):
+            more = {"beside": lambda: 2e-3}
+            cases.append(case("limit", "polynomial", problem, gradient, 3e-3, **more))
+            cases.append(case("rivals", "polynomial, degree 4", problem, gradient, 1e-6 * n))
+        cases.append(case("growth", "polynomial", problem, True, 1e-6 * n))
+        cases.append(case("rivals", "dense einsum", problem, False, 1e-10 * n**3))
+    for n in (128, 256):
+        problem = draw(n, 16, 16)
+        cases.append(case("rivals", "exact", problem, False, 1e-9 * n**3))
+        cases.append(case("rivals", "dense einsum", problem, False, 2e-9 * n**3))
+    cases.append(case("overhead", "with a plan", draw(16, 8, 8), False, 1e-4))
+    return {"machine_info": {"cpu": "some", "quick": True}, "benchmarks": cases}
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("n", [16, 64, 192])
+def test_what_is_expected_of_a_long_call_is_what_the_definition_gives(n: int, views: int) -> None:
+    problem = draw(n, 3, 5, views)
+    ones = [np.ones((1, width)) for width in (3, 5)] if views == 1 else [None, None]
+    query, *rest = (x.astype(np.float64) for x in problem.arrays)
+    keys, values = (
+        [*part, *(o for o in (one,) if o is not None)]
+        for part, one in zip((rest[:views], rest[views:]), ones, strict=True)
+    )
+    out, d_query, *grads = stored(query, *keys, *values, problem.grad.astype(np.float64))
+    found = [out, d_query, *grads[:views], *grads[2 : 2 + views]]
+    for got, expected, places in zip(found, problem.expected, problem.places, strict=True):
+        np.testing.assert_allclose(got, expected[places], rtol=1e-10, atol=1e-14)
+
+
+def test_a_wrong_answer_is_no_benchmark() -> None:
+    problem = draw(64, 4, 4)
+    out, pullback = tattn.tensor_attention_vjp(
+        problem.arrays[0], problem.arrays[1:3], problem.arrays[3:], method="exact"
+    )
+    d_query, d_keys, d_values = pullback(problem.grad)
+    result = [out, d_query, *d_keys, *d_values]
+    assert problem.errors(result, None)["gradient_error"] < 1e-5
+    plan = tattn.plan_for(n=64, dim=4, value_dim=4, bound=1.0, degree=4, method="polynomial")
+    with pytest.raises(AssertionError, match="error 1"):
+        problem.errors([out + 1.5, *result[1:]], plan)
+    with pytest.raises(AssertionError, match="of the gradient"):
+        problem.errors([out, d_query, *d_keys, d_values[0], 2 * d_values[1]], None)
+    with pytest.raises(AssertionError, match="of the gradient"):
+        problem.errors([out, 1e3 + d_query, *d_keys, *d_values], plan)
+
+
+def test_what_a_case_records(content: dict[str, Any]) -> None:
+    rows, machines = report.rows_of([content, content])
+    assert len(machines) == 1
+    limit = where(rows, group="limit", gradient=True, n=128)[0]
+    assert limit["rank"] == 495
+    assert 0 < limit["error"] <= limit["certified"] < 2e-3
+    assert goals.ratio(limit) == pytest.approx(1.5)
+    assert where(rows, method="dense einsum", n=64)[0]["error"] < 1e-6
+
+
+def test_goals_and_crossings_are_those_of_the_times(content: dict[str, Any]) -> None:
+    rows, _ = report.rows_of([content])
+    found = goals.goals(rows)
+    assert [row["met"] for row in found if "nine bare products" in row["goal"]] == [True, True]
+    (exact,) = (row for row in found if "exact method" in row["goal"])
+    assert (exact["measured"], exact["met"]) == (pytest.approx(2.0), False)
+    # 1e-6 n = 1e-10 n³ at n = 100.
+    (crossing,) = where(goals.breaks_even(rows), gradient=False)
+    assert crossing["crossing"] == pytest.approx(100, rel=1e-6)
+
+
+@PLOTS
+def test_a_report_of_a_small_run(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "numpy-cpu-1.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n{}\nold\n{}\nafter\n".format(*report._MARKS), encoding="utf-8")
+    report.write([file], tmp_path / "docs", readme)
+    text = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert "A quick run" in text
+    assert "| ≤ 1.50 | 1.50 | met |" in text
+    assert "| ≥ 3.00 | 2.00 | **not met** |" in text
+    assert "| 100 (dense einsum) |" in text
+    for name in re.findall(r"\]\((benchmarks/[^)]+)\)", text):
+        assert (tmp_path / "docs" / name).stat().st_size > 0, name
+    written = readme.read_text(encoding="utf-8")
+    assert written.startswith("before\n")
+    assert written.endswith("after\n")
+    assert "old" not in written
+    assert "3 ms: 1.5 × its nine bare matrix products" in written
+    with pytest.raises(ValueError, match="the text should hold"):
+        report.between_marks("no marks", "table")
+
+
+def committed() -> dict[str, Table]:
+    return {name: load(ROOT / "docs" / "benchmarks" / f"{name}.csv") for name in report.TABLES}
+
+
+def test_the_page_is_made_of_its_tables() -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page.page(committed())
+
+
+def test_the_table_of_the_readme_is_that_of_the_page() -> None:
+    tables = committed()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    expected = report.between_marks(text, page.readme(tables["measured"]))
+    # The table of a quick run is not one to show.
+    assert text == expected or any(row["quick"] for row in tables["machine"])
