@@ -68,6 +68,7 @@ def content() -> dict[str, Any]:
             cases.append(case("rivals", "polynomial, degree 4", problem, gradient, 1e-6 * n))
         cases.append(case("growth", "polynomial", problem, True, 1e-6 * n))
         cases.append(case("rivals", "dense einsum", problem, False, 1e-10 * n**3))
+        cases.append(case("rivals", "exact", problem, False, 3e-10 * n**3))
     for n in (128, 256):
         problem = draw(n, 16, 16)
         cases.append(case("rivals", "exact", problem, False, 1e-9 * n**3))
@@ -125,7 +126,7 @@ def test_goals_and_crossings_are_those_of_the_times(content: dict[str, Any]) -> 
     assert [row["met"] for row in found if "nine bare products" in row["goal"]] == [True, True]
     (exact,) = (row for row in found if "exact method" in row["goal"])
     assert (exact["measured"], exact["met"]) == (pytest.approx(2.0), False)
-    # 1e-6 n = 1e-10 n³ at n = 100.
+    # 1e-6 n = 1e-10 n³ at n = 100; the slower exact method does not count.
     (crossing,) = where(goals.breaks_even(rows), gradient=False)
     assert crossing["crossing"] == pytest.approx(100, rel=1e-6)
 
@@ -163,7 +164,7 @@ def test_the_page_is_made_of_its_tables() -> None:
 
 def test_the_table_of_the_readme_is_that_of_the_page() -> None:
     tables = committed()
+    if any(row["quick"] for row in tables["machine"]):
+        pytest.skip("the report is of a quick run, which the README does not show")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    expected = report.between_marks(text, page.readme(tables["measured"]))
-    # The table of a quick run is not one to show.
-    assert text == expected or any(row["quick"] for row in tables["machine"])
+    assert text == report.between_marks(text, page.readme(tables["measured"]))
