@@ -56,8 +56,10 @@ def main() -> int:
 def _pytest(options: list[str], file: Path, threads: int) -> int:
     """One process; what pytest returns, 0 if all cases passed."""
     print(f"\n{file.stem}", flush=True)
+    # Why all was skipped, where a device is missing.
+    shown = ["-rs"] if "cuda" in options else []
     # The options of the tests, in pyproject.toml, are none of ours: warnings of other packages are not errors here.
-    settings = ["-c", os.devnull, "--rootdir", str(_ROOT), "-p", "no:cacheprovider", "-q", "--tb", "short"]
+    settings = ["-c", os.devnull, "--rootdir", str(_ROOT), "-p", "no:cacheprovider", "-q", "--tb", "short", *shown]
     command = [sys.executable, "-m", "pytest", *settings, "--benchmark-quiet", f"--benchmark-json={file}"]
     environment = {**os.environ, **dict.fromkeys(_VARIABLES, str(threads))}
     return subprocess.run(

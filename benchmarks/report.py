@@ -39,9 +39,9 @@ def rows_of(contents: Sequence[Row]) -> tuple[Table, Table]:
     return measured, [m for i, m in enumerate(machines) if m not in machines[:i]]
 
 
-def write(files: Sequence[Path], docs: Path, into: Path | None) -> None:
+def write(contents: Sequence[Row], docs: Path, into: Path | None) -> None:
     """Tables and plots into docs/benchmarks, the page docs/benchmarks.md, and the table between the marks of `into`."""
-    measured, machines = rows_of([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    measured, machines = rows_of(contents)
     folder = docs / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in zip(TABLES, (measured, machines, goals(measured)), strict=True):
@@ -64,7 +64,7 @@ def between_marks(text: str, table: str) -> str:
     _, closed, tail = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"the text should hold {start} and after it {end}")
-    return f"{head}{start}\n{table}\n{end}{tail}"
+    return f"{head}{start}\n\n{table}\n\n{end}{tail}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,13 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=_ROOT / "build" / "benchmarks" / "full")
     parser.add_argument("--docs", type=Path, help="folder for page, tables and plots; README is left alone")
     given = parser.parse_args(arguments)
-    # A process that found nothing to measure may leave an empty file.
+    # A process that skipped all, or died, may leave an empty file.
     files = [file for file in sorted(given.folder.glob("*.json")) if file.stat().st_size]
-    if not files:
-        sys.exit(f"no JSON in {given.folder}: run python -m benchmarks first")
-    quick = any(json.loads(file.read_text(encoding="utf-8"))["machine_info"]["quick"] for file in files)
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not any(content["benchmarks"] for content in contents):
+        sys.exit(f"nothing was measured in {given.folder}: run python -m benchmarks first")
+    quick = any(content["machine_info"]["quick"] for content in contents)
     docs = given.docs or (given.folder / "report" if quick else _ROOT / "docs")
-    write(files, docs, None if quick or given.docs else _ROOT / "README.md")
+    write(contents, docs, None if quick or given.docs else _ROOT / "README.md")
     print(docs / "benchmarks.md")
 
 
