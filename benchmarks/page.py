@@ -15,7 +15,7 @@ _INTRO = """\
 <!-- Made by `python -m benchmarks.report` from the tables in docs/benchmarks. Changes made by hand are lost. -->
 
 How long the library takes over the matrix products that it is made of, how that grows, and what else would do the same.
-`nox -s bench` measures all of it and writes this page; `-- --quick` takes some minutes and writes elsewhere.
+`nox -s bench` measures all of it and writes this page; `-- --quick` takes minutes and writes elsewhere.
 
 float32. Every result is first compared with the definition in float64: rows are drawn from 64 distinct ones, so that the
 answer for any length is known from a small problem, gradients included. A case whose error is above its certified bound
