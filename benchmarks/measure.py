@@ -45,7 +45,7 @@ class Measure:
         result, values = [], []
         # The first call of all loads and compiles.
         took = self._timed(run)[1] if first < 2 else first
-        rounds = int(np.clip((0.05 if self.quick else 2.0) / took, 2, 100))
+        rounds = int(np.clip((0.03 if self.quick else 2.0) / took, 2, 100))
         seen: list[float] = []
 
         def before() -> None:
