@@ -34,7 +34,7 @@ def test_shards_are_the_whole(processes: int) -> None:
     """Output, lse, all gradients and second derivatives, plans from data, bytes that travel, compiled and not."""
     printed = launch("equality.py", processes)
     for rank in range(processes):
-        assert f"rank {rank} of {processes} has seen 6 cases agree" in printed
+        assert f"rank {rank} of {processes} has seen 12 cases agree" in printed
 
 
 @pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_shards_are_the_whole_on_devices() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     devices = torch.cuda.device_count()
-    assert f"rank 0 of {devices} has seen 6 cases agree" in launch("equality.py", devices, TESTED_DEVICE="cuda")
+    assert f"rank 0 of {devices} has seen 12 cases agree" in launch("equality.py", devices, TESTED_DEVICE="cuda")
 
 
 def test_what_ranks_disagree_on_is_an_error_on_all() -> None:
@@ -152,7 +152,7 @@ def test_ranges_travel_in_arrays_of_one_size(alone: Any, monkeypatch: pytest.Mon
 
     def told(query: Any, values: Any, masks: Any) -> tuple[Any, list[tuple[str, int]]]:
         sizes.clear()
-        shards.agreed((query, [rows, rows], [values, values], masks), alone, None, 1e-2, None, None, None, True)
+        shards.agreed((query, [rows, rows], [values, values], masks), alone, False, None, 1e-2, None, None, None, True)
         return facts[-1], list(sizes)
 
     rows = torch.rand(3, 5, 2)

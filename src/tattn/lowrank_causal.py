@@ -60,19 +60,37 @@ class Setting(NamedTuple):
 
     degree: int
     w: Array
-    units: Sequence[Array]
-    shares: Sequence[float]
+    units: Sequence[Any]
+    shares: Sequence[Any]
     span: int
     tile: int
     leading: tuple[int, ...]
     backend: Backend
 
 
+class Start(NamedTuple):
+    """Rows before a call's own, which all of its query rows see: their sums (..., r, dv + 1) of every view, in `units`.
+
+    Units and shares are then not for the call to choose: sums are multiplied by shares, which stand for 1/n_μ.
+    """
+
+    units: Sequence[Any]
+    shares: Sequence[Any]
+    sums: Sequence[Array]
+
+
 def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of all pairs (..., n, 1)."""
-    q, keys, *_ = unpack(call.views, arrays)
-    setting, block = _setting(call, arrays, backend)
-    sums, views = _split(setting, arrays, call.views)
+    out, normaliser = read_rows(call, backend, arrays)
+    return out, log_normaliser(normaliser, unpack(call.views, arrays)[1], backend), normaliser
+
+
+def read_rows(
+    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
+) -> tuple[Array, Array]:
+    """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
+    setting, block = _setting(call, arrays, backend, start)
+    sums, views = _split(setting, arrays, call.views, start)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         # The last block may be short of whole spans.
@@ -83,17 +101,19 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
         carry = tuple(add(c, s) for c, s in zip(carry, spans.sums, strict=True))
         return carry, divided(_numerator(setting, spans)[..., :here], setting.leading, backend)
 
-    _, (out, normaliser) = backend.scan_rows(body, sums, (q, *views), block)
-    return out, log_normaliser(normaliser, keys, backend), normaliser
+    _, (out, normaliser) = backend.scan_rows(body, sums, (arrays[0], *views), block)
+    return out, normaliser
 
 
-def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+def backward(
+    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
+) -> tuple[Array, ...]:
+    """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
     q, keys, values, masks, columns = unpack(call.views, arrays)
     xp = backend.xp
     n, m = q.shape[-2], call.views
-    setting, block = _setting(call, arrays, backend)
-    sums, views = _split(setting, arrays, m)
+    setting, block = _setting(call, arrays, backend, start)
+    sums, views = _split(setting, arrays, m, start)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
     inner = -(-blocks // segments)
@@ -120,14 +140,16 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
         return carry, tuple(_folded(_flipped(g, backend), 1, backend) for g in grads)
 
     starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block)
-    carry = tuple(zero_sum(x, dtype, q, backend) for x in shapes)
+    carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in shapes)
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
     targets = (q, *keys, *values)
     found = [
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, targets, strict=True)
     ]
-    return _with_heads(setting, [total for total, _ in carry], found, keys, values, masks)
+    # Of what every query row sees.
+    upstream = [xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True)]
+    return *_with_heads(setting, upstream, found, keys, values, masks), *(upstream if start else ())
 
 
 def span_of(views: int) -> int:
@@ -143,10 +165,12 @@ def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | 
     return max(1, int(backend.workspace // (rank(dim, call.degree) * columns * span_of(call.views) * (call.views + 2))))
 
 
-def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend) -> tuple[Setting, int]:
+def _setting(
+    call: LowRankCall, arrays: Sequence[Array | None], backend: Backend, start: Start | None
+) -> tuple[Setting, int]:
     """What blocks share, and the rows of a block: some spans, whose prefixes fit in the workspace."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
-    units = channel_units(q, keys, masks, call.scale, backend)
+    units = start.units if start else channel_units(q, keys, masks, call.scale, backend)
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     itemsize = 8 if backend.dtype_name(w.dtype) == "float64" else 4
@@ -161,27 +185,31 @@ def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend
     tile = max(1, backend.workspace // (2 * in_tile * span))
     in_block = row * (2 * (call.views + 1) + 2 * call.views * columns // span)
     spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
-    shares = [1 / k.shape[-2] for k in keys]
+    shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     return Setting(call.degree, w, units, shares, span, tile, leading, backend), span * spans
 
 
-def _split(setting: Setting, arrays: Sequence[Array | None], views: int) -> tuple[tuple[Sum, ...], list[Array | None]]:
+def _split(
+    setting: Setting, arrays: Sequence[Array | None], views: int, start: Start | None
+) -> tuple[tuple[Sum, ...], list[Array | None]]:
     """Summaries (..., dv + 1, r) of the rows that every query row sees, and the other rows: keys, values and masks."""
     q, keys, values, masks, _ = unpack(views, arrays)
     backend = setting.backend
     xp = backend.xp
     n, r = q.shape[-2], setting.w.shape[0]
     sums: list[Sum] = []
-    for k, v, mask, unit, share in zip(keys, values, masks, setting.units[1:], setting.shares, strict=True):
+    views_of = zip(keys, values, masks, setting.units[1:], setting.shares, strict=True)
+    for view, (k, v, mask, unit, share) in enumerate(views_of):
         shape = (*broadcast_leading(k, v, mask), v.shape[-1] + 1, r)
-        start = zero_sum(shape, setting.w.dtype, q, backend)
+        total, lost = zero_sum(shape, setting.w.dtype, q, backend)
+        if start:
+            total = xp.matrix_transpose(start.sums[view]) * share
         head = k.shape[-2] - n
         if head:
             seen = None if mask is None else mask[..., :head, :]
             first = summary(k[..., :head, :], v[..., :head, :], seen, unit, setting.degree, backend)
-            total = xp.matrix_transpose(first) * share
-            start = (total, start[1])
-        sums.append(start)
+            total, lost = add((total, lost), xp.matrix_transpose(first) * share)
+        sums.append((total, lost))
     rest = [None if x is None else x[..., x.shape[-2] - n :, :] for x in (*keys, *values, *masks)]
     return tuple(sums), rest
 
@@ -409,9 +437,8 @@ def _with_heads(
         head = k.shape[-2] - dq.shape[-2]
         if head:
             seen = None if mask is None else mask[..., :head, :]
-            own = xp.matrix_transpose(g) * setting.shares[view]
             unit = setting.units[view + 1]
-            parts = key_adjoint(k[..., :head, :], v[..., :head, :], seen, unit, own, setting.degree, backend)
+            parts = key_adjoint(k[..., :head, :], v[..., :head, :], seen, unit, g, setting.degree, backend)
             for i, part in zip((view, m + view), parts, strict=True):
                 grads[i] = xp.concat([part, grads[i]], axis=-2)
     return dq, *grads
