@@ -56,7 +56,7 @@ def test_an_absent_rank_is_an_error_within_the_time_out() -> None:
 
 def test_data_parallel_wrappers_and_compilers_around_it() -> None:
     printed = launch("around.py", 2)
-    for wrapper in ("DDP", "compiled DDP", "FSDP"):
+    for wrapper in ("DDP", "compiled DDP", "FSDP", "causal DDP", "compiled causal DDP", "causal FSDP"):
         assert printed.count(f"through {wrapper} are those of one process") == 2
 
 
