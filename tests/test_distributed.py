@@ -18,11 +18,11 @@ sharded = tattn.distributed.tensor_attention
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-def launch(script: str, processes: int, **environment: str) -> str:
+def launch(script: str, processes: int, *options: str, **environment: str) -> str:
     """What the processes print; their errors if one fails."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     done = subprocess.run(
-        [*command, str(PROGRAMS / script)], capture_output=True, text=True, timeout=300, check=False,
+        [*command, str(PROGRAMS / script), *options], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,9 +104,10 @@ def test_importing_the_package_does_not_import_torch() -> None:
         tattn.distributed.nothing  # noqa: B018
 
 
-def test_the_example() -> None:
+@pytest.mark.parametrize("options", [(), ("--causal",)])
+def test_the_example(options: tuple[str, ...]) -> None:
     examples = Path(__file__).parent.parent / "examples"
-    assert "the same" in launch(str(examples / "sequence_parallel.py"), 2)
+    assert "the same" in launch(str(examples / "sequence_parallel.py"), 2, *options)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ summary of all rows before it. One view need not be summed up for each row: for 
 
 which are products of matrices. For one view X does not depend on e, and spans are longer.
 
+A call may start from the sums of rows that came before, in units of the caller's: `Start`. They are C_μ of the first span.
+
 Adjoint, for ĝ as in `lowrank`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
 
     dũ_j = Φ(a_j) G_μ(j),   da_j pulls G_μ(j) ũ_j back,   dq_i pulls w Σ_e ĝ_ie Π_μ S_μ(i)_e back.
