@@ -196,8 +196,8 @@ def _read_causal_backward(call: LowRankCall, backend: Backend, arrays: Sequence[
 
 def _continued(call: LowRankCall, arrays: Sequence[Array | None]) -> tuple[Any, Any, Any, Any, Any, Any]:
     """Query, keys, values, sums, masks, and what follows."""
-    m = call.views
-    return arrays[0], *(arrays[1 + i * m : 1 + (i + 1) * m] for i in range(4)), arrays[1 + 4 * m :]
+    m, rest = call.views, arrays[1:]
+    return arrays[0], rest[:m], rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
 
 
 def _start(

@@ -20,7 +20,7 @@ from ..nn.operator import plan_of_text, plan_text
 from ..plans import Plan
 from ..streaming import call_of, row_gradients, summarize
 from .agreement import all_reduce, checked_group, scan
-from .shards import agreed, columns, packed, split
+from .shards import agreed, columns, packed, split, widened
 
 
 def compiled_attention(
@@ -130,6 +130,7 @@ def _backward(
     sums = split(flat, _sums_like(keys, values, masks, made))
     of_masks, residuals = columns(masks), (out, normaliser, grad, grad_lse)
     if causal:
+        keys, values = widened(keys), widened(values)
         arrays = (query, *keys, *values, *sums, *of_masks, *residuals)
         dquery, *grads = BACKEND.run(summaries.read_causal_backward, call_of(made), arrays)
         own, dsums = grads[: 2 * len(keys)], grads[2 * len(keys) :]
@@ -137,14 +138,14 @@ def _backward(
         dquery, *dsums = BACKEND.run(summaries.read_backward, call_of(made), (query, *sums, *residuals))
     if not recording:
         # No rank sums.
-        return [dquery.contiguous(), *(torch.zeros_like(x) for x in (*keys, *values))]
+        return [dquery.contiguous(), *(torch.zeros_like(x, dtype=query.dtype) for x in (*keys, *values))]
     resolved, flat = _resolve_process_group(group), packed(dsums)
     dsums = split(scan(flat, "behind", resolved) if causal else all_reduce(flat, "sum", resolved), dsums)
     pairs = [row_gradients(rows, g, made, BACKEND) for *rows, g in zip(keys, values, of_masks, dsums, strict=True)]
     dkeys, dvalues = zip(*pairs, strict=True)
     found = [*dkeys, *dvalues]
     if causal:
-        found = [g + more for g, more in zip(found, own, strict=True)]
+        found = [(g + more).to(query.dtype) for g, more in zip(found, own, strict=True)]
     return [g.contiguous() for g in (dquery, *found)]
 
 

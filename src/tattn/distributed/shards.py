@@ -59,7 +59,7 @@ def agreed(
             plan = plan_found(_shape(inputs, group), found, scale=number, tol=tol, method="polynomial", degree=degree)
         else:
             check_ranges(plan, found, inputs.views)
-    return plan
+    return plan  # type: ignore[no-any-return]
 
 
 def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:
@@ -134,6 +134,11 @@ def split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, of shapes and dtypes as in `like`, that a row of float64 holds."""
     parts = torch.split(flat, [s.numel() for s in like])
     return tuple(p.reshape(s.shape).to(s.dtype) for p, s in zip(parts, like, strict=True))
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In the dtype of the computation: what has gradients from two sides adds them up before they are rounded."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 def columns(masks: Sequence[Tensor | None]) -> list[Tensor | None]:

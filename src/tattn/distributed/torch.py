@@ -16,6 +16,7 @@ takes sums and rests as one number, and p ranks then add at most p · 2^-53 of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from torch import Tensor
 from .. import summaries
 from ..backends.torch import BACKEND
 from ..plans import Plan
+from ..rounding import computed_in
 from ..streaming import Summary, call_of, summarize
 from .agreement import Group, all_reduce, checked_group, scan
 from .operator import compiled_attention
-from .shards import agreed, columns, packed, split
+from .shards import agreed, columns, packed, split, widened
 
 
 def tensor_attention(
@@ -112,7 +114,10 @@ def tensor_attention(
     else:
         group = checked_group(group)
         plan = agreed(given, group, causal, scale, tol, plan, bound, None, check)
-        local = summarize(keys, values, plan, key_masks=key_masks)
+        used = plan
+        if causal:
+            keys, values, used = widened(keys), widened(values), replace(plan, dtype=computed_in(plan.dtype))
+        local = summarize(keys, values, used, key_masks=key_masks)
         flat = packed(local.sums, local.rests)
         flat = _OverRanks.apply("before" if causal else "all", group, flat)  # type: ignore[no-untyped-call]
         sums = split(flat, local.sums)
