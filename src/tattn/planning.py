@@ -24,11 +24,11 @@ from .estimation import estimate
 from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
-from .lowrank_causal import span_of
 from .monomials import rank as rank_of
 from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
+from .spans import span_of
 
 MAX_RANK = 1 << 18
 # The largest rank that is tried in bands before it is known whether that will do.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
 from .checks import Order
-from .lowrank_causal import span_of
 from .rounding import scores_round_less
+from .spans import span_of
 
 _ALL = Order()
 # Value channels that a plan made from numbers alone allows for in its rounding.
