@@ -300,7 +300,7 @@ def test_entries_beyond_arithmetic_are_not_numbers(array: int) -> None:
 
     query, keys, values, *_ = draw(40, 2, more=(0, 0))
     arrays = [x.astype(np.float32) for x in (query, *keys, *values)]
-    arrays[array][33, 1] = 1e30
+    arrays[array][33, 1] = 1e5
     plan = tattn.plan_for(n=40, dim=3, bound=1.0, degree=4, causal=True)
     none = tattn.summarize([k[:0] for k in arrays[1:3]], [v[:0] for v in arrays[3:]], plan)
     masks = (None, np.ones((40, 1), bool))
