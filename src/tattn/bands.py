@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import clean, gather_rows, max_to_leading, prod_of
+from .arrays import clean, gather_rows, max_to_leading, prod_of, sum_of
 from .backends import Array, Backend
 from .backends.base import memoized
 from .channels import channel_sizes, units_of
@@ -49,21 +49,23 @@ class Sorting(NamedTuple):
 
 
 class View(NamedTuple):
-    """One view, sorted: the query has no values."""
+    """One view and how it is sorted: the query has no values."""
 
-    rows: Array  # (..., n, d), band by band, those of the largest norms first
+    rows: Array  # (..., n, d)
     values: Array | None
     mask: Array | None
     by: Sorting
 
-    def band(self, start: int, stop: int) -> tuple[Array, Array | None, Array | None]:
-        """Rows, values and mask of a band."""
-        cut = (Ellipsis, slice(start, stop), slice(None))
-        return (
-            self.rows[cut],
-            None if self.values is None else self.values[cut],
-            None if self.mask is None else self.mask[cut],
+    def band(self, start: int, stop: int, backend: Backend) -> tuple[Array, Array | None, Array | None]:
+        """Rows, values and mask of a band; the first has the rows of the largest norms."""
+        rows, values, mask = (
+            None if x is None else self.in_band(x, start, stop, backend) for x in (self.rows, self.values, self.mask)
         )
+        return rows, values, mask
+
+    def in_band(self, x: Array, start: int, stop: int, backend: Backend) -> Array:
+        """Of what has one row for each of the view's, (..., n, k), those of a band."""
+        return gather_rows(x, self.by.order[..., start:stop, :], backend)
 
 
 @memoized
@@ -73,13 +75,6 @@ def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
     power = max(3.0, log(n / 4) / log(bands)) if bands > 1 and n > 4 else 3.0
     ends = [max(i, round(n * (i / bands) ** power)) for i in range(bands + 1)]
     return tuple(itertools.pairwise(ends))
-
-
-@memoized
-def _band_starts(n: int, bands: int) -> np.ndarray:
-    """The number of the band of each sorted row, times n: (n,)."""
-    cut = edges(n, bands)
-    return n * np.repeat(np.arange(bands), [stop - start for start, stop in cut])
 
 
 def sortings(call: BandedCall, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
@@ -93,17 +88,31 @@ def sortings(call: BandedCall, rows: Sequence[Array], masks: Sequence[Array | No
     for x, mask, unit, balance, (top, spread) in zip(rows, masks, units, balances, sizes, strict=True):
         balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
         norm = _norms(x, mask, balance, call.views + 1, backend)
-        order = xp.argsort(-norm, axis=-2, stable=False)
         cut = edges(x.shape[-2], call.bands)
-        firsts = xp.concat([order[..., start : start + 1, :] for start, _ in cut], axis=-2)
-        # Within a band rows keep the order in which they came: memory is then read forwards.
-        offset = backend.table(_band_starts, x.shape[-2], call.bands, like=order)[:, None]
-        order = xp.sort(order + offset, axis=-2, stable=False) - offset
-        found.append(Sorting(order, unit, top, spread, gather_rows(norm, firsts, backend)))
+        order = _by_size(norm, call.bands, backend)
+        falling = gather_rows(norm, order, backend)
+        tops = [xp.max(falling[..., start:stop, :], axis=-2, keepdims=True) for start, stop in cut]
+        found.append(Sorting(order, unit, top, spread, xp.concat(tops, axis=-2)))
     return found
 
 
-def sorted_views(
+def _by_size(norm: Array, bands: int, backend: Backend) -> Array:
+    """Numbers of the rows, band by band, the largest norms first: (..., n, 1) → (..., n, 1).
+
+    Within a band rows keep the order in which they came: memory is then read forwards.
+    """
+    xp = backend.xp
+    norm = norm[..., 0]
+    falling = xp.sort(norm, axis=-1, descending=True, stable=False)
+    # How many bands begin with a norm as large: to sort such small numbers is quick. Rows as large as the first of a
+    # band may leave their place before it to smaller ones; no band's largest is above that of a sort.
+    small = xp.uint8 if bands < 256 else xp.int32
+    starts = [start for start, _ in edges(norm.shape[-1], bands)]
+    number = sum_of([xp.astype(norm <= falling[..., start : start + 1], small) for start in starts])
+    return xp.argsort(number, axis=-1, stable=True)[..., None]
+
+
+def views_of(
     call: BandedCall,
     q: Array,
     keys: Sequence[Array],
@@ -112,15 +121,11 @@ def sorted_views(
     backend: Backend,
     known: Sequence[Array] = (),
 ) -> list[View]:
-    """Query and keys with their values, band by band; `known`: the arrays of all sortings, if they are."""
+    """Query, and keys with their values; `known`: the arrays of all sortings, if they are."""
     width = len(Sorting._fields)
     found = [Sorting(*known[i : i + width]) for i in range(0, len(known), width)]
     found = found or sortings(call, (q, *keys), (None, *masks), backend)
-    views = []
-    for x, v, mask, by in zip((q, *keys), (None, *values), (None, *masks), found, strict=True):
-        rows, sorted_values, seen = (None if y is None else gather_rows(y, by.order, backend) for y in (x, v, mask))
-        views.append(View(rows, sorted_values, seen, by))
-    return views
+    return [View(*view) for view in zip((q, *keys), (None, *values), (None, *masks), found, strict=True)]
 
 
 def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from math import log2, sqrt
 from typing import NamedTuple
 
-from .arrays import prod_of, with_leading
+from .arrays import gather_rows, prod_of, with_leading
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, level_sizes, multiply_out, of_band
 from .basis import CHAIN, Basis
@@ -50,7 +50,7 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
 
     plain, sizes = [], []
     for start, stop in edges(n, call.bands):
-        one, size = summed_products(products, shapes, *view.band(start, stop), view.by.unit, basis, backend)
+        one, size = summed_products(products, shapes, *view.band(start, stop, backend), view.by.unit, basis, backend)
         plain.append(one)
         sizes.append(xp.concat([size, one[..., part, -1:]], axis=-1))
     return xp.stack(plain, axis=-3) * (1 / n), xp.stack(sizes, axis=-3) * (1 / n)
@@ -123,11 +123,9 @@ def shares(call: BandedCall, view: View, backend: Backend) -> Array:
     xp = backend.xp
     n = view.rows.shape[-2]
     dtype = backend.compute_dtype(view.rows.dtype)
-    present = (
-        xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
-        if view.mask is None
-        else backend.cast(view.mask, dtype)
-    )
+    present = xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
+    if view.mask is not None:
+        present = gather_rows(backend.cast(view.mask, dtype), view.by.order, backend)
     parts = [xp.sum(present[..., a:b, :], axis=(-2, -1)) * (1 / n) for a, b in edges(n, call.bands)]
     return xp.stack(parts, axis=-1)[..., None, None]
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .arrays import broadcast_leading, clean, gather_rows, inverse_order, over_rows, prod_of, sum_to_leading, unpack
+from .arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_to_leading, unpack
 from .backends import Array, Backend
-from .bands import BandedCall, Series, View, edges, sorted_views
+from .bands import BandedCall, Series, View, edges, views_of
 from .basis import Basis
 from .certificate import (
     ERROR,
@@ -84,7 +84,7 @@ def banded_bounds(call: BandedCall, backend: Backend, arrays: Sequence[Array | N
     """From the certificate of every row; takes what the adjoint takes."""
     xp = backend.xp
     q, keys, values, masks, (out, rest, grad_out, grad_lse) = unpack(call.views, arrays)
-    query, *views = sorted_views(call, q, keys, values, masks, backend)
+    query, *views = views_of(call, q, keys, values, masks, backend)
     series = Series.of(call, [query, *views], q, backend)
     sizes = [channel_sizes(v, mask, backend) for v, mask in zip(values, masks, strict=True)]
     value_tops = [top for top, _ in sizes]
@@ -220,7 +220,7 @@ def _view_bounds(
     other_shares = [shares(call, views[i], backend) for i in others]
     # √Σ h_i and √Σ h_i q_ic² for every weight: sums of |q_ic| go against moments by Cauchy and Schwarz.
     mass = xp.sqrt(xp.matrix_transpose(over_rows(xp.sum, weights, backend)))
-    moved = xp.sqrt(_weighted_squares(query, falling, backend))
+    moved = xp.sqrt(_weighted_squares(query, weights, backend))
     one = xp.ones_like(grad_top[..., :1])
     value_top, value_rms, key_top, key_rms = (
         (
@@ -263,11 +263,10 @@ def _view_bounds(
 
         leading = broadcast_leading(weights, *(v.rows for v in views))
         block = block_of(basis, 4 * (dim + value_dim), dtype, leading, backend)
-        return backend.scan_rows(body, None, view.band(start, stop), block)[1]
+        return backend.scan_rows(body, None, view.band(start, stop, backend), block)[1]
 
-    pieces = [of_rows(band, *cut) for band, cut in enumerate(edges(n, call.bands))]
-    back = inverse_order(view.by.order, backend)
-    of_keys, of_values = (gather_rows(xp.concat(list(p), axis=-2), back, backend) for p in zip(*pieces, strict=True))
+    pieces = (of_rows(band, *cut) for band, cut in enumerate(edges(n, call.bands)))
+    of_keys, of_values = return_rows(pieces, view.by.order, backend)
     return of_keys, of_values
 
 
@@ -276,21 +275,20 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     xp = backend.xp
     n, dim = view.rows.shape[-2:]
     part = block_t(call, dim)
-    dtype = backend.compute_dtype(view.rows.dtype)
     if z is None:
-        z = xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
-        z = z if view.mask is None else clean(z, view.mask, backend)
+        z = xp.ones((n, 1), dtype=backend.compute_dtype(view.rows.dtype), device=backend.device(view.rows))
     basis = Basis.of(dim, call.moment, z.shape[-1])
     shape = (part.stop - part.start, z.shape[-1])
 
-    def products(phi: Array, z: Array, _: None) -> tuple[Array]:
-        return (basis.row_sums(phi, backend.xp.matrix_transpose(z), backend, degree=call.moment),)
+    def products(phi: Array, z: Array, mask: Array | None) -> tuple[Array]:
+        z = xp.matrix_transpose(clean(z, mask, backend))
+        return (basis.row_sums(phi, z, backend, degree=call.moment),)
 
-    rows = clean(view.rows, view.mask, backend)
-    sums = [
-        summed_products(products, [shape], rows[..., a:b, :], z[..., a:b, :], None, view.by.unit, basis, backend)[0]
-        for a, b in edges(n, call.bands)
-    ]
+    sums = []
+    for start, stop in edges(n, call.bands):
+        rows, _, mask = view.band(start, stop, backend)
+        own = z[..., start:stop, :]
+        sums += summed_products(products, [shape], rows, own, mask, view.by.unit, basis, backend)
     return xp.stack(sums, axis=-3)
 
 

@@ -104,6 +104,10 @@ class Backend:
         """Write left · right into `target`, a view of a buffer; only called if `writable`."""
         target[...] = left * right
 
+    def write_rows(self, target: Array, places: Array, rows: Array) -> None:
+        """Write rows (m, k) at places (m,) of `target` (n, k); only called if `writable`."""
+        target[places] = rows
+
     def scan_rows(
         self, body: Body, carry: Any, rows: Sequence[Array | None], block: int
     ) -> tuple[Any, tuple[Array, ...]]:

@@ -32,5 +32,10 @@ class NumpyBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         np.multiply(left, right, out=target)
 
+    def write_rows(self, target: Array, places: Array, rows: Array) -> None:
+        # A row that is one element is written twice as fast.
+        row = np.dtype((np.void, rows.itemsize * rows.shape[1]))
+        target.view(row)[places] = np.ascontiguousarray(rows).view(row)
+
 
 BACKEND = NumpyBackend(xp)
