@@ -236,6 +236,81 @@ def test_problems_one_after_another(method: str, monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("start", [0, 4, 33])
+@pytest.mark.parametrize(("views", "masked", "broadcast"), [(1, True, False), (2, False, True), (3, True, True)])
+def test_rows_go_on_from_a_summary(library: Any, views: int, masked: bool, broadcast: bool, start: int) -> None:
+    """The rows from `start` on read what is before as a summary: their part of the whole call, with all gradients."""
+    from tattn import summaries
+    from tattn.backends import backend_of
+    from tattn.streaming import call_of, row_gradients
+
+    call = draw(33, views, masked=masked, broadcast=broadcast)
+    for of_query in call[4:]:
+        of_query[..., :start, *[slice(None)] * (of_query is call[4])] = 0.0
+    plan = tattn.plan_for(
+        n=(33, *(k.shape[-2] for k in call[1])),
+        dim=3,
+        order=views + 1,
+        bound=1.0,
+        degree=4,
+        dtype="float64",
+        causal=True,
+    )
+    whole = run(library, call, plan=plan, causal=True)
+    query, keys, values, masks, grad_out, grad_lse = library.arrays(*call)
+    backend = backend_of(query)
+    columns = [None if m is None else m[..., None] for m in masks or [None] * views]
+
+    def cut(rows: Any, before: bool) -> Any:
+        at = rows.shape[-2] - 33 + start
+        return rows[..., :at, :] if before else rows[..., at:, :]
+
+    before = [[None if x is None else cut(x, True) for x in xs] for xs in (keys, values, columns)]
+    summary = tattn.summarize(*before[:2], plan, key_masks=[None if m is None else m[..., 0] for m in before[2]])
+    after = [None if x is None else cut(x, False) for x in (query, *keys, *values, *columns)]
+    arrays = (*after[: 1 + 2 * views], *summary.sums, *after[1 + 2 * views :])
+    out, lse, normaliser = backend.run(summaries.read_causal, call_of(plan), arrays)
+    upstream = (cut(grad_out, False), grad_lse[..., start:, None])
+    grads = backend.run(summaries.read_causal_backward, call_of(plan), (*arrays, out, normaliser, *upstream))
+    for got, like in zip(grads, arrays, strict=False):
+        assert (got.shape, got.dtype) == (like.shape, like.dtype)
+    # Both parts of the gradients of keys and values.
+    firsts = [
+        row_gradients(rows, g, plan, backend)
+        for *rows, g in zip(*before, grads[1 + 2 * views :], strict=True)
+    ]  # fmt: skip
+    found = [grads[0], *(backend.xp.concat([firsts[i % views][i // views], g], axis=-2)
+                         for i, g in enumerate(grads[1 : 1 + 2 * views]))]  # fmt: skip
+    read = library.numpy
+    for name, got, truth in (
+        ("out", out, whole.out[..., start:, :]),
+        ("lse", lse[..., 0], whole.lse[..., start:]),
+        ("dquery", found[0], whole.dquery[..., start:, :]),
+        *(("dkeys, dvalues", g, t) for g, t in zip(found[1:], (*whole.dkeys, *whole.dvalues), strict=True)),
+    ):
+        np.testing.assert_allclose(read(got), truth, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("array", [0, 1])
+def test_entries_beyond_arithmetic_are_not_numbers(array: int) -> None:
+    """Nor what sees them: the row of a query; of a key its row, those after it, and some before it in the same block."""
+    from tattn import summaries
+    from tattn.backends import backend_of
+    from tattn.streaming import call_of
+
+    query, keys, values, *_ = draw(40, 2, more=(0, 0))
+    arrays = [x.astype(np.float32) for x in (query, *keys, *values)]
+    arrays[array][33, 1] = 1e5
+    plan = tattn.plan_for(n=40, dim=3, bound=1.0, degree=4, causal=True)
+    none = tattn.summarize([k[:0] for k in arrays[1:3]], [v[:0] for v in arrays[3:]], plan)
+    masks = (None, np.ones((40, 1), bool))
+    out, *_ = backend_of(query).run(summaries.read_causal, call_of(plan), (*arrays, *none.sums, *masks))
+    lost = np.isnan(out).all(axis=-1)
+    assert lost[33]
+    assert lost[34:].all() == bool(array)
+    assert np.isfinite(out[:33]).all() == np.isfinite(out[34:]).all() == (not array)
+
+
 def test_decoding_agrees_with_the_causal_call(library: Any) -> None:
     """A batch of two streams, the second of which ends early; first a prompt, then a token at a time."""
     rng = np.random.default_rng(5)

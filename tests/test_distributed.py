@@ -18,11 +18,11 @@ sharded = tattn.distributed.tensor_attention
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-def launch(script: str, processes: int, **environment: str) -> str:
+def launch(script: str, processes: int, *options: str, **environment: str) -> str:
     """What the processes print; their errors if one fails."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     done = subprocess.run(
-        [*command, str(PROGRAMS / script)], capture_output=True, text=True, timeout=300, check=False,
+        [*command, str(PROGRAMS / script), *options], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def test_shards_are_the_whole(processes: int) -> None:
     """Output, lse, all gradients and second derivatives, plans from data, bytes that travel, compiled and not."""
     printed = launch("equality.py", processes)
     for rank in range(processes):
-        assert f"rank {rank} of {processes} has seen 6 cases agree" in printed
+        assert f"rank {rank} of {processes} has seen 13 cases agree" in printed
 
 
 @pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_shards_are_the_whole_on_devices() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     devices = torch.cuda.device_count()
-    assert f"rank 0 of {devices} has seen 6 cases agree" in launch("equality.py", devices, TESTED_DEVICE="cuda")
+    assert f"rank 0 of {devices} has seen 13 cases agree" in launch("equality.py", devices, TESTED_DEVICE="cuda")
 
 
 def test_what_ranks_disagree_on_is_an_error_on_all() -> None:
@@ -56,7 +56,7 @@ def test_an_absent_rank_is_an_error_within_the_time_out() -> None:
 
 def test_data_parallel_wrappers_and_compilers_around_it() -> None:
     printed = launch("around.py", 2)
-    for wrapper in ("DDP", "compiled DDP", "FSDP"):
+    for wrapper in ("DDP", "compiled DDP", "FSDP", "causal DDP", "compiled causal DDP", "causal FSDP"):
         assert printed.count(f"through {wrapper} are those of one process") == 2
 
 
@@ -104,9 +104,10 @@ def test_importing_the_package_does_not_import_torch() -> None:
         tattn.distributed.nothing  # noqa: B018
 
 
-def test_the_example() -> None:
+@pytest.mark.parametrize("options", [(), ("--causal",)])
+def test_the_example(options: tuple[str, ...]) -> None:
     examples = Path(__file__).parent.parent / "examples"
-    assert "the same" in launch(str(examples / "sequence_parallel.py"), 2)
+    assert "the same" in launch(str(examples / "sequence_parallel.py"), 2, *options)
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_ranges_travel_in_arrays_of_one_size(alone: Any, monkeypatch: pytest.Mon
 
     def told(query: Any, values: Any, masks: Any) -> tuple[Any, list[tuple[str, int]]]:
         sizes.clear()
-        shards.agreed((query, [rows, rows], [values, values], masks), alone, None, 1e-2, None, None, None, True)
+        shards.agreed((query, [rows, rows], [values, values], masks), alone, False, None, 1e-2, None, None, None, True)
         return facts[-1], list(sizes)
 
     rows = torch.rand(3, 5, 2)

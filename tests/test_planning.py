@@ -291,6 +291,16 @@ def test_what_workers_send_and_how_long_they_take() -> None:
     )
 
 
+def test_causal_workers_summarize_their_rows_besides() -> None:
+    given = {"n": (10**6, 10**6, 2 * 10**6), "dim": 4, "value_dim": 7, "bound": 1.0, "causal": True}
+    one, plan = tattn.plan_for(**given), tattn.plan_for(**given, **RATES)
+    assert plan.bytes_sent == tattn.plan_for(**given | {"causal": False}, **RATES).bytes_sent
+    operations = one.flops_polynomial + 3 * 10**6 * one.rank * (2 * 8 + 1)
+    assert plan.flops_polynomial == pytest.approx(operations)
+    assert plan.seconds == pytest.approx(operations / 64 / 1e10 + plan.bytes_sent / 1e9)
+    assert tattn.plan_for(**given, workers=1).flops_polynomial == one.flops_polynomial
+
+
 def test_plans_for_workers_differ_in_costs_alone() -> None:
     rows = np.zeros((2, 4), np.float32)
     summaries = [
@@ -310,7 +320,7 @@ def test_plans_for_workers_differ_in_costs_alone() -> None:
         ({"bandwidth": 1e9}, ValueError, r"^bandwidth should come with workers, got 1000000000.0 alone"),
         ({"workers": 2, "method": "exact"}, tattn.PlanError, r"^a plan for workers .* got exact: exact was asked for"),
         ({"workers": 2, "bound": None, "series": "banded"}, tattn.PlanError, r"^a plan for workers .* got banded"),
-        ({"workers": 2, "causal": True}, tattn.PlanError, r"^a plan for workers .* got causal"),
+        ({"workers": 2, "window": (9, 9)}, tattn.PlanError, r"^a plan for workers .* got exact: windows are exact"),
     ],
 )
 def test_refused_for_workers(options: dict[str, Any], error: type, match: str) -> None:

@@ -5,12 +5,8 @@ with S_μ(i) the summary of the rows up to i of view μ
 
     N_i = Σ_α w_α Φ(q_i)_α Π_μ S_μ(i)_α,      o_i = N_i[:-1] / N_i[-1].
 
-Rows pass in blocks, and a block consists of spans of `b` rows. Within a span S_μ(i) = C_μ + (the span's rows up to i), with C_μ the
-summary of all rows before it. One view need not be summed up for each row: for X(i) = w Φ(q_i) ∘ Π_{ν > 1} S_ν(i),
-
-    N_ie = Σ_α X(i)_αe C_1αe + Σ_{j ≤ i in the span} ũ_je Σ_α X(i)_αe Φ(a_j)_α,
-
-which are products of matrices. For one view X does not depend on e, and spans are longer.
+Rows pass in blocks, which take S_μ from one to the next; `spans` has what a block computes, in spans of `b` rows. A call may start
+from the sums of rows that came before, in units of the caller's: `Start`.
 
 Adjoint, for ĝ as in `lowrank`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
 
@@ -27,12 +23,9 @@ from collections.abc import Sequence
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .arrays import broadcast_leading, clean, prod_of, sum_to_leading, swap_outer, unpack
+from .arrays import broadcast_leading, clean, unpack
 from .backends import Array, Backend
-from .backends.base import memoized
-from .basis import CHAIN, Basis, read
+from .basis import CHAIN, Basis
 from .channels import channel_units
 from .lowrank import (
     LowRankCall,
@@ -49,51 +42,56 @@ from .lowrank import (
     zero_sum,
 )
 from .lowrank import leading_limit as limit_of_sums
-from .monomials import features, pull_back, rank
-
-# Rows of a span: for one view, and for more.
-SPANS = 32, 16
+from .monomials import rank
+from .spans import Setting, Spans, adjoint, numerator, span_of
 
 
-class Setting(NamedTuple):
-    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a span, spans of a tile."""
+class Start(NamedTuple):
+    """Rows before a call's own, which all of its query rows see: their sums (..., r, dv + 1) of every view, in `units`.
 
-    degree: int
-    w: Array
-    units: Sequence[Array]
-    shares: Sequence[float]
-    span: int
-    tile: int
-    leading: tuple[int, ...]
-    backend: Backend
+    Units and shares are then not for the call to choose: sums are multiplied by shares, which stand for 1/n_μ.
+    """
+
+    units: Sequence[Any]
+    shares: Sequence[Any]
+    sums: Sequence[Array]
 
 
 def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of all pairs (..., n, 1)."""
-    q, keys, *_ = unpack(call.views, arrays)
-    setting, block = _setting(call, arrays, backend)
-    sums, views = _split(setting, arrays, call.views)
+    out, normaliser = read_rows(call, backend, arrays)
+    return out, log_normaliser(normaliser, unpack(call.views, arrays)[1], backend), normaliser
+
+
+def read_rows(
+    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
+) -> tuple[Array, Array]:
+    """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
+    setting, block = _setting(call, arrays, backend, start)
+    sums, views = _split(setting, arrays, call.views, start)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         # The last block may be short of whole spans.
         here = rows[0].shape[-2]  # type: ignore[union-attr]
         whole = -(-here // setting.span) * setting.span
         q, *views = (_padded(x, whole, backend) for x in rows)
-        spans = _Spans.of(setting, q, views, [total for total, _ in carry])
+        spans = Spans.of(setting, q, views, [total for total, _ in carry])
         carry = tuple(add(c, s) for c, s in zip(carry, spans.sums, strict=True))
-        return carry, divided(_numerator(setting, spans)[..., :here], setting.leading, backend)
+        return carry, divided(numerator(setting, spans)[..., :here], setting.leading, backend)
 
-    _, (out, normaliser) = backend.scan_rows(body, sums, (q, *views), block)
-    return out, log_normaliser(normaliser, keys, backend), normaliser
+    _, (out, normaliser) = backend.scan_rows(body, sums, (arrays[0], *views), block)
+    return out, normaliser
 
 
-def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+def backward(
+    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
+) -> tuple[Array, ...]:
+    """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
     q, keys, values, masks, columns = unpack(call.views, arrays)
     xp = backend.xp
     n, m = q.shape[-2], call.views
-    setting, block = _setting(call, arrays, backend)
-    sums, views = _split(setting, arrays, m)
+    setting, block = _setting(call, arrays, backend, start)
+    sums, views = _split(setting, arrays, m, start)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
     inner = -(-blocks // segments)
@@ -113,26 +111,23 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
 
         def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
             cut = [_unfolded(x, block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
-            carry, grads = _block_adjoint(setting, carry, states(given[:m]), cut, m)
+            carry, grads = adjoint(setting, carry, states(given[:m]), cut, m)
             return carry, tuple(_folded(g, 1, backend) for g in grads)
 
         carry, grads = backend.scan_rows(body, carry, [_flipped(x, backend) for x in (*starts_of_blocks, *pieces)], 1)
         return carry, tuple(_folded(_flipped(g, backend), 1, backend) for g in grads)
 
     starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block)
-    carry = tuple(zero_sum(x, dtype, q, backend) for x in shapes)
+    carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in shapes)
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
     targets = (q, *keys, *values)
     found = [
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, targets, strict=True)
     ]
-    return _with_heads(setting, [total for total, _ in carry], found, keys, values, masks)
-
-
-def span_of(views: int) -> int:
-    """Rows of a span, at most."""
-    return SPANS[views > 1]
+    # Of what every query row sees.
+    upstream = [xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True)]
+    return *_with_heads(setting, upstream, found, keys, values, masks), *(upstream if start else ())
 
 
 def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
@@ -143,10 +138,12 @@ def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | 
     return max(1, int(backend.workspace // (rank(dim, call.degree) * columns * span_of(call.views) * (call.views + 2))))
 
 
-def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend) -> tuple[Setting, int]:
+def _setting(
+    call: LowRankCall, arrays: Sequence[Array | None], backend: Backend, start: Start | None
+) -> tuple[Setting, int]:
     """What blocks share, and the rows of a block: some spans, whose prefixes fit in the workspace."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
-    units = channel_units(q, keys, masks, call.scale, backend)
+    units = start.units if start else channel_units(q, keys, masks, call.scale, backend)
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     itemsize = 8 if backend.dtype_name(w.dtype) == "float64" else 4
@@ -161,235 +158,33 @@ def _setting(call: LowRankCall, arrays: Sequence[Array | None], backend: Backend
     tile = max(1, backend.workspace // (2 * in_tile * span))
     in_block = row * (2 * (call.views + 1) + 2 * call.views * columns // span)
     spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
-    shares = [1 / k.shape[-2] for k in keys]
+    shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     return Setting(call.degree, w, units, shares, span, tile, leading, backend), span * spans
 
 
-def _split(setting: Setting, arrays: Sequence[Array | None], views: int) -> tuple[tuple[Sum, ...], list[Array | None]]:
+def _split(
+    setting: Setting, arrays: Sequence[Array | None], views: int, start: Start | None
+) -> tuple[tuple[Sum, ...], list[Array | None]]:
     """Summaries (..., dv + 1, r) of the rows that every query row sees, and the other rows: keys, values and masks."""
     q, keys, values, masks, _ = unpack(views, arrays)
     backend = setting.backend
     xp = backend.xp
     n, r = q.shape[-2], setting.w.shape[0]
     sums: list[Sum] = []
-    for k, v, mask, unit, share in zip(keys, values, masks, setting.units[1:], setting.shares, strict=True):
+    views_of = zip(keys, values, masks, setting.units[1:], setting.shares, strict=True)
+    for view, (k, v, mask, unit, share) in enumerate(views_of):
         shape = (*broadcast_leading(k, v, mask), v.shape[-1] + 1, r)
-        start = zero_sum(shape, setting.w.dtype, q, backend)
+        total, lost = zero_sum(shape, setting.w.dtype, q, backend)
+        if start:
+            total = xp.matrix_transpose(start.sums[view]) * share
         head = k.shape[-2] - n
         if head:
             seen = None if mask is None else mask[..., :head, :]
             first = summary(k[..., :head, :], v[..., :head, :], seen, unit, setting.degree, backend)
-            total = xp.matrix_transpose(first) * share
-            start = (total, start[1])
-        sums.append(start)
+            total, lost = add((total, lost), xp.matrix_transpose(first) * share)
+        sums.append((total, lost))
     rest = [None if x is None else x[..., x.shape[-2] - n :, :] for x in (*keys, *values, *masks)]
     return tuple(sums), rest
-
-
-class _Spans(NamedTuple):
-    """A block of rows in spans: monomials (..., M, b, r), values and ones (..., M, b, dv + 1), what each span begins with."""
-
-    phi_q: Array
-    phis: list[Array]  # of keys
-    zs: list[Array]
-    befores: list[Array]  # C_μ (..., M, dv + 1, r)
-    sums: list[Array]  # of the block (..., dv + 1, r)
-    flat: list[tuple[Array, Array]]  # channels (..., d, rows) and monomials (..., r, rows) of query and keys
-
-    @classmethod
-    def of(cls, setting: Setting, q: Array, rows: Sequence[Array | None], starts: Sequence[Array]) -> _Spans:
-        """From the rows of a block, those of views one after another, and the summaries before the block."""
-        backend, dtype = setting.backend, setting.w.dtype
-        xp = backend.xp
-        m = len(starts)
-        flat = []
-        for x, mask, unit in zip((q, *rows[:m]), (None, *rows[2 * m :]), setting.units, strict=True):
-            x = channels(clean(x, mask, backend), unit, dtype, backend)
-            flat.append((x, features(x, setting.degree, backend)))
-        phi_q, *phis = (_in_spans(xp.matrix_transpose(phi), setting) for _, phi in flat)
-        zs, befores, sums = [], [], []
-        for v, mask, share, phi, start in zip(
-            rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True
-        ):
-            z = _in_spans(xp.matrix_transpose(with_ones(v, mask, dtype, backend)) * share, setting)
-            of_spans = xp.matrix_transpose(z) @ phi
-            running = _running(of_spans, backend)
-            befores.append(start[..., None, :, :] + running[..., :-1, :, :])
-            sums.append(running[..., -1, :, :])
-            zs.append(z)
-        return cls(phi_q, phis, zs, befores, sums, flat)
-
-    def together(self, backend: Backend) -> list[Array]:
-        """What `_tile` takes, spans as rows."""
-        return [_together(x, backend) for x in (self.phi_q, *self.phis, *self.zs, *self.befores)]
-
-
-def _prefix(setting: Setting, z: Array, phi: Array, before: Array) -> Array:
-    """S_μ(i) of every row of some spans, (..., M, dv + 1, b, r)."""
-    xp = setting.backend.xp
-    # z_je for the rows j ≤ i, and 0 for others: (..., M, dv + 1, b, b), a product with the monomials of all rows.
-    masked = xp.matrix_transpose(z)[..., None, :] * _triangle(setting, z)
-    inside = xp.reshape(masked, (*masked.shape[:-3], -1, masked.shape[-1])) @ phi
-    inside = xp.reshape(inside, (*inside.shape[:-2], z.shape[-1], z.shape[-2], phi.shape[-1]))
-    if not setting.backend.writable:
-        return inside + before[..., None, :]
-    inside += before[..., None, :]
-    return inside
-
-
-def _numerator(setting: Setting, spans: _Spans) -> Array:
-    """N of the rows of a block, (..., dv + 1, rows)."""
-    backend = setting.backend
-    xp = backend.xp
-    m = len(spans.zs)
-    *_, b, r = spans.phi_q.shape
-    columns = spans.zs[0].shape[-1]
-
-    def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
-        phi_q, phis, zs, befores, _, _ = _tile(given, m, b, r, columns, backend)
-        x = (phi_q * setting.w[:, 0])[..., None, :, :]
-        for z, phi, before in zip(zs[1:], phis[1:], befores[1:], strict=True):
-            x = _times(_prefix(setting, z, phi, before), x, backend)
-        inside = _scores(setting, x, phis[0]) @ xp.matrix_transpose(zs[0])[..., None]
-        found = _contracted(x, befores[0], setting) + inside[..., 0]
-        return None, (_together(found, backend),)
-
-    _, (found,) = backend.scan_rows(body, None, spans.together(backend), setting.tile)
-    return _flat(xp.reshape(found, (*found.shape[:-1], columns, b)), setting)
-
-
-def _times(x: Array, y: Array, backend: Backend) -> Array:
-    """Product x ∘ y, in the place of x where that may be and y does not have more leading dimensions."""
-    if not backend.writable or np.broadcast_shapes(x.shape, y.shape) != tuple(x.shape):
-        return x * y
-    x *= y
-    return x
-
-
-def _together(x: Array, backend: Backend) -> Array:
-    """The numbers of each span as one row: (..., M, i, j) → (..., M, i j)."""
-    return backend.xp.reshape(x, (*x.shape[:-2], -1))
-
-
-def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend: Backend) -> Any:
-    """Φ(q), Φ(k) and z of every view, what their spans begin with, ĝ if given, and the sums behind: as `_Spans` has them."""
-
-    def apart(x: Array, rows: int) -> Array:
-        return backend.xp.reshape(x, (*x.shape[:-1], rows, x.shape[-1] // rows))
-
-    phi_q, *rest = given
-    phis, zs, befores = ([apart(x, b if i < 2 else columns) for x in rest[i * m : (i + 1) * m]] for i in range(3))
-    g_hat = apart(rest[3 * m], columns) if len(rest) > 3 * m else None
-    return apart(phi_q, b), phis, zs, befores, g_hat, rest[3 * m + 1 :]
-
-
-def _scores(setting: Setting, x: Array, phi: Array) -> Array:
-    """Σ_α X(i)_αe Φ(a_j)_α for j ≤ i in the same span: (..., M, e, b, r) and (..., M, b, r) → (..., M, e, b, b)."""
-    xp = setting.backend.xp
-    *leading, e, b, r = x.shape
-    found = read(xp.matrix_transpose(phi), xp.reshape(x, (*leading, e * b, r)), setting.backend)
-    return xp.reshape(found, (*found.shape[:-2], e, b, b)) * _triangle(setting, x)
-
-
-def _contracted(x: Array, c: Array, setting: Setting) -> Array:
-    """Σ_α X(i)_αe C_αe: (..., M, e, b, r) with e = dv + 1 or 1, and (..., M, dv + 1, r) → (..., M, dv + 1, b)."""
-    backend = setting.backend
-    transposed = backend.xp.matrix_transpose(x)
-    if x.shape[-3] == 1:
-        return read(transposed[..., 0, :, :], c, backend)
-    return read(transposed, c[..., None, :], backend)[..., 0, :]
-
-
-def _block_adjoint(
-    setting: Setting, carry: tuple[Sum, ...], starts: Sequence[Array], rows: Sequence[Any], m: int
-) -> tuple[tuple[Sum, ...], list[Array]]:
-    """G_μ with the block's rows, and gradients (dq, dk…, dv…) of the block (q, o, l, g, g_lse, k…, v…, mask…)."""
-    backend, dtype = setting.backend, setting.w.dtype
-    xp = backend.xp
-    q, o, l, g, g_lse, *views = rows
-    spans = _Spans.of(setting, q, views, starts)
-    o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
-    shift = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-    inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-    g_hat = xp.matrix_transpose(_in_spans(xp.concat([g, -shift], axis=-1) * inverse, setting))
-    *_, b, r = spans.phi_q.shape
-    columns = g_hat.shape[-2]
-
-    def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
-        carry, found = _tile_adjoint(setting, carry, _tile(given, m, b, r, columns, backend))
-        return carry, tuple(_together(x, backend) for x in found)
-
-    folded = [_flipped(x, backend) for x in (*spans.together(backend), _together(g_hat, backend))]
-    carry, found = backend.scan_rows(body, carry, folded, setting.tile)
-    y_q, *of_views = (xp.flip(x, axis=-2) for x in found)
-    y_q, *ys = (xp.reshape(y, (*y.shape[:-2], y.shape[-2] * b, r)) for y in (y_q, *of_views[:m]))
-    dq = _pulled_back(setting, y_q, 0, spans, None, q)
-    d_keys, d_values = [], []
-    for view, (y, dz) in enumerate(zip(ys, of_views[m:], strict=True)):
-        k, v, mask = (views[i] for i in (view, m + view, 2 * m + view))
-        d_keys.append(_pulled_back(setting, y, view + 1, spans, mask, k))
-        dz = xp.reshape(dz, (*dz.shape[:-2], dz.shape[-2] * b, columns))
-        d_values.append(_of_rows(dz[..., :-1] * setting.shares[view], mask, v, backend))
-    return carry, [dq, *d_keys, *d_values]
-
-
-def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[tuple[Sum, ...], list[Array]]:
-    """G_μ with the rows of some spans, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·)."""
-    phi_q, phis, zs, befores, g_hat, _ = tile
-    backend = setting.backend
-    xp = backend.xp
-    m = len(zs)
-    triangle = _triangle(setting, g_hat)
-    upper = xp.matrix_transpose(triangle)
-    w = setting.w[:, 0]
-    weighted = (phi_q * w)[..., None, :, :]
-    if m == 1:
-        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * triangle
-        y_q = xp.matrix_transpose(g_hat) @ befores[0] + pairs @ phis[0]
-        xs = [weighted]
-    else:
-        prefixes = [_prefix(setting, *view) for view in zip(zs, phis, befores, strict=True)]
-        both = swap_outer(prod_of(prefixes), backend)
-        y_q = (xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :]
-        xs = [prod_of([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
-            _times(prefixes[1 - view], weighted, backend) for view in range(m)
-        ]  # fmt: skip
-    after, ys, dzs = [], [], []
-    for total, z, phi, x in zip(carry, zs, phis, xs, strict=True):
-        if m == 1:
-            of_spans = g_hat @ x[..., 0, :, :]
-            pairs = (z @ g_hat) * upper
-        else:
-            of_spans = (g_hat[..., None, :] @ x)[..., 0, :]
-            # ũ_je ĝ_ie for i ≥ j, (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i).
-            pairs = swap_outer(xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper), backend)
-            pairs = _together(pairs, backend)
-        inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
-        of_spans = _to_view(of_spans, total[0].shape[:-2], backend)
-        running = _running(of_spans, backend)
-        behind = total[0][..., None, :, :] + running[..., :-1, :, :]
-        after.append(add(total, running[..., -1, :, :]))
-        dz = read(xp.matrix_transpose(phi), behind, backend)
-        dz = dz + (xp.matrix_transpose(_scores(setting, x, phi)) @ g_hat[..., None])[..., 0]
-        dzs.append(xp.matrix_transpose(dz))
-        ys.append(z @ behind + inside)
-    return tuple(after), [y_q * w, *ys, *dzs]
-
-
-def _pulled_back(setting: Setting, y: Array, place: int, spans: _Spans, mask: Array | None, like: Array) -> Array:
-    """Gradient of the rows `like` of a block from that of their monomials (..., rows, r)."""
-    backend = setting.backend
-    xp = backend.xp
-    x, phi = spans.flat[place]
-    # The rest is linear in y, so what rows are shared by is summed first.
-    y = sum_to_leading(y, x.shape[:-2], backend)
-    dx = xp.matrix_transpose(pull_back(x, phi, xp.matrix_transpose(y), setting.degree, backend))
-    return _of_rows(dx * setting.units[place], mask, like, backend)
-
-
-def _of_rows(gradient: Array, mask: Array | None, like: Array, backend: Backend) -> Array:
-    """Gradient in the leading dimensions of its rows, 0 where they are masked."""
-    return sum_to_leading(clean(gradient, mask, backend), like.shape[:-2], backend)
 
 
 def _with_heads(
@@ -409,9 +204,8 @@ def _with_heads(
         head = k.shape[-2] - dq.shape[-2]
         if head:
             seen = None if mask is None else mask[..., :head, :]
-            own = xp.matrix_transpose(g) * setting.shares[view]
             unit = setting.units[view + 1]
-            parts = key_adjoint(k[..., :head, :], v[..., :head, :], seen, unit, own, setting.degree, backend)
+            parts = key_adjoint(k[..., :head, :], v[..., :head, :], seen, unit, g, setting.degree, backend)
             for i, part in zip((view, m + view), parts, strict=True):
                 grads[i] = xp.concat([part, grads[i]], axis=-2)
     return dq, *grads
@@ -448,51 +242,6 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     result: Sum
     result, _ = backend.scan_rows(body, total, (keys, values, masks), block)
     return result
-
-
-def _triangle(setting: Setting, like: Array) -> Array:
-    """1 for j ≤ i and 0 for others, (b, b)."""
-    return setting.backend.table(_lower, setting.span, like=like, dtype=setting.w.dtype)
-
-
-@memoized
-def _lower(b: int) -> np.ndarray:
-    """The table of `_triangle`."""
-    return np.tril(np.ones((b, b)))
-
-
-def _running(of_spans: Array, backend: Backend) -> Array:
-    """Sums over the spans before each, and over all of them: (..., M, k, r) → (..., M + 1, k, r)."""
-    xp = backend.xp
-    *leading, spans, k, r = of_spans.shape
-    before = backend.table(_before, spans, like=of_spans, dtype=of_spans.dtype)
-    return xp.reshape(before @ xp.reshape(of_spans, (*leading, spans, k * r)), (*leading, spans + 1, k, r))
-
-
-@memoized
-def _before(spans: int) -> np.ndarray:
-    """The table of `_running`."""
-    return np.tril(np.ones((spans + 1, spans)), -1)
-
-
-def _in_spans(x: Array, setting: Setting) -> Array:
-    """(..., rows, k) → (..., M, b, k)."""
-    *leading, rows, k = x.shape
-    return setting.backend.xp.reshape(x, (*leading, rows // setting.span, setting.span, k))
-
-
-def _flat(x: Array, setting: Setting) -> Array:
-    """(..., M, k, b) → (..., k, rows)."""
-    *leading, spans, k, b = x.shape
-    return setting.backend.xp.reshape(swap_outer(x, setting.backend), (*leading, k, spans * b))
-
-
-def _to_view(of_spans: Array, leading: tuple[int, ...], backend: Backend) -> Array:
-    """Sum over the leading dimensions (before M) that a view lacks: (..., M, k, r)."""
-    xp = backend.xp
-    *_, spans, k, r = of_spans.shape
-    flat = xp.reshape(of_spans, (*of_spans.shape[:-3], spans * k, r))
-    return xp.reshape(sum_to_leading(flat, leading, backend), (*leading, spans, k, r))
 
 
 def _padded(x: Array | None, rows: int, backend: Backend) -> Array | None:

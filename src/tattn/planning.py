@@ -24,11 +24,11 @@ from .estimation import estimate
 from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
-from .lowrank_causal import span_of
 from .monomials import rank as rank_of
 from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, lowrank_errors, lowrank_rounding
+from .spans import span_of
 
 MAX_RANK = 1 << 18
 # The largest rank that is tried in bands before it is known whether that will do.
@@ -155,8 +155,8 @@ def plan_for(
     Raises
     ------
     PlanError
-        If ``method="polynomial"`` cannot meet `tol`; for `workers` or `flops` where the plan is exact, banded or causal, which
-        have no summaries that add up.
+        If ``method="polynomial"`` cannot meet `tol`; for `workers` or `flops` where the plan is exact or banded, which have no
+        summaries that add up.
     TypeError, ValueError
         For arguments that do not fit, by name.
 
@@ -195,11 +195,9 @@ def plan_for(
     rates = [
         None if rate is None else positive(name, rate) for name, rate in (("bandwidth", bandwidth), ("flops", flops))
     ]
-    if made.method != "polynomial" or made.series == "banded" or made.causal:
-        kind = "causal" if made.causal else made.series or made.method
-        raise PlanError(
-            f"a plan for workers or flops should be polynomial, not banded and not causal, got {kind}: {made.reason}"
-        )
+    if made.method != "polynomial" or made.series == "banded":
+        kind = made.series or made.method
+        raise PlanError(f"a plan for workers or flops should be polynomial and not banded, got {kind}: {made.reason}")
     return spread(made, count, *rates)
 
 

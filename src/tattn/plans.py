@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
 from .checks import Order
-from .lowrank_causal import span_of
 from .rounding import scores_round_less
+from .spans import span_of
 
 _ALL = Order()
 # Value channels that a plan made from numbers alone allows for in its rounding.
@@ -74,8 +74,8 @@ class Plan:
     workers : int
         Workers that the rows are spread over; costs are those of all together.
     bytes_sent : float
-        What each worker sends for a forward call, and again for its gradient, if summaries are summed round a ring: no
-        worker can send less.
+        What each worker sends for a forward call, and again for its gradient, if summaries are summed round a ring, or
+        scanned where the call is causal: no worker can send less.
     seconds, seconds_gradient : float
         Estimates for a forward call, and for one with its gradient: operations and bytes at the rates that the plan was asked
         for, one after the other, and nothing for latency. Infinite where a rate was not given.
@@ -246,10 +246,15 @@ def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | Non
     # Sums with their rests as float64: docs/scaling.md.
     buffer = 8.0 * (plan.order - 1) * plan.rank * (plan.value_dim + 1) * plan.leading
     sent = 2 * (workers - 1) / workers * buffer
-    computing = inf if flops is None else plan.flops_polynomial / workers / flops
+    operations = plan.flops_polynomial
+    if plan.causal and workers > 1:
+        # Summaries of each worker's rows come before its prefixes.
+        operations += sum(plan.lengths[1:]) * plan.leading * plan.rank * (2.0 * (plan.value_dim + 1) + 1)
+    computing = inf if flops is None else operations / workers / flops
     sending = 0.0 if workers == 1 else inf if bandwidth is None else sent / bandwidth
     return replace(
         plan,
+        flops_polynomial=operations,
         workers=workers,
         bytes_sent=sent,
         seconds=computing + sending,

@@ -260,7 +260,7 @@ class Summary:
     def _reading(self, query: Array) -> tuple[Backend, LowRankCall, tuple[Array, ...]]:
         self._checked()
         backend = checked_reader(query, self.sums, self.plan.dim, self.plan.dtype)
-        return backend, _call(self.plan), (query, *self.sums)
+        return backend, call_of(self.plan), (query, *self.sums)
 
 
 def summarize(
@@ -360,7 +360,7 @@ def summarize_vjp(
     """
     check_streams(plan)
     views = checked_views(keys, values, key_masks, **_expected(plan))
-    backend, call = views.backend, _call(plan)
+    backend, call = views.backend, call_of(plan)
     computed = [None if rows is None else _sums(rows, call, backend) for rows in views.views]
     pairs = [None if c is None else (c[0], c[2]) for c in computed]
     summary = _of(plan, _filled(pairs, views, plan))
@@ -386,7 +386,7 @@ def summarize_vjp(
 def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend: Backend) -> tuple[Array, Array]:
     """Gradients of keys and values from that of their sums: rows (keys, values, mask (..., n, 1) or None) of one view."""
     # Linear in the rows' sums, which are not needed for it.
-    dk, dv = backend.run(summaries.sum_rows_backward, _call(plan), (*rows, None, None, dsum, None))
+    dk, dv = backend.run(summaries.sum_rows_backward, call_of(plan), (*rows, None, None, dsum, None))
     return dk, dv
 
 
@@ -413,7 +413,8 @@ def check_same_plan(plan: Plan, other: Plan) -> None:
             raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
 
 
-def _call(plan: Plan) -> LowRankCall:
+def call_of(plan: Plan) -> LowRankCall:
+    """What `summaries` computes for a plan."""
     return LowRankCall(plan.coefficients, plan.scale, plan.order - 1)
 
 
@@ -434,7 +435,7 @@ def _sums(rows: Sequence[Array | None], call: LowRankCall, backend: Backend) -> 
 
 def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array] | None]:
     """(sums, rests) of the rows of every view, None where it is."""
-    backend, call = views.backend, _call(plan)
+    backend, call = views.backend, call_of(plan)
     report = _reporter(progress)
     total = sum(rows[0].shape[-2] for rows in views.views if rows is not None)
     done = 0

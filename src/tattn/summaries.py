@@ -14,6 +14,9 @@ For sums of different rows to add up, three things differ from a call that sees 
 * Each number is kept as a sum and the rest that rounding took from it, twice the digits in all. Only sums are read out;
   the rests keep long streams from drifting.
 
+Query rows that come after the rows of some sums, and see of the views' further rows those up to their own, start from the sums:
+`lowrank_causal` with these units.
+
 Arrays only; symbols as in `lowrank`.
 """
 
@@ -21,7 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log, log2
+from typing import Any
 
+from . import lowrank_causal
 from .arrays import broadcast_leading, clean, in_parts, prod_of, sum_of, sum_to_leading
 from .backends import Array, Backend
 from .basis import Basis
@@ -78,6 +83,32 @@ def read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | 
     inputs = arrays[: 1 + call.views]
     grads = in_parts(_read_backward, _limit(call, backend, arrays), inputs, call, backend, arrays)
     return tuple(backend.cast(g, x.dtype) for g, x in zip(grads, inputs, strict=True))  # type: ignore[union-attr]
+
+
+def read_causal(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    """`read` of rows that come after those of the sums, aligned at the end: each sees these, and keys up to its own row.
+
+    From query, keys, values, sums and masks (..., n_μ, 1); no fewer keys than queries.
+    """
+    query, _, _, sums, _, _ = _continued(call, arrays)
+    if not query.shape[-2]:
+        return read(call, backend, (query, *sums))
+    limit = lowrank_causal.leading_limit(call, backend, arrays)
+    return in_parts(_read_causal, limit, (None, None, None), call, backend, arrays)
+
+
+def read_causal_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of query, keys, values and sums, each in its own shape: the exact derivative of `read_causal`."""
+    query, keys, values, sums, _, columns = _continued(call, arrays)
+    if not query.shape[-2]:
+        dq, *d_sums = read_backward(call, backend, (query, *sums, *columns))
+        return dq, *(backend.xp.zeros_like(x) for x in (*keys, *values)), *d_sums
+    inputs = (query, *keys, *values, *sums)
+    limit = lowrank_causal.leading_limit(call, backend, arrays)
+    grads = in_parts(_read_causal_backward, limit, inputs, call, backend, arrays)
+    return tuple(
+        backend.cast(sum_to_leading(g, x.shape[:-2], backend), x.dtype) for g, x in zip(grads, inputs, strict=True)
+    )
 
 
 def add_up(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, Array]:
@@ -145,10 +176,44 @@ def _read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array |
     return dq, *d_sums
 
 
-def _powers(sums: Sequence[Array], backend: Backend) -> list[Array]:
-    """log2 of the number of rows of every view, to the nearest whole number, (..., 1, 1); 0 for none."""
+def _read_causal(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    q, keys, values, sums, masks, _ = _continued(call, arrays)
+    start, powers = _start(call, keys, sums, backend)
+    dtype = backend.compute_dtype(q.dtype)
+    q, *keys = (
+        _in_range(call, backend.cast(x, dtype) * unit, backend) for x, unit in zip((q, *keys), start.units, strict=True)
+    )
+    start = start._replace(units=(1.0,) * (1 + call.views))
+    out, normaliser = lowrank_causal.read_rows(call, backend, (q, *keys, *values, *masks), start)
+    return out, log_normaliser(normaliser, (), backend) + sum_of(powers) * log(2.0), normaliser
+
+
+def _read_causal_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    q, keys, values, sums, masks, columns = _continued(call, arrays)
+    start, _ = _start(call, keys, sums, backend)
+    return lowrank_causal.backward(call, backend, (q, *keys, *values, *masks, *columns), start)
+
+
+def _continued(call: LowRankCall, arrays: Sequence[Array | None]) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Query, keys, values, sums, masks, and what follows."""
+    m, rest = call.views, arrays[1:]
+    return arrays[0], rest[:m], rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
+
+
+def _start(
+    call: LowRankCall, keys: Sequence[Array], sums: Sequence[Array], backend: Backend
+) -> tuple[lowrank_causal.Start, list[Array]]:
+    """The sums as what further rows start from, and log2 of what sums of every view are divided by, (..., 1, 1)."""
+    of_query, of_keys = units(call)
+    powers = _powers(sums, backend, [k.shape[-2] for k in keys])
+    shares = [_times_power(backend.xp.ones_like(p), -p, backend) for p in powers]
+    return lowrank_causal.Start((of_query, *[of_keys] * call.views), shares, sums), powers
+
+
+def _powers(sums: Sequence[Array], backend: Backend, more: Sequence[int] | None = None) -> list[Array]:
+    """log2 of the number of rows of every view, `more` to come, to the nearest whole number, (..., 1, 1); 0 for none."""
     xp = backend.xp
-    counts = [s[..., :1, -1:] for s in sums]
+    counts = [s[..., :1, -1:] + n for s, n in zip(sums, more or [0] * len(sums), strict=True)]
     return [xp.round(xp.log2(xp.where(n > 0, n, 1.0))) for n in counts]
 
 

@@ -14,13 +14,14 @@ import torch.distributed as dist
 import tattn
 from tattn.distributed import tensor_attention
 
-PLAN = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
+PLANS = [tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, causal=causal) for causal in (False, True)]
 TIME_OUT = 2.5
 
 
 def call(group: Any, **options: Any) -> torch.Tensor:
     q = torch.rand(4, 3, requires_grad=True)
-    return tensor_attention(q, [q, q], [q, q], plan=PLAN, group=group, **options)
+    plan = PLANS[options.get("causal", False)]
+    return tensor_attention(q, [q, q], [q, q], plan=plan, group=group, **options)
 
 
 def left_alone(function: Any, at_most: float) -> None:
@@ -44,11 +45,13 @@ def main() -> None:
         return dist.new_group(list(range(ranks)), timeout=timedelta(seconds=seconds))
 
     # A sum that failed leaves its group unusable.
-    late, everyone, three = [group_of(4, TIME_OUT) for _ in range(2)], group_of(4, TIME_OUT), group_of(3, 4 * TIME_OUT)
-    for group, options in zip(late, ({}, {"check": False}), strict=True):
+    late, everyone, three = [group_of(4, TIME_OUT) for _ in range(3)], group_of(4, TIME_OUT), group_of(3, 4 * TIME_OUT)
+    ways: tuple[dict[str, bool], ...] = ({}, {"check": False}, {"check": False, "causal": True})
+    for group, options in zip(late, ways, strict=True):
         call(group, **options)
         if rank == 3:
-            sleep(2 * TIME_OUT)
+            # Late for this group, and in time for the next, where the others wait already.
+            sleep(1.5 * TIME_OUT)
         else:
             left_alone(lambda group=group, options=options: call(group, **options), 2 * TIME_OUT)
     dist.barrier()

@@ -23,6 +23,13 @@ CASES: list[dict[str, Any]] = [
     {"views": 2, "heads": True},
     {"views": 3, "masked": True, "dtype": "float32"},
     {"views": 2, "empty": True},
+    {"views": 1, "causal": True, "masked": True},
+    {"views": 2, "causal": True, "dtype": "float32"},
+    {"views": 2, "causal": True, "masked": True, "heads": True, "empty": True},
+    {"views": 2, "causal": True, "rows": 150, "masked": True, "dtype": "float32"},
+    {"views": 3, "causal": True, "more": (0, 4, 2), "masked": True},
+    {"views": 2, "causal": True, "more": (3, 1), "empty": True},
+    {"views": 2, "causal": True, "rows": 60, "dtype": "bfloat16"},
 ]
 
 
@@ -35,16 +42,20 @@ def draw(case: dict[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor], list
     def tensor(a: np.ndarray) -> Tensor:
         return torch.tensor(a, device=DEVICE, dtype=None if a.dtype == bool else dtype)
 
-    lengths = [9, 13, 4][:views]
-    query = tensor(rng.uniform(-1, 1, (*heads, 11, 3)))
+    n = case.get("rows", 11)
+    lengths = [n + more for more in case.get("more", (0,) * views)] if case.get("causal") else [9, 13, 4][:views]
+    query = tensor(rng.uniform(-1, 1, (*heads, n, 3)))
     # One head of keys in the first view serves all.
     keys = [tensor(rng.uniform(-1, 1, (*(heads if i else ()), n, 3))) for i, n in enumerate(lengths)]
     values = [tensor(rng.normal(size=(*(heads if i else ()), n, 2))) for i, n in enumerate(lengths)]
     masks: list[Tensor | None] | None = None
     if case.get("masked"):
-        masks = [tensor(rng.random(n) < 0.7) for n in lengths]
-        masks[-1] = None
-    grad, grad_lse = tensor(rng.normal(size=(*heads, 11, 2))), tensor(rng.normal(size=(*heads, 11)))
+        seen = [rng.random(length) < 0.7 for length in lengths]
+        # Where attention is causal, the first rows see nothing.
+        seen[0][: n // 3] &= not case.get("causal")
+        masks = [tensor(s) for s in seen]
+        masks[-1] = masks[-1] if views == 1 else None
+    grad, grad_lse = tensor(rng.normal(size=(*heads, n, 2))), tensor(rng.normal(size=(*heads, n)))
     return query, keys, values, masks, grad, grad_lse
 
 
@@ -57,8 +68,23 @@ def cuts(n: int, size: int, seed: int, empty: bool) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip([0, *ends], [*ends, n], strict=True)]
 
 
+def shards(case: dict[str, Any], lengths: list[int], seed: int) -> list[slice]:
+    """This rank's rows of query and views: of one cut if attention is causal, what a view has more being the first rank's."""
+    rank, size, empty = dist.get_rank(), dist.get_world_size(), bool(case.get("empty"))
+    if not case.get("causal"):
+        return [cuts(n, size, seed + i, empty)[rank] for i, n in enumerate(lengths)]
+    own = cuts(lengths[0], size, seed, empty)[rank]
+    return [slice(own.start + (n - lengths[0] if rank else 0), own.stop + n - lengths[0]) for n in lengths]
+
+
 def same(got: Tensor, expected: Tensor, case: Any, what: str) -> None:
     tolerance = 1e-12 if got.dtype == torch.float64 else 2e-5
+    if got.dtype == torch.bfloat16:
+        # One rounding, from numbers of which float32's do not show.
+        torch.testing.assert_close(
+            got, expected, rtol=2**-7, atol=tolerance, msg=lambda text: f"{what} of {case}: {text}"
+        )
+        return
     torch.testing.assert_close(
         got, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what} of {case}: {text}"
     )
@@ -68,25 +94,28 @@ def gradients(outs: Any, grads: Any, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(outs, inputs, grads))
 
 
+def plan_of(case: dict[str, Any], query: Tensor) -> tattn.Plan:
+    return tattn.plan_for(
+        n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=4, dtype=str(query.dtype)[6:],
+        causal=bool(case.get("causal")),
+    )  # fmt: skip
+
+
 def check(case: dict[str, Any], compiled: bool = False) -> None:
-    rank, size = dist.get_rank(), dist.get_world_size()
     query, keys, values, masks, grad, grad_lse = draw(case)
-    plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=4, dtype=str(query.dtype)[6:])
+    options: dict[str, Any] = {"plan": plan_of(case, query), "causal": bool(case.get("causal")), "return_lse": True}
     whole = [t.requires_grad_() for t in (query, *keys, *values)]
-    out, lse = tattn.tensor_attention(query, keys, values, plan=plan, key_masks=masks, return_lse=True)
+    out, lse = tattn.tensor_attention(query, keys, values, key_masks=masks, **options)
     expected = gradients((out, lse), (grad, grad_lse), whole)
 
-    empty = bool(case.get("empty"))
-    rows = [cuts(t.shape[-2], size, 10 + i, empty)[rank] for i, t in enumerate((query, *keys))]
+    rows = shards(case, [t.shape[-2] for t in (query, *keys)], 10)
     of_tensors = [rows[0], *rows[1:], *rows[1:]]
     own = [t.detach()[..., r, :].clone().requires_grad_() for t, r in zip(whole, of_tensors, strict=True)]
     own_masks = None if masks is None else [m if m is None else m[r] for m, r in zip(masks, rows[1:], strict=True)]
     m = len(keys)
 
     def call(*tensors: Tensor) -> Any:
-        return tensor_attention(
-            tensors[0], tensors[1 : m + 1], tensors[m + 1 :], plan=plan, key_masks=own_masks, return_lse=True
-        )
+        return tensor_attention(tensors[0], tensors[1 : m + 1], tensors[m + 1 :], key_masks=own_masks, **options)
 
     function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
     got, got_lse = function(*own)
@@ -102,22 +131,29 @@ def check(case: dict[str, Any], compiled: bool = False) -> None:
 def check_data_plans() -> None:
     """The plan of all ranks is that of all rows, and one call makes and uses it."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    for case in ({"views": 2}, {"views": 2, "masked": True, "heads": True}, {"views": 1, "empty": True}):
+    cases: tuple[dict[str, Any], ...] = (
+        {"views": 2, "causal": True, "more": (0, 2)},
+        {"views": 2},
+        {"views": 2, "masked": True, "heads": True},
+        {"views": 1, "empty": True},
+    )
+    for case in cases:
+        order = {"causal": bool(case.get("causal"))}
         query, keys, values, masks, *_ = draw(case)
         # The largest row is that of one rank.
         keys[0][..., -1, :] *= 1.7
-        whole = tattn.plan(query, keys, values, tol=1e-2, key_masks=masks, method="polynomial")
-        rows = [cuts(t.shape[-2], size, i, bool(case.get("empty")))[rank] for i, t in enumerate((query, *keys))]
+        whole = tattn.plan(query, keys, values, tol=1e-2, key_masks=masks, method="polynomial", **order)
+        rows = shards(case, [t.shape[-2] for t in (query, *keys)], 0)
         own = [query[..., rows[0], :], [k[..., r, :] for k, r in zip(keys, rows[1:], strict=True)]]
         own.append([v[..., r, :] for v, r in zip(values, rows[1:], strict=True)])
         own_masks = None if masks is None else [m if m is None else m[r] for m, r in zip(masks, rows[1:], strict=True)]
-        made = group_plan(*own, tol=1e-2, key_masks=own_masks)
+        made = group_plan(*own, tol=1e-2, key_masks=own_masks, **order)
         assert made.certified
         for name in ("degree", "bound", "source", "lengths", "coefficients", "error"):
             assert getattr(made, name) == getattr(whole, name), (name, made, whole)
-        out = tattn.tensor_attention(query, keys, values, plan=whole, key_masks=masks)[..., rows[0], :]
+        out = tattn.tensor_attention(query, keys, values, plan=whole, key_masks=masks, **order)[..., rows[0], :]
         for options in ({"tol": 1e-2}, {"plan": made}):
-            got, used = tensor_attention(*own, key_masks=own_masks, return_plan=True, **options)
+            got, used = tensor_attention(*own, key_masks=own_masks, return_plan=True, **options, **order)
             assert used == made
             same(got, out, case, "output with a plan of the data")
     # Rows beyond the plan on one rank are everyone's error.
@@ -130,59 +166,67 @@ def check_data_plans() -> None:
         raise AssertionError("scores beyond the plan were not refused")
 
 
-def check_bytes() -> None:
-    """What travels does not depend on the number of rows; one sum forward, one backward."""
-    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
-    seen: list[int] = []
-    plain = dist.all_reduce
+def check_bytes(causal: bool) -> None:
+    """What travels does not depend on the number of rows; one sum forward and one backward, or one scan of two exchanges."""
+    made: dict[str, Any] = {"n": 9, "dim": 3, "bound": 1.0, "degree": 4, "causal": causal}
+    plan = tattn.plan_for(**made)
+    seen: list[tuple[str, int]] = []
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single")}
 
-    def counted(tensor: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append(tensor.numel() * tensor.element_size())
-        return plain(tensor, *rest, **options)
+    def counted(name: str) -> Any:
+        def call(tensor: Tensor, *rest: Any, **options: Any) -> Any:
+            seen.append((name, tensor.numel() * tensor.element_size()))
+            return plain[name](tensor, *rest, **options)
 
-    dist.all_reduce = counted
+        return call
+
+    for name in plain:
+        setattr(dist, name, counted(name))
     sent = {}
     try:
         for check_first in (True, False):
             for n in (3, 50, 4000):
                 seen.clear()
-                q, a, b, u, v = (torch.zeros(n + i, 3, device=DEVICE, requires_grad=True) for i in (0, 1, 2, 1, 2))
-                out = tensor_attention(q, [a, b], [u, v], plan=plan, check=check_first)
+                rows = (n, n, n, n, n) if causal else (n, n + 1, n + 2, n + 1, n + 2)
+                q, a, b, u, v = (torch.zeros(length, 3, device=DEVICE, requires_grad=True) for length in rows)
+                out = tensor_attention(q, [a, b], [u, v], plan=plan, check=check_first, causal=causal)
                 forward = list(seen)
                 seen.clear()
                 out.sum().backward()
                 sent[check_first, n] = forward, list(seen)
     finally:
-        dist.all_reduce = plain
+        for name, function in plain.items():
+            setattr(dist, name, function)
     size = dist.get_world_size()
-    # What is given to the sum is what a plan says that a ring of workers sends, but for 2 (p - 1) / p.
+    # What is given to the sum is what a plan says that a ring of workers sends, but for 2 (p - 1) / p; to each of the two
+    # exchanges, (p - 1) / p, and a share of it is whole numbers.
     summaries = 8 * 2 * plan.rank * (3 + 1)
-    stated = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, workers=size).bytes_sent
+    stated = tattn.plan_for(**made, workers=size).bytes_sent
     assert stated * size == 2 * (size - 1) * summaries
+    share = 8 * -(-summaries // (8 * size))
+    travels = [("all_to_all_single", share * size)] * 2 if causal else [("all_reduce", summaries)]
     for (check_first, _), (forward, backward) in sent.items():
-        assert forward[-1] == summaries
-        assert backward == [summaries]
-        assert len(forward) == 1 + check_first
-        assert sum(forward[:-1]) <= 1024
+        assert forward[check_first:] == travels, forward
+        assert backward == travels, backward
+        assert sum(count for _, count in forward[:check_first]) <= 1024
     assert len({str(v) for (first, _), v in sent.items() if first}) == 1
 
 
-def check_second_derivatives() -> None:
+def check_second_derivatives(case: dict[str, Any]) -> None:
     """By autograd through both sums, against those of the whole call."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    query, keys, values, _, grad, _ = draw({"views": 2})
-    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, dtype="float64")
+    query, keys, values, _, grad, _ = draw(case)
+    options: dict[str, Any] = {"plan": plan_of(case, query), "causal": bool(case.get("causal"))}
 
     def twice(outs: Tensor, upstream: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         first = torch.autograd.grad(outs, inputs, upstream, create_graph=True)
         return gradients(sum((g * g).sum() for g in first), None, inputs)
 
     whole = [t.requires_grad_() for t in (query, *keys, *values)]
-    expected = twice(tattn.tensor_attention(query, keys, values, plan=plan), grad, whole)
-    rows = [cuts(t.shape[-2], size, i, False)[rank] for i, t in enumerate((query, *keys))]
+    expected = twice(tattn.tensor_attention(query, keys, values, **options), grad, whole)
+    rows = shards(case, [t.shape[-2] for t in (query, *keys)], 0)
     of_tensors = [rows[0], *rows[1:], *rows[1:]]
     own = [t.detach()[..., r, :].clone().requires_grad_() for t, r in zip(whole, of_tensors, strict=True)]
-    out = tensor_attention(own[0], own[1:3], own[3:], plan=plan)
+    out = tensor_attention(own[0], own[1:3], own[3:], **options)
     for got, e, r in zip(twice(out, grad[rows[0]].clone(), own), expected, of_tensors, strict=True):
         same(got, e[..., r, :], "second derivatives", "gradient")
 
@@ -193,6 +237,9 @@ def check_compiled() -> None:
         {"views": 2, "masked": True},
         {"views": 2, "heads": True, "dtype": "float32"},
         {"views": 2, "empty": True},
+        {"views": 2, "causal": True, "masked": True, "heads": True},
+        {"views": 2, "causal": True, "more": (0, 2), "empty": True},
+        {"views": 2, "causal": True, "rows": 60, "dtype": "bfloat16"},
     ):
         check(case, compiled=True)
 
@@ -205,8 +252,10 @@ def main() -> None:
     for case in CASES:
         check(case)
     check_data_plans()
-    check_bytes()
-    check_second_derivatives()
+    for causal in (False, True):
+        check_bytes(causal)
+    for case in ({"views": 2}, {"views": 2, "causal": True}, {"views": 2, "causal": True, "empty": True}):
+        check_second_derivatives(case)
     if dist.get_world_size() == 2:
         check_compiled()
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} has seen {len(CASES)} cases agree")

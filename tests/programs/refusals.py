@@ -14,6 +14,7 @@ from tattn.distributed import plan as group_plan
 from tattn.distributed import tensor_attention
 
 PLAN = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
+CAUSAL = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, causal=True)
 
 
 def call(odd: bool, what: str) -> Any:
@@ -49,18 +50,30 @@ def call(odd: bool, what: str) -> Any:
             values[0].requires_grad_()
         elif what == "tol":
             options = {"tol": 1e-2}
+        elif what == "causal":
+            options = {"plan": CAUSAL, "causal": True}
+        elif what == "not aligned":
+            keys[1], values[1], options = keys[1][:4], values[1][:4], {"plan": CAUSAL, "causal": True}
+        elif what == "more keys":
+            q, options = q[:4], {"plan": CAUSAL, "causal": True}
+        elif what == "another plan":
+            options = {"plan": PLAN, "causal": True}
         elif what == "own":
             values[1] = values[1][:4]
         elif what == "list":
             keys[0] = keys[0].tolist()  # type: ignore[assignment]
     elif what == "tol":
         options = {}
+    elif what in ("not aligned", "more keys", "another plan"):
+        options = {"plan": CAUSAL, "causal": True}
     return tensor_attention(q, keys, values, **options)
 
 
 def good() -> None:
     q = torch.rand(4, 3)
     out = tensor_attention(q, [q, q], [torch.ones(4, 3)] * 2, plan=PLAN)
+    torch.testing.assert_close(out, torch.ones(4, 3))
+    out = tensor_attention(q, [q, q], [torch.ones(4, 3)] * 2, plan=CAUSAL, causal=True)
     torch.testing.assert_close(out, torch.ones(4, 3))
 
 
@@ -88,6 +101,7 @@ def main() -> None:
         ("no plan", tattn.PlanError, "same plan or none, got"),
         ("leading", ValueError, "same leading dimensions, got"),
         ("gradients", ValueError, f"same need of gradients, got {rank == last} on rank"),
+        ("causal", ValueError, f"same causal, got {rank == last} on rank"),
         ("tol", ValueError, f"same tol, got {0.01 if rank == last else 0.001} on rank"),
     ]
     for what, error, text in everywhere:
@@ -96,6 +110,14 @@ def main() -> None:
     for what, error, text in (
         ("own", ValueError, "values[1] should have as many rows as keys[1], 6"),
         ("list", TypeError, "keys[0] should be an array"),
+        ("not aligned", ValueError, "keys[1] should have at least as many rows as query, 6, where attention is causal"),
+        (
+            "more keys",
+            ValueError,
+            "keys[0] should have as many rows as query, 4, on every rank but the first where attention is causal: the last "
+            f"rows of all are aligned; got 6 on rank {last}",
+        ),
+        ("another plan", tattn.PlanError, "plan was made for causal False, the call has causal True"),
     ):
         if rank != last:
             error, text = ValueError, f"rank {last} of {size} refused its arguments, and all ranks stop with it"
@@ -108,6 +130,13 @@ def main() -> None:
         (tattn.PlanError, "plan should be of the polynomial method", {"plan": tattn.plan_for(n=3, dim=3, bound=1.0)}),
         (tattn.PlanError, "series 'banded'", {"plan": tattn.plan_for(n=99, dim=3, series="banded", degree=2)}),
         (ValueError, "bound has no use with a plan", {"plan": PLAN, "bound": 1.0}),
+        (TypeError, "causal should be True or False, got int", {"plan": CAUSAL, "causal": 1}),
+        (tattn.PlanError, "plan was made for causal True, the call has causal False", {"plan": CAUSAL}),
+        (
+            tattn.PlanError,
+            "plan should be of the polynomial method to summarize, got method 'exact': windows are exact",
+            {"plan": tattn.plan_for(n=9, dim=3, bound=1.0, window=(3, 3)), "causal": True},
+        ),
         (tattn.PlanError, "plan was made for scale", {"plan": PLAN, "scale": 2.0}),
         (ValueError, "bound should be finite and above 0", {"bound": -1.0}),
         (tattn.PlanError, "the polynomial method cannot meet tol", {"tol": 1e-9}),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import sha256
 from typing import Any
@@ -18,7 +19,17 @@ from ..streaming import AGREEING
 Group = Any
 
 # What each process says of its call, in this order: a mapping of these names.
-_OF_CALL = ("number of views", "dim", "dtype", "dv", "plan or none", "leading dimensions", "need of gradients", "tol")
+_OF_CALL = (
+    "number of views",
+    "dim",
+    "dtype",
+    "dv",
+    "causal",
+    "plan or none",
+    "leading dimensions",
+    "need of gradients",
+    "tol",
+)
 _OF_PLAN = tuple(f.name for f in fields(Plan) if f.name in AGREEING)
 
 
@@ -41,14 +52,40 @@ def checked_group(group: Any) -> Group:
 def all_reduce(tensor: Tensor, kind: str, group: Group) -> Tensor:
     """The tensor, in place, with the sums ("sum") or largest values ("max") over all processes."""
     operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[kind]
-    try:
+    with _accompanied(group):
         dist.all_reduce(tensor, operation, group=group)
+    return tensor
+
+
+def scan(tensor: Tensor, side: str, group: Group) -> Tensor:
+    """Sums of a flat tensor over the processes "before" this one or "behind" it, 0 over none.
+
+    Each process adds up its share of the numbers for all of them, so that as much travels as for a sum over all.
+    """
+    size = dist.get_world_size(group)
+    share = -(-tensor.numel() // size)
+    sent = tensor.new_zeros(size, share)
+    sent.view(-1)[: tensor.numel()] = tensor
+    own = torch.empty_like(sent)
+    with _accompanied(group):
+        dist.all_to_all_single(own, sent, group=group)
+        # Row p is what process p has of this one's share.
+        ordered = own if side == "before" else own.flip(0)
+        sums = torch.cat([torch.zeros_like(own[:1]), ordered[:-1].cumsum(0)])
+        dist.all_to_all_single(sent, sums if side == "before" else sums.flip(0), group=group)
+    return sent.view(-1)[: tensor.numel()]
+
+
+@contextmanager
+def _accompanied(group: Group) -> Iterator[None]:
+    """RuntimeError that says whom a sum failed for."""
+    try:
+        yield
     except RuntimeError as found:
         raise RuntimeError(
             f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} is left alone in a sum over its group: another rank "
             f"has ended, or did not come within the group's time-out ({found})"
         ) from found
-    return tensor
 
 
 def facts(plan: Plan | None, **of_call: Any) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
 from ..backends import backend_of
-from ..checks import Inputs, PlanError, checked_inputs, checked_options, checked_upstream_of, positive, whole
-from ..choice import check_kind
-from ..planning import plan_for
+from ..checks import Inputs, PlanError, checked_inputs, checked_upstream_of, whole
 from ..plans import Plan
 from ..rounding import computed_in
-from ..streaming import Summary, check_streams, row_gradients
+from ..streaming import Summary, row_gradients
 from ..streaming import summarize as summarize_rows
+from .promise import promised_plan
 
 Pullback = Callable[..., Any]
 
@@ -204,24 +203,14 @@ def _planned(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -> Pla
             "a call on Dask arrays reads no values, so it needs a plan with a bound of your own, "
             "plan=tattn.plan_for(..., bound=...), or bound=..."
         )
-    if plan is not None and bound is not None:
-        raise ValueError("bound has no use with a plan, which has its own")
-    if plan is None:
-        number = checked_options(scale, inputs.dim, tol, "polynomial")
-        return plan_for(
-            n=[max(1, n) for n in inputs.lengths], dim=inputs.dim, bound=positive("bound", bound),
-            order=inputs.views + 1, tol=tol, dtype=inputs.dtype, scale=number, value_dim=inputs.value_dim, method="polynomial",
-        )  # fmt: skip
-    check_streams(plan)
-    check_kind(
-        plan, inputs, checked_options(plan.scale if scale is None else scale, inputs.dim, tol, "polynomial"), "auto"
-    )
-    if plan.source == "data":
+    made, _ = promised_plan(inputs, plan, bound, scale, tol)
+    assert made is not None
+    if made.source == "data":
         raise PlanError(
             f"plan rests on the range of other data, which a lazy call does not read: make it a promise of your own, "
-            f"bound={plan.bound:.4g}"
+            f"bound={made.bound:.4g}"
         )
-    return plan  # type: ignore[no-any-return]
+    return made
 
 
 def _stand_in(name: str, array: Any, axis: int = 2) -> np.ndarray:

@@ -15,13 +15,12 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from .. import summaries
 from ..backends.torch import BACKEND
 from ..checks import PlanError
-from ..lowrank import LowRankCall
 from ..monomials import rank as rank_of
 from ..nn.operator import plan_of_text, plan_text
 from ..plans import Plan
-from ..streaming import row_gradients, summarize
-from .agreement import all_reduce, checked_group
-from .shards import agreed, packed, split
+from ..streaming import call_of, row_gradients, summarize
+from .agreement import all_reduce, checked_group, scan
+from .shards import agreed, columns, packed, split, widened
 
 
 def compiled_attention(
@@ -33,6 +32,7 @@ def compiled_attention(
     group: Any,
     scale: float | None,
     check: bool,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse (..., n) of a call that is being traced."""
     if plan is None or plan.source == "data":
@@ -44,7 +44,7 @@ def compiled_attention(
     recording = torch.is_grad_enabled() and any(x.requires_grad for x in (*keys, *values))
     factor = plan.scale if scale is None else scale
     out, lse, _, _ = _forward(
-        query, list(keys), list(values), masks, _text(plan), _name(group), factor, recording, check
+        query, list(keys), list(values), masks, _text(plan), _name(group), factor, recording, check, causal
     )
     return out.to(query.dtype), lse[..., 0]
 
@@ -67,33 +67,34 @@ _text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks, str plan, str group"
 
 
-def _call(plan: Plan) -> LowRankCall:
-    return LowRankCall(plan.coefficients, plan.scale, plan.order - 1)
-
-
 @torch.library.custom_op(
     "tattn::sharded_attention",
     mutates_args=(),
-    schema=f"({_ARRAYS}, float scale, bool recording, bool check) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARRAYS}, float scale, bool recording, bool check, bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
-    query: Any, keys: Any, values: Any, masks: Any, plan: Any, group: Any, scale: Any, recording: Any, check: Any
-) -> Any:
-    """Output (..., n, dv), lse and normaliser (..., n, 1), and the sums of all ranks in one row."""
+    query: Any, keys: Any, values: Any, masks: Any, plan: Any, group: Any, scale: Any, recording: Any, check: Any,
+    causal: Any,
+) -> Any:  # fmt: skip
+    """Output (..., n, dv), lse and normaliser (..., n, 1), and the sums that the rank reads in one row."""
     resolved = _resolve_process_group(group)
     given = (query, list(keys), list(values), list(masks))
-    made = agreed(given, resolved, scale, 1e-3, plan_of_text(plan), None, None, check, recording)
+    made = agreed(given, resolved, causal, scale, 1e-3, plan_of_text(plan), None, None, check, recording)
     local = summarize(keys, values, made, key_masks=masks)
-    flat = all_reduce(packed(local.sums, local.rests), "sum", resolved)
-    out, lse, normaliser = BACKEND.run(summaries.read, _call(made), (query, *split(flat, local.sums)))
+    flat = packed(local.sums, local.rests)
+    if causal:
+        flat = scan(flat, "before", resolved)
+        arrays = (query, *keys, *values, *split(flat, local.sums), *columns(masks))
+        out, lse, normaliser = BACKEND.run(summaries.read_causal, call_of(made), arrays)
+    else:
+        flat = all_reduce(flat, "sum", resolved)
+        out, lse, normaliser = BACKEND.run(summaries.read, call_of(made), (query, *split(flat, local.sums)))
     # In the dtype of the computation: the adjoint needs all digits.
-    return out.contiguous(), lse.contiguous(), normaliser.clone(), flat
+    return out.contiguous(), lse.contiguous(), normaliser.clone(), flat.contiguous()
 
 
 @_forward.register_fake
-def _(
-    query: Any, keys: Any, values: Any, masks: Any, plan: Any, group: Any, scale: Any, recording: Any, check: Any
-) -> Any:
+def _(query: Any, keys: Any, values: Any, masks: Any, plan: Any, *_: Any) -> Any:
     made = plan_of_text(plan)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     sums = [s.shape for s in _sums_like(keys, values, masks, made)]
@@ -117,27 +118,35 @@ def _sums_like(keys: Any, values: Any, masks: Any, plan: Plan) -> list[Tensor]:
 @torch.library.custom_op(
     "tattn::sharded_attention_backward",
     mutates_args=(),
-    schema=f"({_ARRAYS}, Tensor out, Tensor normaliser, Tensor flat, Tensor grad, Tensor grad_lse, bool recording) -> Tensor[]",
+    schema=f"({_ARRAYS}, Tensor out, Tensor normaliser, Tensor flat, Tensor grad, Tensor grad_lse, bool recording, bool causal) -> "
+    "Tensor[]",
 )
 def _backward(
     query: Any, keys: Any, values: Any, masks: Any, plan: Any, group: Any, out: Any, normaliser: Any, flat: Any,
-    grad: Any, grad_lse: Any, recording: Any,
+    grad: Any, grad_lse: Any, recording: Any, causal: Any,
 ) -> Any:  # fmt: skip
     """Gradients of query, keys and values."""
     made = plan_of_text(plan)
     sums = split(flat, _sums_like(keys, values, masks, made))
-    dquery, *dsums = BACKEND.run(summaries.read_backward, _call(made), (query, *sums, out, normaliser, grad, grad_lse))
-    grads = [dquery.contiguous()]
+    of_masks, residuals = columns(masks), (out, normaliser, grad, grad_lse)
+    if causal:
+        keys, values = widened(keys), widened(values)
+        arrays = (query, *keys, *values, *sums, *of_masks, *residuals)
+        dquery, *grads = BACKEND.run(summaries.read_causal_backward, call_of(made), arrays)
+        own, dsums = grads[: 2 * len(keys)], grads[2 * len(keys) :]
+    else:
+        dquery, *dsums = BACKEND.run(summaries.read_backward, call_of(made), (query, *sums, *residuals))
     if not recording:
         # No rank sums.
-        return grads + [torch.zeros_like(x) for x in (*keys, *values)]
-    dsums = split(all_reduce(packed(dsums), "sum", _resolve_process_group(group)), dsums)
-    pairs = [
-        row_gradients((k, v, None if m is None else m[..., None]), g, made, BACKEND)
-        for k, v, m, g in zip(keys, values, masks, dsums, strict=True)
-    ]
+        return [dquery.contiguous(), *(torch.zeros_like(x, dtype=query.dtype) for x in (*keys, *values))]
+    resolved, flat = _resolve_process_group(group), packed(dsums)
+    dsums = split(scan(flat, "behind", resolved) if causal else all_reduce(flat, "sum", resolved), dsums)
+    pairs = [row_gradients(rows, g, made, BACKEND) for *rows, g in zip(keys, values, of_masks, dsums, strict=True)]
     dkeys, dvalues = zip(*pairs, strict=True)
-    return grads + [g.contiguous() for g in (*dkeys, *dvalues)]
+    found = [*dkeys, *dvalues]
+    if causal:
+        found = [(g + more).to(query.dtype) for g, more in zip(found, own, strict=True)]
+    return [g.contiguous() for g in (dquery, *found)]
 
 
 @_backward.register_fake
@@ -146,7 +155,7 @@ def _(query: Any, keys: Any, values: Any, *_: Any) -> Any:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    query, keys, values, masks, ctx.plan, ctx.group, _, ctx.recording, _ = inputs
+    query, keys, values, masks, ctx.plan, ctx.group, _, ctx.recording, _, ctx.causal = inputs
     ctx.views = len(keys)
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.save_for_backward(query, *keys, *values, *masks, output[0], output[2], output[3])
@@ -156,12 +165,13 @@ def _gradient(ctx: Any, grad: Tensor, grad_lse: Tensor, _: Any, __: Any) -> Any:
     query, *rest = ctx.saved_tensors
     keys, values, masks = (rest[i * ctx.views : (i + 1) * ctx.views] for i in range(3))
     grads = _backward(
-        query, keys, values, masks, ctx.plan, ctx.group, *rest[-3:], grad, grad_lse.contiguous(), ctx.recording
-    )
+        query, keys, values, masks, ctx.plan, ctx.group, *rest[-3:], grad, grad_lse.contiguous(),
+        ctx.recording, ctx.causal,
+    )  # fmt: skip
     # What torch expects for a list is a list where all of it are tensors, and one None otherwise.
     of_masks = None if any(mask is None for mask in masks) else [None] * ctx.views
     views = ctx.views
-    return grads[0], grads[1 : views + 1], grads[views + 1 :], of_masks, None, None, None, None, None
+    return grads[0], grads[1 : views + 1], grads[views + 1 :], of_masks, *[None] * 6
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

@@ -7,28 +7,30 @@ from math import inf, prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..arrays import broadcast_leading, unpack
 from ..backends.torch import BACKEND
-from ..checks import Inputs, checked_finite, checked_inputs, checked_options, positive
-from ..choice import check_kind, check_ranges
-from ..planning import plan_for, plan_found
+from ..checks import Inputs, checked_finite, checked_inputs
+from ..choice import check_ranges
+from ..planning import plan_found
 from ..plans import Plan, Shape
 from ..ranges import RangeCall, Ranges, ranges
-from ..streaming import check_streams
 from .agreement import Group, agree, all_reduce, facts
+from .promise import promised_plan
 
 
 def agreed(
-    given: tuple[Any, Any, Any, Any], group: Group, scale: Any, tol: Any, plan: Any, bound: Any, degree: Any, check: Any,
-    recording: bool | None = None,
+    given: tuple[Any, Any, Any, Any], group: Group, causal: Any, scale: Any, tol: Any, plan: Any, bound: Any, degree: Any,
+    check: Any, recording: bool | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of all ranks, once they are known to agree and this rank's arrays to fit."""
     refused: Exception | None = None
     said = None
     try:
-        inputs, number, plan = _checked(given, scale, tol, plan, bound)
+        inputs = _checked(given, causal, group)
+        plan, number = promised_plan(inputs, plan, bound, scale, tol)
         views = inputs.views
         if recording is None:
             recording = BACKEND.records(inputs.arrays[1 : 1 + 2 * views])
@@ -38,6 +40,7 @@ def agreed(
             dim=inputs.dim,
             dtype=inputs.dtype,
             value_dim=inputs.value_dim,
+            causal=inputs.order.causal,
             planned=None if plan is not None else (number, degree),
             leading=_leading(inputs, alone=plan is None or plan.source == "data"),
             recording=recording,
@@ -67,31 +70,22 @@ def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:
     return of_views + tuple(tuple(x.shape[:-2]) for x in rows)  # type: ignore[union-attr]
 
 
-def _checked(
-    given: tuple[Any, Any, Any, Any], scale: Any, tol: Any, plan: Any, bound: Any
-) -> tuple[Inputs, float, Plan | None]:
-    """The arrays of this rank, the scale, and the plan if one was given or promised."""
+def _checked(given: tuple[Any, Any, Any, Any], causal: Any, group: Group) -> Inputs:
+    """The arrays of this rank."""
     query, keys, values, masks = given
     if not isinstance(query, Tensor):
         raise TypeError(f"query should be a torch tensor, got {type(query).__name__}")
     if values is None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, masks, rowless=True)
-    if plan is not None:
-        if bound is not None:
-            raise ValueError("bound has no use with a plan, which has its own")
-        check_streams(plan)
-        number = checked_options(plan.scale if scale is None else scale, inputs.dim, tol, "polynomial")
-        check_kind(plan, inputs, number, "polynomial")
-        return inputs, number, plan
-    number = checked_options(scale, inputs.dim, tol, "polynomial")
-    if bound is None:
-        return inputs, number, None
-    promised = plan_for(
-        n=[max(1, n) for n in inputs.lengths], dim=inputs.dim, bound=positive("bound", bound), order=inputs.views + 1,
-        tol=tol, dtype=inputs.dtype, scale=number, value_dim=inputs.value_dim, method="polynomial",
-    )  # fmt: skip
-    return inputs, number, promised
+    inputs = checked_inputs(query, keys, values, masks, causal, rowless=True)
+    rank, (n, *lengths) = dist.get_rank(group), inputs.lengths
+    for i, length in enumerate(lengths):
+        if inputs.order.causal and rank and length != n:
+            raise ValueError(
+                f"keys[{i}] should have as many rows as query, {n}, on every rank but the first where attention is causal: "
+                f"the last rows of all are aligned; got {length} on rank {rank}"
+            )
+    return inputs
 
 
 def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
@@ -125,7 +119,7 @@ def _shape(inputs: Inputs, group: Group) -> Shape:
     like = inputs.arrays[0]
     lengths = torch.tensor(inputs.lengths, dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
     total = tuple(max(1, int(n)) for n in all_reduce(lengths, "sum", group).tolist())
-    return Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, total, prod(inputs.leading))
+    return Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, total, prod(inputs.leading), inputs.order)
 
 
 def packed(sums: Sequence[Tensor], rests: Sequence[Tensor] = ()) -> Tensor:
@@ -140,3 +134,13 @@ def split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, of shapes and dtypes as in `like`, that a row of float64 holds."""
     parts = torch.split(flat, [s.numel() for s in like])
     return tuple(p.reshape(s.shape).to(s.dtype) for p, s in zip(parts, like, strict=True))
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In the dtype of the computation: what has gradients from two sides adds them up before they are rounded."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def columns(masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Masks (..., n_μ, 1)."""
+    return [None if mask is None else mask[..., None] for mask in masks]

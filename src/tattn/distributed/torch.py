@@ -3,6 +3,12 @@
     S_μ = Σ_ranks Φ(keys_μ)ᵀ [values_μ, 1]         forward: one all-reduce of all views' sums in one buffer
     dS_μ = Σ_ranks (gradient of the rank's outputs)  backward: one all-reduce of as many numbers
 
+Where attention is causal, rows follow one another from rank to rank. Rank p then starts from what comes before it, and what it
+adds is seen behind it; its own rows see one another as in a causal call of their own:
+
+    S_μ(before p) = Σ_{ranks < p} …       forward: one scan, of as many numbers
+    dS_μ(of p) = Σ_{ranks > p} …          backward: one scan from the other end
+
 All else is `summarize` and `Summary.attend` on a rank's own rows, and their adjoints. The buffer is float64 whatever the dtype: it
 takes sums and rests as one number, and p ranks then add at most p · 2^-53 of the sums' absolute values.
 """
@@ -10,16 +16,20 @@ takes sums and rests as one number, and p ranks then add at most p · 2^-53 of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import summaries
+from ..backends.torch import BACKEND
 from ..plans import Plan
-from ..streaming import Summary, summarize
-from .agreement import Group, all_reduce, checked_group
+from ..rounding import computed_in
+from ..streaming import Summary, call_of, summarize
+from .agreement import Group, all_reduce, checked_group, scan
 from .operator import compiled_attention
-from .shards import agreed, packed, split
+from .shards import agreed, columns, packed, split, widened
 
 
 def tensor_attention(
@@ -33,6 +43,7 @@ def tensor_attention(
     plan: Plan | None = None,
     bound: float | None = None,
     key_masks: Sequence[Tensor | None] | None = None,
+    causal: bool = False,
     return_lse: bool = False,
     return_plan: bool = False,
     check: bool = True,
@@ -61,6 +72,10 @@ def tensor_attention(
         is made from the rows of all ranks, and is certified.
     key_masks : sequence of m boolean tensors (..., n_μ) or None, optional
         Of this rank's rows.
+    causal : bool
+        Rows follow one another in the order of the ranks, and a row of the query sees those up to its own, as in
+        `tattn.tensor_attention` of all of them. A rank has as many rows of every view as of the query, the first may have
+        more: the last rows of all are aligned. The plan has to be made with ``causal=True``. There are no windows.
     return_lse, return_plan : bool
         As in `tattn.tensor_attention`.
     check : bool
@@ -77,7 +92,7 @@ def tensor_attention(
     ------
     TypeError, ValueError
         For arguments that do not fit, by name; a ValueError on the other ranks, which says which rank refused. ValueError on all
-        ranks that differ in dims, dtype, leading dimensions or whether keys and values need gradients.
+        ranks that differ in dims, dtype, leading dimensions, `causal`, or whether keys and values need gradients.
     PlanError
         On all ranks: if plans differ, which names in what; if the rows of all have scores beyond the plan; if none meets `tol`.
     RuntimeError
@@ -86,21 +101,35 @@ def tensor_attention(
     Notes
     -----
     O((n + Σ n_μ) r dv) time for a rank's own rows and O(r dv) memory. 8 m r (dv + 1) bytes for each problem are summed over the
-    group forward and as many backward, and 8 · (number of facts) with `check`: nothing that grows with n.
+    group forward and as many backward, and 8 · (number of facts) with `check`: nothing that grows with n. Causal calls take the
+    time of `tattn.tensor_attention` and that of the summaries besides, memory O(r dv √n) in the adjoint, and of the same buffer
+    scans in place of sums, in which a rank sends no more: each adds up a share of the numbers for all.
     Parameters of a layer around it get, on each rank, the part of their gradient that comes from its rows: DistributedDataParallel
     and FSDP average it, so a loss that is a sum over rows has to be multiplied by the number of ranks.
     Under ``torch.compile`` it is one operator, which needs a plan with a promised bound and has no second derivatives.
     """
     given = (query, keys, values, key_masks)
     if torch.compiler.is_compiling():
-        out, lse = compiled_attention(query, keys, values, key_masks, plan, group, scale, check)
+        out, lse = compiled_attention(query, keys, values, key_masks, plan, group, scale, check, causal)
     else:
         group = checked_group(group)
-        plan = agreed(given, group, scale, tol, plan, bound, None, check)
-        local = summarize(keys, values, plan, key_masks=key_masks)
-        flat = _SumOverRanks.apply(group, packed(local.sums, local.rests))  # type: ignore[no-untyped-call]
-        rests = tuple(torch.zeros_like(s) for s in local.sums)
-        out, lse = Summary(plan, split(flat, local.sums), rests).attend(query, return_lse=True)
+        plan = agreed(given, group, causal, scale, tol, plan, bound, None, check)
+        used = plan
+        if causal:
+            keys, values, used = widened(keys), widened(values), replace(plan, dtype=computed_in(plan.dtype))
+        local = summarize(keys, values, used, key_masks=key_masks)
+        flat = packed(local.sums, local.rests)
+        flat = _OverRanks.apply("before" if causal else "all", group, flat)  # type: ignore[no-untyped-call]
+        sums = split(flat, local.sums)
+        if causal:
+            masks = columns([None] * len(keys) if key_masks is None else key_masks)
+            arrays = (query, *keys, *values, *sums, *masks)
+            functions = summaries.read_causal, summaries.read_causal_backward
+            out, lse, _ = BACKEND.differentiable(*functions, call_of(plan), arrays)
+            out, lse = out.to(query.dtype), lse[..., 0]
+        else:
+            rests = tuple(torch.zeros_like(s) for s in sums)
+            out, lse = Summary(plan, sums, rests).attend(query, return_lse=True)
     result = [out, *([lse] if return_lse else []), *([plan] if return_plan else [])]
     return tuple(result) if len(result) > 1 else out
 
@@ -115,12 +144,13 @@ def plan(
     tol: float = 1e-3,
     degree: int | None = None,
     key_masks: Sequence[Tensor | None] | None = None,
+    causal: bool = False,
 ) -> Plan:
     """A certified plan for the rows of all ranks, the same on each: that of `tattn.plan` for all rows together.
 
     Parameters
     ----------
-    query, keys, values, group, scale, tol, key_masks
+    query, keys, values, group, scale, tol, key_masks, causal
         As in `tattn.distributed.tensor_attention`; all ranks call it.
     degree : int, optional
         As in `tattn.plan`.
@@ -142,20 +172,21 @@ def plan(
     O(n + Σ n_μ) time, and five sums over the group of O(m d) numbers.
     """
     given = (query, keys, values, key_masks)
-    return agreed(given, checked_group(group), scale, tol, None, None, degree, True)
+    return agreed(given, checked_group(group), causal, scale, tol, None, None, degree, True)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over the ranks, and of the gradients with respect to it."""
+class _OverRanks(torch.autograd.Function):
+    """Sums over all ranks, those before or those behind: and of the gradients over all, those behind or those before."""
 
     @staticmethod
-    def forward(group: Group, flat: Tensor) -> Tensor:
-        return all_reduce(flat.clone(), "sum", group)
+    def forward(ranks: str, group: Group, flat: Tensor) -> Tensor:
+        return all_reduce(flat.clone(), "sum", group) if ranks == "all" else scan(flat, ranks, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.group, _ = inputs
+        ctx.ranks, ctx.group, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _SumOverRanks.apply(ctx.group, grad)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        ranks = {"all": "all", "before": "behind", "behind": "before"}[ctx.ranks]
+        return None, None, _OverRanks.apply(ranks, ctx.group, grad)  # type: ignore[no-untyped-call]

@@ -1,0 +1,31 @@
+"""The plan of a call whose rows are spread: one that was given, or one for the caller's bound. No values are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checks import Inputs, checked_options, positive
+from ..choice import check_kind
+from ..planning import plan_for
+from ..plans import Plan
+from ..streaming import check_streams
+
+
+def promised_plan(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -> tuple[Plan | None, float]:
+    """The plan, None if neither it nor a bound was given, and the scale; errors name what does not fit."""
+    if plan is not None:
+        if bound is not None:
+            raise ValueError("bound has no use with a plan, which has its own")
+        check_streams(plan)
+        number = checked_options(plan.scale if scale is None else scale, inputs.dim, tol, "polynomial")
+        check_kind(plan, inputs, number, "polynomial")
+        return plan, number
+    number = checked_options(scale, inputs.dim, tol, "polynomial")
+    if bound is None:
+        return None, number
+    promised = plan_for(
+        n=[max(1, n) for n in inputs.lengths], dim=inputs.dim, bound=positive("bound", bound), order=inputs.views + 1,
+        tol=tol, dtype=inputs.dtype, scale=number, value_dim=inputs.value_dim, method="polynomial",
+        causal=inputs.order.causal,
+    )  # fmt: skip
+    return promised, number
