@@ -535,19 +535,19 @@ def test_bounds_know_of_a_gradient_of_lse_alone(library: Any, method: str) -> No
         assert library.numpy(bound).max() < 1e3
 
 
-@pytest.mark.parametrize("levels", [1, 2, 5, 40])
-def test_bands_are_of_falling_norms(library: Any, levels: int) -> None:
+@pytest.mark.parametrize(("levels", "n", "count"), [(1, 40, 6), (2, 40, 6), (5, 40, 6), (40, 40, 6), (300, 300, 256)])
+def test_bands_are_of_falling_norms(library: Any, levels: int, n: int, count: int) -> None:
     """However many rows are of one size: the largest of each band is not above that of a sort."""
     rng = np.random.default_rng(levels)
-    q = rng.choice(np.linspace(0.5, 2, levels), (3, 40, 1)) * np.array([1.0, -1.0, 1.0])
-    q, a = library.arrays(q, rng.normal(size=(7, 3)))
+    q = rng.choice(np.linspace(0.5, 2, levels), (3, n, 1)) * np.array([1.0, -1.0, 1.0])
+    q, a = library.arrays(q, rng.normal(size=(n, 3)))
     backend = backend_of(q)
-    by = views_of(BandedCall(4, 2, 6, 1.0, 1, False), q, [a], [a], [None], backend)[0].by
+    by = views_of(BandedCall(4, 2, count, 1.0, 1, False), q, [a], [a], [None], backend)[0].by
     size, order, norms = np.abs(library.numpy(q)).max(-1), library.numpy(by.order)[..., 0], library.numpy(by.norms)
-    np.testing.assert_array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(40), order.shape))
+    np.testing.assert_array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(n), order.shape))
     falling = np.take_along_axis(size, order, axis=-1)
-    tops = np.stack([falling[:, start:stop].max(-1) for start, stop in edges(40, 6)], axis=-1)
-    firsts = [start for start, _ in edges(40, 6)]
+    tops = np.stack([falling[:, start:stop].max(-1) for start, stop in edges(n, count)], axis=-1)
+    firsts = [start for start, _ in edges(n, count)]
     assert (tops <= -np.sort(-size, axis=-1)[:, firsts]).all()
     np.testing.assert_allclose(norms[..., 0] / norms[:, :1, 0], tops / tops[:, :1], rtol=1e-12)
 

@@ -19,11 +19,17 @@ Arrays = tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[np.ndarray |
 
 
 def draw(
-    n: int, views: int, *, more: tuple[int, ...] = (0, 3, 5), masked: bool = False, broadcast: bool = False
+    n: int,
+    views: int,
+    *,
+    more: tuple[int, ...] = (0, 3, 5),
+    masked: bool = False,
+    broadcast: bool = False,
+    leading: tuple[tuple[int, ...], ...] = ((),) * 4,
 ) -> Arrays:
     """Query, keys, values, masks and gradients of output and lse; view μ has `more[μ]` rows more than the query."""
     rng = np.random.default_rng(0)
-    of_query, of_keys, of_values, of_masks = ((2, 3), (2, 1), (3,), (2, 1)) if broadcast else ((),) * 4
+    of_query, of_keys, of_values, of_masks = ((2, 3), (2, 1), (3,), (2, 1)) if broadcast else leading
     query = rng.uniform(-1, 1, (*of_query, n, 3))
     keys = [rng.uniform(-1, 1, (*of_keys, n + extra, 3)) for extra in more[:views]]
     values = [rng.normal(size=(*of_values, n + extra, 2)) for extra in more[:views]]
@@ -97,6 +103,22 @@ def test_polynomial_is_the_definition_with_its_polynomial(
     lengths = [n, *(k.shape[-2] for k in call[1])]
     plan = tattn.plan_for(n=lengths, dim=3, order=views + 1, bound=1.0, degree=4, dtype="float64", causal=True)
     assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-12)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(
+    "leading", [((4,), (), (), ()), ((4,), (1,), (), ()), ((2, 2), (2, 1), (1, 1), ()), ((), (3,), (), ())]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_views_that_problems_share(
+    library: Any, leading: tuple[tuple[int, ...], ...], views: int, masked: bool
+) -> None:
+    """More rows than a span has: gradients of what is shared count each problem once."""
+    call = draw(40, views, masked=masked, leading=leading)
+    if leading[0] == ():
+        call = (*call[:4], *(np.broadcast_to(g, (3, *g.shape)).copy() for g in call[4:]))
+    plan = tattn.plan_for(n=40, dim=3, order=views + 1, bound=1.0, degree=3, dtype="float64", causal=True)
+    assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-11)
 
 
 @pytest.mark.parametrize(("n", "views", "masked", "broadcast"), CASES)

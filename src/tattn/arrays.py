@@ -120,6 +120,11 @@ def gather_rows(x: Array, index: Array, backend: Backend) -> Array:
     return xp.reshape(rows, (*broadcast_leading(x, index), index.shape[-2], k))
 
 
+def rows_together(x: Array, backend: Backend) -> Array:
+    """Rows (..., n, k), copied if they do not stand one after another in memory: to be gathered from more than once."""
+    return backend.xp.reshape(backend.xp.reshape(x, (-1, x.shape[-1])), x.shape) if x.ndim > 2 else x
+
+
 def inverse_order(order: Array, backend: Backend) -> Array:
     """Where each row went, (..., n, 1), from where each sorted row came from."""
     xp = backend.xp

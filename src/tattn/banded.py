@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from . import certificate
-from .arrays import broadcast_leading, return_rows, sum_to_leading, unpack
+from .arrays import broadcast_leading, return_rows, rows_together, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, views_of
 from .channels import channel_sizes
@@ -41,7 +41,7 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
 
     def bands() -> Iterator[tuple[Array, Array]]:
         for band, cut in enumerate(edges(q.shape[-2], call.bands)):
-            rows = query.in_band(q, *cut, backend)
+            rows = query.in_band(query.rows, *cut, backend)
             combined = series.contract(call, 0, band, summaries, backend)
             if not call.certify:
                 yield read_out(rows, query.by.unit, combined, leading, call.degree, backend)
@@ -64,12 +64,13 @@ def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None])
     summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in kept[: call.views]]
     summaries = summaries or [_summaries(call, v, backend) for v in views]
     leading = broadcast_leading(q, *keys, *values, *masks)
+    of_query = [query.rows, *(rows_together(x, backend) for x in (out, rest[..., :1], grad_out, grad_lse))]
     upstreams = []
 
     def bands_of_query() -> Iterator[tuple[Array]]:
         for band, cut in enumerate(edges(q.shape[-2], call.bands)):
             combined = series.contract(call, 0, band, summaries, backend)
-            rows, *columns = (query.in_band(x, *cut, backend) for x in (q, out, rest[..., :1], grad_out, grad_lse))
+            rows, *columns = (query.in_band(x, *cut, backend) for x in of_query)
             upstream, dq = query_adjoint(rows, query.by.unit, combined, columns, leading, call.degree, backend)
             upstreams.append(upstream)
             yield (dq,)

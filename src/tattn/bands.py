@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import clean, gather_rows, max_to_leading, prod_of, sum_of
+from .arrays import clean, gather_rows, max_to_leading, prod_of, rows_together, sum_of
 from .backends import Array, Backend
 from .backends.base import memoized
 from .channels import channel_sizes, units_of
@@ -125,7 +125,9 @@ def views_of(
     width = len(Sorting._fields)
     found = [Sorting(*known[i : i + width]) for i in range(0, len(known), width)]
     found = found or sortings(call, (q, *keys), (None, *masks), backend)
-    return [View(*view) for view in zip((q, *keys), (None, *values), (None, *masks), found, strict=True)]
+    given = ((q, *keys), (None, *values), (None, *masks))
+    together = ([None if x is None else rows_together(x, backend) for x in arrays] for arrays in given)
+    return [View(*view) for view in zip(*together, found, strict=True)]
 
 
 def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:

@@ -22,6 +22,9 @@ from .arrays import broadcast_leading, clean, prod_of, row_pairs, sum_to_leading
 from .backends import Array, Backend
 from .channels import channel_units
 
+# Rows of the last view in a block, where they do not leave room.
+LAST = 256
+
 
 class ExactCall(NamedTuple):
     """What the computation depends on besides arrays; hashable."""
@@ -115,13 +118,17 @@ def blocks_of(
     Short ones leave room to others; none has more than `most`.
     """
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
-    room = numbers
+    # Several such blocks live at once; those of half a workspace would come fresh from the system every time.
+    numbers = max(1.0, backend.workspace / (4 * itemsize * prod(leading)))
     sizes = [0] * len(lengths)
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    # Softmax goes along the last view: passes over long rows are quicker than over short ones.
+    last = max(1, min(lengths[-1], LAST, round(numbers**0.5)))
+    room = max(1.0, numbers / last)
+    order = sorted(range(len(lengths) - 1), key=lambda i: lengths[i])
     for taken, i in enumerate(order):
         sizes[i] = max(1, min(lengths[i], most, round(room ** (1 / (len(order) - taken)))))
         room = max(1.0, room / sizes[i])
+    sizes[-1] = max(last, min(lengths[-1], most, round(room * last)))
     while max(sizes[:-1]) > 1 and prod(sizes[:-1]) * (sizes[-1] + width) > 4 * numbers:
         largest = max(range(len(sizes) - 1), key=lambda i: sizes[i])
         sizes[largest] //= 2

@@ -169,14 +169,16 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
             pairs = swap_outer(xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper), backend)
             pairs = _together(pairs, backend)
         inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
-        of_spans = _to_view(of_spans, total[0].shape[:-2], backend)
+        # All of a view's gradient is summed over the problems that share it, or none: what is behind it is.
+        leading = total[0].shape[:-2]
+        of_spans = _to_view(of_spans, leading, backend)
         running = _running(of_spans, backend)
         behind = total[0][..., None, :, :] + running[..., :-1, :, :]
         after.append(add(total, running[..., -1, :, :]))
         dz = read(xp.matrix_transpose(phi), behind, backend)
-        dz = dz + (xp.matrix_transpose(_scores(setting, x, phi)) @ g_hat[..., None])[..., 0]
-        dzs.append(xp.matrix_transpose(dz))
-        ys.append(z @ behind + inside)
+        own = (xp.matrix_transpose(_scores(setting, x, phi)) @ g_hat[..., None])[..., 0]
+        dzs.append(xp.matrix_transpose(dz + _to_view(own, leading, backend)))
+        ys.append(z @ behind + _to_view(inside, leading, backend))
     return tuple(after), [y_q * w, *ys, *dzs]
 
 

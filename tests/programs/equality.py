@@ -27,6 +27,7 @@ CASES: list[dict[str, Any]] = [
     {"views": 2, "causal": True, "dtype": "float32"},
     {"views": 2, "causal": True, "masked": True, "heads": True, "empty": True},
     {"views": 2, "causal": True, "rows": 150, "masked": True, "dtype": "float32"},
+    {"views": 2, "causal": True, "rows": 60, "heads": True},
     {"views": 3, "causal": True, "more": (0, 4, 2), "masked": True},
     {"views": 2, "causal": True, "more": (3, 1), "empty": True},
     {"views": 2, "causal": True, "rows": 60, "dtype": "bfloat16"},

@@ -55,6 +55,9 @@ class TorchBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         torch.mul(left, right, out=target)
 
+    def write_rows(self, target: Array, places: Array, rows: Array) -> None:
+        target.index_copy_(0, places, rows)
+
     def cast(self, array: Array, dtype: Any) -> Array:
         return array.to(dtype)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import sha256
+from numbers import Real
 from typing import Any
 
 import torch
@@ -112,13 +113,13 @@ def agree(said: Mapping[str, Any] | None, group: Group) -> None:
         raise ValueError(f"rank {int(first) - 1} of {size} refused its arguments, and all ranks stop with it")
     for name, most, least in zip(names, found[: len(names)], found[len(names) :], strict=True):
         if most != -least:
-            between = f", {-least:g} to {most:g} over all" if isinstance(said[name], (int, float)) else ""
+            between = f", {-least:g} to {most:g} over all" if isinstance(said[name], Real) else ""
             error = PlanError if "plan" in name else ValueError
             raise error(f"all ranks should have the same {name}, got {said[name]} on rank {rank} of {size}{between}")
 
 
 def _number(fact: Any) -> float:
     """A number that two facts share only if they are the same; for what is no number, but for one in 2^52."""
-    if isinstance(fact, (int, float)):
+    if isinstance(fact, Real):
         return float(fact)
     return float(int.from_bytes(sha256(repr(fact).encode()).digest()[:8], "big") >> 12)
