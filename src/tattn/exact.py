@@ -118,8 +118,7 @@ def blocks_of(
     Short ones leave room to others; none has more than `most`.
     """
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    # Several such blocks live at once; those of half a workspace would come fresh from the system every time.
-    numbers = max(1.0, backend.workspace / (4 * itemsize * prod(leading)))
+    numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
     sizes = [0] * len(lengths)
     # Softmax goes along the last view: passes over long rows are quicker than over short ones.
     last = max(1, min(lengths[-1], LAST, round(numbers**0.5)))
@@ -221,7 +220,7 @@ def _attend(
             x = xp.where(seen, x, -xp.inf)
         top = xp.max(x, axis=-1, keepdims=True)
         finite = xp.where(top == -xp.inf, 0.0, top)
-        weights = xp.exp(x - finite)
+        weights = backend.exp_less(x, finite)
         return _merge(state, (weights @ v, xp.sum(weights, axis=-1, keepdims=True), top), backend), ()
 
     def other_view(state: State, k: Array, v: Array, mask: Any, place: Any) -> tuple[State, tuple[()]]:
@@ -286,14 +285,11 @@ def _attend_adjoint(
         ds, dh = carry
         k_leading, v_leading = k.shape[:-2], v.shape[:-2]
         k, v = backend.cast(clean(k, mask, backend), dtype), backend.cast(clean(v, mask, backend), dtype)
-        x = s @ xp.matrix_transpose(k)
-        # Where all is masked lse is −inf and so is x: the weights are 0, not NaN.
-        f = xp.exp(x - xp.where(lse == -xp.inf, 0.0, lse))
+        f = backend.exp_less(s @ xp.matrix_transpose(k), shift)
         seen = _seen(at, mask, place, own, backend)
         if seen is not None:
             f = xp.where(seen, f, 0.0)
-        f = xp.where(lse == -xp.inf, 0.0, f)
-        p = f * (h @ xp.matrix_transpose(v) - r)
+        p = backend.times_less(f, h @ xp.matrix_transpose(v), r)
         dk, dv = xp.matrix_transpose(p) @ s, xp.matrix_transpose(f) @ h
         dk, dv = sum_to_leading(dk, k_leading, backend), sum_to_leading(dv, v_leading, backend)
         return (ds + p @ k, dh + f @ v), (dk, dv)
@@ -329,6 +325,9 @@ def _attend_adjoint(
         xp.zeros((*leading, *h.shape[-2:]), dtype=dtype, device=device),
     )
     if len(views) == 1:
+        # Where all is masked lse is −inf: the weights are 0, whatever the row.
+        blind = lse == -xp.inf
+        s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
         (ds, dh), first = backend.scan_rows(last_view, zeros, views[0], blocks[0])
         return ds, dh, (first,)
     start = tuple((xp.zeros(k.shape, dtype=dtype, device=device), xp.zeros(v.shape, dtype=dtype, device=device))

@@ -104,6 +104,14 @@ class Backend:
         """Write left · right into `target`, a view of a buffer; only called if `writable`."""
         target[...] = left * right
 
+    def exp_less(self, x: Array, shift: Array) -> Array:
+        """e^(x − shift); what x held is lost where arrays are writable."""
+        return self.xp.exp(x - shift)
+
+    def times_less(self, weights: Array, x: Array, shift: Array) -> Array:
+        """Weights · (x − shift); what x held is lost where arrays are writable."""
+        return weights * (x - shift)
+
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         """Write rows (m, k) at places (m,) of `target` (n, k); only called if `writable`."""
         target[places] = rows

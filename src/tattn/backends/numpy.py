@@ -32,6 +32,14 @@ class NumpyBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         np.multiply(left, right, out=target)
 
+    def exp_less(self, x: Array, shift: Array) -> Array:
+        np.subtract(x, shift, out=x)
+        return np.exp(x, out=x)
+
+    def times_less(self, weights: Array, x: Array, shift: Array) -> Array:
+        np.subtract(x, shift, out=x)
+        return np.multiply(x, weights, out=x)
+
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         # A row that is one element is written twice as fast.
         row = np.dtype((np.void, rows.itemsize * rows.shape[1]))

@@ -55,6 +55,12 @@ class TorchBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         torch.mul(left, right, out=target)
 
+    def exp_less(self, x: Array, shift: Array) -> Array:
+        return x.sub_(shift).exp_() if self.writable else torch.exp(x - shift)
+
+    def times_less(self, weights: Array, x: Array, shift: Array) -> Array:
+        return x.sub_(shift).mul_(weights) if self.writable else weights * (x - shift)
+
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         target.index_copy_(0, places, rows)
 
