@@ -10,6 +10,8 @@ LIMITS = {8: 1.5, 64: 1.3}
 # The exact method is to be this many times as fast: torch over SDPA on pair keys, NumPy over dense einsum.
 SPEEDUPS = {"torch": ("SDPA over pair keys", 1.0), "numpy": ("dense einsum", 3.0)}
 STORED = "scores stored, gradient by hand"
+# No rival is asked for a call that would take longer, in seconds.
+LONGEST = 4.0
 
 
 def ratio(row: Row) -> float:

@@ -7,7 +7,7 @@ from tattn.evidence.growth import fit
 from tattn.evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
 from tattn.plans import si
 
-from .goals import STORED, breaks_even, passes, ratio, speedups
+from .goals import LONGEST, STORED, breaks_even, passes, ratio, speedups
 
 _INTRO = """\
 # Benchmarks
@@ -132,7 +132,8 @@ def _rivals(measured: Table) -> str:
     libraries = [name for (name,) in distinct(rows, "library")]
     plots = "\n\n".join(
         f"![Time against n in {name}](benchmarks/rivals-{name}.png)\n\n{name}: exact methods dashed, ours in black, "
-        "polynomials drawn through, at the errors in the table. A line ends where the next call would take 10 s or 4 GiB."
+        "polynomials drawn through, at the errors in the table. A line ends where the next call would take "
+        f"{LONGEST:g} s or 4 GiB."
         for name in libraries
     )
     return f"""\

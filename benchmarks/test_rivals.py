@@ -8,6 +8,7 @@ import pytest
 import tattn
 from tattn.evidence.apart import stored
 
+from .goals import LONGEST
 from .libraries import Function, Library, Run
 from .measure import Measure
 from .problem import Problem, draw
@@ -36,7 +37,7 @@ _took: dict[tuple[str, int, bool], tuple[int, float]] = {}
 def test_rivals(
     measure: Measure, library: Library, threads: int, quick: bool, dim: int, gradient: bool, method: str, n: int
 ) -> None:
-    """Values of d channels, until the next call would take 10 s or 4 GiB; at 64 channels exact methods up to 1,024 rows."""
+    """Values of d channels, until the next call would take `LONGEST` or 4 GiB; at 64 channels exact methods up to 1,024 rows."""
     if threads > 1 or library.name == "jax":
         pytest.skip("measured on one thread, and not in JAX, which compiles for each length")
     if quick and (n.bit_length() % 2 == 0 or n > 1 << 12 or (dim == 64 and "attend" in method)):
@@ -44,7 +45,7 @@ def test_rivals(
     if dim == 64 and not 128 <= n <= 1024:
         pytest.skip("a comparison of exact methods alone")
     key = method, dim, gradient
-    _skip_if_long(key, n, (0.05 if method.startswith("polynomial") else 0.6) if quick else 10.0)
+    _skip_if_long(key, n, (0.05 if method.startswith("polynomial") else 0.6) if quick else LONGEST)
     problem = draw(n, dim, dim)
     plan = None
     if method.startswith("polynomial"):
