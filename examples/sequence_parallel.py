@@ -10,6 +10,7 @@ which a process gets the sums of the processes before it. Process 0 trains alone
 from __future__ import annotations
 
 import argparse
+import gc
 from datetime import timedelta
 from typing import Any
 
@@ -71,15 +72,20 @@ def main() -> None:
     layer = DistributedDataParallel(Layer(tattn.distributed.tensor_attention, causal))
     losses = torch.tensor(train(layer, x[mine], target[mine], share=size))
     dist.all_reduce(losses)
+    sent = layer.module.plan.rank * (HEAD_DIM + 1) * 2 * 8
+    # It holds on to the group, whose threads should end before the interpreter does.
+    del layer
+    gc.collect()
     if rank == 0:
         torch.manual_seed(1)
         alone = torch.tensor(train(Layer(tattn.tensor_attention, causal), x, target, share=1))
-        sent = layer.module.plan.rank * (HEAD_DIM + 1) * 2 * 8
         print(f"{size} processes of {ROWS // size} rows; {sent:,} bytes of summaries, however many the rows")
         print(f"loss {losses[0]:.4f} → {losses[-1]:.4f}, alone {alone[0]:.4f} → {alone[-1]:.4f}")
         assert losses[-1] < losses[0]
         torch.testing.assert_close(losses, alone, rtol=1e-4, atol=0)
         print("the same")
+    # No process leaves while another is still at work.
+    dist.barrier()
     dist.destroy_process_group()
 
 
