@@ -127,16 +127,7 @@ def rows_together(x: Array, backend: Backend) -> Array:
 
 def inverse_order(order: Array, backend: Backend) -> Array:
     """Where each row went, (..., n, 1), from where each sorted row came from."""
-    xp = backend.xp
-    if not backend.writable:
-        return xp.argsort(order, axis=-2)
-    *leading, n, _ = order.shape
-    flat = xp.reshape(order + _starts(leading, n, order, backend), (-1,))
-    inverse = xp.empty_like(flat)
-    inverse[flat] = xp.reshape(
-        xp.broadcast_to(xp.arange(n, dtype=order.dtype, device=backend.device(order))[:, None], order.shape), (-1,)
-    )
-    return xp.reshape(inverse, order.shape)
+    return backend.xp.argsort(order, axis=-2)
 
 
 def return_rows(pieces: Iterable[Sequence[Array]], order: Array, backend: Backend) -> tuple[Array, ...]:
