@@ -73,7 +73,7 @@ def nothing_read(no_forward, monkeypatch):
     """No output is computed and no value is looked at."""
     monkeypatch.setattr(planning, "ranges", no_forward)
     monkeypatch.setattr(planning, "estimate", no_forward)
-    monkeypatch.setattr(estimation, "_sampled_scores", no_forward)
+    monkeypatch.setattr(estimation.Sample, "of", no_forward)
 
 
 @pytest.mark.parametrize("function", ALL, ids=by_name)

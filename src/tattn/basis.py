@@ -9,15 +9,21 @@ made. Each is a channel times a monomial of degree g − 1, so that with x_0 = 1
 
 wide products with a fraction of the features. The adjoint has Σ_c x_c ∂f/∂x_c = g f for what is homogeneous of degree g
 (Euler), and ∂f/∂x_c needs no monomials of degree g.
+
+A pruned basis (`monomials`) holds all that it has. Channels that count alike have the same monomials in their derivative, which
+stand in front: one wide product for each weight.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .arrays import swap_outer
 from .backends import Array, Backend
-from .monomials import features, raised, raised_factors, rank, runs
+from .monomials import Grading, features, lower, raised, raised_factors, rank, runs
 
 CHAIN = 128
 # With more, products with all monomials are wide enough by themselves; measured on processors with NumPy and torch.
@@ -25,26 +31,30 @@ FEW_COLUMNS = 12
 
 
 class Basis(NamedTuple):
-    """The monomials of degree at most g in d channels; `lean` ones are held up to degree g − 1, and the others implied."""
+    """The monomials of degree at most g in d channels; `lean` ones are held up to degree g − 1, and the others implied.
+
+    Or those that a grading leaves, never lean.
+    """
 
     dim: int
     degree: int
     lean: bool
+    grading: Grading = ()
 
     @classmethod
-    def of(cls, dim: int, degree: int, columns: int) -> Basis:
+    def of(cls, dim: int, degree: int, columns: int, grading: Grading = ()) -> Basis:
         """For products with so many columns."""
-        return cls(dim, degree, degree >= 2 and columns <= FEW_COLUMNS)
+        return cls(dim, degree, degree >= 2 and columns <= FEW_COLUMNS and not grading, grading)
 
     @property
     def size(self) -> int:
         """How many monomials there are, r."""
-        return rank(self.dim, self.degree)
+        return rank(self.dim, self.degree, self.grading)
 
     @property
     def held(self) -> int:
         """How many monomials a row has in memory."""
-        return rank(self.dim, self.degree - self.lean)
+        return rank(self.dim, self.degree - self.lean) if self.lean else self.size
 
     @property
     def lower(self) -> int:
@@ -65,7 +75,7 @@ class Basis(NamedTuple):
 
     def features(self, x: Array, backend: Backend) -> Array:
         """The monomials that are held: (..., d, rows) → (..., held, rows)."""
-        return features(x, self.degree - self.lean, backend)
+        return features(x, self.degree - self.lean, backend, self.grading)
 
     def row_sums(self, phi: Array, z: Array, backend: Backend, degree: int | None = None) -> Array:
         """Φᵀ z, of all monomials or of those of one degree: (..., held, rows) and (..., k, rows) → (..., r, k)."""
@@ -113,39 +123,70 @@ class Basis(NamedTuple):
         found = _over_channels(product, phi[..., int(degree is not None) : self.dim + 1, :], backend)
         return found if rest is None else found + read(phi[..., : top.start, :], rest, backend)
 
-    def derivative(self, matrix: Array, backend: Backend) -> Array:
-        """M (..., r, k) → (..., d · k, r'): for each channel c, (β_c + 1) M[β + e_c] over |β| ≤ g − 1, transposed."""
+    def derivative(self, matrix: Array, backend: Backend) -> Any:
+        """M (..., r, k) → (..., d · k, r'): for each channel c, (β_c + 1) M[β + e_c] over |β| ≤ g − 1, transposed.
+
+        Of a pruned basis one such array for each weight, of the channels that have it.
+        """
+        transposed = backend.xp.matrix_transpose(matrix)
+        if self.grading:
+            return tuple(self._raised(transposed, channels, backend) for channels in self._alike())
+        return self._raised(transposed, range(self.dim), backend)
+
+    def _raised(self, transposed: Array, channels: Sequence[int], backend: Backend) -> Array:
+        """`derivative` for channels whose derivatives have as many monomials, from Mᵀ."""
         xp = backend.xp
-        lower, k = self.lower, matrix.shape[-1]
-        transposed = xp.matrix_transpose(matrix)
-        index = backend.table(raised, self.dim, self.degree, like=matrix)
-        factors = backend.table(raised_factors, self.dim, self.degree, like=matrix, dtype=matrix.dtype)
+        index = backend.table(raised, self.dim, self.degree, self.grading, like=transposed)
+        factors = backend.table(
+            raised_factors, self.dim, self.degree, self.grading, like=transposed, dtype=transposed.dtype
+        )
+        ends = [0]
+        for c in range(self.dim):
+            ends.append(ends[-1] + lower(self.dim, self.degree, self.grading, c))
 
         def of_channel(c: int) -> Array:
-            cut = slice(c * lower, (c + 1) * lower)
+            cut = slice(ends[c], ends[c + 1])
             return xp.take(transposed, index[cut], axis=-1) * factors[cut]
 
         if not backend.writable:
-            return xp.concat([of_channel(c) for c in range(self.dim)], axis=-2)
+            return xp.concat([of_channel(c) for c in channels], axis=-2)
         # As large as all summaries together for many value channels: not to be held twice.
-        shape = (*matrix.shape[:-2], self.dim * k, lower)
-        whole = xp.empty(shape, dtype=matrix.dtype, device=backend.device(matrix))
-        for c in range(self.dim):
-            whole[..., c * k : (c + 1) * k, :] = of_channel(c)
+        k, length = transposed.shape[-2], ends[channels[0] + 1] - ends[channels[0]]
+        shape = (*transposed.shape[:-2], len(channels) * k, length)
+        whole = xp.empty(shape, dtype=transposed.dtype, device=backend.device(transposed))
+        for i, c in enumerate(channels):
+            whole[..., i * k : (i + 1) * k, :] = of_channel(c)
         return whole
 
-    def pull_back(self, phi: Array, derivative: Array, z: Array, backend: Backend) -> Array:
-        """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x as one wide product: (..., held, rows), (..., d · k, r'), (..., k, rows) → (..., rows, d)."""
-        return _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
+    def _alike(self) -> list[list[int]]:
+        """The channels of a pruned basis by weight; those that are left out are in none."""
+        kept = sorted({cost for cost in self.grading if cost <= self.degree * min(self.grading)})
+        return [[c for c, own in enumerate(self.grading) if own == cost] for cost in kept]
 
-    def value_reader(self, matrix: Array, count: int, backend: Backend) -> tuple[Array, Array]:
+    def pull_back(self, phi: Array, derivative: Any, z: Array, backend: Backend) -> Array:
+        """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x by wide products: (..., held, rows), `derivative` of M, (..., k, rows) → (..., rows, d)."""
+        if not self.grading:
+            return _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
+        xp = backend.xp
+        found = [_weighted(read(phi[..., : part.shape[-1], :], part, backend), z, backend) for part in derivative]
+        order = [c for channels in self._alike() for c in channels]
+        left_out = [c for c in range(self.dim) if c not in order]
+        if left_out:
+            found.append(
+                xp.zeros_like(found[0][..., :1] * xp.zeros((len(left_out),), dtype=z.dtype, device=backend.device(z)))
+            )
+        whole = xp.concat(found, axis=-1)
+        place = np.argsort([*order, *left_out])
+        return whole if np.all(place[1:] > place[:-1]) else xp.take(whole, backend.indices(place, whole), axis=-1)
+
+    def value_reader(self, matrix: Array, count: int, backend: Backend) -> tuple[Any, Array]:
         """What `pull_back_and_read` takes for M (..., r, k), of which it reads the first `count` columns."""
         xp = backend.xp
         derivative, values = self.derivative(matrix, backend), xp.matrix_transpose(matrix[..., :count])
         return (xp.concat([derivative, values[..., : self.lower]], axis=-2) if self.lean else derivative), values
 
     def pull_back_and_read(
-        self, phi: Array, reader: tuple[Array, Array], z: Array, backend: Backend
+        self, phi: Array, reader: tuple[Any, Array], z: Array, backend: Backend
     ) -> tuple[Array, Array]:
         """`pull_back` (..., rows, d), and Mᵀ Φ (..., rows, count)."""
         xp = backend.xp

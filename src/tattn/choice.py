@@ -20,6 +20,7 @@ from .estimation import sampled_errors
 from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
 from .planning import banded_candidates, measured, plan_inputs
 from .plans import Plan
+from .pruning import sums_of, weights_of
 from .ranges import Ranges
 from .rounding import exact_errors
 
@@ -59,7 +60,9 @@ def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bo
     refused: PlanError | None = None
     plan: Plan | None = None
     try:
-        plan = plan_inputs(inputs, scale=scale, tol=tol, method=method)
+        # Data call for another pruned basis each time, and so for another program.
+        pruning = None if inputs.backend.compiles else True
+        plan = plan_inputs(inputs, scale=scale, tol=tol, method=method, gradients=pruning)
     except PlanError as cannot:
         refused = cannot
     if method == "exact" and plan:
@@ -196,6 +199,14 @@ def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
                 f"plan serves scores up to {plan.bound:.4g}, the data's may reach {found.bound:.4g}: "
                 "make a plan for this data, or one with a larger bound"
             )
+        for weight, serves, given in zip(
+            weights_of(plan.grading), plan.sizes, sums_of(plan.grading, found.sizes), strict=True
+        ):
+            if given > serves:
+                raise PlanError(
+                    f"plan leaves out monomials of channels that count {weight} and add up to {serves:.4g} of a score, the "
+                    f"data's may add up to {given:.4g}: make a plan for this data"
+                )
         if found.lowest_mean < plan.lowest_mean:
             raise PlanError(
                 f"plan's rounding counts on mean scores of at least {plan.lowest_mean:.4g}, the data's reach down to "
@@ -213,7 +224,7 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
         return Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
     if plan.series == "banded":
         return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
-    low = lowrank.LowRankCall(plan.coefficients, plan.scale, views)
+    low = lowrank.LowRankCall(plan.coefficients, plan.scale, views, plan.grading)
     if plan.causal:
         return Work(_lowrank_causal_forward, _lowrank_causal_backward, low, inputs.arrays, plan)
     if plan.by_scores(inputs.lengths, inputs.value_dim):

@@ -5,7 +5,7 @@ Nothing here is a bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import inf, isfinite
 from typing import Any, NamedTuple
@@ -19,9 +19,15 @@ from .bands import BandedCall
 from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
 from .exponential import minimax
+from .monomials import rank as rank_of
+from .pruning import HIGHER, WORTHWHILE, Pruned, Shells, smallest_pruned, weights_of
 from .ranges import RangeCall, ranges
 
 _QUERIES, _PAIRS = 64, 1 << 18
+# How often a pruned basis that was chosen may turn out too small.
+_TRIES = 6
+# Of those, what a pruned basis is chosen by before it is measured on all.
+_FEW_QUERIES, _FEW_PAIRS = 16, 1 << 10
 # No polynomial that can be computed follows exp over a wider range.
 _HOPELESS = 60.0
 
@@ -33,15 +39,40 @@ class Estimate(NamedTuple):
     bound: float
     error: float
     grad_error: float
+    pruned: Pruned | None = None
 
 
-def estimate(inputs: Inputs, scale: float, tol: float, degrees: Sequence[int]) -> Estimate:
+def estimate(
+    inputs: Inputs,
+    scale: float,
+    tol: float,
+    degrees: Sequence[int],
+    higher: Sequence[int] = (),
+    most: float = 0.0,
+    gradients: bool = True,
+    rounding: Callable[[Estimate], float] = lambda _: 0.0,
+) -> Estimate:
     """The least degree whose fitted polynomial keeps sampled rows within `tol`; the best degree if none does.
 
     Scores of sampled query rows with sampled rows of every view; the error is Σ |P/ΣP − softmax| of a row, which
-    bounds the output's for any values, the largest seen over the rows.
+    bounds the output's for any values, the largest seen over the rows. Where a pruned basis of a rank up to `most` does as
+    well with fewer monomials, and with the `rounding` that comes to its error, that; degrees in `higher` are for such alone.
     """
-    scores, present = _sampled_scores(inputs, scale)
+    sample = Sample.of(inputs, scale)
+    best = _of_least_degree(sample, tol, degrees)
+    if best.error <= tol:
+        whole, below = best, min(most + 1, WORTHWHILE * rank_of(inputs.dim, len(best.coefficients) - 1))
+    elif higher and best.error < inf:
+        whole, below = _of_least_degree(sample, tol, higher), most + 1
+    else:
+        return best
+    found = _pruned(sample, whole, tol, below, gradients, rounding) if whole.error <= tol and below > 1 else None
+    return found or best
+
+
+def _of_least_degree(sample: Sample, tol: float, degrees: Sequence[int]) -> Estimate:
+    """`estimate` with whole bases."""
+    scores, present = sample.scores(), sample.present
     seen = np.abs(scores[present])
     # A tenth above the largest score seen, for those that were not.
     bound = 1.1 * float(seen.max()) if seen.size and seen.max() > 0 else 1e-3
@@ -175,32 +206,137 @@ def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> Iterator[np.n
         yield numpy_backend.run(banded.forward, call, arrays)[2][..., ERROR]
 
 
-def _sampled_scores(inputs: Inputs, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (queries, pairs) in float64 and which of the pairs are not masked."""
-    backend: Backend = inputs.backend
-    m = inputs.views
-    rng = np.random.default_rng(0)
-    leading = int(np.prod(inputs.leading, dtype=np.int64))
-    problems = rng.permutation(leading)[:8]
-    queries, side = max(1, _QUERIES // len(problems)), max(4, round(_PAIRS ** (1 / m) / 4))
-    rows = [np.sort(rng.permutation(n)[: (queries if i == 0 else side)]) for i, n in enumerate(inputs.lengths)]
-    take = partial(_rows_of, inputs=inputs, backend=backend)
-    q = take(inputs.arrays[0], rows[0], problems)
-    total, present = q[:, :, None, :] * scale, None
-    for i in range(m):
-        k = take(inputs.arrays[1 + i], rows[1 + i], problems)
-        mask = inputs.arrays[1 + 2 * m + i]
-        seen = np.ones((len(problems), k.shape[-2]), bool)
-        if mask is not None:
-            seen = take(mask, rows[1 + i], problems)[..., 0] > 0
-        present = seen if present is None else (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
-        if i < m - 1:
-            total = (total[:, :, :, None, :] * k[:, None, None]).reshape(*total.shape[:2], -1, q.shape[-1])
-        else:
-            total = np.einsum("pijc,pkc->pijk", total, k).reshape(*total.shape[:2], -1)
-    assert present is not None
-    flat = np.broadcast_to(present[:, None, :], total.shape)
-    return total.reshape(-1, total.shape[-1]), flat.reshape(-1, total.shape[-1])
+class Sample(NamedTuple):
+    """Sampled rows of some problems in float64, the query's times the scale, and which pairs (queries, pairs) are not masked."""
+
+    query: np.ndarray  # (problems, queries, d)
+    keys: tuple[np.ndarray, ...]  # (problems, rows, d) each
+    present: np.ndarray
+
+    @classmethod
+    def of(cls, inputs: Inputs, scale: float) -> Sample:
+        """Drawn from the arrays of a call."""
+        backend: Backend = inputs.backend
+        m = inputs.views
+        rng = np.random.default_rng(0)
+        leading = int(np.prod(inputs.leading, dtype=np.int64))
+        problems = rng.permutation(leading)[:8]
+        queries, side = max(1, _QUERIES // len(problems)), max(4, round(_PAIRS ** (1 / m) / 4))
+        rows = [np.sort(rng.permutation(n)[: (queries if i == 0 else side)]) for i, n in enumerate(inputs.lengths)]
+        take = partial(_rows_of, inputs=inputs, backend=backend)
+        q = take(inputs.arrays[0], rows[0], problems) * scale
+        keys = tuple(take(inputs.arrays[1 + i], rows[1 + i], problems) for i in range(m))
+        present = np.ones((len(problems), 1), bool)
+        for i, k in enumerate(keys):
+            mask = inputs.arrays[1 + 2 * m + i]
+            seen = np.ones(k.shape[:2], bool) if mask is None else take(mask, rows[1 + i], problems)[..., 0] > 0
+            present = (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
+        shape = (len(problems), q.shape[1], present.shape[-1])
+        return cls(q, keys, np.broadcast_to(present[:, None, :], shape).reshape(-1, shape[-1]))
+
+    def scores(self, channels: slice | list[int] = slice(None)) -> np.ndarray:
+        """Scores (queries, pairs), or what some of the channels add to them."""
+        total = self.query[:, :, None, channels]
+        *first, last = (k[..., channels] for k in self.keys)
+        for k in first:
+            total = (total[:, :, :, None, :] * k[:, None, None]).reshape(*total.shape[:2], -1, k.shape[-1])
+        found = np.einsum("pijc,pkc->pijk", total, last)
+        return np.asarray(found.reshape(-1, found.shape[-2] * found.shape[-1]))
+
+    def fewer(self) -> Sample:
+        """A few of the queries and of the rows, to choose by."""
+        present = self.present.reshape(*self.query.shape[:2], *(k.shape[1] for k in self.keys))
+        steps = (
+            slice(None),
+            *(slice(None, None, -(-n // most)) for n, most in zip(present.shape[1:], self._few(), strict=True)),
+        )
+        query, *keys = (x[:, step] for x, step in zip((self.query, *self.keys), steps[1:], strict=True))
+        return Sample(query, tuple(keys), present[steps].reshape(query.shape[0] * query.shape[1], -1))
+
+    def _few(self) -> tuple[int, ...]:
+        return (
+            max(1, _FEW_QUERIES // len(self.query)),
+            *[max(2, round(_FEW_PAIRS ** (1 / len(self.keys))))] * len(self.keys),
+        )
+
+    def sizes(self) -> list[float]:
+        """Root mean square of what every channel adds to a score."""
+        found = np.prod([np.sqrt((x * x).mean(axis=(0, 1))) for x in (self.query, *self.keys)], axis=0)
+        return [float(s) for s in found]
+
+
+def _pruned(
+    sample: Sample, whole: Estimate, tol: float, below: float, gradients: bool, rounding: Callable[[Estimate], float]
+) -> Estimate | None:
+    """The smallest pruned basis that keeps sampled rows within `tol`, fitted; None if there is none worth it.
+
+    Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for.
+    """
+    degree = len(whole.coefficients) - 1
+    allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if gradients else inf
+    few = sample.fewer()
+
+    def measured(pruned: Pruned, sample: Sample) -> Estimate:
+        coefficients, error, grad_error = _of_kept(sample, pruned)
+        return Estimate(coefficients, whole.bound, error, grad_error, pruned)
+
+    def meets(found: Estimate, share: float, share_grad: float) -> bool:
+        return found.error + rounding(found) <= share * tol and found.grad_error <= share_grad * allowed
+
+    degrees, sizes = range(degree, degree + HIGHER + 1), sample.sizes()
+    share = share_grad = 1.0
+    for _ in range(_TRIES):
+        shares = share, share_grad
+        accept: Callable[[Pruned], bool] = partial(lambda shares, p: meets(measured(p, few), *shares), shares)
+        chosen = smallest_pruned(sizes, degrees, below, accept)
+        if chosen is None:
+            return None
+        found = measured(chosen, sample)
+        if meets(found, 1.0, 1.0):
+            return found
+        # More rows show more: by about as much the choice has to be stricter.
+        share *= min(1.0, max(0.5, 0.95 * tol / (found.error + rounding(found))))
+        share_grad *= min(1.0, max(0.5, 0.95 * allowed / found.grad_error)) if isfinite(allowed) else 1.0
+    return None
+
+
+def _of_kept(sample: Sample, pruned: Pruned) -> tuple[tuple[float, ...], float, float]:
+    """Coefficients fitted to exp on the scores of a sample, and (error, grad_error) of what a pruned basis keeps."""
+    weights = weights_of(pruned.grading)
+    sums = [sample.scores([c for c, own in enumerate(pruned.grading) if own == k]) for k in weights]
+    some = sample.present.any(axis=-1)
+    coefficients = _fitted_to_kept([x[sample.present] for x in sums], pruned)
+    error = grad_error = 0.0
+    # Row by row: by plain and weighted degree there are many numbers to a score.
+    for row in np.nonzero(some)[0]:
+        own = [x[row, sample.present[row]] for x in sums]
+        shells = Shells(pruned.grading, pruned.degree, own)
+        soft = np.exp(sum(own) - np.max(sum(own)))
+        soft /= soft.sum()
+        value = _combined(coefficients, shells.powers())
+        total = value.sum()
+        if not total > 0:
+            return coefficients, inf, inf
+        found = float(np.abs(value / total - soft).sum())
+        tilts = [np.abs(_combined(coefficients, shells.slopes(k)) / total - soft).sum() for k in weights]
+        error, grad_error = max(error, found), max(grad_error, 2 * float(max(tilts)) + found)
+    return coefficients, error, grad_error
+
+
+def _fitted_to_kept(sums: Sequence[np.ndarray], pruned: Pruned) -> tuple[float, ...]:
+    """Least squares fit of what is kept to exp, on sums of the channels of each weight (points,)."""
+    step = max(1, sums[0].size // 20_000)
+    points = [x[::step] for x in sums]
+    powers = [np.ones(points[0].size) * x for x in Shells(pruned.grading, pruned.degree, points).powers()]
+    # They differ by orders of magnitude.
+    sizes = [float(np.sqrt((x * x).mean())) or 1.0 for x in powers]
+    columns = np.stack([x / size for x, size in zip(powers, sizes, strict=True)], axis=1)
+    solution = np.linalg.lstsq(columns, np.exp(sum(points)), rcond=None)[0]
+    return tuple(float(c) / size for c, size in zip(solution, sizes, strict=True))
+
+
+def _combined(coefficients: Sequence[float], powers: Sequence[Any]) -> Any:
+    return sum(c * x for c, x in zip(coefficients, powers, strict=True))
 
 
 def _rows_of(array: Any, rows: np.ndarray, problems: np.ndarray, *, inputs: Inputs, backend: Backend) -> np.ndarray:

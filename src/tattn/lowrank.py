@@ -35,15 +35,19 @@ from .backends import Array, Backend
 from .backends.base import block_rows
 from .basis import CHAIN, Basis
 from .channels import channel_units
-from .monomials import degrees, multinomials, rank
+from .monomials import Grading, degrees, multinomials, rank
 
 
 class LowRankCall(NamedTuple):
-    """What the computation depends on besides arrays. `coefficients` are those of P; hashable."""
+    """What the computation depends on besides arrays. `coefficients` are those of P; hashable.
+
+    With a `grading`, P keeps only the monomials that are left by it (`monomials`).
+    """
 
     coefficients: tuple[float, ...]
     scale: float
     views: int
+    grading: Grading = ()
 
     @property
     def degree(self) -> int:
@@ -61,7 +65,7 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
     summaries = _summaries(call, units, keys, values, masks, backend)
     combined = weights(call, q, backend) * prod_of(summaries)
     leading = broadcast_leading(q, *keys, *values, *masks)
-    out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend)
+    out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend, call.grading)
     return out, log_normaliser(normaliser, keys, backend), normaliser, *summaries
 
 
@@ -87,22 +91,25 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     summaries = known or _summaries(call, units, keys, values, masks, backend)
     columns = (out, normaliser, grad_out, grad_lse)
     leading = broadcast_leading(q, *keys, *values, *masks)
-    upstream, dq = query_adjoint(q, units[0], w * prod_of(summaries), columns, leading, call.degree, backend)
+    combined = w * prod_of(summaries)
+    upstream, dq = query_adjoint(q, units[0], combined, columns, leading, call.degree, backend, call.grading)
     d_keys, d_values = [], []
     for view, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
         others = [s for other, s in enumerate(summaries) if other != view]
         own = w * prod_of([upstream, *others]) * (1 / k.shape[-2])
-        dk, dv = key_adjoint(k, v, mask, units[view + 1], own, call.degree, backend)
+        dk, dv = key_adjoint(k, v, mask, units[view + 1], own, call.degree, backend, call.grading)
         d_keys.append(dk)
         d_values.append(dv)
     return dq, *d_keys, *d_values
 
 
-def summary(k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend) -> Array:
+def summary(
+    k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend, grading: Grading = ()
+) -> Array:
     """Φ(k)ᵀ [v, 1], (..., r, dv + 1)."""
     dtype = backend.compute_dtype(k.dtype)
     columns = v.shape[-1] + 1
-    basis = Basis.of(k.shape[-1], degree, columns)
+    basis = Basis.of(k.shape[-1], degree, columns, grading)
 
     def products(phi: Array, v: Array, mask: Array | None) -> tuple[Array]:
         return (basis.row_sums(phi, with_ones(v, mask, dtype, backend), backend),)
@@ -135,11 +142,17 @@ def summed_products(
 
 
 def read_out(
-    q: Array, unit: Array, combined: Array, leading: tuple[int, ...], degree: int, backend: Backend
+    q: Array,
+    unit: Array,
+    combined: Array,
+    leading: tuple[int, ...],
+    degree: int,
+    backend: Backend,
+    grading: Grading = (),
 ) -> tuple[Array, Array]:
     """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
     dtype = backend.compute_dtype(q.dtype)
-    basis = Basis.of(q.shape[-1], degree, combined.shape[-1])
+    basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
     reader = basis.reader(combined, backend)
 
     def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
@@ -171,11 +184,12 @@ def query_adjoint(
     leading: tuple[int, ...],
     degree: int,
     backend: Backend,
+    grading: Grading = (),
 ) -> tuple[Array, Array]:
     """G (..., r, dv + 1) and dq, from C and the columns (o, l, g, g_lse)."""
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
-    basis = Basis.of(q.shape[-1], degree, combined.shape[-1])
+    basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
     derivative = basis.derivative(combined, backend)
 
     def body(carry: Sum, block: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
@@ -195,13 +209,20 @@ def query_adjoint(
 
 
 def key_adjoint(
-    k: Array, v: Array, mask: Array | None, unit: Array, own: Array, degree: int, backend: Backend
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    unit: Array,
+    own: Array,
+    degree: int,
+    backend: Backend,
+    grading: Grading = (),
 ) -> tuple[Array, Array]:
     """(dk, dv) of a view whose summary has the gradient `own` (..., r, dv + 1)."""
     dtype = backend.compute_dtype(k.dtype)
     columns = v.shape[-1] + 1
     # The derivatives are there, and give the values' share of the highest degree.
-    basis = Basis(k.shape[-1], degree, degree >= 2)
+    basis = Basis(k.shape[-1], degree, degree >= 2 and not grading, grading)
     leading = broadcast_leading(k, v, mask)
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
     own = sum_to_leading(own, leading, backend)
@@ -224,7 +245,8 @@ def key_adjoint(
 def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
     """How many problems to compute side by side, so that their summaries and derivatives take eight workspaces at most."""
     dim, columns = arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1  # type: ignore[union-attr]
-    numbers = rank(dim, call.degree) * columns * (call.views + 3) + rank(dim, call.degree - 1) * dim * columns
+    r = rank(dim, call.degree, call.grading)
+    numbers = r * columns * (call.views + 3) + (r if call.grading else rank(dim, call.degree - 1)) * dim * columns
     return max(1, int(backend.workspace // numbers))
 
 
@@ -250,8 +272,9 @@ def weights(call: LowRankCall, like: Array, backend: Backend) -> Array:
     xp = backend.xp
     dim, dtype = like.shape[-1], backend.compute_dtype(like.dtype)
     coefficients = xp.asarray(list(call.coefficients), dtype=dtype, device=backend.device(like))
-    of_degree = xp.take(coefficients, backend.table(degrees, dim, call.degree, like=like), axis=0)
-    return (of_degree * backend.table(multinomials, dim, call.degree, like=like, dtype=dtype))[:, None]
+    of_degree = xp.take(coefficients, backend.table(degrees, dim, call.degree, call.grading, like=like), axis=0)
+    of_monomial = backend.table(multinomials, dim, call.degree, call.grading, like=like, dtype=dtype)
+    return (of_degree * of_monomial)[:, None]
 
 
 def _summaries(
@@ -264,7 +287,7 @@ def _summaries(
 ) -> list[Array]:
     """Φ(k)ᵀ [v, 1] / n_μ for every view, (..., r, dv + 1)."""
     return [
-        summary(k, v, mask, unit, call.degree, backend) * (1 / k.shape[-2])
+        summary(k, v, mask, unit, call.degree, backend, call.grading) * (1 / k.shape[-2])
         for unit, k, v, mask in zip(units[1:], keys, values, masks, strict=True)
     ]
 

@@ -135,7 +135,13 @@ def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | 
     if call.views == 1:
         return limit_of_sums(call, backend, arrays)
     dim, columns = arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1  # type: ignore[union-attr]
-    return max(1, int(backend.workspace // (rank(dim, call.degree) * columns * span_of(call.views) * (call.views + 2))))
+    return max(
+        1,
+        int(
+            backend.workspace
+            // (rank(dim, call.degree, call.grading) * columns * span_of(call.views) * (call.views + 2))
+        ),
+    )
 
 
 def _setting(
@@ -147,7 +153,7 @@ def _setting(
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     itemsize = 8 if backend.dtype_name(w.dtype) == "float64" else 4
-    row, columns = rank(q.shape[-1], call.degree) * itemsize * prod(leading), values[0].shape[-1] + 1
+    row, columns = rank(q.shape[-1], call.degree, call.grading) * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
     in_tile = row * (1 if call.views == 1 else columns)
     span = span_of(call.views)
@@ -159,7 +165,7 @@ def _setting(
     in_block = row * (2 * (call.views + 1) + 2 * call.views * columns // span)
     spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(call.degree, w, units, shares, span, tile, leading, backend), span * spans
+    return Setting(call.degree, call.grading, w, units, shares, span, tile, leading, backend), span * spans
 
 
 def _split(
@@ -180,7 +186,7 @@ def _split(
         head = k.shape[-2] - n
         if head:
             seen = None if mask is None else mask[..., :head, :]
-            first = summary(k[..., :head, :], v[..., :head, :], seen, unit, setting.degree, backend)
+            first = summary(k[..., :head, :], v[..., :head, :], seen, unit, setting.degree, backend, setting.grading)
             total, lost = add((total, lost), xp.matrix_transpose(first) * share)
         sums.append((total, lost))
     rest = [None if x is None else x[..., x.shape[-2] - n :, :] for x in (*keys, *values, *masks)]
@@ -205,7 +211,9 @@ def _with_heads(
         if head:
             seen = None if mask is None else mask[..., :head, :]
             unit = setting.units[view + 1]
-            parts = key_adjoint(k[..., :head, :], v[..., :head, :], seen, unit, g, setting.degree, backend)
+            parts = key_adjoint(
+                k[..., :head, :], v[..., :head, :], seen, unit, g, setting.degree, backend, setting.grading
+            )
             for i, part in zip((view, m + view), parts, strict=True):
                 grads[i] = xp.concat([part, grads[i]], axis=-2)
     return dq, *grads
@@ -231,7 +239,7 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     """The summary of a view with more rows."""
     backend, dtype, unit = setting.backend, setting.w.dtype, setting.units[view + 1]
     columns = values.shape[-1] + 1
-    basis = Basis.of(keys.shape[-1], setting.degree, columns)
+    basis = Basis.of(keys.shape[-1], setting.degree, columns, setting.grading)
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
         phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)

@@ -18,16 +18,18 @@ from .checks import (
     checked_order,
     checked_series,
     positive,
+    true_or_false,
     whole,
 )
-from .estimation import estimate
+from .estimation import Estimate, estimate
 from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
 from .monomials import rank as rank_of
 from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
+from .pruning import HIGHER, WORTHWHILE, Pruned, dropped, smallest_pruned, sums_of
 from .ranges import RangeCall, Ranges, ranges
-from .rounding import exact_errors, lowrank_errors, lowrank_rounding
+from .rounding import exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
 from .spans import span_of
 
 MAX_RANK = 1 << 18
@@ -54,6 +56,7 @@ def plan(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    gradients: bool = True,
 ) -> Plan:
     """Choose a method for arrays like these, and say what it costs and how wrong it can be.
 
@@ -78,6 +81,10 @@ def plan(
     bands, moment : int
         Of "banded": norm bands of every view, at most its rows; even order t of the moments, at most
         `degree`.
+    gradients : bool
+        Where channels add very different amounts to the scores fewer monomials will do (`Plan.grading`), unless a degree or a
+        number for `bound` is given. By default their gradients are held to what those of all monomials would be if their error
+        were just `tol`. False lets go of that, where nobody asks for gradients: channels that add little may then have none.
 
     Returns
     -------
@@ -103,7 +110,10 @@ def plan(
     number = checked_options(scale, inputs.dim, tol, method)
     if checked_series(series) == "banded":
         return _asked_banded(_shape_of(inputs), number, method, bound, degree, bands, moment)
-    return plan_inputs(inputs, scale=number, tol=tol, method=method, degree=degree, bound=bound, series=series)
+    return plan_inputs(
+        inputs, scale=number, tol=tol, method=method, degree=degree, bound=bound, series=series,
+        gradients=true_or_false("gradients", gradients),
+    )  # fmt: skip
 
 
 def plan_for(
@@ -210,8 +220,9 @@ def plan_inputs(
     degree: int | None = None,
     bound: float | str | None = None,
     series: str = "minimax",
+    gradients: bool | None = True,
 ) -> Plan:
-    """`plan` for arrays that were checked; any series but "banded"."""
+    """`plan` for arrays that were checked; any series but "banded", and None in `gradients` for no pruned basis."""
     shape = _shape_of(inputs)
     if isinstance(bound, str) and bound != "estimated":
         raise TypeError(f"bound should be a number or 'estimated', got the str {bound!r}")
@@ -231,8 +242,10 @@ def plan_inputs(
             raise ValueError(
                 "bound='estimated' samples all pairs and has no use with causal=True: give a bound, or none"
             )
-        return _estimated(inputs, shape, scale, tol, method, degree, found)
-    return plan_found(shape, found, scale=scale, tol=tol, method=method, degree=degree, series=series)
+        return _estimated(inputs, shape, scale, tol, method, degree, found, gradients)
+    return plan_found(
+        shape, found, scale=scale, tol=tol, method=method, degree=degree, series=series, gradients=gradients
+    )
 
 
 def plan_found(
@@ -244,12 +257,16 @@ def plan_found(
     method: str,
     degree: int | None = None,
     series: str = "minimax",
+    gradients: bool | None = True,
 ) -> Plan:
     """A certified plan for the ranges that were found on data."""
     # The mean is allowed a margin, so that the plan holds for the same rows in another order or library. It is that over
     # all pairs, and says nothing of some of them.
     lowest_mean = -inf if shape.order.causal else found.lowest_mean - 0.02 * found.bound
-    return _choose(shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean)
+    sizes = () if gradients is None else found.sizes
+    return _choose(
+        shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean, sizes, gradients is True
+    )
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
@@ -320,8 +337,10 @@ def _choose(
     source: str,
     bound: float,
     lowest_mean: float,
+    sizes: tuple[float, ...] = (),
+    gradients: bool = True,
 ) -> Plan:
-    """The plan for scores within `bound` whose row means are at least `lowest_mean`."""
+    """The plan for scores within `bound` whose row means are at least `lowest_mean`; `sizes` of the channels if known."""
     if degree is not None:
         degree = whole("degree", degree, 1)
         if method == "exact":
@@ -334,12 +353,13 @@ def _choose(
     if windows:
         method = "exact"
 
-    def plan_with(polynomial: Polynomial, reason: str) -> Plan:
-        error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean)
-        rank = rank_of(shape.dim, polynomial.degree)
+    def plan_with(polynomial: Polynomial, reason: str, pruned: Pruned | None = None) -> Plan:
+        error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
+        grading, sums = (pruned.grading, _rounded_sums(pruned, sizes)) if pruned else ((), ())
+        rank = pruned.rank if pruned else rank_of(shape.dim, polynomial.degree)
         return plan_of(
             shape, scale, "polynomial", series, source, rounded, lowest_mean, error, grad_error, reason,
-            polynomial.coefficients, rank,
+            polynomial.coefficients, rank, grading, sums,
         )  # fmt: skip
 
     def exact_plan(reason: str, rank: int) -> Plan:
@@ -352,7 +372,7 @@ def _choose(
         )  # fmt: skip
 
     if degree is not None:
-        fitted = minimax_polynomial(degree, rounded) if series == "minimax" else taylor_polynomial(degree, rounded)
+        fitted = _series(series, degree, rounded)
         if not any(fitted.coefficients):
             raise PlanError(f"scores may reach {rounded:.4g}, where no polynomial of degree {degree} resembles exp")
         return plan_with(fitted, f"degree {degree} was asked for")
@@ -361,6 +381,9 @@ def _choose(
 
     best = _smallest(shape, rounded, lowest_mean, tol, series) if isfinite(rounded) else None
     needed = best.degree if best else _needed_degree(rounded, tol, series)
+    pruned = _pruned(shape, rounded, lowest_mean, tol, series, needed, sizes, gradients) if needed and sizes else None
+    if pruned:
+        best = _series(series, pruned.degree, rounded)
     problem = _why_not(shape, bound, tol, needed)
     if method == "polynomial":
         if best is None:
@@ -369,7 +392,7 @@ def _choose(
                 f"({si(shape.exact_cost()[0])}flop), a larger tol, a smaller scale or inputs of smaller norm, "
                 "degree=... to take what error a degree gives, or bound='estimated'"
             )
-        return plan_with(best, "polynomial was asked for")
+        return plan_with(best, "polynomial was asked for", pruned)
     if best is None:
         rank = 0 if needed is None else rank_of(shape.dim, needed)
         plan = exact_plan(f"no polynomial meets tol={tol:g}: {problem}", rank)
@@ -381,30 +404,82 @@ def _choose(
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan
-    rank = rank_of(shape.dim, best.degree)
+    rank = pruned.rank if pruned else rank_of(shape.dim, best.degree)
     ratio = shape.exact_cost()[0] / shape.polynomial_cost(rank)[0]
     if ratio <= 1:
         return exact_plan(f"exact takes {1 / ratio:.3g} times fewer operations than degree {best.degree}", rank)
-    return plan_with(best, f"degree {best.degree} meets tol={tol:g} with {ratio:.3g} times fewer operations than exact")
+    kind = f"degree {best.degree}, pruned," if pruned else f"degree {best.degree}"
+    return plan_with(best, f"{kind} meets tol={tol:g} with {ratio:.3g} times fewer operations than exact", pruned)
 
 
-def _polynomial_errors(shape: Shape, polynomial: Polynomial, lowest_mean: float) -> tuple[float, float]:
-    """(error, grad_error) of a polynomial for this shape."""
+def _series(series: str, degree: int, bound: float) -> Polynomial:
+    return minimax_polynomial(degree, bound) if series == "minimax" else taylor_polynomial(degree, bound)
+
+
+def _polynomial_errors(
+    shape: Shape,
+    polynomial: Polynomial,
+    lowest_mean: float,
+    pruned: Pruned | None = None,
+    sizes: Sequence[float] = (),
+) -> tuple[float, float]:
+    """(error, grad_error) of a polynomial for this shape, or of what a pruned basis keeps of it for channels of these sizes."""
     if not polynomial.delta < 1:
         return inf, inf
+    theta = 0.0, 0.0
+    if pruned:
+        least = least_normaliser(polynomial.delta, polynomial.bound, lowest_mean)
+        lost = dropped(polynomial.coefficients, pruned.grading, _rounded_sums(pruned, sizes))
+        theta = (lost[0] / least, lost[1] / least) if least > 0 else (inf, inf)
     rho, rho_prime = lowrank_rounding(
         polynomial.coefficients,
         polynomial.bound,
         lowest_mean,
         delta=polynomial.delta,
         dim=shape.dim,
-        rank=rank_of(shape.dim, polynomial.degree),
+        rank=pruned.rank if pruned else rank_of(shape.dim, polynomial.degree),
         views=shape.views,
         value_dim=max(shape.value_dim, USUAL_VALUE_DIM),
         dtype=shape.dtype,
         span=span_of(shape.views) if shape.order.causal else 0,
     )
-    return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime)
+    return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime, theta)
+
+
+def _pruned(
+    shape: Shape,
+    bound: float,
+    lowest_mean: float,
+    tol: float,
+    series: str,
+    needed: int,
+    sizes: Sequence[float],
+    gradients: bool,
+) -> Pruned | None:
+    """The smallest pruned basis that meets `tol` and is worth its shorter runs; None for the whole one.
+
+    Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for:
+    channels that add little to the scores would have none, and training could not wake them.
+    """
+    if not all(map(isfinite, sizes)):
+        return None
+    error, grad_error = _polynomial_errors(shape, _series(series, needed, bound), lowest_mean)
+    if not error > 0 or not isfinite(error):
+        return None
+    allowed = max(grad_error, grad_error / error * tol) if gradients else inf
+
+    def accept(pruned: Pruned) -> bool:
+        polynomial = _series(series, pruned.degree, bound)
+        found, found_grad = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
+        return found <= tol and found_grad <= allowed
+
+    below = min(MAX_RANK + 1, WORTHWHILE * rank_of(shape.dim, needed))
+    return smallest_pruned(sizes, range(needed, needed + HIGHER + 1), below, accept)
+
+
+def _rounded_sums(pruned: Pruned, sizes: Sequence[float]) -> tuple[float, ...]:
+    """What the channels of each weight add up to, rounded up so that plans are found again."""
+    return tuple(map(_round_up, sums_of(pruned.grading, sizes)))
 
 
 def _smallest(shape: Shape, bound: float, lowest_mean: float, tol: float, series: str) -> Polynomial | None:
@@ -452,26 +527,53 @@ def _check_rank(shape: Shape, degree: int) -> None:
 
 
 def _estimated(
-    inputs: Inputs, shape: Shape, scale: float, tol: float, method: str, degree: int | None, found: Ranges
+    inputs: Inputs,
+    shape: Shape,
+    scale: float,
+    tol: float,
+    method: str,
+    degree: int | None,
+    found: Ranges,
+    gradients: bool | None,
 ) -> Plan:
     """A plan from sampled scores; never certified."""
     if degree is not None:
         degree = whole("degree", degree, 1)
         _check_rank(shape, degree)
-    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
-    sampled = estimate(inputs, scale, tol, [degree] if degree is not None else affordable)
-    rank = rank_of(shape.dim, len(sampled.coefficients) - 1)
-    if sampled.error < inf:
+
+    def rank_with(sampled: Estimate) -> int:
+        return sampled.pruned.rank if sampled.pruned else rank_of(shape.dim, len(sampled.coefficients) - 1)
+
+    def rounding_of(sampled: Estimate) -> tuple[float, float]:
         rho, rho_prime = lowrank_rounding(
-            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=shape.dim, rank=rank,
+            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=shape.dim, rank=rank_with(sampled),
             views=shape.views, value_dim=max(shape.value_dim, USUAL_VALUE_DIM), dtype=shape.dtype,
         )  # fmt: skip
-        rounding, grad_rounding = lowrank_errors(0.0, 0.0, rho, rho_prime)
+        return lowrank_errors(0.0, 0.0, rho, rho_prime)
+
+    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
+    if degree is not None:
+        sampled = estimate(inputs, scale, tol, [degree])
+    else:
+        higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1) if affordable else ()
+        sampled = estimate(
+            inputs,
+            scale,
+            tol,
+            affordable,
+            higher,
+            0 if gradients is None else MAX_RANK,
+            gradients is True,
+            lambda found: rounding_of(found)[0],
+        )
+    rank = rank_with(sampled)
+    if sampled.error < inf:
+        rounding, grad_rounding = rounding_of(sampled)
         sampled = sampled._replace(error=sampled.error + rounding, grad_error=sampled.grad_error + grad_rounding)
     asked = f"degree {degree} was asked for" if degree is not None else f"estimated to meet tol={tol:g}"
     plan = plan_of(
         shape, scale, "polynomial", "fitted", "estimate", sampled.bound, found.lowest_mean, sampled.error,
-        sampled.grad_error, asked, sampled.coefficients, rank,
+        sampled.grad_error, asked, sampled.coefficients, rank, sampled.pruned.grading if sampled.pruned else (),
     )  # fmt: skip
     if degree is None and sampled.error > tol:
         if method == "polynomial":

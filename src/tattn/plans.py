@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
 from .checks import Order
+from .monomials import Grading
+from .monomials import rank as rank_of
 from .rounding import scores_round_less
 from .spans import span_of
 
@@ -26,7 +28,7 @@ class Plan:
         Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
         device; the error is not known beforehand but comes with the answer, certified, for each query row.
     degree, rank : int
-        Degree g of the polynomial and number of monomials C(d + g, g); 0 for the exact method.
+        Degree g of the polynomial and number of monomials, C(d + g, g) or those that `grading` leaves; 0 for the exact method.
     bound : float
         R: scale · Σ_c |q_ic a_jc b_kc| ≤ R for all rows, and so the scores lie in [−R, R]. The sum of absolute values
         is what rounding is measured by.
@@ -76,6 +78,12 @@ class Plan:
     bytes_sent : float
         What each worker sends for a forward call, and again for its gradient, if summaries are summed round a ring, or
         scanned where the call is causal: no worker can send less.
+    grading : tuple of int
+        For a pruned basis ω_1 … ω_d: kept are the monomials x^α with Σ_c ω_c α_c ≤ g min_c ω_c, so that channels which add little
+        to the scores have fewer of them. () for all monomials of degree at most g.
+    sizes : tuple of float
+        Of a pruned basis with source "data": for each ω in ascending order the largest Σ_c scale · max|q_c| · Π_μ max|keys_μ,c|,
+        over the channels with ω_c = ω, that the plan serves; other data is checked for them.
     seconds, seconds_gradient : float
         Estimates for a forward call, and for one with its gradient: operations and bytes at the rates that the plan was asked
         for, one after the other, and nothing for latency. Infinite where a rate was not given.
@@ -109,6 +117,8 @@ class Plan:
     recomputed: float = 0.0
     causal: bool = False
     window: tuple[int, ...] | None = None
+    grading: Grading = ()
+    sizes: tuple[float, ...] = ()
     workers: int = 1
     bytes_sent: float = 0.0
     seconds: float = inf
@@ -118,7 +128,8 @@ class Plan:
         """Whether a call computes the polynomial of each score, and no features.
 
         So it does where that takes fewer operations and rounds no more than `error` and `grad_error` allow, by shapes alone.
-        Answers by either way are the same up to that rounding. Causal calls always compute features.
+        Answers by either way are the same up to that rounding. Causal calls always compute features, and so does a pruned basis,
+        whose polynomial is not one of the score.
 
         Parameters
         ----------
@@ -136,7 +147,7 @@ class Plan:
         """
         if len(lengths) != self.order:
             raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
-        if self.method != "polynomial" or self.series == "banded" or self.causal:
+        if self.method != "polynomial" or self.series == "banded" or self.causal or self.grading:
             return False
         by_features = sum(lengths) * self.rank * (2.0 * (value_dim + 1) + 1)
         by_scores = prod(lengths) * (2.0 * self.dim + 2.0 * value_dim + 4.0 * self.degree)
@@ -150,7 +161,8 @@ class Plan:
         kind = {"data": "bounded on the data", "promise": "promised by the caller"}.get(self.source, "estimated")
         rows = [("method", self.method if self.series is None else f"{self.method} ({self.series})")]
         if self.method == "polynomial":
-            rows.append(("degree, rank", f"{self.degree}, {self.rank:,}"))
+            of_all = f" of {rank_of(self.dim, self.degree):,}" if self.grading else ""
+            rows.append(("degree, rank", f"{self.degree}, {self.rank:,}{of_all}"))
         if banded:
             rows.append(("bands, moment", f"{self.bands}, {self.moment}"))
         if self.recomputed:
@@ -275,6 +287,8 @@ def plan_of(
     reason: str,
     coefficients: tuple[float, ...],
     rank: int,
+    grading: Grading = (),
+    sizes: tuple[float, ...] = (),
 ) -> Plan:
     """A plan with its costs; `rank` is that of the polynomial it was compared with, if any."""
     flops, memory = shape.polynomial_cost(rank) if rank else (inf, inf)
@@ -306,6 +320,8 @@ def plan_of(
         reason=reason,
         causal=shape.order.causal,
         window=shape.order.window,
+        grading=grading,
+        sizes=sizes,
     )
 
 

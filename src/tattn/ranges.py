@@ -30,6 +30,7 @@ class Ranges(NamedTuple):
     lowest_mean: float  # smallest mean score of a query row
     entries: float  # the paper's bound, for comparison
     largest: tuple[float, ...]  # largest entry of query, keys and values, NaN or inf where one is not finite
+    sizes: tuple[float, ...] = ()  # scale · max|q_c| · Π_μ max|keys_μ,c| of every channel
 
 
 # ("sum" or "max", arrays) → their sums or largest values over all that hold rows of the same views.
@@ -50,7 +51,8 @@ class RangeCall(NamedTuple):
 
 def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
     """Look at (query, *keys, *values, *masks); a value may be None."""
-    found = [float(x) for x in backend.run(_survey, call, arrays)]
+    of_channels, *scalars = backend.run(_survey, call, arrays)
+    found = [float(x) for x in scalars]
     channel, mean, entries, *rest = found
     holder, largest = rest[: len(rest) - 2 * call.views - 1], rest[len(rest) - 2 * call.views - 1 :]
     bound = min((x for x in (channel, *holder, entries) if not isnan(x)), default=inf)
@@ -59,7 +61,8 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
     slack = 1e-4 if backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64" else 1e-11  # type: ignore[union-attr]
     bound *= 1 + slack
     lowest = max(-bound, min(mean, bound) - 0.01 * bound) if isfinite(bound) else -inf
-    return Ranges(bound, lowest, entries, tuple(largest))
+    sizes = tuple(float(x) * (1 + slack) for x in backend.to_numpy(of_channels))
+    return Ranges(bound, lowest, entries, tuple(largest), sizes)
 
 
 def exponents(views: int) -> list[tuple[float, ...]]:
@@ -82,7 +85,7 @@ def _wanted(views: int) -> list[float]:
 
 
 def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Scalars: channel bound, lowest mean score, entry bound, Hölder bounds, largest entries."""
+    """Sizes of the channels (d,), and scalars: channel bound, lowest mean score, entry bound, Hölder bounds, largest entries."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
@@ -99,7 +102,8 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     largest += [largest[0] * 0.0 if t is None else xp.max(next(rest)) for t in of_values]
     dim = q.shape[-1]
     entries = _product(largest[: call.views + 1], call.scale * dim, backend)
-    channel = xp.max(xp.sum(_product([top for top, _, _ in stats], call.scale, backend), axis=-1))
+    sizes = _product([top for top, _, _ in stats], call.scale, backend)
+    channel = xp.max(xp.sum(sizes, axis=-1))
     # The mean over pairs of a trilinear score is the score of the means.
     means = prod_of([mean for _, _, mean in stats[1:]])
     mean = xp.min(_row_means(q, means, dtype, backend)) * call.scale
@@ -117,7 +121,8 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     for of_views in (by_exponent[: len(views)], by_exponent[len(views) :]):
         for ps in exponents(call.views):
             bounds.append(xp.max(_product([n[p] for n, p in zip(of_views, ps, strict=True)], call.scale, backend)))
-    return channel, -lowered, entries, *bounds, *largest
+    sizes = over_rows(xp.max, xp.reshape(sizes, (-1, dim)), backend)[0, :]
+    return sizes, channel, -lowered, entries, *bounds, *largest
 
 
 def _product(sizes: Sequence[Array], scale: float, backend: Backend) -> Array:

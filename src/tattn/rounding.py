@@ -42,12 +42,17 @@ def lowrank_rounding(
     The monomials of degree t add up to at most |c_t| R^t for a pair in absolute value, whatever cancels; the mean of
     P over all pairs is at least (1 − δ) exp of the mean score (Jensen).
     """
-    least = (1 - delta) * exp(max(-bound, lowest_mean))
+    least = least_normaliser(delta, bound, lowest_mean)
     if least <= 0:
         return inf, inf
     plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim, span)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
+
+
+def least_normaliser(delta: float, bound: float, lowest_mean: float) -> float:
+    """What the mean of P over the pairs of a row is at least."""
+    return (1 - delta) * exp(max(-bound, lowest_mean))
 
 
 def scores_round_less(
@@ -97,13 +102,21 @@ def _of_sums(
     return plain, steep
 
 
-def lowrank_errors(delta: float, delta_prime: float, rho: float, rho_prime: float) -> tuple[float, float]:
-    """(error, grad_error) of the polynomial method from its relative errors; infinite where P could lose its sign."""
-    d, d_prime = delta + rho, delta_prime + rho_prime
+def lowrank_errors(
+    delta: float, delta_prime: float, rho: float, rho_prime: float, dropped: tuple[float, float] = (0.0, 0.0)
+) -> tuple[float, float]:
+    """(error, grad_error) of the polynomial method from its relative errors; infinite where P could lose its sign.
+
+    `dropped`: what the monomials that a pruned basis lacks add up to in P and in its derivatives, relative to the normaliser.
+    """
+    theta, theta_prime = dropped
+    lost = rho + theta
+    d, d_prime = delta + lost, delta_prime + rho_prime + theta_prime
     if not d < 1:
         return inf, inf
-    error = delta / sqrt(1 - delta**2) + 2 * rho / (1 - d)
-    return error, 2 * (d + d_prime) / (1 - d) + error
+    error = delta / sqrt(1 - delta**2) + 2 * lost / (1 - d)
+    # P may be negative for a pair where it lacks monomials: |w − r| is no longer below 2 W.
+    return error, 2 * (d + d_prime) / ((1 - d) * (1 - theta)) + error
 
 
 def exact_errors(

@@ -21,7 +21,7 @@ from .backends import Array, Backend
 from .backends.base import memoized
 from .basis import read
 from .lowrank import Sum, add, channels, with_ones
-from .monomials import features, pull_back
+from .monomials import Grading, features, pull_back
 
 # Rows of a span: for one view, and for more.
 SPANS = 32, 16
@@ -31,6 +31,7 @@ class Setting(NamedTuple):
     """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a span, spans of a tile."""
 
     degree: int
+    grading: Grading
     w: Array
     units: Sequence[Any]
     shares: Sequence[Any]
@@ -64,7 +65,7 @@ class Spans(NamedTuple):
         flat = []
         for x, mask, unit in zip((q, *rows[:m]), (None, *rows[2 * m :]), setting.units, strict=True):
             x = channels(clean(x, mask, backend), unit, dtype, backend)
-            flat.append((x, features(x, setting.degree, backend)))
+            flat.append((x, features(x, setting.degree, backend, setting.grading)))
         phi_q, *phis = (_in_spans(xp.matrix_transpose(phi), setting) for _, phi in flat)
         zs, befores, sums = [], [], []
         for v, mask, share, phi, start in zip(
@@ -244,7 +245,7 @@ def _pulled_back(setting: Setting, y: Array, place: int, spans: Spans, mask: Arr
     x, phi = spans.flat[place]
     # The rest is linear in y, so what rows are shared by is summed first.
     y = sum_to_leading(y, x.shape[:-2], backend)
-    dx = xp.matrix_transpose(pull_back(x, phi, xp.matrix_transpose(y), setting.degree, backend))
+    dx = xp.matrix_transpose(pull_back(x, phi, xp.matrix_transpose(y), setting.degree, backend, setting.grading))
     return _of_rows(dx * setting.units[place], mask, like, backend)
 
 

@@ -23,7 +23,6 @@ from .checks import (
     checked_views,
 )
 from .lowrank import LowRankCall
-from .monomials import rank as rank_of
 from .plans import Plan
 from .rounding import computed_in
 
@@ -415,7 +414,7 @@ def check_same_plan(plan: Plan, other: Plan) -> None:
 
 def call_of(plan: Plan) -> LowRankCall:
     """What `summaries` computes for a plan."""
-    return LowRankCall(plan.coefficients, plan.scale, plan.order - 1)
+    return LowRankCall(plan.coefficients, plan.scale, plan.order - 1, plan.grading)
 
 
 def _expected(plan: Plan) -> dict[str, Any]:
@@ -463,7 +462,7 @@ def _filled(pairs: Sequence[tuple[Array, Array] | None], views: Views, plan: Pla
     """Zeros for the views that are None."""
     like = next(pair[0] for pair in pairs if pair is not None)
     xp, backend = views.backend.xp, views.backend
-    shape = (rank_of(plan.dim, plan.degree), views.value_dim + 1)
+    shape = (plan.rank, views.value_dim + 1)
 
     def zeros() -> Array:
         return xp.zeros(shape, dtype=like.dtype, device=backend.device(like))

@@ -129,7 +129,7 @@ def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None
     xp = backend.xp
     dtype = backend.compute_dtype(k.dtype)  # type: ignore[union-attr]
     columns = v.shape[-1] + 1  # type: ignore[union-attr]
-    basis = Basis.of(k.shape[-1], call.degree, columns)  # type: ignore[union-attr]
+    basis = Basis.of(k.shape[-1], call.degree, columns, call.grading)  # type: ignore[union-attr]
     leading = broadcast_leading(k, v, mask)
     _, unit = units(call)
 
@@ -146,7 +146,7 @@ def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None
 
 def _sum_rows_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     k, v, mask, _, _, g, _ = arrays
-    return key_adjoint(k, v, mask, units(call)[1], g, call.degree, backend)
+    return key_adjoint(k, v, mask, units(call)[1], g, call.degree, backend, call.grading)
 
 
 def _read(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
@@ -156,7 +156,8 @@ def _read(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -
     combined = weights(call, q, backend) * prod_of(_scaled(sums, powers, backend))
     wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
     wide = _in_range(call, wide * unit, backend)
-    out, normaliser = read_out(wide, 1.0, combined, broadcast_leading(*arrays), call.degree, backend)
+    leading = broadcast_leading(*arrays)
+    out, normaliser = read_out(wide, 1.0, combined, leading, call.degree, backend, call.grading)
     return out, log_normaliser(normaliser, (), backend) + sum_of(powers) * log(2.0), normaliser
 
 
@@ -167,7 +168,8 @@ def _read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array |
     scaled = _scaled(sums, powers, backend)
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *sums)
-    upstream, dq = query_adjoint(q, units(call)[0], w * prod_of(scaled), columns, leading, call.degree, backend)
+    unit, combined = units(call)[0], w * prod_of(scaled)
+    upstream, dq = query_adjoint(q, unit, combined, columns, leading, call.degree, backend, call.grading)
     d_sums = []
     for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
         others = [s for other, s in enumerate(scaled) if other != view]
@@ -235,5 +237,6 @@ def _in_range(call: LowRankCall, x: Array, backend: Backend) -> Array:
 def _limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
     """How many problems to take side by side, as `lowrank.leading_limit`; `arrays` begin with rows (..., n, d)."""
     dim, columns = arrays[0].shape[-1], arrays[1].shape[-1] + 1  # type: ignore[union-attr]
-    numbers = rank(dim, call.degree) * columns * (call.views + 3) + rank(dim, call.degree - 1) * dim * columns
+    r = rank(dim, call.degree, call.grading)
+    numbers = r * columns * (call.views + 3) + (r if call.grading else rank(dim, call.degree - 1)) * dim * columns
     return max(1, int(backend.workspace // numbers))

@@ -13,6 +13,7 @@ import numpy as np
 
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])
+REMEMBERED = 256
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
 
 
@@ -28,6 +29,8 @@ class Backend:
     parts : bool
         Whether many problems are worth taking one after another to save memory; not where a loop is unrolled into a
         compiled program.
+    compiles : bool
+        Whether programs are compiled, and kept, for each plan that is used.
     workspace : int
         Bytes that the temporaries of one block of rows should stay below.
     """
@@ -35,6 +38,7 @@ class Backend:
     name = "array API"
     writable = False
     parts = True
+    compiles = False
     workspace = 2 << 20
 
     def __init__(self, xp: ModuleType | None = None) -> None:
@@ -182,12 +186,17 @@ class Backend:
 
 
 def memoized(function: F) -> F:
-    """Compute once for each tuple of hashable arguments; compilers that trace Python take the result as it is."""
+    """Compute once for each tuple of hashable arguments; compilers that trace Python take the result as it is.
+
+    The last `REMEMBERED` results are kept: bases that are pruned for the data at hand are many.
+    """
     results: dict[Any, Any] = {}
 
     @wraps(function)
     def look_up(*args: Any) -> Any:
         if args not in results:
+            if len(results) >= REMEMBERED:
+                results.pop(next(iter(results)))
             results[args] = function(*args)
         return results[args]
 

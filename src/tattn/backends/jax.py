@@ -16,6 +16,7 @@ from .base import Array, Backend, Body
 class JaxBackend(Backend):
     name = "JAX"
     parts = False
+    compiles = True
 
     def __init__(self, workspace: int = Backend.workspace) -> None:
         super().__init__(jnp)

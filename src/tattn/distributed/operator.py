@@ -15,7 +15,6 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from .. import summaries
 from ..backends.torch import BACKEND
 from ..checks import PlanError
-from ..monomials import rank as rank_of
 from ..nn.operator import plan_of_text, plan_text
 from ..plans import Plan
 from ..streaming import call_of, row_gradients, summarize
@@ -111,7 +110,7 @@ def _sums_like(keys: Any, values: Any, masks: Any, plan: Plan) -> list[Tensor]:
     shapes = []
     for k, v, mask in zip(keys, values, masks, strict=True):
         own = [a.shape[:-2] for a in (k, v)] + ([] if mask is None else [mask.shape[:-1]])
-        shapes.append((*np.broadcast_shapes(*own), rank_of(plan.dim, plan.degree), v.shape[-1] + 1))
+        shapes.append((*np.broadcast_shapes(*own), plan.rank, v.shape[-1] + 1))
     return [torch.empty(s, dtype=dtype, device="meta") for s in shapes]
 
 

@@ -109,9 +109,9 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
     call = RangeCall(scale, inputs.views, together)
     found = ranges(call, inputs.backend, inputs.backend.values_of((q, *keys, *values, *seen)))
     like = inputs.arrays[0]
-    ends = torch.tensor([found.bound, -found.lowest_mean], dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
-    bound, lowest = all_reduce(ends, "max", group).tolist()
-    return found._replace(bound=bound, lowest_mean=-lowest)
+    ends = torch.tensor([found.bound, -found.lowest_mean, *found.sizes], dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
+    bound, lowest, *sizes = all_reduce(ends, "max", group).tolist()
+    return found._replace(bound=bound, lowest_mean=-lowest, sizes=tuple(sizes))
 
 
 def _shape(inputs: Inputs, group: Group) -> Shape:
