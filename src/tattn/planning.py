@@ -33,6 +33,8 @@ from .rounding import exact_errors, least_normaliser, lowrank_errors, lowrank_ro
 from .spans import span_of
 
 MAX_RANK = 1 << 18
+# Operations that take longer than to look for a pruned basis.
+_WORTH_PRUNING = 2e8
 # The largest rank that is tried in bands before it is known whether that will do.
 _BANDED_RANK = 1 << 13
 _MAX_DEGREE = 40
@@ -381,7 +383,10 @@ def _choose(
 
     best = _smallest(shape, rounded, lowest_mean, tol, series) if isfinite(rounded) else None
     needed = best.degree if best else _needed_degree(rounded, tol, series)
-    pruned = _pruned(shape, rounded, lowest_mean, tol, series, needed, sizes, gradients) if needed and sizes else None
+    worth = _WORTH_PRUNING if method == "auto" else 0.0
+    pruned = (
+        _pruned(shape, rounded, lowest_mean, tol, series, needed, sizes, gradients, worth) if needed and sizes else None
+    )
     if pruned:
         best = _series(series, pruned.degree, rounded)
     problem = _why_not(shape, bound, tol, needed)
@@ -455,13 +460,15 @@ def _pruned(
     needed: int,
     sizes: Sequence[float],
     gradients: bool,
+    worth: float,
 ) -> Pruned | None:
-    """The smallest pruned basis that meets `tol` and is worth its shorter runs; None for the whole one.
+    """The smallest pruned basis that meets `tol` and is worth its shorter runs; None for the whole one, or for little work.
 
     Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for:
     channels that add little to the scores would have none, and training could not wake them.
     """
-    if not all(map(isfinite, sizes)):
+    whole = rank_of(shape.dim, needed)
+    if not all(map(isfinite, sizes)) or min(shape.exact_cost()[0], shape.polynomial_cost(whole)[0]) < worth:
         return None
     error, grad_error = _polynomial_errors(shape, _series(series, needed, bound), lowest_mean)
     if not error > 0 or not isfinite(error):
@@ -473,7 +480,7 @@ def _pruned(
         found, found_grad = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
         return found <= tol and found_grad <= allowed
 
-    below = min(MAX_RANK + 1, WORTHWHILE * rank_of(shape.dim, needed))
+    below = min(MAX_RANK + 1, WORTHWHILE * whole)
     return smallest_pruned(sizes, range(needed, needed + HIGHER + 1), below, accept)
 
 
