@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_products import CALLS, arguments
 from test_scorewise import BY_SCORES
 
 import tattn
+from tattn.monomials import rank
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
@@ -21,6 +23,12 @@ PLANS = {
     "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),
     "causal polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64", causal=True),
     "causal exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64", causal=True),
+}
+# A channel that is left out, and one that counts half as much again as the least.
+_PRUNED = {"degree": 3, "coefficients": (1.0, 1.0, 0.5, 0.17), "grading": (3, 7, 2), "rank": rank(3, 3, (3, 7, 2))}
+PLANS |= {
+    name.replace("polynomial", "pruned"): replace(PLANS[name], **_PRUNED)
+    for name in ("polynomial", "causal polynomial")
 }
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from .arrays import swap_outer
 from .backends import Array, Backend
+from .backends.base import memoized
 from .monomials import Grading, features, lower, raised, raised_factors, rank, runs
 
 CHAIN = 128
@@ -158,10 +159,9 @@ class Basis(NamedTuple):
             whole[..., i * k : (i + 1) * k, :] = of_channel(c)
         return whole
 
-    def _alike(self) -> list[list[int]]:
+    def _alike(self) -> tuple[tuple[int, ...], ...]:
         """The channels of a pruned basis by weight; those that are left out are in none."""
-        kept = sorted({cost for cost in self.grading if cost <= self.degree * min(self.grading)})
-        return [[c for c, own in enumerate(self.grading) if own == cost] for cost in kept]
+        return _alike(self.grading, self.degree)
 
     def pull_back(self, phi: Array, derivative: Any, z: Array, backend: Backend) -> Array:
         """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x by wide products: (..., held, rows), `derivative` of M, (..., k, rows) → (..., rows, d)."""
@@ -170,14 +170,13 @@ class Basis(NamedTuple):
         xp = backend.xp
         found = [_weighted(read(phi[..., : part.shape[-1], :], part, backend), z, backend) for part in derivative]
         order = [c for channels in self._alike() for c in channels]
-        left_out = [c for c in range(self.dim) if c not in order]
-        if left_out:
-            found.append(
-                xp.zeros_like(found[0][..., :1] * xp.zeros((len(left_out),), dtype=z.dtype, device=backend.device(z)))
-            )
+        if len(order) < self.dim:
+            shape = (*found[0].shape[:-1], self.dim - len(order))
+            found.append(xp.zeros(shape, dtype=z.dtype, device=backend.device(z)))
         whole = xp.concat(found, axis=-1)
-        place = np.argsort([*order, *left_out])
-        return whole if np.all(place[1:] > place[:-1]) else xp.take(whole, backend.indices(place, whole), axis=-1)
+        if order == list(range(self.dim)):
+            return whole
+        return xp.take(whole, backend.table(_places, self.grading, self.degree, like=whole), axis=-1)
 
     def value_reader(self, matrix: Array, count: int, backend: Backend) -> tuple[Any, Array]:
         """What `pull_back_and_read` takes for M (..., r, k), of which it reads the first `count` columns."""
@@ -200,6 +199,20 @@ class Basis(NamedTuple):
         of_top = _over_channels(high[..., :wide, :], phi[..., 1 : self.dim + 1, :], backend)[..., :count, :]
         found = both[..., wide:, :] + of_top * (1 / self.degree)
         return _weighted(both[..., :wide, :], z, backend), xp.matrix_transpose(found)
+
+
+@memoized
+def _alike(grading: Grading, degree: int) -> tuple[tuple[int, ...], ...]:
+    """The channels of each weight up to W, ascending."""
+    kept = sorted({cost for cost in grading if cost <= degree * min(grading)})
+    return tuple(tuple(c for c, own in enumerate(grading) if own == cost) for cost in kept)
+
+
+@memoized
+def _places(grading: Grading, degree: int) -> np.ndarray:
+    """Where each channel is in the order of `_alike`, those that are left out behind, (d,)."""
+    order = [c for channels in _alike(grading, degree) for c in channels]
+    return np.argsort([*order, *(c for c in range(len(grading)) if c not in order)])
 
 
 def _over_channels(product: Array, channels: Array, backend: Backend) -> Array:
