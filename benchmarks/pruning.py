@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import tattn
-from tattn.backends import backend_of
+from tattn.backends.numpy import BACKEND
 from tattn.checks import checked_inputs
 from tattn.demo.encoder import heads
 from tattn.monomials import features, multinomials, rank
@@ -33,7 +33,7 @@ def energy(q: np.ndarray, k: np.ndarray) -> tuple[float, float]:
     """Share of Σ E[(w_α q^α a^α b^α)²] over |α| = 3 that a third and a tenth of the monomials have, rows being independent."""
     part = slice(rank(q.shape[1], 2), rank(q.shape[1], 3))
     squares = [
-        (features(np.ascontiguousarray(x.T, np.float64), 3, backend_of(x))[part] ** 2).mean(axis=1) for x in (q, k, k)
+        (features(np.ascontiguousarray(x.T, np.float64), 3, BACKEND)[part] ** 2).mean(axis=1) for x in (q, k, k)
     ]
     found = np.sort(multinomials(q.shape[1], 3)[part] ** 2 * np.prod(squares, axis=0))[::-1]
     total = np.cumsum(found) / found.sum()

@@ -16,7 +16,7 @@ from tattn.backends.base import REMEMBERED, memoized
 from tattn.monomials import rank
 from tattn.pruning import Shells, dropped, smallest_pruned, sums_of, weights_of
 
-GRADING, DEGREE = (4, 2, 3, 2, 9), 3
+GRADING, DEGREE = (6, 2, 3, 2, 9), 3
 
 
 def kept(degree: int, grading: tuple[int, ...]) -> np.ndarray:
