@@ -32,9 +32,7 @@ KINDS = {"all monomials": None, "pruned": True, "pruned, gradients=False": False
 def energy(q: np.ndarray, k: np.ndarray) -> tuple[float, float]:
     """Share of Σ E[(w_α q^α a^α b^α)²] over |α| = 3 that a third and a tenth of the monomials have, rows being independent."""
     part = slice(rank(q.shape[1], 2), rank(q.shape[1], 3))
-    squares = [
-        (features(np.ascontiguousarray(x.T, np.float64), 3, BACKEND)[part] ** 2).mean(axis=1) for x in (q, k, k)
-    ]
+    squares = [(features(np.ascontiguousarray(x.T, np.float64), 3, BACKEND)[part] ** 2).mean(axis=1) for x in (q, k, k)]
     found = np.sort(multinomials(q.shape[1], 3)[part] ** 2 * np.prod(squares, axis=0))[::-1]
     total = np.cumsum(found) / found.sum()
     return float(total[len(total) // 3 - 1]), float(total[len(total) // 10 - 1])

@@ -156,8 +156,8 @@ def test_no_error_exceeds_a_pruned_plan(kind: str, dtype: str, capsys: pytest.Ca
             (KINDS[kind](rng, (int(n), dim), i) * sizes ** (1 / (views + 1))).astype(dtype)
             for i, n in enumerate(lengths)
         ]
-        values = [rng.choice([-1.0, 1.0], (int(n), 2)).astype(dtype) for n in lengths[1:]]
-        drawn = Sample(arrays[0], arrays[1:], values, rng.normal(size=(int(lengths[0]), 2)).astype(dtype))
+        values = [rng.choice([-1.0, 1.0], (int(n), 12)).astype(dtype) for n in lengths[1:]]
+        drawn = Sample(arrays[0], arrays[1:], values, rng.normal(size=(int(lengths[0]), 12)).astype(dtype))
         tops = np.prod([np.abs(a.astype(float)).max(0) for a in arrays], 0)
         scale = float(rng.choice([0.3, 1.0, 1.5]) / tops.sum())
         asked = {"scale": scale, "tol": float(rng.choice([3e-2, 1e-2, 2e-3])), "gradients": bool(rng.integers(2))}

@@ -20,7 +20,7 @@ from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
 from .exponential import minimax
 from .monomials import rank as rank_of
-from .pruning import HIGHER, WORTHWHILE, Pruned, Shells, smallest_pruned, weights_of
+from .pruning import HIGHER, Pruned, Shells, smallest_pruned, weights_of, worthwhile
 from .ranges import RangeCall, ranges
 
 _QUERIES, _PAIRS = 64, 1 << 18
@@ -61,7 +61,10 @@ def estimate(
     sample = Sample.of(inputs, scale)
     best = _of_least_degree(sample, tol, degrees)
     if best.error <= tol:
-        whole, below = best, min(most + 1, WORTHWHILE * rank_of(inputs.dim, len(best.coefficients) - 1))
+        whole, below = (
+            best,
+            min(most + 1, worthwhile(rank_of(inputs.dim, len(best.coefficients) - 1), inputs.value_dim)),
+        )
     elif higher and best.error < inf:
         whole, below = _of_least_degree(sample, tol, higher), most + 1
     else:

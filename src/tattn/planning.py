@@ -27,7 +27,7 @@ from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
 from .monomials import rank as rank_of
 from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
-from .pruning import HIGHER, WORTHWHILE, Pruned, dropped, smallest_pruned, sums_of
+from .pruning import HIGHER, Pruned, dropped, smallest_pruned, sums_of, worthwhile
 from .ranges import RangeCall, Ranges, ranges
 from .rounding import exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
 from .spans import span_of
@@ -480,7 +480,7 @@ def _pruned(
         found, found_grad = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
         return found <= tol and found_grad <= allowed
 
-    below = min(MAX_RANK + 1, WORTHWHILE * whole)
+    below = min(MAX_RANK + 1, worthwhile(whole, shape.value_dim))
     return smallest_pruned(sizes, range(needed, needed + HIGHER + 1), below, accept)
 
 

@@ -18,6 +18,7 @@ from functools import lru_cache
 from math import comb, factorial, log, log2
 from typing import Any, NamedTuple
 
+from .basis import FEW_COLUMNS
 from .monomials import Grading
 
 # What weights are made of: units u, steepness β, and the largest weight in units.
@@ -28,10 +29,16 @@ _CAPS = (2, 3, 6)
 _OCTAVES = 12
 # Channels that differ by less have no monomials to spare.
 _UNEQUAL = 8.0
-# A basis less than this share of another one's rank takes less time, too: runs are shorter.
-WORTHWHILE = 0.75
+# A basis less than this share of another one's rank takes less time, too: runs are shorter, and with few columns the whole one
+# need not make its highest monomials.
+_WORTHWHILE, _WORTHWHILE_FEW = 0.75, 0.33
 # Degrees above the whole basis' that a pruned one is tried at.
 HIGHER = 2
+
+
+def worthwhile(rank: int, value_dim: int) -> float:
+    """The rank below which a pruned basis takes less time than a whole one of this rank."""
+    return rank * (_WORTHWHILE if value_dim + 1 > FEW_COLUMNS else _WORTHWHILE_FEW)
 
 
 class Pruned(NamedTuple):
