@@ -92,41 +92,66 @@ def _from_sources(dim: int, degree: int, grading: Grading) -> tuple[tuple[tuple[
     return tuple(tuple(sorted(of_level, key=lambda pair: pair[1].channel)) for of_level in found)
 
 
+class Features:
+    """All monomials of the channels of one block of rows after another, (..., d, rows) → (..., r, rows).
+
+    Where arrays are writable, those of a block are written over those of the block before: fresh memory costs more than they do.
+    """
+
+    def __init__(self, degree: int, backend: Backend, grading: Grading = ()) -> None:
+        self._degree, self._backend, self._grading = degree, backend, grading
+        self._whole: Array = None
+        self._x: Array = None
+        self._steps: list[tuple[Array, Array, Array]] = []
+
+    def __call__(self, x: Array) -> Array:
+        """Of one block; the next call may write over it."""
+        if not self._backend.writable:
+            return self._joined(x)
+        dim, degree, grading = x.shape[-2], self._degree, self._grading
+        shape = (*x.shape[:-2], rank(dim, degree, grading), x.shape[-1])
+        if self._whole is None or tuple(self._whole.shape) != shape:
+            xp, device = self._backend.xp, self._backend.device(x)
+            whole = xp.empty(shape, dtype=x.dtype, device=device)
+            whole[..., :1, :] = 1.0
+            # Contiguous, whatever the layout of x; the whole basis has the channels for itself.
+            self._x = whole[..., 1 : dim + 1, :] if not grading else xp.empty(x.shape, dtype=x.dtype, device=device)
+            factors = [self._x[..., channel : 1 + channel, :] for channel in range(dim if degree else 0)]
+            self._whole, self._steps = whole, [
+                (whole[..., start:stop, :], factors[channel], whole[..., source : source + stop - start, :])
+                for level in runs(dim, degree, grading)[0 if grading else 1 :]
+                for channel, start, stop, source in level
+            ]  # fmt: skip
+        if degree:
+            self._x[...] = x
+        for target, factor, source in self._steps:
+            self._backend.multiply_into(target, factor, source)
+        return self._whole
+
+    def _joined(self, x: Array) -> Array:
+        """Level by level, nothing written in place."""
+        xp = self._backend.xp
+        *leading, dim, rows = x.shape
+        degree, grading = self._degree, self._grading
+        first = starts(grading or (1,) * dim, degree)
+        found = [xp.ones((*leading, 1, rows), dtype=x.dtype, device=self._backend.device(x))]
+        for w, level in enumerate(runs(dim, degree, grading), start=1):
+            if w == 1 and not grading:
+                found.append(x)
+                continue
+            parts = []
+            for channel, start, stop, source in level:
+                # A source lies in the level of what the channel is multiplied with, and its position there counts from its start.
+                before = w - (grading[channel] if grading else 1)
+                cut = slice(source - first[before], source - first[before] + stop - start)
+                parts.append(x[..., channel : channel + 1, :] * found[before][..., cut, :])
+            found.append(xp.concat(parts, axis=-2) if parts else found[0][..., :0, :])
+        return xp.concat([level for level in found if level.shape[-2]], axis=-2)
+
+
 def features(x: Array, degree: int, backend: Backend, grading: Grading = ()) -> Array:
     """All monomials of the channels: (..., d, rows) → (..., r, rows)."""
-    xp = backend.xp
-    *leading, dim, rows = x.shape
-    device = backend.device(x)
-    if backend.writable:
-        whole = xp.empty((*leading, rank(dim, degree, grading), rows), dtype=x.dtype, device=device)
-        whole[..., :1, :] = 1.0
-        levels = runs(dim, degree, grading)
-        if degree and not grading:
-            whole[..., 1 : dim + 1, :] = x
-            x = whole[..., 1 : dim + 1, :]  # contiguous, whatever the layout of x
-            levels = levels[1:]
-        for level in levels:
-            for channel, start, stop, source in level:
-                backend.multiply_into(
-                    whole[..., start:stop, :],
-                    x[..., channel : channel + 1, :],
-                    whole[..., source : source + stop - start, :],
-                )
-        return whole
-    first = starts(grading or (1,) * dim, degree)
-    found = [xp.ones((*leading, 1, rows), dtype=x.dtype, device=device)]
-    for w, level in enumerate(runs(dim, degree, grading), start=1):
-        if w == 1 and not grading:
-            found.append(x)
-            continue
-        parts = []
-        for channel, start, stop, source in level:
-            # A source lies in the level of what the channel is multiplied with, and its position there counts from its start.
-            before = w - (grading[channel] if grading else 1)
-            cut = slice(source - first[before], source - first[before] + stop - start)
-            parts.append(x[..., channel : channel + 1, :] * found[before][..., cut, :])
-        found.append(xp.concat(parts, axis=-2) if parts else found[0][..., :0, :])
-    return xp.concat([level for level in found if level.shape[-2]], axis=-2)
+    return Features(degree, backend, grading)(x)
 
 
 @memoized

@@ -32,6 +32,12 @@ class NumpyBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         np.multiply(left, right, out=target)
 
+    def product_into(self, target: Array, left: Array, right: Array, further: bool = False) -> None:
+        if further:
+            np.add(target, left @ right, out=target)
+        else:
+            np.matmul(left, right, out=target)
+
     def exp_less(self, x: Array, shift: Array) -> Array:
         np.subtract(x, shift, out=x)
         return np.exp(x, out=x)

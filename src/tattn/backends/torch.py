@@ -55,6 +55,14 @@ class TorchBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         torch.mul(left, right, out=target)
 
+    def product_into(self, target: Array, left: Array, right: Array, further: bool = False) -> None:
+        if not further:
+            torch.matmul(left, right, out=target)
+        elif target.ndim == 2:
+            torch.addmm(target, left, right, out=target)
+        else:
+            target += left @ right
+
     def exp_less(self, x: Array, shift: Array) -> Array:
         return x.sub_(shift).exp_() if self.writable else torch.exp(x - shift)
 
