@@ -10,8 +10,8 @@ made. Each is a channel times a monomial of degree g − 1, so that with x_0 = 1
 wide products with a fraction of the features. The adjoint has Σ_c x_c ∂f/∂x_c = g f for what is homogeneous of degree g
 (Euler), and ∂f/∂x_c needs no monomials of degree g.
 
-A pruned basis (`monomials`) holds all that it has. Channels that count alike have the same monomials in their derivative, which
-stand in front: one wide product for each weight.
+A pruned basis (`monomials`) holds all that it has. Where nothing is written in place, channels that count alike have the same
+monomials in their derivative, which stand in front: one wide product for each weight.
 """
 
 from __future__ import annotations
