@@ -13,11 +13,12 @@ wide products with a fraction of the features. The adjoint has Σ_c x_c ∂f/∂
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from .arrays import swap_outer
+from .arrays import broadcast_leading, swap_outer
 from .backends import Array, Backend
-from .monomials import features, raised, raised_factors, rank, runs
+from .monomials import Features, exponents, raised, raised_factors, rank, runs
 
 CHAIN = 128
 # With more, products with all monomials are wide enough by themselves; measured on processors with NumPy and torch.
@@ -55,6 +56,14 @@ class Basis(NamedTuple):
         """Columns of the products that stand for products with so many columns."""
         return columns * (self.dim + 1) if self.lean else columns
 
+    def pulled(self, columns: int, backend: Backend) -> int:
+        """Numbers a row has in memory beside its monomials, where `puller` is for so many columns."""
+        return self.size + columns if self.in_place(backend) else columns * (self.dim + 1)
+
+    def in_place(self, backend: Backend) -> bool:
+        """Whether `puller` needs no wide product."""
+        return backend.writable and not self.lean
+
     def level(self, degree: int) -> slice:
         """Where the monomials of one degree stand."""
         return slice(rank(self.dim, degree - 1) if degree else 0, rank(self.dim, degree))
@@ -63,18 +72,17 @@ class Basis(NamedTuple):
         """Whether the monomials of one degree, or of all, are all in memory."""
         return not self.lean or (degree is not None and degree < self.degree)
 
-    def features(self, x: Array, backend: Backend) -> Array:
-        """The monomials that are held: (..., d, rows) → (..., held, rows)."""
-        return features(x, self.degree - self.lean, backend)
+    def features(self, backend: Backend) -> Features:
+        """What makes the monomials that are held: (..., d, rows) → (..., held, rows), which the next call may overwrite."""
+        return Features(self.degree - self.lean, backend)
 
     def row_sums(self, phi: Array, z: Array, backend: Backend, degree: int | None = None) -> Array:
-        """Φᵀ z, of all monomials or of those of one degree: (..., held, rows) and (..., k, rows) → (..., r, k)."""
+        """Φ z, of all monomials or of those of one degree: (..., held, rows) and (..., rows, k) → (..., r, k)."""
         xp = backend.xp
         if self._is_held(degree):
-            part = phi if degree is None else phi[..., self.level(degree), :]
-            return row_products(part, xp.matrix_transpose(z), backend)
-        k = z.shape[-2]
-        pairs = phi[..., : self.dim + 1, None, :] * z[..., None, :, :]
+            return row_products(phi if degree is None else phi[..., self.level(degree), :], z, backend)
+        k = z.shape[-1]
+        pairs = phi[..., : self.dim + 1, None, :] * _across(z, backend)[..., None, :, :]
         pairs = xp.reshape(pairs, (*pairs.shape[:-3], (self.dim + 1) * k, pairs.shape[-1]))
         top = self.level(self.degree - 1)
         wide = row_products(phi[..., top, :], xp.matrix_transpose(pairs), backend)
@@ -83,7 +91,7 @@ class Basis(NamedTuple):
             for channel, _, _, source in runs(self.dim, self.degree)[-1]
         ]
         if degree is None:
-            picked = [row_products(phi[..., : top.start, :], xp.matrix_transpose(z), backend), wide[..., :k], *picked]
+            picked = [row_products(phi[..., : top.start, :], z, backend), wide[..., :k], *picked]
         return xp.concat(picked, axis=-2)
 
     def reader(self, matrix: Array, backend: Backend, degree: int | None = None) -> tuple[Array | None, Array]:
@@ -134,31 +142,39 @@ class Basis(NamedTuple):
             whole[..., c * k : (c + 1) * k, :] = of_channel(c)
         return whole
 
-    def pull_back(self, phi: Array, derivative: Array, z: Array, backend: Backend) -> Array:
-        """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x as one wide product: (..., held, rows), (..., d · k, r'), (..., k, rows) → (..., rows, d)."""
-        return _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
+    def off_zero(self, x: Array, backend: Backend) -> Array:
+        """Channels for the features that `puller` takes, which may divide by them: in place of 0 what no derivative sees."""
+        if not self.in_place(backend):
+            return x
+        tiny = 2.0**-80 if backend.dtype_name(x.dtype) == "float64" else 2.0**-40
+        return backend.xp.where(backend.xp.abs(x) < tiny, tiny, x)
 
-    def value_reader(self, matrix: Array, count: int, backend: Backend) -> tuple[Array, Array]:
-        """What `pull_back_and_read` takes for M (..., r, k), of which it reads the first `count` columns."""
-        xp = backend.xp
-        derivative, values = self.derivative(matrix, backend), xp.matrix_transpose(matrix[..., :count])
-        return (xp.concat([derivative, values[..., : self.lower]], axis=-2) if self.lean else derivative), values
+    def puller(self, matrix: Array, backend: Backend) -> Callable[[Array, Array], Array]:
+        """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x for M (..., r, k): Φ (..., held, rows) and z (..., rows, k) → (..., rows, d)."""
+        if self.in_place(backend):
+            return InPlace(self, matrix, backend)
+        derivative = self.derivative(matrix, backend)
+        return lambda phi, z: _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
 
-    def pull_back_and_read(
-        self, phi: Array, reader: tuple[Array, Array], z: Array, backend: Backend
-    ) -> tuple[Array, Array]:
-        """`pull_back` (..., rows, d), and Mᵀ Φ (..., rows, count)."""
+    def puller_and_reader(self, matrix: Array, backend: Backend) -> Callable[[Array, Array], tuple[Array, Array]]:
+        """As `puller`, and besides all but the last column of Mᵀ Φ: (..., rows, d) and (..., rows, k − 1)."""
         xp = backend.xp
-        derivative, values = reader
+        values = xp.matrix_transpose(matrix[..., :-1])
         if not self.lean:
-            return self.pull_back(phi, derivative, z, backend), xp.matrix_transpose(read(phi, values, backend))
+            pull_back = self.puller(matrix, backend)
+            return lambda phi, z: (pull_back(phi, z), xp.matrix_transpose(read(phi, values, backend)))
+        derivative = xp.concat([self.derivative(matrix, backend), values[..., : self.lower]], axis=-2)
+        count, wide = values.shape[-2], self.dim * matrix.shape[-1]
         top = self.level(self.degree - 1)
-        high = read(phi[..., top, :], derivative[..., top], backend)
-        both = high + read(phi[..., : top.start, :], derivative[..., : top.start], backend)
-        count, wide = values.shape[-2], self.dim * z.shape[-2]
-        of_top = _over_channels(high[..., :wide, :], phi[..., 1 : self.dim + 1, :], backend)[..., :count, :]
-        found = both[..., wide:, :] + of_top * (1 / self.degree)
-        return _weighted(both[..., :wide, :], z, backend), xp.matrix_transpose(found)
+
+        def both(phi: Array, z: Array) -> tuple[Array, Array]:
+            high = read(phi[..., top, :], derivative[..., top], backend)
+            of_top = _over_channels(high[..., :wide, :], phi[..., 1 : self.dim + 1, :], backend)[..., :count, :]
+            whole = _plus_product(high, derivative[..., : top.start], phi[..., : top.start, :], backend)
+            found = whole[..., wide:, :] + of_top * (1 / self.degree)
+            return _weighted(whole[..., :wide, :], z, backend), xp.matrix_transpose(found)
+
+        return both
 
 
 def _over_channels(product: Array, channels: Array, backend: Backend) -> Array:
@@ -169,21 +185,34 @@ def _over_channels(product: Array, channels: Array, backend: Backend) -> Array:
     return xp.sum(split * channels[..., :, None, :], axis=-3)
 
 
-def _weighted(product: Array, z: Array, backend: Backend) -> Array:
-    """Σ_e z_e y_ce: (..., d · k, rows) and (..., k, rows) → (..., rows, d)."""
+def _across(z: Array, backend: Backend) -> Array:
+    """(..., rows, k) → (..., k, rows), copied where arrays are writable: products keep the order of their factors."""
     xp = backend.xp
-    k = z.shape[-2]
+    turned = xp.matrix_transpose(z)
+    if not backend.writable:
+        return turned
+    whole = xp.empty(turned.shape, dtype=z.dtype, device=backend.device(z))
+    whole[...] = turned
+    return whole
+
+
+def _weighted(product: Array, z: Array, backend: Backend) -> Array:
+    """Σ_e z_e y_ce: (..., d · k, rows) and (..., rows, k) → (..., rows, d)."""
+    xp = backend.xp
+    k = z.shape[-1]
     split = xp.reshape(product, (*product.shape[:-2], product.shape[-2] // k, k, product.shape[-1]))
-    return xp.matrix_transpose(xp.sum(split * z[..., None, :, :], axis=-2))
+    return xp.matrix_transpose(xp.sum(split * _across(z, backend)[..., None, :, :], axis=-2))
 
 
 def row_products(phi: Array, z: Array, backend: Backend) -> Array:
-    """Φᵀ z: (..., r, rows) and (..., rows, k) → (..., r, k)."""
+    """Φ z: (..., r, rows) and (..., rows, k) → (..., r, k)."""
     xp = backend.xp
     *leading, r, rows = phi.shape
     chains = rows // CHAIN
     if rows <= CHAIN:
         return phi @ z
+    if backend.writable and r > CHAIN:
+        return _chained(phi, z, backend)
     cut = chains * CHAIN
     split = swap_outer(xp.reshape(phi[..., :cut], (*leading, r, chains, CHAIN)), backend)
     parts = split @ xp.reshape(z[..., :cut, :], (*z.shape[:-2], chains, CHAIN, z.shape[-1]))
@@ -198,9 +227,58 @@ def read(phi: Array, transposed: Array, backend: Backend) -> Array:
     chains = r // CHAIN
     if r <= CHAIN:
         return transposed @ phi
+    if backend.writable:
+        return _chained(transposed, phi, backend)
     cut = chains * CHAIN
     k = transposed.shape[-2]
     split = xp.reshape(transposed[..., :cut], (*transposed.shape[:-2], k, chains, CHAIN))
     parts = swap_outer(split, backend) @ xp.reshape(phi[..., :cut, :], (*leading, chains, CHAIN, rows))
     total = xp.sum(parts, axis=-3)
     return total if cut == r else total + transposed[..., cut:] @ phi[..., cut:, :]
+
+
+def _plus_product(total: Array, left: Array, right: Array, backend: Backend) -> Array:
+    """Total + left @ right; where arrays are writable the total is lost."""
+    if not backend.writable:
+        return total + read(right, left, backend)
+    for start in range(0, left.shape[-1], CHAIN):
+        part = slice(start, start + CHAIN)
+        backend.product_into(total, left[..., part], right[..., part, :], True)
+    return total
+
+
+def _chained(left: Array, right: Array, backend: Backend) -> Array:
+    """Left @ right, (..., i, j) and (..., j, k), added up chain by chain."""
+    shape = (*broadcast_leading(left, right), left.shape[-2], right.shape[-1])
+    total = backend.xp.empty(shape, dtype=left.dtype, device=backend.device(left))
+    backend.product_into(total, left[..., :CHAIN], right[..., :CHAIN, :])
+    return _plus_product(total, left[..., CHAIN:], right[..., CHAIN:, :], backend)
+
+
+class InPlace:
+    """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x for M (..., r, k) and blocks of rows: Φ (..., r, rows), z (..., rows, k) → (..., rows, d).
+
+    x_c ∂/∂x_c multiplies a monomial by its exponent: with E (r, d) the exponents, and no channel 0,
+
+        x ∘ dx = Eᵀ (Φ ∘ (M z)).
+
+    One product as skinny as the others, one pass over the features and a product with d columns, written where those of the
+    block before were.
+    """
+
+    def __init__(self, basis: Basis, matrix: Array, backend: Backend) -> None:
+        self._dim, self._matrix, self._backend = basis.dim, matrix, backend
+        table = backend.table(exponents, basis.dim, basis.degree, like=matrix, dtype=matrix.dtype)
+        self._exponents = backend.xp.matrix_transpose(table)
+        self._room: Array = None
+
+    def __call__(self, phi: Array, z: Array) -> Array:
+        """Of one block."""
+        backend = self._backend
+        xp = backend.xp
+        shape = (*broadcast_leading(self._matrix, z, phi), *phi.shape[-2:])
+        if self._room is None or tuple(self._room.shape) != shape:
+            self._room = xp.empty(shape, dtype=phi.dtype, device=backend.device(phi))
+        backend.product_into(self._room, self._matrix, xp.matrix_transpose(z))
+        backend.multiply_into(self._room, self._room, phi)
+        return xp.matrix_transpose(read(self._room, self._exponents, backend) / phi[..., 1 : self._dim + 1, :])

@@ -43,14 +43,17 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
     basis = Basis.of(dim, call.degree, value_dim + 1)
     shapes = [(basis.size, value_dim + 1), (part.stop - part.start, value_dim)]
 
-    def products(phi: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
-        z = with_ones(v, mask, dtype, backend)
-        sizes = basis.row_sums(phi, xp.abs(z[..., :-1, :]), backend, degree=call.moment)
+    def prepare(v: Array, mask: Array | None) -> Array:
+        return with_ones(v, mask, dtype, backend)
+
+    def products(phi: Array, z: Array) -> tuple[Array, Array]:
+        sizes = basis.row_sums(phi, xp.abs(z[..., :-1]), backend, degree=call.moment)
         return basis.row_sums(phi, z, backend), sizes
 
     plain, sizes = [], []
     for start, stop in edges(n, call.bands):
-        one, size = summed_products(products, shapes, *view.band(start, stop, backend), view.by.unit, basis, backend)
+        rows = view.band(start, stop, backend)
+        one, size = summed_products(prepare, products, shapes, *rows, view.by.unit, basis, backend)
         plain.append(one)
         sizes.append(xp.concat([size, one[..., part, -1:]], axis=-1))
     return xp.stack(plain, axis=-3) * (1 / n), xp.stack(sizes, axis=-3) * (1 / n)
@@ -111,7 +114,7 @@ def roundings(
         size = table[..., t] + (table[..., g + 1] if t == t0 else 0.0)
         plain = plain + size * reach**t * count
         if t:
-            steep = steep + t * table[..., t] * reach ** (t - 1) * (count + LAMBDA * sqrt(value_dim + 1) + 2)
+            steep = steep + t * table[..., t] * reach ** (t - 1) * (count + LAMBDA * sqrt(value_dim + 1) + 4)
     count = (m + 1) * (t0 + 2) + chains
     unit = UNIT["float64" if backend.dtype_name(table.dtype) == "float64" else "float32"]
     sizes = (plain, steep, *(table[..., g + 1 + kind] * reach**t0 * count for kind in (1, 2)))
@@ -146,6 +149,7 @@ def read_out(
     dtype = backend.compute_dtype(q.dtype)
     t = call.moment
     basis = Basis.of(q.shape[-1], call.degree, combined.shape[-1])
+    features = basis.features(backend)
     main, more = basis.reader(combined, backend), basis.reader(moments, backend, degree=t)
     inverses = [xp.matrix_transpose(xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0)) for t in value_tops]
     value_dim = combined.shape[-1] - 1
@@ -153,9 +157,9 @@ def read_out(
     safe = in_range(value_tops, 1.0, backend)
 
     def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
-        phi = basis.features(channels(block, unit, dtype, backend), backend)
+        phi = features(channels(block, unit, dtype, backend))
         numerator, sums = basis.read(phi, main, backend), basis.read(phi, more, backend, degree=t)
-        out, normaliser = divided(numerator, leading, backend)
+        out, normaliser = divided(xp.matrix_transpose(numerator), leading, backend)
         sizes = prod_of([xp.abs(numerator[..., :-1, :]), *inverses])
         weighted = prod_of([sums[..., :value_dim, :], *inverses])
         errors = _row_errors(call, numerator[..., -1:, :], sizes, weighted, sums[..., value_dim:, :], rounding, backend)

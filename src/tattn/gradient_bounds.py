@@ -244,9 +244,10 @@ def _view_bounds(
             for w in range(4)
         ]
         added = xp.concat([lost[w][kind] for kind, w in _SUMS], axis=-1)
+        features = basis.features(backend)
 
         def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
-            phi = basis.features(channels(clean(k, mask, backend), view.by.unit, dtype, backend), backend)
+            phi = features(channels(clean(k, mask, backend), view.by.unit, dtype, backend))
             sums = xp.matrix_transpose(basis.read(phi, reader, backend, degree=t)) + added
             sums = xp.where(sums <= 0, 0.0, sums)
             plain, slope, slope_alone, grown, grown_alone = (sums[..., i : i + 1] for i in range(len(_SUMS)))
@@ -280,15 +281,17 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     basis = Basis.of(dim, call.moment, z.shape[-1])
     shape = (part.stop - part.start, z.shape[-1])
 
-    def products(phi: Array, z: Array, mask: Array | None) -> tuple[Array]:
-        z = xp.matrix_transpose(clean(z, mask, backend))
+    def prepare(z: Array, mask: Array | None) -> Array:
+        return clean(z, mask, backend)
+
+    def products(phi: Array, z: Array) -> tuple[Array]:
         return (basis.row_sums(phi, z, backend, degree=call.moment),)
 
     sums = []
     for start, stop in edges(n, call.bands):
         rows, _, mask = view.band(start, stop, backend)
         own = z[..., start:stop, :]
-        sums += summed_products(products, [shape], rows, own, mask, view.by.unit, basis, backend)
+        sums += summed_products(prepare, products, [shape], rows, own, mask, view.by.unit, basis, backend)
     return xp.stack(sums, axis=-3)
 
 

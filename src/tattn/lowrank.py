@@ -33,7 +33,7 @@ from .arrays import (
 )
 from .backends import Array, Backend
 from .backends.base import block_rows
-from .basis import CHAIN, Basis
+from .basis import CHAIN, FEW_COLUMNS, Basis
 from .channels import channel_units
 from .monomials import degrees, multinomials, rank
 
@@ -104,14 +104,18 @@ def summary(k: Array, v: Array, mask: Array | None, unit: Array, degree: int, ba
     columns = v.shape[-1] + 1
     basis = Basis.of(k.shape[-1], degree, columns)
 
-    def products(phi: Array, v: Array, mask: Array | None) -> tuple[Array]:
-        return (basis.row_sums(phi, with_ones(v, mask, dtype, backend), backend),)
+    def prepare(v: Array, mask: Array | None) -> Array:
+        return with_ones(v, mask, dtype, backend)
 
-    return summed_products(products, [(basis.size, columns)], k, v, mask, unit, basis, backend)[0]
+    def products(phi: Array, z: Array) -> tuple[Array]:
+        return (basis.row_sums(phi, z, backend),)
+
+    return summed_products(prepare, products, [(basis.size, columns)], k, v, mask, unit, basis, backend)[0]
 
 
 def summed_products(
-    products: Callable[..., tuple[Array, ...]],
+    prepare: Callable[[Array, Array | None], Array],
+    products: Callable[[Array, Array], tuple[Array, ...]],
     shapes: Sequence[tuple[int, int]],
     k: Array,
     v: Array,
@@ -120,17 +124,23 @@ def summed_products(
     basis: Basis,
     backend: Backend,
 ) -> list[Array]:
-    """Sums over blocks of rows of ``products(Φ(k), v, mask)``, of these shapes, with compensation."""
+    """Sums over all rows of ``products(Φ(k), prepare(v, mask))``, of these shapes."""
     dtype = backend.compute_dtype(k.dtype)
     leading = broadcast_leading(k, v, mask)
+    features = basis.features(backend)
+    block, together = blocks_of(basis, basis.width(sum(columns for _, columns in shapes)), dtype, leading, backend)
+
+    def of_block(sums: tuple[Array, ...] | None, x: Array, z: Array) -> tuple[tuple[Array, ...], tuple[()]]:
+        found = products(features(backend.xp.matrix_transpose(x)), z)
+        return found if sums is None else tuple(s + f for s, f in zip(sums, found, strict=True)), ()
 
     def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
-        phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)
-        return tuple(add(c, p) for c, p in zip(carry, products(phi, v, mask), strict=True)), ()
+        x = backend.cast(clean(k, mask, backend), dtype) * unit
+        sums, _ = backend.scan_rows(of_block, None, (x, prepare(v, mask)), block)
+        return tuple(add(c, s) for c, s in zip(carry, sums, strict=True)), ()
 
     start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
-    block = block_of(basis, basis.width(sum(columns for _, columns in shapes)), dtype, leading, backend)
-    carry, _ = backend.scan_rows(body, start, (k, v, mask), block)
+    carry, _ = backend.scan_rows(body, start, (k, v, mask), together)
     return [total for total, _ in carry]
 
 
@@ -138,29 +148,32 @@ def read_out(
     q: Array, unit: Array, combined: Array, leading: tuple[int, ...], degree: int, backend: Backend
 ) -> tuple[Array, Array]:
     """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
+    xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     basis = Basis.of(q.shape[-1], degree, combined.shape[-1])
-    reader = basis.reader(combined, backend)
+    features, reader = basis.features(backend), basis.reader(combined, backend)
+    block, together = blocks_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend, basis.lean)
 
-    def body(_: None, block: Array) -> tuple[None, tuple[Array, Array]]:
-        phi = basis.features(channels(block, unit, dtype, backend), backend)
-        return None, divided(basis.read(phi, reader, backend), leading, backend)
+    def of_block(_: None, x: Array) -> tuple[None, tuple[Array]]:
+        return None, (xp.matrix_transpose(basis.read(features(xp.matrix_transpose(x)), reader, backend)),)
 
-    block = block_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend)
-    _, (out, normaliser) = backend.scan_rows(body, None, (q,), block)
+    def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
+        _, (numerator,) = backend.scan_rows(of_block, None, (backend.cast(rows, dtype) * unit,), block)
+        return None, divided(numerator, leading, backend)
+
+    _, (out, normaliser) = backend.scan_rows(body, None, (q,), together)
     return out, normaliser
 
 
 def divided(numerator: Array, leading: tuple[int, ...], backend: Backend) -> tuple[Array, Array]:
-    """Output (..., rows, dv) and normaliser (..., rows, 1) from numerators (..., dv + 1, rows)."""
+    """Output (..., rows, dv) and normaliser (..., rows, 1) from numerators (..., rows, dv + 1)."""
     xp = backend.xp
-    normaliser = numerator[..., -1:, :]
+    normaliser = numerator[..., -1:]
     # Where every pair is masked the normaliser is exactly 0; a negative one means that P was used beyond its
     # range, and NaN says so.
     inverse = xp.where(normaliser > 0, 1 / xp.where(normaliser == 0, 1.0, normaliser), xp.nan)
     inverse = xp.where(normaliser == 0, 0.0, inverse)
-    out = xp.matrix_transpose(numerator[..., :-1, :] * inverse)
-    return with_leading(out, leading, backend), with_leading(xp.matrix_transpose(normaliser), leading, backend)
+    return with_leading(numerator[..., :-1] * inverse, leading, backend), with_leading(normaliser, leading, backend)
 
 
 def query_adjoint(
@@ -176,21 +189,25 @@ def query_adjoint(
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     basis = Basis.of(q.shape[-1], degree, combined.shape[-1])
-    derivative = basis.derivative(combined, backend)
+    features, pull_back = basis.features(backend), basis.puller(combined, backend)
+    block, together = blocks_of(basis, basis.pulled(combined.shape[-1], backend), dtype, leading, backend)
 
-    def body(carry: Sum, block: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
+    def of_block(sums: Array | None, x: Array, g_hat: Array) -> tuple[Array, tuple[Array]]:
+        phi = features(xp.matrix_transpose(x))
+        found = basis.row_sums(phi, g_hat, backend)
+        return found if sums is None else sums + found, (pull_back(phi, g_hat),)
+
+    def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
         o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
         r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
         inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-        g_hat = side_by_side(g, -r, backend) * xp.matrix_transpose(inverse)
-        phi = basis.features(channels(block, unit, dtype, backend), backend)
-        dq = basis.pull_back(phi, derivative, g_hat, backend) * unit
-        dq = sum_to_leading(dq, q.shape[:-2], backend)
-        return add(carry, basis.row_sums(phi, g_hat, backend)), (dq,)
+        g_hat = side_by_side(g, -r, backend, inverse)
+        x = basis.off_zero(backend.cast(rows, dtype) * unit, backend)
+        sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
+        return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
 
     start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
-    block = block_of(basis, combined.shape[-1] * (1 + basis.dim), dtype, leading, backend)
-    (upstream, _), (dq,) = backend.scan_rows(body, start, (q, *columns), block)
+    (upstream, _), (dq,) = backend.scan_rows(body, start, (q, *columns), together)
     return upstream, dq
 
 
@@ -198,26 +215,27 @@ def key_adjoint(
     k: Array, v: Array, mask: Array | None, unit: Array, own: Array, degree: int, backend: Backend
 ) -> tuple[Array, Array]:
     """(dk, dv) of a view whose summary has the gradient `own` (..., r, dv + 1)."""
+    xp = backend.xp
     dtype = backend.compute_dtype(k.dtype)
     columns = v.shape[-1] + 1
-    # The derivatives are there, and give the values' share of the highest degree.
-    basis = Basis(k.shape[-1], degree, degree >= 2)
     leading = broadcast_leading(k, v, mask)
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
     own = sum_to_leading(own, leading, backend)
-    reader = basis.value_reader(own, v.shape[-1], backend)
+    # With derivatives, these give the values' share of the highest degree as well.
+    basis = Basis(k.shape[-1], degree, degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable))
+    features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
+    block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
+
+    def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
+        return None, pull_back(features(xp.matrix_transpose(x)), z)
 
     def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
-        k_leading, v_leading = k.shape[:-2], v.shape[:-2]
-        z = with_ones(v, mask, dtype, backend)
-        phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)
-        dk, dv = basis.pull_back_and_read(phi, reader, z, backend)
+        x = basis.off_zero(backend.cast(clean(k, mask, backend), dtype) * unit, backend)
+        _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
         dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
-        dk, dv = sum_to_leading(dk, k_leading, backend), sum_to_leading(dv, v_leading, backend)
-        return None, (dk, dv)
+        return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
 
-    block = block_of(basis, columns * (1 + basis.dim), dtype, leading, backend)
-    _, (dk, dv) = backend.scan_rows(body, None, (k, v, mask), block)
+    _, (dk, dv) = backend.scan_rows(body, None, (k, v, mask), together)
     return dk, dv
 
 
@@ -275,35 +293,43 @@ def block_of(basis: Basis, columns: int, dtype: object, leading: tuple[int, ...]
     return int(block_rows((basis.held + columns) * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
 
 
+def blocks_of(
+    basis: Basis, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend, together: bool = True
+) -> tuple[int, int]:
+    """Rows whose features are there at once, and rows that are made ready for them, which may be `together` with more."""
+    block = block_of(basis, columns, dtype, leading, backend)
+    # A loop in a loop is one too many where loops are compiled.
+    return block, max(block, 32 * CHAIN // block * block) if together and backend.writable else block
+
+
 def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:
     """Rows (..., rows, d) times the units, channel-major (..., d, rows)."""
     return backend.xp.matrix_transpose(backend.cast(x, dtype) * unit)
 
 
 def with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) -> Array:
-    """[v, 1], and 0 in masked rows, channel-major: (..., dv + 1, rows)."""
+    """[v, 1], and 0 in masked rows: (..., rows, dv + 1)."""
     xp = backend.xp
     v = backend.cast(clean(v, mask, backend), dtype)
     shape = (*v.shape[:-1], 1)
-    device = backend.device(v)
-    one = (
-        xp.ones(shape, dtype=dtype, device=device)
-        if mask is None
-        else xp.broadcast_to(backend.cast(mask, dtype), shape)
-    )
-    return side_by_side(v, one, backend)
+    if mask is not None:
+        return side_by_side(v, xp.broadcast_to(backend.cast(mask, dtype), shape), backend)
+    return side_by_side(v, xp.ones(shape, dtype=dtype, device=backend.device(v)), backend)
 
 
-def side_by_side(left: Array, right: Array, backend: Backend) -> Array:
-    """Columns (..., rows, k) and (..., rows, k'), channel-major: (..., k + k', rows), contiguous."""
-    xp = backend.xp
-    parts = [xp.matrix_transpose(left), xp.matrix_transpose(right)]
+def side_by_side(left: Array, right: Array, backend: Backend, factor: Array | None = None) -> Array:
+    """Columns (..., rows, k) and (..., rows, k'), times a factor (..., rows, 1): (..., rows, k + k')."""
     if not backend.writable:
-        return xp.concat(parts, axis=-2)
-    # NumPy would join transposed arrays into a transposed one.
+        joined = backend.xp.concat([left, right], axis=-1)
+        return joined if factor is None else joined * factor
+    # Faster than joining such narrow rows.
     k = left.shape[-1]
-    whole = xp.empty(
-        (*left.shape[:-2], k + right.shape[-1], left.shape[-2]), dtype=left.dtype, device=backend.device(left)
-    )
-    whole[..., :k, :], whole[..., k:, :] = parts
+    leading = broadcast_leading(left, right, factor)
+    shape = (*leading, left.shape[-2], k + right.shape[-1])
+    whole = backend.xp.empty(shape, dtype=left.dtype, device=backend.device(left))
+    for target, part in ((whole[..., :k], left), (whole[..., k:], right)):
+        if factor is None:
+            target[...] = part
+        else:
+            backend.multiply_into(target, part, factor)
     return whole

@@ -77,7 +77,8 @@ def read_rows(
         q, *views = (_padded(x, whole, backend) for x in rows)
         spans = Spans.of(setting, q, views, [total for total, _ in carry])
         carry = tuple(add(c, s) for c, s in zip(carry, spans.sums, strict=True))
-        return carry, divided(numerator(setting, spans)[..., :here], setting.leading, backend)
+        found = backend.xp.matrix_transpose(numerator(setting, spans)[..., :here])
+        return carry, divided(found, setting.leading, backend)
 
     _, (out, normaliser) = backend.scan_rows(body, sums, (arrays[0], *views), block)
     return out, normaliser
@@ -232,9 +233,10 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     backend, dtype, unit = setting.backend, setting.w.dtype, setting.units[view + 1]
     columns = values.shape[-1] + 1
     basis = Basis.of(keys.shape[-1], setting.degree, columns)
+    features = basis.features(backend)
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
-        phi = basis.features(channels(clean(k, mask, backend), unit, dtype, backend), backend)
+        phi = features(channels(clean(k, mask, backend), unit, dtype, backend))
         z = with_ones(v, mask, dtype, backend) * setting.shares[view]
         return add(carry, backend.xp.matrix_transpose(basis.row_sums(phi, z, backend))), ()
 

@@ -50,41 +50,64 @@ def runs(dim: int, degree: int) -> tuple[tuple[Run, ...], ...]:
     return tuple(plan)
 
 
+class Features:
+    """All monomials of the channels of one block of rows after another, (..., d, rows) → (..., r, rows).
+
+    Where arrays are writable, those of a block are written over those of the block before: fresh memory costs more than they do.
+    """
+
+    def __init__(self, degree: int, backend: Backend) -> None:
+        self._degree, self._backend = degree, backend
+        self._whole: Array = None
+        self._steps: list[tuple[Array, Array, Array]] = []
+
+    def __call__(self, x: Array) -> Array:
+        """Of one block; the next call may write over it."""
+        if not self._backend.writable:
+            return self._joined(x)
+        dim, degree = x.shape[-2], self._degree
+        shape = (*x.shape[:-2], rank(dim, degree), x.shape[-1])
+        if self._whole is None or tuple(self._whole.shape) != shape:
+            whole = self._backend.xp.empty(shape, dtype=x.dtype, device=self._backend.device(x))
+            whole[..., :1, :] = 1.0
+            # Contiguous, whatever the layout of x.
+            factors = [whole[..., 1 + channel : 2 + channel, :] for channel in range(dim if degree else 0)]
+            self._whole, self._steps = whole, [
+                (whole[..., start:stop, :], factors[channel], whole[..., source : source + stop - start, :])
+                for level in runs(dim, degree)[1:]
+                for channel, start, stop, source in level
+            ]  # fmt: skip
+        if degree:
+            self._whole[..., 1 : dim + 1, :] = x
+        for target, factor, source in self._steps:
+            self._backend.multiply_into(target, factor, source)
+        return self._whole
+
+    def _joined(self, x: Array) -> Array:
+        """Level by level, nothing written in place."""
+        xp = self._backend.xp
+        *leading, dim, rows = x.shape
+        one = xp.ones((*leading, 1, rows), dtype=x.dtype, device=self._backend.device(x))
+        levels = [one] if self._degree == 0 else [one, x]
+        for level in runs(dim, self._degree)[1:]:
+            # A source lies in the level before; its position there counts from that level's start.
+            before = levels[-1]
+            end, length = level[0].start, before.shape[-2]
+            levels.append(
+                xp.concat(
+                    [
+                        x[..., channel : channel + 1, :] * before[..., source - end + length :, :]
+                        for channel, start, stop, source in level
+                    ],
+                    axis=-2,
+                )
+            )
+        return xp.concat(levels, axis=-2)
+
+
 def features(x: Array, degree: int, backend: Backend) -> Array:
     """All monomials of the channels: (..., d, rows) → (..., r, rows)."""
-    xp = backend.xp
-    *leading, dim, rows = x.shape
-    device = backend.device(x)
-    if backend.writable:
-        whole = xp.empty((*leading, rank(dim, degree), rows), dtype=x.dtype, device=device)
-        whole[..., :1, :] = 1.0
-        if degree:
-            whole[..., 1 : dim + 1, :] = x
-            x = whole[..., 1 : dim + 1, :]  # contiguous, whatever the layout of x
-        for level in runs(dim, degree)[1:]:
-            for channel, start, stop, source in level:
-                backend.multiply_into(
-                    whole[..., start:stop, :],
-                    x[..., channel : channel + 1, :],
-                    whole[..., source : source + stop - start, :],
-                )
-        return whole
-    one = xp.ones((*leading, 1, rows), dtype=x.dtype, device=device)
-    levels = [one] if degree == 0 else [one, x]
-    for level in runs(dim, degree)[1:]:
-        # A source lies in the level before; its position there counts from that level's start.
-        before = levels[-1]
-        end, length = level[0].start, before.shape[-2]
-        levels.append(
-            xp.concat(
-                [
-                    x[..., channel : channel + 1, :] * before[..., source - end + length :, :]
-                    for channel, start, stop, source in level
-                ],
-                axis=-2,
-            )
-        )
-    return xp.concat(levels, axis=-2)
+    return Features(degree, backend)(x)
 
 
 @memoized

@@ -84,7 +84,7 @@ def _of_features(
     def count(t: int) -> float:
         return (views + 1) * (t + 2) + chains
 
-    slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 2
+    slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 4
     return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
 
 

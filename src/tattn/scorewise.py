@@ -31,14 +31,13 @@ View = tuple[Array, Array]
 
 def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1)."""
-    xp = backend.xp
     q, keys, *_ = unpack(call.views, arrays)
     leading, unit, views, blocks = _prepared(call, backend, arrays)
 
     def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
         s = backend.cast(rows, unit[0].dtype) * unit[0]
         numerator = _numerator(call, s, views, blocks[1:], backend)
-        return None, divided(xp.matrix_transpose(numerator), leading, backend)
+        return None, divided(numerator, leading, backend)
 
     _, (out, normaliser) = backend.scan_rows(body, None, (q,), blocks[0])
     return out, log_normaliser(normaliser, keys, backend), normaliser
@@ -78,10 +77,7 @@ def _prepared(
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     units = channel_units(q, keys, masks, call.scale, backend)
-    ones = [
-        backend.xp.matrix_transpose(with_ones(v, mask, dtype, backend)) * (1 / v.shape[-2])
-        for v, mask in zip(values, masks, strict=True)
-    ]
+    ones = [with_ones(v, mask, dtype, backend) * (1 / v.shape[-2]) for v, mask in zip(values, masks, strict=True)]
     views = list(zip(scaled_keys(keys, units[1:], masks, backend), ones, strict=True))
     width = q.shape[-1] + ones[0].shape[-1]
     blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], width, dtype, backend, most=CHAIN)

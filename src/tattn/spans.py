@@ -70,7 +70,7 @@ class Spans(NamedTuple):
         for v, mask, share, phi, start in zip(
             rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True
         ):
-            z = _in_spans(xp.matrix_transpose(with_ones(v, mask, dtype, backend)) * share, setting)
+            z = _in_spans(with_ones(v, mask, dtype, backend) * share, setting)
             of_spans = xp.matrix_transpose(z) @ phi
             running = _running(of_spans, backend)
             befores.append(start[..., None, :, :] + running[..., :-1, :, :])

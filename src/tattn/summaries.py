@@ -131,11 +131,12 @@ def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None
     columns = v.shape[-1] + 1  # type: ignore[union-attr]
     basis = Basis.of(k.shape[-1], call.degree, columns)  # type: ignore[union-attr]
     leading = broadcast_leading(k, v, mask)
+    features = basis.features(backend)
     _, unit = units(call)
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
         x = _in_range(call, channels(clean(k, mask, backend), unit, dtype, backend), backend)
-        products = basis.row_sums(basis.features(x, backend), with_ones(v, mask, dtype, backend), backend)
+        products = basis.row_sums(features(x), with_ones(v, mask, dtype, backend), backend)
         return add(carry, products), ()
 
     start = zero_sum((*leading, basis.size, columns), dtype, k, backend)

@@ -110,6 +110,13 @@ class Backend:
         """Write left · right into `target`, a view of a buffer; only called if `writable`."""
         target[...] = left * right
 
+    def product_into(self, target: Array, left: Array, right: Array, further: bool = False) -> None:
+        """Write left @ right into `target`, or add it to what is there; only called if `writable`."""
+        if further:
+            target += left @ right
+        else:
+            target[...] = left @ right
+
     def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
         """Matrix product; where arrays are writable in `memory`, until the next product of this name."""
         return left @ right
@@ -218,4 +225,6 @@ def block_rows(row_bytes: int, workspace: int, at_most: int) -> int:
     fitting = max(16, workspace // max(1, row_bytes))
     power = 1 << int(math.log2(fitting))
     step = max(128, power // 4) if power >= 256 else power
-    return int(min(at_most, fitting // step * step))
+    rows = min(at_most, fitting // step * step)
+    # Rows of a buffer that are a power of two apart displace each other in caches.
+    return int(rows - 128 if rows > 256 and rows % 256 == 0 else rows)

@@ -18,6 +18,12 @@ class CupyBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         cupy.multiply(left, right, out=target)
 
+    def product_into(self, target: Array, left: Array, right: Array, further: bool = False) -> None:
+        if further:
+            target += left @ right
+        else:
+            cupy.matmul(left, right, out=target)
+
     def to_numpy(self, array: Array) -> np.ndarray:
         host: np.ndarray = cupy.asnumpy(array)
         return host

@@ -33,6 +33,12 @@ class NumpyBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         np.multiply(left, right, out=target)
 
+    def product_into(self, target: Array, left: Array, right: Array, further: bool = False) -> None:
+        if further:
+            np.add(target, left @ right, out=target)
+        else:
+            np.matmul(left, right, out=target)
+
     def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
         key = name, product_shape(left, right)
         if key not in memory:

@@ -58,6 +58,14 @@ class TorchBackend(Backend):
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         torch.mul(left, right, out=target)
 
+    def product_into(self, target: Array, left: Array, right: Array, further: bool = False) -> None:
+        if not further:
+            torch.matmul(left, right, out=target)
+        elif target.ndim == 2:
+            torch.addmm(target, left, right, out=target)
+        else:
+            target += left @ right
+
     def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
         if not self.writable:
             return left @ right

@@ -140,7 +140,7 @@ def _key_side(k: Array, v: Array, a: Array, unit: Array, degree: int, backend: B
 
     def body(carry: tuple[Sum, Sum], k: Array, v: Array, a: Array) -> tuple[tuple[Sum, Sum], tuple[()]]:
         factor = key_factor(k, unit, degree, backend)
-        z = backend.xp.matrix_transpose(with_ones(v, None, v.dtype, backend))
+        z = with_ones(v, None, v.dtype, backend)
         return (
             add(carry[0], projected(factor, z, a, backend)),
             add(carry[1], row_products(factor, z, backend)),
