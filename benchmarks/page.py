@@ -219,7 +219,7 @@ def _exact(measured: Table) -> str:
     lines = []
     rows = where(measured, group="rivals", method="exact")
     for library, dim, gradient in distinct(rows, "library", "dim", "gradient"):
-        for rival in ("dense einsum", STORED, "SDPA over pair keys"):
+        for rival in ("dense einsum", "einsum by default", STORED, "SDPA over pair keys"):
             pairs = speedups(measured, library, rival, dim, gradient)
             if pairs:
                 cells = ", ".join(f"{n:,}: {times:.2f}" for n, times in pairs)

@@ -19,6 +19,7 @@ _MEMORY = 4 << 30
 _DEGREES = {8: (2, 4, 7), 16: (2, 3, 4, 5), 32: (2, 3, 4), 64: ()}
 _METHODS = (
     "dense einsum",
+    "einsum by default",
     "scores stored, gradient by hand",
     "SDPA over pair keys",
     "naive_two_simplicial_attend",

@@ -93,6 +93,12 @@ def shared_leading(tops: Sequence[Array], backend: Backend) -> list[Array]:
     return list(tops)
 
 
+def transposed(x: Array, backend: Backend) -> Array:
+    """The last two axes swapped, and laid out anew in memory: views of another order slow down what is made of them."""
+    swapped = backend.xp.matrix_transpose(x)
+    return backend.xp.reshape(backend.xp.reshape(swapped, (-1,)), swapped.shape)
+
+
 def over_rows(reduction: Callable[..., Array], x: Array, backend: Backend) -> Array:
     """A sum or maximum over the rows of x, (..., n, k) → (..., 1, k), many rows side by side: k alone is too few for SIMD."""
     xp = backend.xp

@@ -10,7 +10,7 @@ from .backends import Array
 from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_output
 from .choice import Work, check_plan, chosen_work, gradient_bounds, work_of
-from .planning import plan_inputs
+from .planning import exact_plan, plan_inputs
 from .plans import Plan
 
 Pullback = Callable[..., Any]
@@ -109,7 +109,8 @@ def tensor_attention(
     (1000, 4)
     """
     order = (causal, window)
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, return_error)
+    told = return_error, return_plan
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
     if work.result is None or inputs.backend.records(work.arrays):
         result = inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
     else:
@@ -167,7 +168,8 @@ def tensor_attention_vjp(
     ((500, 4), 2, 2)
     """
     order = (causal, window)
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, return_error)
+    told = return_error, return_plan
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
     backend = inputs.backend
     # In torch, inputs that need gradients save themselves and not every block's features.
     result = work.result or backend.differentiable(work.forward, work.backward, work.call, work.arrays)
@@ -185,7 +187,10 @@ def tensor_attention_vjp(
         grads = _grouped(backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse)), inputs)
         if not return_error:
             return grads
-        return grads, _grouped(gradient_bounds(work, inputs, computed, kept[0], grad_out, grad_lse), inputs)
+        known = work
+        if _unplanned(inputs, method, plan):
+            known = work._replace(plan=plan_inputs(inputs, scale=work.plan.scale, tol=tol, method=method))
+        return grads, _grouped(gradient_bounds(known, inputs, computed, kept[0], grad_out, grad_lse), inputs)
 
     return returned, pullback
 
@@ -233,6 +238,7 @@ def _prepare(
     key_masks: Any,
     order: tuple[Any, Any],
     certify: bool,
+    told: bool,
 ) -> tuple[Inputs, Work]:
     """Inputs, checked, and what to compute for them."""
     if values is None:
@@ -251,4 +257,11 @@ def _prepare(
         )
     if inputs.traced:
         return inputs, work_of(inputs, plan_inputs(inputs, scale=number, tol=tol, method=method), certify)
+    if _unplanned(inputs, method, plan) and not certify and not told:
+        return inputs, work_of(inputs, exact_plan(inputs, number))
     return inputs, chosen_work(inputs, number, tol, method, certify)
+
+
+def _unplanned(inputs: Inputs, method: str, plan: Plan | None) -> bool:
+    """Whether the method is known without a plan; only what is said of the error then needs one."""
+    return method == "exact" and plan is None and not inputs.traced

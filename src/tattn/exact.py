@@ -1,12 +1,15 @@
 """Tensor attention by its definition, streamed: n³ time for two views, linear memory, for any finite input.
 
 With the scores x_i,j,k = scale · Σ_c q_ic a_jc b_kc, f their softmax over all pairs (j, k) and o_i = Σ f u_j ∘ v_k:
-for fixed j this is ordinary attention of the rows s_ij = q_i ∘ a_j over the keys b and values v, so a view is taken
-off by multiplying its rows into the query, until one is left. Scores exist for one block of rows at a time.
+this is ordinary attention of the rows q_i over n² keys a_j ∘ b_k and values u_j ∘ v_k. Those of a block of pairs are
+made when it is their turn, for any number of views, with the scores of a block of query rows.
 
-Adjoint, for a gradient g of o and r_i = Σ_e g_ie o_ie (less the gradient of lse): with h_ij = g_i ∘ u_j,
-w = h · v and p = f ∘ (w − r), the last view takes db = pᵀ s and dv = fᵀ h and hands ds = p b, dh = f v back,
-from which dq, da and du follow by the product rule. Symbols as in docs/notation.md.
+Adjoint, for a gradient g of o and r_i = Σ_e g_ie o_ie (less the gradient of lse): with y = u_j ∘ v_k, w = g · y and
+p = f ∘ (w − r), dq_i = Σ p a_j ∘ b_k, and the pairs get dkeys = pᵀ q and dvalues = fᵀ g, from which da, db, du and dv
+follow by the product rule. Symbols as in docs/notation.md.
+
+Values have a column of ones, so that one product gives sums and normaliser, and with −r beside g another gives w − r. Where scores
+are known to be small, weights are eˣ and the normaliser divides g; otherwise a running maximum is subtracted.
 
 With `offsets` row i of the query sees the rows j ≤ i + offset of a view, and with `window` none of them but the last so many.
 `causal` cuts a call into some of those.
@@ -14,16 +17,32 @@ With `offsets` row i of the query sees the rows j ≤ i + offset of a view, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from operator import mul
 from typing import Any, NamedTuple
 
-from .arrays import broadcast_leading, clean, prod_of, row_pairs, sum_to_leading, unpack, with_leading
+from .arrays import (
+    broadcast_leading,
+    clean,
+    prod_of,
+    sum_to_leading,
+    transposed,
+    unpack,
+    with_leading,
+)
 from .backends import Array, Backend
 from .channels import channel_units
 
-# Rows of the last view in a block, where they do not leave room.
-LAST = 256
+# Terms in a chain of additions, at most, as `rounding.exact_errors` counts them.
+CHAIN = 1024
+# Scores of at most this size need no maximum subtracted if neither entries nor products of values are larger than this, nor
+# their largest smaller than its reciprocal: sums of weights and values then stay in the range of float32.
+_REACH, _LARGE = 16.0, 2.0**24
+# Blocks of scores for which tuples are made together.
+_TOGETHER = 8
+# A place after all others.
+_NEVER = 1 << 30
 
 
 class ExactCall(NamedTuple):
@@ -35,32 +54,74 @@ class ExactCall(NamedTuple):
     window: tuple[int, ...] | None = None
 
 
+class Rows(NamedTuple):
+    """Rows of a view: keys (..., n, d), values and a one (..., n, dv + 1), 0 where masked.
+
+    A query row at a place sees a row if that is `first` or later, and before `last` (..., n, 1); None for all.
+    """
+
+    keys: Array
+    values: Array
+    first: Array | None
+    last: Array | None
+
+
+class Pairs(NamedTuple):
+    """The same for tuples of rows, one of each view so far: columns (..., d, tuples), (..., dv + 1, tuples), (..., 1, tuples)."""
+
+    keys: Array
+    values: Array
+    first: Array | None
+    last: Array | None
+
+
+class _Pass(NamedTuple):
+    """What all blocks of a call share: leading dimensions, rows of the query, tuples and rows of each view in a block, units.
+
+    `bounded`: scores are known to be small; `memory`: that of the scores.
+    """
+
+    backend: Backend
+    leading: tuple[int, ...]
+    blocks: tuple[int, ...]
+    units: Sequence[Any]
+    bounded: bool
+    memory: dict[Any, Array]
+
+
+# [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is subtracted.
+State = tuple[Array, Array | None]
+
+
 def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), lse (..., n, 1), and lse again as what the adjoint needs."""
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    dtype = backend.compute_dtype(q.dtype)
-    leading = broadcast_leading(q, *keys, *values, *masks)
+    q, _, _, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
-    units = channel_units(q, keys, masks, call.scale, backend)
-    keys = scaled_keys(keys, units[1:], masks, backend)
-    blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
-    at, views = _views(call, q, keys, values, masks, backend)
+    at, views, run = _prepared(call, backend, arrays)
+    masked = [view for view, mask in zip(views, masks, strict=True) if mask is not None]
 
     def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
-        scaled = backend.cast(rows, dtype) * units[0]
-        total, normaliser, top = _attend(scaled, at, views, call.window, blocks[1:], backend)
+        s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
+        places = None if at is None else xp.matrix_transpose(at)
+        total, top = _attend(run, s, places, None, views)
+        sums, normaliser = total[..., :-1, :], total[..., -1:, :]
+        if run.bounded and not masked:
+            out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
+            return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
         # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
         nothing: Array = xp.nan
-        masked = [i for i, mask in enumerate(masks) if mask is not None]
         if masked:
-            alive = prod_of([_sees_some(at, views[i], call.window, i, blocks[1 + i], dtype, backend) for i in masked])
+            found = [_sees_some(run, at, view, block) for view, block in zip(masked, run.blocks[2:], strict=False)]
+            alive = xp.matrix_transpose(prod_of(found))
             nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
         some = normaliser > 0
-        out = xp.where(some, total / xp.where(some, normaliser, 1.0), nothing)
-        lse = xp.where(some, top + xp.log(xp.where(some, normaliser, 1.0)), nothing - xp.inf)
-        return None, (with_leading(out, leading, backend), with_leading(lse, leading, backend))
+        safe = xp.where(some, normaliser, 1.0)
+        out = transposed(xp.where(some, sums / safe, nothing), backend)
+        lse = xp.log(safe) if top is None else top + xp.log(safe)
+        lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
+        return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
 
-    _, (out, lse) = backend.scan_rows(body, None, (q, at), blocks[0])
+    _, (out, lse) = backend.scan_rows(body, None, (q, at), run.blocks[0])
     return out, lse, lse
 
 
@@ -68,35 +129,34 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
     q, keys, values, masks, columns = unpack(call.views, arrays)
     xp = backend.xp
-    dtype = backend.compute_dtype(q.dtype)
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    units = channel_units(q, keys, masks, call.scale, backend)
-    keys = scaled_keys(keys, units[1:], masks, backend)
-    blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], q.shape[-1] + values[0].shape[-1], dtype, backend)
-
-    at, views = _views(call, q, keys, values, masks, backend)
+    at, views, run = _prepared(call, backend, arrays)
+    dtype = views[0].keys.dtype
 
     def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
         o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
-        r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-        ds, _, grads = _attend_adjoint(
-            backend.cast(rows, dtype) * units[0], at, g, lse, r, views, call.window, blocks[1:], backend
-        )
-        return _plus(carry, grads), (sum_to_leading(ds * units[0], rows.shape[:-2], backend),)
+        s = backend.cast(rows, dtype) * run.units[0]
+        h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
+        # Where all is masked lse is −inf: the weights are 0, whatever the row.
+        blind = lse == -xp.inf
+        shift = None
+        if run.bounded:
+            h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
+        else:
+            s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
+        ds, _, grads = _adjoint(run, s, h, shift, at, None, views)
+        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
 
-    device = backend.device(q)
-    start = tuple((xp.zeros(k.shape, dtype=dtype, device=device), xp.zeros(v.shape, dtype=dtype, device=device))
-                  for k, v in zip(keys, values, strict=True))  # fmt: skip
-    grads, (dq,) = backend.scan_rows(body, start, (q, at, *columns), blocks[0])
-    d_keys = [
-        sum_to_leading(dk * unit, shape, backend)
-        for (dk, _), unit, shape in zip(grads, units[1:], (k.shape[:-2] for k in keys), strict=True)
-    ]
-    return dq, *d_keys, *(dv for _, dv in grads)
+    start = None if q.shape[-2] <= run.blocks[0] else _zeros(views, backend)
+    grads, (dq,) = backend.scan_rows(body, start, (q, at, *columns), run.blocks[0])
+    d_keys, d_values = [], []
+    for (dk, dv), unit, k, v, mask in zip(grads, run.units[1:], keys, values, masks, strict=True):
+        d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
+        d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
+    return dq, *d_keys, *d_values
 
 
 def scaled_keys(
-    keys: Sequence[Array], units: Sequence[Array], masks: Sequence[Array | None], backend: Backend
+    keys: Sequence[Array], units: Sequence[Any], masks: Sequence[Array | None], backend: Backend
 ) -> list[Array]:
     """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
     dtype = backend.compute_dtype(keys[0].dtype)
@@ -106,241 +166,309 @@ def scaled_keys(
 def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
     """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
     rows: list[Any] = [a.shape[-2] for a in arrays[: call.views + 1]]  # type: ignore[union-attr]
-    scores = prod([min(32, n) for n in rows])
-    return max(1, int(backend.workspace // (8 * scores)))
+    return max(1, int(backend.cache // (4 * prod([min(32, n) for n in rows]))))
 
 
-def blocks_of(
-    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend, most: int = 1024
-) -> tuple[int, ...]:
-    """Rows of the query and of each view in a block, so that scores, and products of rows with `width` channels, fit.
+def block_sizes(leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend) -> tuple[int, ...]:
+    """Rows of the query in a block, tuples in a block, and rows of each view that tuples are made of: powers of two, or all.
 
-    Short ones leave room to others; none has more than `most`.
+    The scores of a block stay in the cache; what is made of some rows of the views serves several blocks.
     """
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
-    sizes = [0] * len(lengths)
-    # Softmax goes along the last view: passes over long rows are quicker than over short ones.
-    last = max(1, min(lengths[-1], LAST, round(numbers**0.5)))
-    room = max(1.0, numbers / last)
-    order = sorted(range(len(lengths) - 1), key=lambda i: lengths[i])
-    for taken, i in enumerate(order):
-        sizes[i] = max(1, min(lengths[i], most, round(room ** (1 / (len(order) - taken)))))
-        room = max(1.0, room / sizes[i])
-    sizes[-1] = max(last, min(lengths[-1], most, round(room * last)))
-    while max(sizes[:-1]) > 1 and prod(sizes[:-1]) * (sizes[-1] + width) > 4 * numbers:
-        largest = max(range(len(sizes) - 1), key=lambda i: sizes[i])
-        sizes[largest] //= 2
-    return tuple(sizes)
+    scores = max(1, int(backend.cache // (itemsize * prod(leading))))
+    query, *views = lengths
+    rows = min(query, _power(scores**0.5), CHAIN)
+    tuples = _power(scores / rows)
+    room = tuples * (_TOGETHER if backend.parts else 1)
+    sizes = [0] * len(views)
+    for taken, i in enumerate(sorted(range(len(views)), key=lambda i: views[i])):
+        sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))))
+        room = max(1, room // sizes[i])
+    return rows, tuples, *sizes
 
 
-# Keys, values, mask and places of a view: (..., n, d), (..., n, dv), (..., n, 1) or None, (n, 1) or None.
-View = tuple[Array, Array, Array | None, Array | None]
-State = tuple[Array, Array, Array]
+def _power(number: float) -> int:
+    """The largest power of two that is not above the number, which is at least 1."""
+    return 1 << max(0, int(number * (1 + 1e-9)).bit_length() - 1)
 
 
-def _views(
-    call: ExactCall,
+def _prepared(
+    call: ExactCall, backend: Backend, arrays: Sequence[Array | None]
+) -> tuple[Array | None, list[Rows], _Pass]:
+    """Places of query rows (n, 1), the views, and what blocks share."""
+    xp = backend.xp
+    q, keys, values, masks, _ = unpack(call.views, arrays)
+    dtype, device = backend.compute_dtype(q.dtype), backend.device(q)
+    leading = broadcast_leading(q, *keys, *values, *masks)
+    bounded = backend.reads and small(call.scale, q, keys, values, masks, backend)
+    units: Sequence[Any] = [call.scale, *(1.0 for _ in keys)]
+    if not bounded:
+        units = channel_units(q, keys, masks, call.scale, backend)
+    scaled = scaled_keys(keys, units[1:], masks, backend)
+    blocks = block_sizes(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
+    run = _Pass(backend, leading, blocks, units, bounded, {})
+
+    def places(x: Array, offset: int) -> Array:
+        return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
+
+    limited = call.offsets is not None or any(m is not None for m in masks)
+    views = []
+    for i, (k, v, mask) in enumerate(zip(scaled, values, masks, strict=True)):
+        v = backend.cast(clean(v, mask, backend), dtype)
+        one = xp.ones((*v.shape[:-1], 1), dtype=dtype, device=device)
+        first = last = None
+        if limited:
+            first = (
+                places(k, call.offsets[i])
+                if call.offsets
+                else xp.zeros((k.shape[-2], 1), dtype=xp.int32, device=device)
+            )
+            if call.window:
+                last = first + (call.window[i] or _NEVER)
+        if mask is not None:
+            one = xp.broadcast_to(backend.cast(mask, dtype), (*broadcast_leading(v, mask), *one.shape[-2:]))
+            first = xp.where(mask, first, _NEVER)
+        views.append(Rows(_by_columns(k, backend), _by_columns(xp.concat([v, one], axis=-1), backend), first, last))
+    return places(q, 0) if call.offsets else None, views, run
+
+
+def _by_columns(x: Array, backend: Backend) -> Array:
+    """The same rows, column after column in memory."""
+    return backend.xp.matrix_transpose(transposed(x, backend))
+
+
+def small(
+    scale: float,
     q: Array,
     keys: Sequence[Array],
     values: Sequence[Array],
     masks: Sequence[Array | None],
     backend: Backend,
-) -> tuple[Array | None, list[View]]:
-    """The views with the places of their rows, and that of each query row (n, 1): it sees the rows at its place or before."""
-    if call.offsets is None:
-        return None, [(k, v, m, None) for k, v, m in zip(keys, values, masks, strict=True)]
+) -> bool:
+    """Whether no score is large, by Hölder's inequality, and neither entries nor products of values are far from one."""
     xp = backend.xp
+    rows = [q, *(clean(x, m, backend) for x, m in zip((*keys, *values), (*masks, *masks), strict=True))]
+    sizes = [float(xp.max(xp.abs(x))) for x in rows]
+    views = len(keys) + 1
+    if not all(1 / _LARGE <= x <= _LARGE for x in (scale, *sizes[:views], prod(sizes[views:]))):
+        return False
+    if scale * q.shape[-1] * prod(sizes[:views]) <= _REACH:
+        return True
+    dtype = backend.compute_dtype(q.dtype)
+    norms = [float(xp.max(xp.sum(prod_of([xp.abs(backend.cast(x, dtype))] * views), axis=-1))) for x in rows[:views]]
+    return scale**views * prod(norms) <= _REACH**views
 
-    def places(x: Array, offset: int) -> Array:
-        return (xp.arange(x.shape[-2], dtype=xp.int32, device=backend.device(q)) - offset)[:, None]
 
-    return places(q, 0), [(k, v, m, places(k, o)) for k, v, m, o in zip(keys, values, masks, call.offsets, strict=True)]
-
-
-def _seen(at: Array | None, mask: Array | None, place: Array | None, window: int, backend: Backend) -> Array | None:
-    """Which rows of a view (masks and places (..., count, 1)) each row at `at` (rows, 1) sees, (..., rows, count); None for all."""
+def _joined(pairs: Pairs | None, rows: Rows, backend: Backend) -> Pairs:
+    """Each tuple with each row of one more view; of the first view, None."""
     xp = backend.xp
-    present = None if mask is None else xp.matrix_transpose(mask)
-    if at is None or place is None:
-        return present
-    place = xp.matrix_transpose(place)
-    seen = place <= at
-    if window:
-        seen = seen & (place > at - window)
-    return seen if present is None else seen & present
+    keys, values, first, last = (None if x is None else xp.matrix_transpose(x) for x in rows)
+    if pairs is None:
+        return Pairs(keys, values, first, last)
+
+    def each(join: Callable[[Array, Array], Array], left: Array | None, right: Array | None) -> Array | None:
+        if left is None or right is None:
+            return None
+        both = join(left[..., :, None], right[..., None, :])
+        return xp.reshape(both, (*both.shape[:-2], -1))
+
+    return Pairs(
+        each(mul, pairs.keys, keys),
+        each(mul, pairs.values, values),
+        each(xp.maximum, pairs.first, first),
+        each(xp.minimum, pairs.last, last),
+    )
 
 
-def _sees_some(
-    at: Array | None,
-    view: View,
-    window: tuple[int, ...] | None,
-    number: int,
-    block: int,
-    dtype: object,
-    backend: Backend,
-) -> Array:
-    """1 where a row sees some row of a view that has a mask, else 0: (..., rows, 1), or alike for all rows (..., 1, 1)."""
-    xp = backend.xp
-    _, _, mask, place = view
-    own = window[number] if window else 0
+def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | None:
+    """Which tuples are seen from the places `at`, where the arrays broadcast; None for all."""
+    if first is None:
+        return None
+    seen = first <= (0 if at is None else at)
+    return seen if last is None or at is None else seen & (last > at)
 
-    def body(found: Array, mask: Array, place: Array | None) -> tuple[Array, tuple[()]]:
-        seen = backend.cast(_seen(at, mask, place, own, backend), dtype)
-        return xp.maximum(found, xp.max(seen, axis=-1, keepdims=True)), ()
 
-    shape = (*mask.shape[:-2], 1 if at is None else at.shape[-2], 1)  # type: ignore[union-attr]
-    found: Array
-    found, _ = backend.scan_rows(body, xp.zeros(shape, dtype=dtype, device=backend.device(mask)), (mask, place), block)
+def _sees_some(run: _Pass, at: Array | None, view: Rows, block: int) -> Array:
+    """1 where a query row (n, 1) sees some row of a view, else 0: (..., n, 1), or alike for all rows (..., 1, 1)."""
+    backend, xp = run.backend, run.backend.xp
+    first = view.first
+    dtype = view.keys.dtype
+
+    def body(found: Array, *places: Array | None) -> tuple[Array, tuple[()]]:
+        seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in places))
+        return xp.maximum(found, xp.max(backend.cast(seen, dtype), axis=-1, keepdims=True)), ()
+
+    shape = (*first.shape[:-2], 1 if at is None else at.shape[-2], 1)  # type: ignore[union-attr]
+    found: Array = xp.zeros(shape, dtype=dtype, device=backend.device(first))
+    found, _ = backend.scan_rows(body, found, (first, view.last), block)
     return found
 
 
-def _attend(
-    s: Array,
-    at: Array | None,
-    views: Sequence[View],
-    window: tuple[int, ...] | None,
-    blocks: tuple[int, ...],
-    backend: Backend,
-) -> State:
-    """Σ e^{x − top} v (..., rows, dv), Σ e^{x − top} (..., rows, 1) and the largest score `top` of the rows s (..., rows, d).
+def _attend(run: _Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]) -> State:
+    """The sums of rows s (..., d, rows) at the places `at` (1, rows) over all tuples of `pairs` and of rows of the views.
 
-    The rows are at the places `at` (rows, 1). `top` is −inf and the sums are 0 where nothing is seen.
+    The largest score is −inf and the sums are 0 where nothing is seen.
     """
-    xp = backend.xp
-    rows = s.shape[-2]
-    dtype = s.dtype
-    own = window[-len(views)] if window else 0
+    backend, xp = run.backend, run.backend.xp
+    if pairs is not None and not views:
+        state: State | None = None
+        for cut in _cuts(run, pairs):
+            state = _merge(state, _sums(run, s, at, cut), backend)
+        return state  # type: ignore[return-value]
 
-    def last_view(state: State, k: Array, v: Array, mask: Any, place: Any) -> tuple[State, tuple[()]]:
-        k, v = backend.cast(clean(k, mask, backend), dtype), backend.cast(clean(v, mask, backend), dtype)
-        x = s @ xp.matrix_transpose(k)
-        seen = _seen(at, mask, place, own, backend)
-        if seen is not None:
-            x = xp.where(seen, x, -xp.inf)
-        top = xp.max(x, axis=-1, keepdims=True)
-        finite = xp.where(top == -xp.inf, 0.0, top)
-        weights = backend.exp_less(x, finite)
-        return _merge(state, (weights @ v, xp.sum(weights, axis=-1, keepdims=True), top), backend), ()
+    def body(state: State | None, *rows: Any) -> tuple[State, tuple[()]]:
+        return _merge(state, _attend(run, s, at, _joined(pairs, Rows(*rows), backend), views[1:]), backend), ()
 
-    def other_view(state: State, k: Array, v: Array, mask: Any, place: Any) -> tuple[State, tuple[()]]:
-        count = k.shape[-2]
-        k, v = backend.cast(clean(k, mask, backend), dtype), backend.cast(clean(v, mask, backend), dtype)
-        product = row_pairs(s, k, backend)
-        total, normaliser, top = (
-            xp.reshape(part, (*part.shape[:-2], rows, count, part.shape[-1]))
-            for part in _attend(product, _repeat(at, count, backend), views[1:], window, blocks[1:], backend)
-        )
-        seen = _seen(at, mask, place, own, backend)
-        if seen is not None:
-            top = xp.where(seen[..., None], top, -xp.inf)
-        best = xp.max(top, axis=-2, keepdims=True)
-        weights = xp.exp(top - xp.where(best == -xp.inf, 0.0, best))
-        part = (
-            xp.sum(total * weights * v[..., None, :, :], axis=-2),
-            xp.sum(normaliser * weights, axis=-2),
-            best[..., 0, :],
-        )
-        return _merge(state, part, backend), ()
-
-    leading = broadcast_leading(s, *(a for view in views for a in view[:3]))
-    device = backend.device(s)
-    zero = xp.zeros((*leading, rows, views[0][1].shape[-1]), dtype=dtype, device=device)
-    state = (zero, zero[..., :1], xp.full((*leading, rows, 1), -xp.inf, dtype=dtype, device=device))
-    body = last_view if len(views) == 1 else other_view
+    block = run.blocks[-len(views)]
+    start: State | None = None
+    if views[0].keys.shape[-2] > block:
+        shape, device = (*run.leading, views[0].values.shape[-1], s.shape[-1]), backend.device(s)
+        top = None if run.bounded else xp.full((*run.leading, 1, s.shape[-1]), -xp.inf, dtype=s.dtype, device=device)
+        start = xp.zeros(shape, dtype=s.dtype, device=device), top
     result: State
-    result, _ = backend.scan_rows(body, state, views[0], blocks[0])
+    result, _ = backend.scan_rows(body, start, views[0], block)
     return result
 
 
-def _merge(state: State, part: State, backend: Backend) -> State:
-    """Two running softmax sums as one, at the larger of their tops."""
+def _sums(run: _Pass, s: Array, at: Array | None, pairs: Pairs) -> State:
+    """`_attend` for one block."""
+    backend, xp = run.backend, run.backend.xp
+    x = backend.product(xp.matrix_transpose(pairs.keys), s, run.memory, "scores")
+    seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in pairs[2:]))
+    if run.bounded:
+        weights = backend.exp_less(x, None)
+        # Masked values are 0, and so is what stands for their one.
+        if at is not None and seen is not None:
+            weights = xp.where(seen, weights, 0.0)
+        return _in_chains(pairs.values, weights), None
+    if seen is not None:
+        x = xp.where(seen, x, -xp.inf)
+    top = xp.max(x, axis=-2, keepdims=True)
+    weights = backend.exp_less(x, xp.where(top == -xp.inf, 0.0, top))
+    return _in_chains(pairs.values, weights), top
+
+
+def _merge(state: State | None, part: State, backend: Backend) -> State:
+    """Two running softmax sums as one, at the larger of their tops; None is none."""
+    if state is None:
+        return part
     xp = backend.xp
-    total, normaliser, top = state
-    total_2, normaliser_2, top_2 = part
+    (total, top), (total_2, top_2) = state, part
+    if top is None or top_2 is None:
+        return total + total_2, None
     best = xp.maximum(top, top_2)
     finite = xp.where(best == -xp.inf, 0.0, best)
-    old, new = xp.exp(top - finite), xp.exp(top_2 - finite)
-    return total * old + total_2 * new, normaliser * old + normaliser_2 * new, best
+    return total * xp.exp(top - finite) + total_2 * xp.exp(top_2 - finite), best
 
 
-def _attend_adjoint(
+def _adjoint(
+    run: _Pass, s: Array, h: Array, shift: Array | None, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]
+) -> Any:
+    """(ds, (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for rows s (..., rows, d), h = [g, −r] (..., rows, dv + 1).
+
+    The weights are eˣ less the `shift` (..., rows, 1); dkeys (..., d, tuples), dvalues (..., dv, tuples), if there are tuples.
+    """
+    backend, xp = run.backend, run.backend.xp
+    if pairs is not None and not views:
+        columns = transposed(s, backend), transposed(h[..., :-1], backend)
+        ds: Any = None
+        of_pairs = []
+        for cut in _cuts(run, pairs):
+            part, *parts = _block_adjoint(run, s, h, columns, shift, at, cut)
+            ds = _plus(ds, part)
+            of_pairs.append(parts)
+        return ds, tuple(_together(parts, backend) for parts in zip(*of_pairs, strict=True)), ()
+
+    def body(carry: Any, *rows: Any) -> tuple[Any, tuple[Array, Array]]:
+        ds, (dkeys, dvalues), inner = _adjoint(run, s, h, shift, at, _joined(pairs, Rows(*rows), backend), views[1:])
+        through: tuple[Array, ...] = ()
+        if pairs is not None:
+            dkeys_in, dkeys = _split(dkeys, pairs.keys, rows[0], backend)
+            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :-1, :], rows[1][..., :-1], backend)
+            through = dkeys_in, dvalues_in
+        dk, dv = (
+            sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend)
+            for x, y in ((dkeys, rows[0]), (dvalues, rows[1]))
+        )
+        return _plus(carry, (ds, through, inner)), (dk, dv)
+
+    block = run.blocks[-len(views)]
+    start = None
+    if views[0].keys.shape[-2] > block:
+        tuples = 0 if pairs is None else pairs.keys.shape[-1]
+        shapes = [s.shape[-2:], *([(s.shape[-1], tuples), (h.shape[-1] - 1, tuples)] if tuples else [])]
+        zeros = [xp.zeros((*run.leading, *x), dtype=s.dtype, device=backend.device(s)) for x in shapes]
+        start = zeros[0], tuple(zeros[1:]), _zeros(views[1:], backend)
+    (ds, through, inner), own = backend.scan_rows(body, start, views[0], block)
+    return ds, through, (own, *inner)
+
+
+def _block_adjoint(
+    run: _Pass,
     s: Array,
-    at: Array | None,
     h: Array,
-    lse: Array,
-    r: Array,
-    views: Sequence[View],
-    window: tuple[int, ...] | None,
-    blocks: tuple[int, ...],
-    backend: Backend,
-) -> tuple[Array, Array, tuple[tuple[Array, Array], ...]]:
-    """(ds, dh, ((dk, dv) of every view)) for rows s (..., rows, d), h (..., rows, dv) and their lse and r (..., rows, 1)."""
+    columns: tuple[Array, Array],
+    shift: Array | None,
+    at: Array | None,
+    pairs: Pairs,
+) -> tuple[Array, Array, Array]:
+    """ds, dkeys and dvalues of `_adjoint` for one block; `columns` are those of s and of g, (..., d, rows), (..., dv, rows)."""
+    backend, xp = run.backend, run.backend.xp
+    f = backend.exp_less(backend.product(s, pairs.keys, run.memory, "scores"), shift)
+    seen = _seen(at, *pairs[2:])
+    if seen is not None and not (run.bounded and at is None):
+        f = xp.where(seen, f, 0.0)
+    dvalues = columns[1] @ f
+    p = backend.times(f, backend.product(h, pairs.values, run.memory, "slopes"))
+    return _in_chains(p, xp.matrix_transpose(pairs.keys)), columns[0] @ p, dvalues
+
+
+def _cuts(run: _Pass, pairs: Pairs) -> list[Pairs]:
+    """The tuples of each block."""
+    size, count = run.blocks[1], pairs.keys.shape[-1]
+    if count <= size:
+        return [pairs]
+    cuts = [(..., slice(start, min(start + size, count))) for start in range(0, count, size)]
+    return [Pairs(*(None if x is None else x[cut] for x in pairs)) for cut in cuts]
+
+
+def _together(parts: Sequence[Array], backend: Backend) -> Array:
+    """Columns of all parts."""
+    return parts[0] if len(parts) == 1 else backend.xp.concat(list(parts), axis=-1)
+
+
+def _in_chains(left: Array, right: Array) -> Array:
+    """Matrix product in chains of at most `CHAIN` terms."""
+    terms = right.shape[-2]
+    if terms <= CHAIN:
+        return left @ right
+    total: Array = 0.0
+    for start in range(0, terms, CHAIN):
+        stop = min(start + CHAIN, terms)
+        total = total + left[..., start:stop] @ right[..., start:stop, :]
+    return total
+
+
+def _split(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) -> tuple[Array, Array]:
+    """Gradient of products (..., c, tuples · n) as those of tuples (..., c, tuples) and rows (..., c, n), for rows (..., n, c)."""
     xp = backend.xp
-    dtype = s.dtype
-    rows = s.shape[-2]
-    own = window[-len(views)] if window else 0
+    d_pairs = xp.reshape(d_pairs, (*d_pairs.shape[:-1], pairs.shape[-1], rows.shape[-2]))
+    through = (xp.matrix_transpose(rows)[..., None, :] @ xp.matrix_transpose(d_pairs))[..., 0, :]
+    return through, (pairs[..., None, :] @ d_pairs)[..., 0, :]
 
-    def last_view(carry: Any, k: Array, v: Array, mask: Any, place: Any) -> tuple[Any, tuple[Array, Array]]:
-        ds, dh = carry
-        k_leading, v_leading = k.shape[:-2], v.shape[:-2]
-        k, v = backend.cast(clean(k, mask, backend), dtype), backend.cast(clean(v, mask, backend), dtype)
-        f = backend.exp_less(s @ xp.matrix_transpose(k), shift)
-        seen = _seen(at, mask, place, own, backend)
-        if seen is not None:
-            f = xp.where(seen, f, 0.0)
-        p = backend.times_less(f, h @ xp.matrix_transpose(v), r)
-        dk, dv = xp.matrix_transpose(p) @ s, xp.matrix_transpose(f) @ h
-        dk, dv = sum_to_leading(dk, k_leading, backend), sum_to_leading(dv, v_leading, backend)
-        return (ds + p @ k, dh + f @ v), (dk, dv)
 
-    def other_view(carry: Any, k: Array, v: Array, mask: Any, place: Any) -> tuple[Any, tuple[Array, Array]]:
-        ds, dh, grads = carry
-        count = k.shape[-2]
-        k_leading, v_leading = k.shape[:-2], v.shape[:-2]
-        k, v = backend.cast(clean(k, mask, backend), dtype), backend.cast(clean(v, mask, backend), dtype)
-        repeated = _repeat(lse, count, backend)
-        seen = _seen(at, mask, place, own, backend)
-        if seen is not None:
-            # A row of this view that is not seen is a row without an answer: its lse is −inf by the convention above.
-            column = xp.broadcast_to(seen[..., None], (*broadcast_leading(lse, seen), rows, count, 1))
-            column = xp.reshape(column, (*column.shape[:-3], rows * count, 1))
-            repeated = xp.where(column, repeated, -xp.inf)
-        ds_pair, dh_pair, inner = _attend_adjoint(
-            row_pairs(s, k, backend), _repeat(at, count, backend), row_pairs(h, v, backend), repeated,
-            _repeat(r, count, backend), views[1:], window, blocks[1:], backend,
-        )  # fmt: skip
-        ds_pair = xp.reshape(ds_pair, (*ds_pair.shape[:-2], rows, count, ds_pair.shape[-1]))
-        dh_pair = xp.reshape(dh_pair, (*dh_pair.shape[:-2], rows, count, dh_pair.shape[-1]))
-        dk = sum_to_leading(xp.sum(ds_pair * s[..., :, None, :], axis=-3), k_leading, backend)
-        dv = sum_to_leading(xp.sum(dh_pair * h[..., :, None, :], axis=-3), v_leading, backend)
-        ds = ds + xp.sum(ds_pair * k[..., None, :, :], axis=-2)
-        dh = dh + xp.sum(dh_pair * v[..., None, :, :], axis=-2)
-        return (ds, dh, _plus(grads, inner)), (dk, dv)
-
-    device = backend.device(s)
-    leading = broadcast_leading(s, h, *(a for view in views for a in view[:3]))
-    zeros = (
-        xp.zeros((*leading, *s.shape[-2:]), dtype=dtype, device=device),
-        xp.zeros((*leading, *h.shape[-2:]), dtype=dtype, device=device),
+def _zeros(views: Sequence[Rows], backend: Backend) -> tuple[tuple[Array, Array], ...]:
+    """Zeros for the gradients of every view."""
+    xp = backend.xp
+    return tuple(
+        (xp.zeros(k.shape, dtype=k.dtype, device=backend.device(k)), xp.zeros_like(v[..., :-1])) for k, v, *_ in views
     )
-    if len(views) == 1:
-        # Where all is masked lse is −inf: the weights are 0, whatever the row.
-        blind = lse == -xp.inf
-        s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
-        (ds, dh), first = backend.scan_rows(last_view, zeros, views[0], blocks[0])
-        return ds, dh, (first,)
-    start = tuple((xp.zeros(k.shape, dtype=dtype, device=device), xp.zeros(v.shape, dtype=dtype, device=device))
-                  for k, v, _, _ in views[1:])  # fmt: skip
-    (ds, dh, grads), first = backend.scan_rows(other_view, (*zeros, start), views[0], blocks[0])
-    return ds, dh, (first, *grads)
 
 
 def _plus(left: Any, right: Any) -> Any:
-    """Sum of two sequences of pairs of arrays."""
-    return tuple((a + c, b + d) for (a, b), (c, d) in zip(left, right, strict=True))
-
-
-def _repeat(column: Array | None, count: int, backend: Backend) -> Array | None:
-    """Every row `count` times: (..., rows, 1) → (..., rows · count, 1)."""
-    return None if column is None else backend.xp.repeat(column, count, axis=-2)
+    """Sum of nested tuples of arrays; None on the left is nothing."""
+    if left is None:
+        return right
+    if isinstance(right, tuple):
+        return tuple(_plus(a, b) for a, b in zip(left, right, strict=True))
+    return left + right

@@ -28,7 +28,7 @@ from .exponential import taylor as taylor_polynomial
 from .monomials import rank as rank_of
 from .plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
 from .pruning import HIGHER, Pruned, dropped, smallest_pruned, sums_of, worthwhile
-from .ranges import RangeCall, Ranges, ranges
+from .ranges import RangeCall, Ranges, largest_entries, ranges
 from .rounding import exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
 from .spans import span_of
 
@@ -269,6 +269,13 @@ def plan_found(
     return _choose(
         shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean, sizes, gradients is True
     )
+
+
+def exact_plan(inputs: Inputs, scale: float) -> Plan:
+    """A plan for the exact method that says nothing of its error, for which nothing but that all is finite is looked at."""
+    call = RangeCall(scale, inputs.views)
+    checked_finite(largest_entries(call, inputs.backend, inputs.backend.values_of(inputs.arrays)), inputs.views)
+    return _choose(_shape_of(inputs), scale, inf, "exact", None, "minimax", "promise", inf, -inf)
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:

@@ -65,6 +65,19 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
     return Ranges(bound, lowest, entries, tuple(largest), sizes)
 
 
+def largest_entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> list[float]:
+    """The largest |entry| of (query, *keys, *values)."""
+    return [float(x) for x in backend.run(_entries, call, arrays)]
+
+
+def _entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """`largest_entries` as scalars."""
+    xp = backend.xp
+    q, keys, values, masks, _ = unpack(call.views, arrays)
+    rows = zip((*keys, *values), (*masks, *masks), strict=True)
+    return tuple(xp.max(xp.abs(x)) for x in (q, *(clean(x, mask, backend) for x, mask in rows)))
+
+
 def exponents(views: int) -> list[tuple[float, ...]]:
     """Hölder exponents to try, one for the query and one for each view: reciprocals add up to one."""
     count = views + 1

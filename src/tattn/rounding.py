@@ -125,7 +125,8 @@ def exact_errors(
     """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows."""
     unit = UNIT[computed_in(dtype)]
     scores = (views + 2 + min(dim, LAMBDA * sqrt(dim))) * bound
-    # Chains of at most 1024 rows, and a merge of running sums for every block of some 32 rows.
+    # Chains of at most 1024 tuples or query rows in a block; sums of blocks are added, one for every 16 rows of a view or more,
+    # and some within those. The normaliser is one more channel, and the sum of w − r one of dv + 1 terms.
     rho = unit * (scores + 8 + LAMBDA * sqrt(1024 * views + lengths / 16))
     rho_prime = rho + unit * LAMBDA * sqrt(value_dim + 1)
     return lowrank_errors(0.0, 0.0, rho, rho_prime)

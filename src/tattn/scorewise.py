@@ -13,15 +13,18 @@ dh = P ṽ back. Sums run over at most `CHAIN` rows, and blocks are added with c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from .arrays import broadcast_leading, clean, row_pairs, sum_to_leading, unpack
 from .backends import Array, Backend
 from .basis import CHAIN, row_products
 from .channels import channel_units
-from .exact import blocks_of, scaled_keys
-from .exact import leading_limit as leading_limit
+from .exact import scaled_keys
 from .lowrank import LowRankCall, add, divided, log_normaliser, with_ones, zero_sum
+
+# Rows of the last view in a block, where they do not leave room.
+LAST = 256
 
 View = tuple[Array, Array]
 
@@ -158,3 +161,34 @@ def _polynomial(coefficients: Sequence[float], x: Array, backend: Backend) -> Ar
     for c in coefficients[-2::-1]:
         result = result * x + c
     return result
+
+
+def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
+    """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
+    rows: list[Any] = [a.shape[-2] for a in arrays[: call.views + 1]]  # type: ignore[union-attr]
+    scores = prod([min(32, n) for n in rows])
+    return max(1, int(backend.workspace // (8 * scores)))
+
+
+def blocks_of(
+    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend, most: int = 1024
+) -> tuple[int, ...]:
+    """Rows of the query and of each view in a block, so that scores, and products of rows with `width` channels, fit.
+
+    Short ones leave room to others; none has more than `most`.
+    """
+    itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
+    numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
+    sizes = [0] * len(lengths)
+    # Softmax goes along the last view: passes over long rows are quicker than over short ones.
+    last = max(1, min(lengths[-1], LAST, round(numbers**0.5)))
+    room = max(1.0, numbers / last)
+    order = sorted(range(len(lengths) - 1), key=lambda i: lengths[i])
+    for taken, i in enumerate(order):
+        sizes[i] = max(1, min(lengths[i], most, round(room ** (1 / (len(order) - taken)))))
+        room = max(1.0, room / sizes[i])
+    sizes[-1] = max(last, min(lengths[-1], most, round(room * last)))
+    while max(sizes[:-1]) > 1 and prod(sizes[:-1]) * (sizes[-1] + width) > 4 * numbers:
+        largest = max(range(len(sizes) - 1), key=lambda i: sizes[i])
+        sizes[largest] //= 2
+    return tuple(sizes)

@@ -33,6 +33,10 @@ class Backend:
         Whether programs are compiled, and kept, for each plan that is used.
     workspace : int
         Bytes that the temporaries of one block of rows should stay below.
+    cache : int
+        Bytes that an array which is gone over several times should stay below.
+    reads : bool
+        Whether values can be read at once: they are there, on the host, and nothing records or traces the call.
     """
 
     name = "array API"
@@ -40,6 +44,8 @@ class Backend:
     parts = True
     compiles = False
     workspace = 2 << 20
+    cache = 512 << 10
+    reads = False
 
     def __init__(self, xp: ModuleType | None = None) -> None:
         self._xp = xp
@@ -115,13 +121,17 @@ class Backend:
         else:
             target[...] = left @ right
 
-    def exp_less(self, x: Array, shift: Array) -> Array:
-        """e^(x − shift); what x held is lost where arrays are writable."""
-        return self.xp.exp(x - shift)
+    def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
+        """Matrix product; where arrays are writable in `memory`, until the next product of this name."""
+        return left @ right
 
-    def times_less(self, weights: Array, x: Array, shift: Array) -> Array:
-        """Weights · (x − shift); what x held is lost where arrays are writable."""
-        return weights * (x - shift)
+    def exp_less(self, x: Array, shift: Array | None) -> Array:
+        """e^(x − shift), or eˣ; what x held is lost where arrays are writable."""
+        return self.xp.exp(x if shift is None else x - shift)
+
+    def times(self, weights: Array, x: Array) -> Array:
+        """Weights · x; what x held is lost where arrays are writable."""
+        return weights * x
 
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         """Write rows (m, k) at places (m,) of `target` (n, k); only called if `writable`."""
@@ -190,6 +200,12 @@ class Backend:
 
     def synchronize(self, array: Array) -> None:
         """Wait until `array` has been computed."""
+
+
+def product_shape(left: Array, right: Array) -> tuple[int, ...]:
+    """Shape of a matrix product (..., n, k) of (..., k, m)."""
+    leading = np.broadcast_shapes(left.shape[:-2], right.shape[:-2]) if left.ndim + right.ndim > 4 else ()
+    return (*leading, left.shape[-2], right.shape[-1])
 
 
 def memoized(function: F) -> F:

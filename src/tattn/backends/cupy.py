@@ -13,6 +13,7 @@ class CupyBackend(Backend):
     name = "CuPy"
     writable = True
     workspace = 256 << 20
+    cache = 128 << 20
 
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         cupy.multiply(left, right, out=target)

@@ -18,9 +18,9 @@ class JaxBackend(Backend):
     parts = False
     compiles = True
 
-    def __init__(self, workspace: int = Backend.workspace) -> None:
+    def __init__(self, workspace: int = Backend.workspace, cache: int = 1 << 20) -> None:
         super().__init__(jnp)
-        self.workspace = workspace
+        self.workspace, self.cache = workspace, cache
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         return _ON_GPU if jax.default_backend() == "gpu" else BACKEND
@@ -134,4 +134,4 @@ def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callabl
 
 
 BACKEND = JaxBackend()
-_ON_GPU = JaxBackend(workspace=256 << 20)
+_ON_GPU = JaxBackend(workspace=256 << 20, cache=128 << 20)

@@ -8,12 +8,13 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from .base import Array, Backend
+from .base import Array, Backend, product_shape
 
 
 class NumpyBackend(Backend):
     name = "NumPy"
     writable = True
+    reads = True
 
     def is_supported(self, array: Array) -> str | None:
         if isinstance(array, np.matrix):
@@ -38,12 +39,18 @@ class NumpyBackend(Backend):
         else:
             np.matmul(left, right, out=target)
 
-    def exp_less(self, x: Array, shift: Array) -> Array:
-        np.subtract(x, shift, out=x)
+    def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
+        key = name, product_shape(left, right)
+        if key not in memory:
+            memory[key] = np.empty(key[1], left.dtype)
+        return np.matmul(left, right, out=memory[key])
+
+    def exp_less(self, x: Array, shift: Array | None) -> Array:
+        if shift is not None:
+            np.subtract(x, shift, out=x)
         return np.exp(x, out=x)
 
-    def times_less(self, weights: Array, x: Array, shift: Array) -> Array:
-        np.subtract(x, shift, out=x)
+    def times(self, weights: Array, x: Array) -> Array:
         return np.multiply(x, weights, out=x)
 
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:

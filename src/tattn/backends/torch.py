@@ -11,16 +11,19 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from .base import Array, Backend, memoized
+from .base import Array, Backend, memoized, product_shape
 
 
 class TorchBackend(Backend):
     name = "torch"
 
-    def __init__(self, writable: bool, workspace: int) -> None:
+    def __init__(self, writable: bool, accelerator: bool) -> None:
         super().__init__(xp)
         self.writable = self.parts = writable
-        self.workspace = workspace
+        # Calls cost more here than in NumPy, so blocks are larger, and an accelerator wants larger blocks still.
+        self.workspace = 256 << 20 if accelerator else 8 << 20
+        self.cache = 128 << 20 if accelerator else Backend.cache
+        self.reads = writable and not accelerator
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         tensors = [a for a in arrays if a is not None]
@@ -63,11 +66,21 @@ class TorchBackend(Backend):
         else:
             target += left @ right
 
-    def exp_less(self, x: Array, shift: Array) -> Array:
-        return x.sub_(shift).exp_() if self.writable else torch.exp(x - shift)
+    def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
+        if not self.writable:
+            return left @ right
+        key = name, product_shape(left, right)
+        if key not in memory:
+            memory[key] = torch.empty(key[1], dtype=left.dtype, device=left.device)
+        return torch.matmul(left, right, out=memory[key])
 
-    def times_less(self, weights: Array, x: Array, shift: Array) -> Array:
-        return x.sub_(shift).mul_(weights) if self.writable else weights * (x - shift)
+    def exp_less(self, x: Array, shift: Array | None) -> Array:
+        if not self.writable:
+            return super().exp_less(x, shift)
+        return (x if shift is None else x.sub_(shift)).exp_()
+
+    def times(self, weights: Array, x: Array) -> Array:
+        return x.mul_(weights) if self.writable else weights * x
 
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         target.index_copy_(0, places, rows)
@@ -86,7 +99,8 @@ class TorchBackend(Backend):
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         # The rounding bounds assume full products and no autocast.
         device = arrays[0].device.type  # type: ignore[union-attr]
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        full = device == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device))
+        with nullcontext() if full else torch.autocast(device, enabled=False):
             if not torch.compiler.is_compiling():
                 with _full_precision():
                     return function(call, self.for_arrays(arrays), tuple(arrays))
@@ -100,6 +114,8 @@ class TorchBackend(Backend):
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
     ) -> tuple[Array, ...]:
+        if not (self.records(arrays) or self.is_traced(arrays) or any(_has_tangent(a) for a in arrays)):
+            return self.run(forward, call, arrays)  # type: ignore[no-any-return]
         function = _COMPILED[len(arrays)] if torch.compiler.is_compiling() else _Attention
         result: tuple[Array, ...] = function.apply((forward, backward, call), *arrays)
         return result
@@ -126,6 +142,11 @@ def _numbers(function: Callable[..., np.ndarray], *args: Any) -> list[Any]:
 
 def _needs_gradient(array: Array | None) -> bool:
     return array is not None and bool(array.requires_grad)
+
+
+def _has_tangent(array: Array | None) -> bool:
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return array is not None and unpack(array).tangent is not None
 
 
 def _precision() -> str:
@@ -241,12 +262,6 @@ def _with_arguments(count: int) -> Any:
 # Up to query, and keys, values and masks of eight views.
 _COMPILED = {count: _with_arguments(count) for count in range(2, 26)}
 
-# Calls cost more here than in NumPy, so blocks are larger; in (writable, accelerator), in-place writes would break a
-# graph that is being recorded, and an accelerator wants larger blocks still.
-BACKEND = TorchBackend(writable=True, workspace=8 << 20)
-_VARIANTS = {
-    (True, False): BACKEND,
-    (False, False): TorchBackend(writable=False, workspace=8 << 20),
-    (True, True): TorchBackend(writable=True, workspace=256 << 20),
-    (False, True): TorchBackend(writable=False, workspace=256 << 20),
-}
+# By (writable, accelerator): in-place writes would break a graph that is being recorded.
+_VARIANTS = {(w, a): TorchBackend(writable=w, accelerator=a) for w in (True, False) for a in (True, False)}
+BACKEND = _VARIANTS[True, False]
