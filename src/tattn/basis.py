@@ -337,16 +337,13 @@ class InPlace:
         table = backend.table(exponents, basis.dim, basis.degree, basis.grading, like=matrix, dtype=matrix.dtype)
         self._exponents = backend.xp.matrix_transpose(table)
         self._places = backend.table(_channels_of, basis.grading, basis.degree, like=matrix) if basis.grading else None
-        self._room: Array = None
+        self._memory: dict[Any, Array] = {}
 
     def __call__(self, phi: Array, z: Array) -> Array:
         """Of one block."""
         backend = self._backend
         xp = backend.xp
-        shape = (*broadcast_leading(self._matrix, z, phi), *phi.shape[-2:])
-        if self._room is None or tuple(self._room.shape) != shape:
-            self._room = xp.empty(shape, dtype=phi.dtype, device=backend.device(phi))
-        backend.product_into(self._room, self._matrix, xp.matrix_transpose(z))
-        backend.multiply_into(self._room, self._room, phi)
+        slopes = backend.product(self._matrix, xp.matrix_transpose(z), self._memory, "slopes")
+        slopes = backend.times(phi, slopes)
         x = phi[..., 1 : self._dim + 1, :] if self._places is None else xp.take(phi, self._places, axis=-2)
-        return xp.matrix_transpose(read(self._room, self._exponents, backend) / x)
+        return xp.matrix_transpose(read(slopes, self._exponents, backend) / x)

@@ -123,7 +123,13 @@ class Backend:
 
     def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
         """Matrix product; where arrays are writable in `memory`, until the next product of this name."""
-        return left @ right
+        if not self.writable:
+            return left @ right
+        key = name, product_shape(left, right)
+        if key not in memory:
+            memory[key] = self.xp.empty(key[1], dtype=left.dtype, device=self.device(left))
+        self.product_into(memory[key], left, right)
+        return memory[key]
 
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         """e^(x − shift), or eˣ; what x held is lost where arrays are writable."""

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from .base import Array, Backend, product_shape
+from .base import Array, Backend
 
 
 class NumpyBackend(Backend):
@@ -38,12 +38,6 @@ class NumpyBackend(Backend):
             np.add(target, left @ right, out=target)
         else:
             np.matmul(left, right, out=target)
-
-    def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
-        key = name, product_shape(left, right)
-        if key not in memory:
-            memory[key] = np.empty(key[1], left.dtype)
-        return np.matmul(left, right, out=memory[key])
 
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         if shift is not None:

@@ -11,7 +11,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from .base import Array, Backend, memoized, product_shape
+from .base import Array, Backend, memoized
 
 
 class TorchBackend(Backend):
@@ -65,14 +65,6 @@ class TorchBackend(Backend):
             torch.addmm(target, left, right, out=target)
         else:
             target += left @ right
-
-    def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
-        if not self.writable:
-            return left @ right
-        key = name, product_shape(left, right)
-        if key not in memory:
-            memory[key] = torch.empty(key[1], dtype=left.dtype, device=left.device)
-        return torch.matmul(left, right, out=memory[key])
 
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         if not self.writable:
