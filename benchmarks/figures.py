@@ -47,7 +47,7 @@ def _limit(rows: Table) -> Any:
         if (8, value_dim, 4) in cases:
             at = cases.index((8, value_dim, 4))
             axes[1, 0].plot([at - 0.46, at + 0.46], [most, most], color=COLOURS[3], linewidth=2, label="_")
-    labels = [f"d = {dim}, dv = {value_dim}\ndegree {degree}" for dim, value_dim, degree in cases]
+    labels = [f"d = {dim}\ndv = {value_dim}\ndegree {degree}" for dim, value_dim, degree in cases]
     axes[1, 0].set_xticks(range(len(cases)), labels, fontsize="small")
     legend_below(figure, axes[1, 0], 6)
     return figure
