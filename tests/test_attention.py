@@ -294,6 +294,26 @@ def test_a_channel_that_is_zero_still_has_a_gradient() -> None:
     np.testing.assert_allclose(got, expected.dkeys[0], atol=1e-8)
 
 
+@pytest.mark.parametrize(("size", "key_size"), [(0.0, 1e-20), (1e-33, 1.0)])
+@pytest.mark.parametrize("value_dim", [4, 20])
+def test_a_channel_that_the_query_lacks_gives_keys_no_gradient(
+    library: Any, size: float, key_size: float, value_dim: int
+) -> None:
+    rng = np.random.default_rng(0)
+    query, *keys = rng.uniform(-1, 1, (3, 60, 4)).astype(np.float32)
+    *values, grad = rng.normal(size=(3, 60, value_dim)).astype(np.float32)
+    query[:, 1] *= np.float32(size)
+    keys[0][:, 1] *= np.float32(key_size)
+    plan = tattn.plan_for(n=60, dim=4, bound=1.0, tol=1e-4, value_dim=value_dim, method="polynomial")
+    given = [library.array(x) for x in (query, *keys, *values, grad)]
+    _, pullback = tattn.tensor_attention_vjp(given[0], given[1:3], given[3:5], plan=plan)
+    _, dkeys, _ = pullback(given[5])
+    expected = dense(query.astype(np.float64), [k.astype(np.float64) for k in keys], values, grad_out=grad)
+    for got, wanted in zip(dkeys, expected.dkeys, strict=True):
+        found = library.numpy(got)[:, 1]
+        np.testing.assert_allclose(found, wanted[:, 1], rtol=1e-2, atol=1e-2 * np.abs(wanted[:, 1]).max())
+
+
 def test_shared_narrow_gradients_are_summed_in_float32() -> None:
     """bfloat16 counts to 256: thousands of heads that share keys are added up before the result is narrowed."""
     torch = pytest.importorskip("torch")

@@ -331,3 +331,13 @@ def test_refused_for_workers(options: dict[str, Any], error: type, match: str) -
 def test_workers_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--n=1000000", "--dim=4", "--bound=1", "--workers=64", "--bandwidth=1e9", "--flops=1e10"]) == 0
     assert capsys.readouterr().out.strip() == str(tattn.plan_for(n=10**6, dim=4, bound=1.0, **RATES))
+
+
+def test_an_estimate_from_masked_rows_alone_is_none() -> None:
+    rng = np.random.default_rng(2)
+    query, *keys = rng.uniform(-1, 1, (3, 400, 12)).astype(np.float32)
+    mask = np.zeros(400, bool)
+    mask[123] = True
+    assert tattn.plan(query, keys, key_masks=[mask, mask], bound="estimated", tol=1e-2).method == "exact"
+    with pytest.raises(tattn.PlanError, match="estimated not to meet"):
+        tattn.plan(query, keys, key_masks=[mask, mask], bound="estimated", tol=1e-2, method="polynomial")

@@ -24,11 +24,13 @@ import numpy as np
 from .arrays import broadcast_leading, swap_outer
 from .backends import Array, Backend
 from .backends.base import memoized
-from .monomials import Features, Grading, exponents, lower, raised, raised_factors, rank, runs
+from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
 
 CHAIN = 128
 # With more, products with all monomials are wide enough by themselves; measured on processors with NumPy and torch.
 FEW_COLUMNS = 12
+# Products with entries of this size stay far from the smallest numbers.
+_LEAST = {"float32": 2.0**-40, "float64": 2.0**-80}
 
 
 class Basis(NamedTuple):
@@ -71,8 +73,8 @@ class Basis(NamedTuple):
         return self.size + columns if self.in_place(backend) else columns * (self.dim + 1)
 
     def in_place(self, backend: Backend) -> bool:
-        """Whether `puller` needs no wide product."""
-        return backend.writable and not self.lean
+        """Whether `puller` needs no wide product: it looks at the channels of a block first."""
+        return backend.writable and backend.reads and not self.lean
 
     def level(self, degree: int) -> slice:
         """Where the monomials of one degree stand."""
@@ -182,13 +184,6 @@ class Basis(NamedTuple):
         if order == list(range(self.dim)):
             return whole
         return xp.take(whole, backend.table(_places, self.grading, self.degree, like=whole), axis=-1)
-
-    def off_zero(self, x: Array, backend: Backend) -> Array:
-        """Channels for the features that `puller` takes, which may divide by them: in place of 0 what no derivative sees."""
-        if not self.in_place(backend):
-            return x
-        tiny = 2.0**-80 if backend.dtype_name(x.dtype) == "float64" else 2.0**-40
-        return backend.xp.where(backend.xp.abs(x) < tiny, tiny, x)
 
     def puller(self, matrix: Array, backend: Backend) -> Callable[[Array, Array], Array]:
         """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x for M (..., r, k): Φ (..., held, rows) and z (..., rows, k) → (..., rows, d)."""
@@ -329,11 +324,11 @@ class InPlace:
         x ∘ dx = Eᵀ (Φ ∘ (M z)).
 
     One product as skinny as the others, one pass over the features and a product with d columns, written where those of the
-    block before were.
+    block before were. Blocks with a channel that is 0, or nearly, go backwards through the recursion that makes monomials.
     """
 
     def __init__(self, basis: Basis, matrix: Array, backend: Backend) -> None:
-        self._dim, self._matrix, self._backend = basis.dim, matrix, backend
+        self._basis, self._matrix, self._backend = basis, matrix, backend
         table = backend.table(exponents, basis.dim, basis.degree, basis.grading, like=matrix, dtype=matrix.dtype)
         self._exponents = backend.xp.matrix_transpose(table)
         self._places = backend.table(_channels_of, basis.grading, basis.degree, like=matrix) if basis.grading else None
@@ -344,6 +339,14 @@ class InPlace:
         backend = self._backend
         xp = backend.xp
         slopes = backend.product(self._matrix, xp.matrix_transpose(z), self._memory, "slopes")
+        dim, degree, grading = self._basis.dim, self._basis.degree, self._basis.grading
+        x = phi[..., 1 : dim + 1, :] if self._places is None else xp.take(phi, self._places, axis=-2)
+        if not self._divides(x):
+            return xp.matrix_transpose(pull_back(x, phi, slopes, degree, backend, grading))
         slopes = backend.times(phi, slopes)
-        x = phi[..., 1 : self._dim + 1, :] if self._places is None else xp.take(phi, self._places, axis=-2)
         return xp.matrix_transpose(read(slopes, self._exponents, backend) / x)
+
+    def _divides(self, x: Array) -> bool:
+        """Whether quotients by all channels keep their digits."""
+        least = _LEAST[self._backend.dtype_name(x.dtype)]
+        return 0 not in x.shape and float(self._backend.xp.min(self._backend.xp.abs(x))) >= least

@@ -216,7 +216,7 @@ def query_adjoint(
         r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
         inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
         g_hat = side_by_side(g, -r, backend, inverse)
-        x = basis.off_zero(backend.cast(rows, dtype) * unit, backend)
+        x = backend.cast(rows, dtype) * unit
         sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
         return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
 
@@ -252,7 +252,10 @@ def key_adjoint(
         return None, pull_back(features(xp.matrix_transpose(x)), z)
 
     def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
-        x = basis.off_zero(backend.cast(clean(k, mask, backend), dtype) * unit, backend)
+        x = backend.cast(k, dtype) * unit
+        if mask is not None:
+            # What masked rows hold does not matter, but a 0 would take longer.
+            x = xp.where(mask, x, 1.0)
         _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
         dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
         return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
