@@ -110,11 +110,20 @@ def ratios(plan: tattn.Plan, drawn: Sample, got: Dense, truth: Dense) -> list[fl
     return [float(np.nanmax(r)) for r in result]
 
 
+def errors_over_bounds(plan: tattn.Plan, drawn: Sample, scale: float, dtype: str) -> list[float]:
+    """`ratios` of a call, its reference in a wider dtype."""
+    out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan)
+    dquery, dkeys, dvalues = pullback(drawn.grad)
+    got = Dense(out, out, dquery, list(dkeys), list(dvalues))
+    precision = np.float64 if dtype == "float32" else np.longdouble
+    truth = dense(drawn.query, drawn.keys, drawn.values, scale=scale, grad_out=drawn.grad, precision=precision)
+    return ratios(plan, drawn, got, truth)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_no_error_exceeds_the_plan(kind: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     worst: list[list[float]] = []
-    precision = np.float64 if dtype == "float32" else np.longdouble
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
         views, bound = int(rng.integers(1, 4)), float(rng.choice([0.1, 0.5, 1.0, 2.0, 3.0]))
@@ -125,11 +134,7 @@ def test_no_error_exceeds_the_plan(kind: str, dtype: str, capsys: pytest.Capture
             plan = tattn.plan(drawn.query, drawn.keys, drawn.values, scale=scale, **promise, **option)
             if not np.isfinite(plan.error):
                 continue
-            out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan)
-            dquery, dkeys, dvalues = pullback(drawn.grad)
-            got = Dense(out, out, dquery, list(dkeys), list(dvalues))
-            truth = dense(drawn.query, drawn.keys, drawn.values, scale=scale, grad_out=drawn.grad, precision=precision)
-            found = ratios(plan, drawn, got, truth)
+            found = errors_over_bounds(plan, drawn, scale, dtype)
             assert max(found) <= 1, (seed, option, found, str(plan))
             worst.append(found[:2])
     output, gradient = np.array(worst).T
@@ -146,7 +151,6 @@ def test_no_error_exceeds_the_plan(kind: str, dtype: str, capsys: pytest.Capture
 def test_no_error_exceeds_a_pruned_plan(kind: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Channels of very unequal sizes, so that plans leave monomials out; where all entries are alike, these add up."""
     worst: list[list[float]] = []
-    precision = np.float64 if dtype == "float32" else np.longdouble
     for seed in range(DRAWS // 6):
         rng = np.random.default_rng([seed, len(kind)])
         views, dim, light = int(rng.integers(1, 4)), int(rng.integers(8, 15)), float(rng.choice([1e-3, 1e-2, 5e-2]))
@@ -167,11 +171,7 @@ def test_no_error_exceeds_a_pruned_plan(kind: str, dtype: str, capsys: pytest.Ca
             continue
         if not plan.grading:
             continue
-        out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan)
-        dquery, dkeys, dvalues = pullback(drawn.grad)
-        got = Dense(out, out, dquery, list(dkeys), list(dvalues))
-        truth = dense(drawn.query, drawn.keys, drawn.values, scale=scale, grad_out=drawn.grad, precision=precision)
-        found = ratios(plan, drawn, got, truth)
+        found = errors_over_bounds(plan, drawn, scale, dtype)
         assert max(found) <= 1, (seed, found, str(plan))
         worst.append(found[:2])
     assert len(worst) > 5

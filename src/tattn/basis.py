@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import broadcast_leading, swap_outer
+from .arrays import broadcast_leading, swap_outer, transposed
 from .backends import Array, Backend
 from .backends.base import memoized
 from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
@@ -94,7 +94,7 @@ class Basis(NamedTuple):
         if self._is_held(degree):
             return row_products(phi if degree is None else phi[..., self.level(degree), :], z, backend)
         k = z.shape[-1]
-        pairs = phi[..., : self.dim + 1, None, :] * _across(z, backend)[..., None, :, :]
+        pairs = phi[..., : self.dim + 1, None, :] * transposed(z, backend)[..., None, :, :]
         pairs = xp.reshape(pairs, (*pairs.shape[:-3], (self.dim + 1) * k, pairs.shape[-1]))
         top = self.level(self.degree - 1)
         wide = row_products(phi[..., top, :], xp.matrix_transpose(pairs), backend)
@@ -246,23 +246,12 @@ def _over_channels(product: Array, channels: Array, backend: Backend) -> Array:
     return xp.sum(split * channels[..., :, None, :], axis=-3)
 
 
-def _across(z: Array, backend: Backend) -> Array:
-    """(..., rows, k) → (..., k, rows), copied where arrays are writable: products keep the order of their factors."""
-    xp = backend.xp
-    turned = xp.matrix_transpose(z)
-    if not backend.writable:
-        return turned
-    whole = xp.empty(turned.shape, dtype=z.dtype, device=backend.device(z))
-    whole[...] = turned
-    return whole
-
-
 def _weighted(product: Array, z: Array, backend: Backend) -> Array:
     """Σ_e z_e y_ce: (..., d · k, rows) and (..., rows, k) → (..., rows, d)."""
     xp = backend.xp
     k = z.shape[-1]
     split = xp.reshape(product, (*product.shape[:-2], product.shape[-2] // k, k, product.shape[-1]))
-    return xp.matrix_transpose(xp.sum(split * _across(z, backend)[..., None, :, :], axis=-2))
+    return xp.matrix_transpose(xp.sum(split * transposed(z, backend)[..., None, :, :], axis=-2))
 
 
 def row_products(phi: Array, z: Array, backend: Backend) -> Array:

@@ -81,7 +81,7 @@ def _of_least_degree(sample: Sample, tol: float, degrees: Sequence[int]) -> Esti
         # Masks left nothing of the sample: nothing is known.
         return Estimate((1.0, 1.0), 1e-3, inf, inf)
     # A tenth above the largest score seen, for those that were not.
-    bound = 1.1 * float(seen.max()) if seen.size and seen.max() > 0 else 1e-3
+    bound = 1.1 * float(seen.max()) if seen.max() > 0 else 1e-3
     if bound > _HOPELESS:
         return Estimate((1.0, 1.0), bound, inf, inf)
     best: Estimate | None = None
