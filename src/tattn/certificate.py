@@ -46,6 +46,9 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
     def prepare(v: Array, mask: Array | None) -> Array:
         return with_ones(v, mask, dtype, backend)
 
+    def in_units(rows: Array) -> Array:
+        return rows * view.by.unit
+
     def products(phi: Array, z: Array) -> tuple[Array, Array]:
         sizes = basis.row_sums(phi, xp.abs(z[..., :-1]), backend, degree=call.moment)
         return basis.row_sums(phi, z, backend), sizes
@@ -53,7 +56,7 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
     plain, sizes = [], []
     for start, stop in edges(n, call.bands):
         rows = view.band(start, stop, backend)
-        one, size = summed_products(prepare, products, shapes, *rows, view.by.unit, basis, backend)
+        (one, _), (size, _) = summed_products(prepare, products, shapes, *rows, in_units, basis, backend)
         plain.append(one)
         sizes.append(xp.concat([size, one[..., part, -1:]], axis=-1))
     return xp.stack(plain, axis=-3) * (1 / n), xp.stack(sizes, axis=-3) * (1 / n)

@@ -32,6 +32,7 @@ from .arrays import (
     with_leading,
 )
 from .backends import Array, Backend
+from .backends.base import Body
 from .channels import channel_units
 
 # Terms in a chain of additions, at most, as `rounding.exact_errors` counts them.
@@ -41,6 +42,8 @@ CHAIN = 1024
 _REACH, _LARGE = 16.0, 2.0**24
 # Blocks of scores for which tuples are made together.
 _TOGETHER = 8
+# Scores that are worth a thread.
+_SHARED = 1 << 22
 # A place after all others.
 _NEVER = 1 << 30
 
@@ -78,7 +81,7 @@ class Pairs(NamedTuple):
 class _Pass(NamedTuple):
     """What all blocks of a call share: leading dimensions, rows of the query, tuples and rows of each view in a block, units.
 
-    `bounded`: scores are known to be small; `memory`: that of the scores.
+    `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores.
     """
 
     backend: Backend
@@ -86,7 +89,12 @@ class _Pass(NamedTuple):
     blocks: tuple[int, ...]
     units: Sequence[Any]
     bounded: bool
+    fewest: int
     memory: dict[Any, Array]
+
+    def anew(self) -> _Pass:
+        """The same with memory of its own."""
+        return self._replace(memory={})
 
 
 # [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is subtracted.
@@ -100,28 +108,33 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
     at, views, run = _prepared(call, backend, arrays)
     masked = [view for view, mask in zip(views, masks, strict=True) if mask is not None]
 
-    def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
-        s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
-        places = None if at is None else xp.matrix_transpose(at)
-        total, top = _attend(run, s, places, None, views)
-        sums, normaliser = total[..., :-1, :], total[..., -1:, :]
-        if run.bounded and not masked:
-            out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
-            return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
-        # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
-        nothing: Array = xp.nan
-        if masked:
-            found = [_sees_some(run, at, view, block) for view, block in zip(masked, run.blocks[2:], strict=False)]
-            alive = xp.matrix_transpose(prod_of(found))
-            nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
-        some = normaliser > 0
-        safe = xp.where(some, normaliser, 1.0)
-        out = transposed(xp.where(some, sums / safe, nothing), backend)
-        lse = xp.log(safe) if top is None else top + xp.log(safe)
-        lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
-        return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
+    def make_body() -> Body:
+        own = run.anew()
 
-    _, (out, lse) = backend.scan_rows(body, None, (q, at), run.blocks[0])
+        def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
+            s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
+            places = None if at is None else xp.matrix_transpose(at)
+            total, top = _attend(own, s, places, None, views)
+            sums, normaliser = total[..., :-1, :], total[..., -1:, :]
+            if run.bounded and not masked:
+                out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
+                return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
+            # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
+            nothing: Array = xp.nan
+            if masked:
+                found = [_sees_some(run, at, view, block) for view, block in zip(masked, run.blocks[2:], strict=False)]
+                alive = xp.matrix_transpose(prod_of(found))
+                nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
+            some = normaliser > 0
+            safe = xp.where(some, normaliser, 1.0)
+            out = transposed(xp.where(some, sums / safe, nothing), backend)
+            lse = xp.log(safe) if top is None else top + xp.log(safe)
+            lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
+            return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
+
+        return body
+
+    _, (out, lse) = backend.share_rows(make_body, None, (q, at), run.blocks[0], run.fewest)
     return out, lse, lse
 
 
@@ -132,22 +145,29 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     at, views, run = _prepared(call, backend, arrays)
     dtype = views[0].keys.dtype
 
-    def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
-        o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
-        s = backend.cast(rows, dtype) * run.units[0]
-        h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
-        # Where all is masked lse is −inf: the weights are 0, whatever the row.
-        blind = lse == -xp.inf
-        shift = None
-        if run.bounded:
-            h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
-        else:
-            s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
-        ds, _, grads = _adjoint(run, s, h, shift, at, None, views)
-        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
+    def make_body() -> Body:
+        own = run.anew()
+
+        def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
+            o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
+            s = backend.cast(rows, dtype) * run.units[0]
+            h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
+            # Where all is masked lse is −inf: the weights are 0, whatever the row.
+            blind = lse == -xp.inf
+            shift = None
+            if run.bounded:
+                h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
+            else:
+                s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
+            ds, _, grads = _adjoint(own, s, h, shift, at, None, views)
+            return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
+
+        return body
 
     start = None if q.shape[-2] <= run.blocks[0] else _zeros(views, backend)
-    grads, (dq,) = backend.scan_rows(body, start, (q, at, *columns), run.blocks[0])
+    (grads, *others), (dq,) = backend.share_rows(make_body, start, (q, at, *columns), run.blocks[0], run.fewest)
+    for more in others:
+        grads = _plus(grads, more)
     d_keys, d_values = [], []
     for (dk, dv), unit, k, v, mask in zip(grads, run.units[1:], keys, values, masks, strict=True):
         d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
@@ -206,7 +226,8 @@ def _prepared(
         units = channel_units(q, keys, masks, call.scale, backend)
     scaled = scaled_keys(keys, units[1:], masks, backend)
     blocks = block_sizes(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
-    run = _Pass(backend, leading, blocks, units, bounded, {})
+    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod(k.shape[-2] for k in keys)))
+    run = _Pass(backend, leading, blocks, units, bounded, fewest, {})
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]

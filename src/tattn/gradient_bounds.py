@@ -284,6 +284,9 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     def prepare(z: Array, mask: Array | None) -> Array:
         return clean(z, mask, backend)
 
+    def in_units(rows: Array) -> Array:
+        return rows * view.by.unit
+
     def products(phi: Array, z: Array) -> tuple[Array]:
         return (basis.row_sums(phi, z, backend, degree=call.moment),)
 
@@ -291,7 +294,8 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     for start, stop in edges(n, call.bands):
         rows, _, mask = view.band(start, stop, backend)
         own = z[..., start:stop, :]
-        sums += summed_products(prepare, products, [shape], rows, own, mask, view.by.unit, basis, backend)
+        ((total, _),) = summed_products(prepare, products, [shape], rows, own, mask, in_units, basis, backend)
+        sums.append(total)
     return xp.stack(sums, axis=-3)
 
 

@@ -32,10 +32,13 @@ from .arrays import (
     with_leading,
 )
 from .backends import Array, Backend
-from .backends.base import block_rows
+from .backends.base import Body, block_rows
 from .basis import CHAIN, FEW_COLUMNS, Basis
 from .channels import channel_units
 from .monomials import Grading, degrees, multinomials, rank
+
+# Blocks of rows that are worth a thread.
+FEWEST_BLOCKS = 4
 
 
 class LowRankCall(NamedTuple):
@@ -107,9 +110,15 @@ def summary(
     k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend, grading: Grading = ()
 ) -> Array:
     """Φ(k)ᵀ [v, 1], (..., r, dv + 1)."""
+    basis = Basis.of(k.shape[-1], degree, v.shape[-1] + 1, grading)
+    return summed_rows(lambda rows: rows * unit, k, v, mask, basis, backend)[0]
+
+
+def summed_rows(
+    in_units: Callable[[Array], Array], k: Array, v: Array, mask: Array | None, basis: Basis, backend: Backend
+) -> Sum:
+    """Φ(k)ᵀ [v, 1] of keys `in_units`, (..., r, dv + 1), as a compensated sum."""
     dtype = backend.compute_dtype(k.dtype)
-    columns = v.shape[-1] + 1
-    basis = Basis.of(k.shape[-1], degree, columns, grading)
 
     def prepare(v: Array, mask: Array | None) -> Array:
         return with_ones(v, mask, dtype, backend)
@@ -117,7 +126,8 @@ def summary(
     def products(phi: Array, z: Array) -> tuple[Array]:
         return (basis.row_sums(phi, z, backend),)
 
-    return summed_products(prepare, products, [(basis.size, columns)], k, v, mask, unit, basis, backend)[0]
+    shapes = [(basis.size, v.shape[-1] + 1)]
+    return summed_products(prepare, products, shapes, k, v, mask, in_units, basis, backend)[0]
 
 
 def summed_products(
@@ -127,28 +137,32 @@ def summed_products(
     k: Array,
     v: Array,
     mask: Array | None,
-    unit: Array,
+    in_units: Callable[[Array], Array],
     basis: Basis,
     backend: Backend,
-) -> list[Array]:
-    """Sums over all rows of ``products(Φ(k), prepare(v, mask))``, of these shapes."""
+) -> list[Sum]:
+    """Sums over all rows of ``products(Φ(k), prepare(v, mask))`` of keys `in_units`, compensated, of these shapes."""
     dtype = backend.compute_dtype(k.dtype)
     leading = broadcast_leading(k, v, mask)
-    features = basis.features(backend)
     block, together = blocks_of(basis, basis.width(sum(columns for _, columns in shapes)), dtype, leading, backend)
 
-    def of_block(sums: tuple[Array, ...] | None, x: Array, z: Array) -> tuple[tuple[Array, ...], tuple[()]]:
-        found = products(features(backend.xp.matrix_transpose(x)), z)
-        return found if sums is None else tuple(s + f for s, f in zip(sums, found, strict=True)), ()
+    def make_body() -> Body:
+        features = basis.features(backend)
 
-    def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
-        x = backend.cast(clean(k, mask, backend), dtype) * unit
-        sums, _ = backend.scan_rows(of_block, None, (x, prepare(v, mask)), block)
-        return tuple(add(c, s) for c, s in zip(carry, sums, strict=True)), ()
+        def of_block(sums: tuple[Array, ...] | None, x: Array, z: Array) -> tuple[tuple[Array, ...], tuple[()]]:
+            found = products(features(backend.xp.matrix_transpose(x)), z)
+            return found if sums is None else tuple(s + f for s, f in zip(sums, found, strict=True)), ()
+
+        def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
+            x = in_units(backend.cast(clean(k, mask, backend), dtype))
+            sums, _ = backend.scan_rows(of_block, None, (x, prepare(v, mask)), block)
+            return tuple(add(c, s) for c, s in zip(carry, sums, strict=True)), ()
+
+        return body
 
     start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
-    carry, _ = backend.scan_rows(body, start, (k, v, mask), together)
-    return [total for total, _ in carry]
+    carries, _ = backend.share_rows(make_body, start, (k, v, mask), together, FEWEST_BLOCKS * block)
+    return [joined(sums) for sums in zip(*carries, strict=True)]
 
 
 def read_out(
@@ -164,17 +178,22 @@ def read_out(
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
-    features, reader = basis.features(backend), basis.reader(combined, backend)
+    reader = basis.reader(combined, backend)
     block, together = blocks_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend, basis.lean)
 
-    def of_block(_: None, x: Array) -> tuple[None, tuple[Array]]:
-        return None, (xp.matrix_transpose(basis.read(features(xp.matrix_transpose(x)), reader, backend)),)
+    def make_body() -> Body:
+        features = basis.features(backend)
 
-    def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
-        _, (numerator,) = backend.scan_rows(of_block, None, (backend.cast(rows, dtype) * unit,), block)
-        return None, divided(numerator, leading, backend)
+        def of_block(_: None, x: Array) -> tuple[None, tuple[Array]]:
+            return None, (xp.matrix_transpose(basis.read(features(xp.matrix_transpose(x)), reader, backend)),)
 
-    _, (out, normaliser) = backend.scan_rows(body, None, (q,), together)
+        def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
+            _, (numerator,) = backend.scan_rows(of_block, None, (backend.cast(rows, dtype) * unit,), block)
+            return None, divided(numerator, leading, backend)
+
+        return body
+
+    _, (out, normaliser) = backend.share_rows(make_body, None, (q,), together, FEWEST_BLOCKS * block)
     return out, normaliser
 
 
@@ -203,26 +222,30 @@ def query_adjoint(
     xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
-    features, pull_back = basis.features(backend), basis.puller(combined, backend)
     block, together = blocks_of(basis, basis.pulled(combined.shape[-1], backend), dtype, leading, backend)
 
-    def of_block(sums: Array | None, x: Array, g_hat: Array) -> tuple[Array, tuple[Array]]:
-        phi = features(xp.matrix_transpose(x))
-        found = basis.row_sums(phi, g_hat, backend)
-        return found if sums is None else sums + found, (pull_back(phi, g_hat),)
+    def make_body() -> Body:
+        features, pull_back = basis.features(backend), basis.puller(combined, backend)
 
-    def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
-        o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
-        r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-        inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-        g_hat = side_by_side(g, -r, backend, inverse)
-        x = backend.cast(rows, dtype) * unit
-        sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
-        return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
+        def of_block(sums: Array | None, x: Array, g_hat: Array) -> tuple[Array, tuple[Array]]:
+            phi = features(xp.matrix_transpose(x))
+            found = basis.row_sums(phi, g_hat, backend)
+            return found if sums is None else sums + found, (pull_back(phi, g_hat),)
+
+        def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
+            o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
+            r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
+            inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
+            g_hat = side_by_side(g, -r, backend, inverse)
+            x = backend.cast(rows, dtype) * unit
+            sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
+            return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
+
+        return body
 
     start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
-    (upstream, _), (dq,) = backend.scan_rows(body, start, (q, *columns), together)
-    return upstream, dq
+    carries, (dq,) = backend.share_rows(make_body, start, (q, *columns), together, FEWEST_BLOCKS * block)
+    return joined(carries)[0], dq
 
 
 def key_adjoint(
@@ -245,28 +268,36 @@ def key_adjoint(
     # With derivatives, these give the values' share of the highest degree as well.
     lean = degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable) and not grading
     basis = Basis(k.shape[-1], degree, lean, grading)
-    features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
     block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
 
-    def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
-        return None, pull_back(features(xp.matrix_transpose(x)), z)
+    def make_body() -> Body:
+        features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
 
-    def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
-        x = backend.cast(k, dtype) * unit
-        if mask is not None:
-            # What masked rows hold does not matter, but a 0 would take longer.
-            x = xp.where(mask, x, 1.0)
-        _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
-        dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
-        return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
+        def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
+            return None, pull_back(features(xp.matrix_transpose(x)), z)
 
-    _, (dk, dv) = backend.scan_rows(body, None, (k, v, mask), together)
+        def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
+            x = backend.cast(k, dtype) * unit
+            if mask is not None:
+                # What masked rows hold does not matter, but a 0 would take longer.
+                x = xp.where(mask, x, 1.0)
+            _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
+            dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
+            return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
+
+        return body
+
+    _, (dk, dv) = backend.share_rows(make_body, None, (k, v, mask), together, FEWEST_BLOCKS * block)
     return dk, dv
 
 
 def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side, so that their summaries and derivatives take eight workspaces at most."""
-    dim, columns = arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1  # type: ignore[union-attr]
+    """How many problems to compute side by side."""
+    return problems(call, arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1, backend)  # type: ignore[union-attr]
+
+
+def problems(call: LowRankCall, dim: int, columns: int, backend: Backend) -> int:
+    """How many of them have summaries and derivatives that take eight workspaces at most."""
     r = rank(dim, call.degree, call.grading)
     numbers = r * columns * (call.views + 3) + (r if call.grading else rank(dim, call.degree - 1)) * dim * columns
     return max(1, int(backend.workspace // numbers))
@@ -287,6 +318,14 @@ def add(carry: Sum, term: Array) -> Sum:
     term = term - lost
     new = total + term
     return new, (new - total) - term
+
+
+def joined(sums: Sequence[Sum]) -> Sum:
+    """Compensated sums as one."""
+    carry, *others = sums
+    for total, lost in others:
+        carry = add(add(carry, total), -lost)
+    return carry
 
 
 def weights(call: LowRankCall, like: Array, backend: Backend) -> Array:

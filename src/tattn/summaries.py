@@ -27,24 +27,19 @@ from math import log, log2
 from typing import Any
 
 from . import lowrank_causal
-from .arrays import broadcast_leading, clean, in_parts, prod_of, sum_of, sum_to_leading
+from .arrays import broadcast_leading, in_parts, prod_of, sum_of, sum_to_leading
 from .backends import Array, Backend
 from .basis import Basis
 from .lowrank import (
     LowRankCall,
-    Sum,
-    add,
-    block_of,
-    channels,
     key_adjoint,
     log_normaliser,
+    problems,
     query_adjoint,
     read_out,
+    summed_rows,
     weights,
-    with_ones,
-    zero_sum,
 )
-from .monomials import rank
 
 # log2 of eps over the smallest normal number.
 _RANGE = {"float32": 103, "float64": 970}
@@ -126,23 +121,10 @@ def add_up(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, A
 
 def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     k, v, mask = arrays
-    xp = backend.xp
-    dtype = backend.compute_dtype(k.dtype)  # type: ignore[union-attr]
-    columns = v.shape[-1] + 1  # type: ignore[union-attr]
-    basis = Basis.of(k.shape[-1], call.degree, columns, call.grading)  # type: ignore[union-attr]
-    leading = broadcast_leading(k, v, mask)
-    features = basis.features(backend)
+    basis = Basis.of(k.shape[-1], call.degree, v.shape[-1] + 1, call.grading)  # type: ignore[union-attr]
     _, unit = units(call)
-
-    def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
-        x = _in_range(call, channels(clean(k, mask, backend), unit, dtype, backend), backend)
-        products = basis.row_sums(features(x), with_ones(v, mask, dtype, backend), backend)
-        return add(carry, products), ()
-
-    start = zero_sum((*leading, basis.size, columns), dtype, k, backend)
-    block = block_of(basis, basis.width(columns), dtype, leading, backend)
-    (total, lost), _ = backend.scan_rows(body, start, (k, v, mask), block)
-    return total, xp.zeros((*leading, 1, 1), dtype=dtype, device=backend.device(k)), -lost
+    total, lost = summed_rows(lambda rows: _in_range(call, rows * unit, backend), k, v, mask, basis, backend)
+    return total, backend.xp.zeros((*total.shape[:-2], 1, 1), dtype=total.dtype, device=backend.device(k)), -lost
 
 
 def _sum_rows_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
@@ -236,8 +218,5 @@ def _in_range(call: LowRankCall, x: Array, backend: Backend) -> Array:
 
 
 def _limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to take side by side, as `lowrank.leading_limit`; `arrays` begin with rows (..., n, d)."""
-    dim, columns = arrays[0].shape[-1], arrays[1].shape[-1] + 1  # type: ignore[union-attr]
-    r = rank(dim, call.degree, call.grading)
-    numbers = r * columns * (call.views + 3) + (r if call.grading else rank(dim, call.degree - 1)) * dim * columns
-    return max(1, int(backend.workspace // numbers))
+    """How many problems to take side by side; `arrays` begin with rows (..., n, d) and what has dv or dv + 1 columns."""
+    return problems(call, arrays[0].shape[-1], arrays[1].shape[-1] + 1, backend)  # type: ignore[union-attr]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import wraps
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
+from itertools import pairwise
+from threading import Lock
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -14,6 +17,8 @@ import numpy as np
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])
 REMEMBERED = 256
+# Python lets one thread at a time start operations, so that more would wait for each other.
+MOST_THREADS = 8
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
 
 
@@ -159,27 +164,75 @@ class Backend:
         block : int
             Rows in a block.
         """
-        n = next(r.shape[-2] for r in rows if r is not None)
+        n = _length(rows)
         if n <= block:
             return body(carry, *rows)
+        if self.writable:
+            whole = _Whole(n, self)
+            return self._scan_into(whole, body, carry, rows, block, 0, n), whole.arrays
         pieces: list[tuple[Array, ...]] = []
-        whole: tuple[Array, ...] = ()
         for start in range(0, n, block):
-            stop = min(start + block, n)
-            carry, outputs = body(carry, *(None if r is None else r[..., start:stop, :] for r in rows))
-            if not self.writable:
-                pieces.append(outputs)
-                continue
-            if start == 0:
-                whole = tuple(
-                    self.xp.empty((*o.shape[:-2], n, o.shape[-1]), dtype=o.dtype, device=self.device(o))
-                    for o in outputs
-                )
-            for target, o in zip(whole, outputs, strict=True):
-                target[..., start:stop, :] = o
-        if not self.writable:
-            whole = tuple(self.xp.concat(list(parts), axis=-2) for parts in zip(*pieces, strict=True))
-        return carry, whole
+            carry, outputs = body(carry, *_cut(rows, start, min(start + block, n)))
+            pieces.append(outputs)
+        return carry, tuple(self.xp.concat(list(parts), axis=-2) for parts in zip(*pieces, strict=True))
+
+    def _scan_into(
+        self, whole: _Whole, body: Body, carry: Any, rows: Sequence[Array | None], block: int, first: int, last: int
+    ) -> Any:
+        """The carry of rows first … last, whose outputs are written into those of all rows."""
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            carry, outputs = body(carry, *_cut(rows, start, stop))
+            whole.write(outputs, start, stop)
+        return carry
+
+    def share_rows(
+        self, make_body: Callable[[], Body], carry: Any, rows: Sequence[Array | None], block: int, fewest: int
+    ) -> tuple[list[Any], tuple[Array, ...]]:
+        """`scan_rows` by several threads where the library offers them, each with a body and a carry of its own.
+
+        Parameters
+        ----------
+        make_body : callable
+            Makes the ``body`` of `scan_rows`, and what it writes on.
+        carry, rows, block
+            As for `scan_rows`.
+        fewest : int
+            Rows that are worth a thread.
+
+        Returns
+        -------
+        list of carries
+            In the order of the rows, which depends on nothing but their number and that of threads.
+        tuple of arrays
+            Outputs.
+        """
+        n = _length(rows)
+        count = min(MOST_THREADS, n // max(1, fewest))
+        count = min(count, self.threads()) if count > 1 else count
+        # One call at a time is shared: others that run meanwhile have no threads left for them.
+        if count < 2 or not _SHARING.acquire(blocking=False):
+            carry, outputs = self.scan_rows(make_body(), carry, rows, block)
+            return [carry], outputs
+        try:
+            whole = _Whole(n, self)
+            ends = [n * i // count for i in range(count + 1)]
+
+            def scan(first: int, last: int) -> Any:
+                return self._scan_into(whole, make_body(), carry, rows, block, first, last)
+
+            tasks = [partial(scan, first, last) for first, last in pairwise(ends)]
+            return self.in_threads(tasks), whole.arrays
+        finally:
+            _SHARING.release()
+
+    def threads(self) -> int:
+        """How many threads the library uses for an operation, and `in_threads` may use instead."""
+        return 1
+
+    def in_threads(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Results of the tasks, each run in a thread of its own whose operations use no others."""
+        return [task() for task in tasks]
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         """``function(call, backend, arrays)``, compiled where the library does so; `call` is hashable."""
@@ -206,6 +259,46 @@ class Backend:
 
     def synchronize(self, array: Array) -> None:
         """Wait until `array` has been computed."""
+
+
+_SHARING = Lock()
+
+
+class _Whole:
+    """The outputs of all rows, which threads write those of their blocks into."""
+
+    def __init__(self, n: int, backend: Backend) -> None:
+        self._n, self._backend = n, backend
+        self._lock = Lock()
+        self.arrays: tuple[Array, ...] = ()
+
+    def write(self, outputs: Sequence[Array], start: int, stop: int) -> None:
+        """Outputs (..., stop − start, k) of a block, in their place."""
+        xp, device = self._backend.xp, self._backend.device
+        with self._lock:
+            if not self.arrays:
+                self.arrays = tuple(
+                    xp.empty((*o.shape[:-2], self._n, o.shape[-1]), dtype=o.dtype, device=device(o)) for o in outputs
+                )
+        for target, o in zip(self.arrays, outputs, strict=True):
+            target[..., start:stop, :] = o
+
+
+def _length(rows: Sequence[Array | None]) -> int:
+    """How many rows there are."""
+    return next(int(r.shape[-2]) for r in rows if r is not None)
+
+
+def _cut(rows: Sequence[Array | None], start: int, stop: int) -> tuple[Array | None, ...]:
+    """The same rows of all."""
+    return tuple(None if r is None else r[..., start:stop, :] for r in rows)
+
+
+def run_threads(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Results of the tasks, of which this thread runs the first."""
+    with ThreadPoolExecutor(len(tasks) - 1, thread_name_prefix="tattn") as pool:
+        others = [pool.submit(task) for task in tasks[1:]]
+        return [tasks[0](), *(other.result() for other in others)]
 
 
 def product_shape(left: Array, right: Array) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from .base import Array, Backend, memoized
+from .base import Array, Backend, memoized, run_threads
 
 
 class TorchBackend(Backend):
@@ -76,6 +76,27 @@ class TorchBackend(Backend):
 
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         target.index_copy_(0, places, rows)
+
+    def threads(self) -> int:
+        # Who looks at operations, as a counter of them does, looks at those of this thread.
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        return torch.get_num_threads() if self.reads and not watched else 1
+
+    def in_threads(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+
+        def alone(task: Callable[[], Any]) -> Callable[[], Any]:
+            def work() -> Any:
+                with torch.inference_mode(inference), torch.no_grad():
+                    torch.set_num_threads(1)
+                    return task()
+
+            return work
+
+        try:
+            return run_threads([alone(task) for task in tasks])
+        finally:
+            torch.set_num_threads(threads)
 
     def cast(self, array: Array, dtype: Any) -> Array:
         return array.to(dtype)
