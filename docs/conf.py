@@ -16,8 +16,8 @@ import tattn
 from tattn.__main__ import main
 from tattn.exponential import minimax
 from tattn.monomials import rank
-from tattn.planning import MAX_RANK
 from tattn.plans import si
+from tattn.selection import MAX_RANK
 
 project = "tattn"
 version = release = tattn.__version__

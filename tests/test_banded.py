@@ -234,7 +234,7 @@ def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.Mon
     plan = tattn.plan(query, keys, series="banded", degree=2, bands=2)
     monkeypatch.setattr("tattn.choice.banded_candidates", lambda *_: [plan])
     monkeypatch.setattr("tattn.choice.MOST_RECOMPUTED", 0.2)
-    monkeypatch.setattr("tattn.planning.MAX_RANK", 1)  # no polynomial that is certified beforehand
+    monkeypatch.setattr("tattn.selection.MAX_RANK", 1)  # no polynomial that is certified beforehand
     got, _ = run(library, call, tol=0.3)
     used = tattn.tensor_attention(*library.arrays(query, keys, call.values), tol=0.3, return_plan=True)[1]
     assert 0 < used.recomputed <= 0.2

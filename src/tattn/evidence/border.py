@@ -15,7 +15,8 @@ import numpy as np
 
 from ..exponential import least_error, smallest
 from ..monomials import rank
-from ..planning import MAX_RANK, plan_for
+from ..planning import plan_for
+from ..selection import MAX_RANK
 from .plots import COLOURS, legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where
 

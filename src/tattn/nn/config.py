@@ -8,8 +8,9 @@ from functools import lru_cache
 from math import isfinite, prod
 
 from ..checks import PlanError, checked_method, positive, true_or_false, whole
-from ..planning import MAX_RANK, plan_for
+from ..planning import plan_for
 from ..plans import Plan
+from ..selection import MAX_RANK
 
 # Rows of every view that the costs of a plan are counted for unless asked for others.
 USUAL_ROWS = 16_384

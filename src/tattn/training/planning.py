@@ -10,9 +10,10 @@ from typing import NamedTuple
 from ..checks import Inputs, PlanError
 from ..exponential import Polynomial, minimax, smallest
 from ..monomials import rank as rank_of
-from ..planning import MAX_RANK, plan_inputs
+from ..planning import plan_inputs
 from ..plans import Plan
 from ..rounding import computed_in, exact_errors
+from ..selection import MAX_RANK
 from . import algorithm1
 from .errors import Sizes, gradient_error
 
