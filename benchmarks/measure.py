@@ -13,6 +13,9 @@ import tattn
 from .libraries import Array, Library, Run
 from .problem import Problem
 
+# Seconds after which threads that a library shares a product among no longer spin, in wait for the next.
+_ASLEEP = 0.3
+
 
 class Measure:
     """Checks a case against the definition, times it, and records all that the report says of it."""
@@ -51,6 +54,8 @@ class Measure:
         def before() -> None:
             if beside is not None:
                 seen.append(beside())
+                if self.threads > 1:
+                    time.sleep(_ASLEEP)
 
         def once() -> None:
             library.wait(run())

@@ -96,8 +96,9 @@ def _limit(rows: Table) -> str:
     return f"""\
 The polynomial method is three products (rank × n)·(n × (dv + 1)) forward and nine with the gradient; a bare product of that
 shape takes turns with the call in the same process. Where the features of the bare product would take more than 256 MiB,
-fewer rows are multiplied and the time is scaled. MiB: memory at the peak beyond inputs and outputs, of the call with its
-gradient; JAX does not tell it.
+fewer rows are multiplied and the time is scaled. Threads that shared a product spin on their processor for a while: where there are
+two, the call comes 0.3 s later. MiB: memory at the peak beyond inputs and outputs, of the call with its gradient; JAX does not
+tell it.
 
 ![Time over that of the bare products](benchmarks/limit.png)
 
