@@ -109,17 +109,17 @@ class Basis(NamedTuple):
     def reader(self, matrix: Array, backend: Backend, degree: int | None = None) -> tuple[Array | None, Array]:
         """What `read` takes for M (..., r, k), of all monomials or of those of one degree."""
         xp = backend.xp
-        transposed = xp.matrix_transpose(matrix)
+        turned = xp.matrix_transpose(matrix)
         if self._is_held(degree):
-            return None, transposed
+            return None, turned
         top = self.level(self.degree - 1)
         start = self.lower if degree is None else 0
-        levels = [transposed[..., top]] if degree is None else []
+        levels = [turned[..., top]] if degree is None else []
         for _, first, stop, source in runs(self.dim, self.degree)[-1]:
             cut = slice(start + first - self.lower, start + stop - self.lower)
-            nothing = xp.zeros_like(transposed[..., : source - top.start])
-            levels.append(xp.concat([nothing, transposed[..., cut]], axis=-1))
-        return (transposed[..., : top.start] if degree is None else None), xp.concat(levels, axis=-2)
+            nothing = xp.zeros_like(turned[..., : source - top.start])
+            levels.append(xp.concat([nothing, turned[..., cut]], axis=-1))
+        return (turned[..., : top.start] if degree is None else None), xp.concat(levels, axis=-2)
 
     def read(
         self, phi: Array, reader: tuple[Array | None, Array], backend: Backend, degree: int | None = None
@@ -138,32 +138,30 @@ class Basis(NamedTuple):
 
         Of a pruned basis one such array for each weight, of the channels that have it.
         """
-        transposed = backend.xp.matrix_transpose(matrix)
+        turned = backend.xp.matrix_transpose(matrix)
         if self.grading:
-            return tuple(self._raised(transposed, channels, backend) for channels in self._alike())
-        return self._raised(transposed, range(self.dim), backend)
+            return tuple(self._raised(turned, channels, backend) for channels in self._alike())
+        return self._raised(turned, range(self.dim), backend)
 
-    def _raised(self, transposed: Array, channels: Sequence[int], backend: Backend) -> Array:
+    def _raised(self, turned: Array, channels: Sequence[int], backend: Backend) -> Array:
         """`derivative` for channels whose derivatives have as many monomials, from Mᵀ."""
         xp = backend.xp
-        index = backend.table(raised, self.dim, self.degree, self.grading, like=transposed)
-        factors = backend.table(
-            raised_factors, self.dim, self.degree, self.grading, like=transposed, dtype=transposed.dtype
-        )
+        index = backend.table(raised, self.dim, self.degree, self.grading, like=turned)
+        factors = backend.table(raised_factors, self.dim, self.degree, self.grading, like=turned, dtype=turned.dtype)
         ends = [0]
         for c in range(self.dim):
             ends.append(ends[-1] + lower(self.dim, self.degree, self.grading, c))
 
         def of_channel(c: int) -> Array:
             cut = slice(ends[c], ends[c + 1])
-            return xp.take(transposed, index[cut], axis=-1) * factors[cut]
+            return xp.take(turned, index[cut], axis=-1) * factors[cut]
 
         if not backend.writable:
             return xp.concat([of_channel(c) for c in channels], axis=-2)
         # As large as all summaries together for many value channels: not to be held twice.
-        k, length = transposed.shape[-2], ends[channels[0] + 1] - ends[channels[0]]
-        shape = (*transposed.shape[:-2], len(channels) * k, length)
-        whole = xp.empty(shape, dtype=transposed.dtype, device=backend.device(transposed))
+        k, length = turned.shape[-2], ends[channels[0] + 1] - ends[channels[0]]
+        shape = (*turned.shape[:-2], len(channels) * k, length)
+        whole = xp.empty(shape, dtype=turned.dtype, device=backend.device(turned))
         for i, c in enumerate(channels):
             whole[..., i * k : (i + 1) * k, :] = of_channel(c)
         return whole
@@ -270,21 +268,21 @@ def row_products(phi: Array, z: Array, backend: Backend) -> Array:
     return total if cut == rows else total + phi[..., cut:] @ z[..., cut:, :]
 
 
-def read(phi: Array, transposed: Array, backend: Backend) -> Array:
+def read(phi: Array, turned: Array, backend: Backend) -> Array:
     """Mᵀ Φ: (..., r, rows) and Mᵀ (..., k, r) → (..., k, rows)."""
     xp = backend.xp
     *leading, r, rows = phi.shape
     chains = r // CHAIN
     if r <= CHAIN:
-        return transposed @ phi
+        return turned @ phi
     if backend.writable:
-        return _chained(transposed, phi, backend)
+        return _chained(turned, phi, backend)
     cut = chains * CHAIN
-    k = transposed.shape[-2]
-    split = xp.reshape(transposed[..., :cut], (*transposed.shape[:-2], k, chains, CHAIN))
+    k = turned.shape[-2]
+    split = xp.reshape(turned[..., :cut], (*turned.shape[:-2], k, chains, CHAIN))
     parts = swap_outer(split, backend) @ xp.reshape(phi[..., :cut, :], (*leading, chains, CHAIN, rows))
     total = xp.sum(parts, axis=-3)
-    return total if cut == r else total + transposed[..., cut:] @ phi[..., cut:, :]
+    return total if cut == r else total + turned[..., cut:] @ phi[..., cut:, :]
 
 
 def _plus_product(total: Array, left: Array, right: Array, backend: Backend) -> Array:
