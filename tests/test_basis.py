@@ -19,6 +19,7 @@ def drawn(dim: int, degree: int, rows: int, columns: int, leading: tuple[int, ..
     return x, z, rng.normal(size=(*leading, rank(dim, degree), columns))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("dim", "degree", "rows", "leading"),
     [*((*case, 300, ()) for case in CASES), (2, 2, 1, ()), (3, 4, 5, (2, 3)), (3, 4, 300, (2, 3))],
@@ -46,6 +47,7 @@ def test_lean_products_are_products_with_all_monomials(library, dim, degree, row
         np.testing.assert_allclose(read, wanted, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("dim", "degree"), CASES)
 @pytest.mark.parametrize("lean", [True, False])
 def test_adjoint_is_that_of_all_monomials(library, dim, degree, lean):

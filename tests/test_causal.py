@@ -95,6 +95,7 @@ def polynomial_of(plan: tattn.Plan) -> dict[str, Any]:
     return {"function": lambda x: polyval(x, p), "derivative": lambda x: polyval(x, polyder(p))}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("n", "views", "masked", "broadcast"), CASES)
 def test_polynomial_is_the_definition_with_its_polynomial(
     library: Any, n: int, views: int, masked: bool, broadcast: bool
@@ -105,6 +106,7 @@ def test_polynomial_is_the_definition_with_its_polynomial(
     assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize(
     "leading", [((4,), (), (), ()), ((4,), (1,), (), ()), ((2, 2), (2, 1), (1, 1), ()), ((), (3,), (), ())]
@@ -121,6 +123,7 @@ def test_views_that_problems_share(
     assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-11)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("n", "views", "masked", "broadcast"), CASES)
 def test_windows_are_the_definition(library: Any, n: int, views: int, masked: bool, broadcast: bool) -> None:
     call = draw(n, views, masked=masked, broadcast=broadcast)
@@ -258,6 +261,7 @@ def test_problems_one_after_another(method: str, monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("start", [0, 4, 33])
 @pytest.mark.parametrize(("views", "masked", "broadcast"), [(1, True, False), (2, False, True), (3, True, True)])
 def test_rows_go_on_from_a_summary(library: Any, views: int, masked: bool, broadcast: bool, start: int) -> None:

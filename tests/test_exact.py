@@ -25,6 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # The scale is that of no other test, for JAX compiles a call once.
+@pytest.mark.grid
 @pytest.mark.parametrize("size", [1.0, 5.0], ids=["small scores", "large scores"])
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize(("masked", "broadcast"), [(False, False), (True, True)], ids=["plain", "masked broadcast"])
