@@ -434,8 +434,8 @@ def test_the_adjoint_keeps_few_summaries(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(lowrank_causal, "_starts", counted)
     rng = np.random.default_rng(0)
-    query, *keys = rng.uniform(-1, 1, (3, 2560, 8))
-    plan = tattn.plan_for(n=2560, dim=8, bound=1.0, degree=5, dtype="float64", causal=True)
+    query, *keys = rng.uniform(-1, 1, (3, 5120, 8))
+    plan = tattn.plan_for(n=5120, dim=8, bound=1.0, degree=5, dtype="float64", causal=True)
     out, pullback = tattn.tensor_attention_vjp(query, keys, [k[:, :2] for k in keys], plan=plan, causal=True)
     pullback(out)
     segments, *inner = kept

@@ -226,7 +226,7 @@ def _prepared(
         units = channel_units(q, keys, masks, call.scale, backend)
     scaled = scaled_keys(keys, units[1:], masks, backend)
     blocks = block_sizes(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
-    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod(k.shape[-2] for k in keys)))
+    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod([k.shape[-2] for k in keys])))
     run = _Pass(backend, leading, blocks, units, bounded, fewest, {})
 
     def places(x: Array, offset: int) -> Array:
