@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import nox
 
 nox.options.default_venv_backend = "virtualenv"
@@ -108,17 +111,28 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Only the tests that need a CUDA device, in the environment that nox is started from."""
-    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
+    """Only the tests that need a CUDA device, in the environment that nox is started from; options in PYTEST_ADDOPTS."""
+    session.run("python", "-m", "pytest", "-m", "gpu", external=True)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time beside error, bare matrix products and rivals, into docs/benchmarks; `-- --quick` minutes, `-- --device cuda` a GPU."""
-    libraries = ["torch", "jax[cuda13]", "cupy-cuda13x>=14"] if "cuda" in session.posargs else [TORCH, "jax>=0.5"]
+    """Time beside error, bare matrix products and rivals, into docs/benchmarks: of the GPU where one is found.
+
+    `-- --quick` takes minutes, `-- --device cpu` leaves a GPU alone.
+    """
+    options = session.posargs if "--device" in session.posargs else ["--device", _device(), *session.posargs]
+    libraries = ["torch", "jax[cuda13]", "cupy-cuda13x>=14"] if "cuda" in options else [TORCH, "jax>=0.5"]
     session.install("-e", ".", *BENCH, *libraries, "einops>=0.8", "opt-einsum>=3.4")
     session.install("--no-deps", *RIVALS)
-    session.run("python", "-m", "benchmarks", *session.posargs)
+    session.run("python", "-m", "benchmarks", *options)
+
+
+def _device() -> str:
+    """What benchmarks run on if nobody says: the GPU, if the driver's own tool lists one."""
+    tool = shutil.which("nvidia-smi")
+    listed = tool and subprocess.run([tool, "-L"], capture_output=True, check=False)
+    return "cuda" if listed and listed.returncode == 0 and listed.stdout.startswith(b"GPU") else "cpu"
 
 
 @nox.session

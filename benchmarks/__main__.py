@@ -35,7 +35,8 @@ def main() -> int:
     # On a GPU the threads of the host hardly matter.
     threads = given.threads if given.device == "cpu" else [1]
     # Parts stay apart: a report is of one run of everything.
-    folder = given.out / ("part" if given.k else "quick" if given.quick else "full")
+    part = "part" if given.k else "quick" if given.quick else "full"
+    folder = given.out / (part if given.device == "cpu" else f"{part}-gpu")
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for count in threads:

@@ -10,12 +10,13 @@ from tattn.plans import si
 from .goals import LONGEST, STORED, breaks_even, passes, ratio, speedups
 
 _INTRO = """\
-# Benchmarks
+{title}
 
 <!-- Made by `python -m benchmarks.report` from the tables in docs/benchmarks. Changes made by hand are lost. -->
 
 How long the library takes over the matrix products that it is made of, how that grows, and what else would do the same.
-`nox -s bench` measures all of it and writes this page; `-- --quick` takes minutes and writes elsewhere.
+`nox -s bench` measures all of it and writes this page, or where there is a CUDA device that of the GPU, into `docs/gpu`;
+`-- --quick` takes minutes and writes elsewhere.
 
 float32. Every result is first compared with the definition in float64: rows are drawn from 64 distinct ones, so that the
 answer for any length is known from a small problem, gradients included. A case whose error is above its certified bound
@@ -31,12 +32,15 @@ _QUICK = "**A quick run, of small sizes and few rounds: it shows that all runs, 
 def page(tables: dict[str, Table]) -> str:
     """The whole page."""
     measured, machines = tables["measured"], tables["machine"]
-    parts = [_INTRO]
+    devices = [device for (device,) in distinct(measured, "device") if device != "cpu"]
+    # Of the page of a GPU, which is there only if one was, no other page can know.
+    title = "---\norphan: true\n---\n\n# Benchmarks on " + listed(devices) if devices else "# Benchmarks"
+    parts = [_INTRO.format(title=title)]
     if any(column(machines, "quick")):
         parts.append(_QUICK)
     parts += [
         _section("Goals", _goals(tables["goals"]), tables["goals"]),
-        "```{include} benchmarks/tried.md\n```\n",
+        "" if devices else "```{include} benchmarks/tried.md\n```\n",
         _section(
             "Over the bare matrix products", _limit(where(measured, group="limit")), where(measured, group="limit")
         ),

@@ -3,7 +3,7 @@
     python -m benchmarks.report [build/benchmarks/full] [--docs FOLDER]
 
 Tables are saved and read back before anything is drawn or said, so the page holds nothing but what stands in them and what
-docs/benchmarks/tried.md says. The report of a quick run stays beside its JSON.
+docs/benchmarks/tried.md says. The report of a quick run stays beside its JSON, and that of a GPU goes into docs/gpu.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ def between_marks(text: str, table: str) -> str:
     return f"{head}{start}\n\n{table}\n\n{end}{tail}"
 
 
+def destination(contents: Sequence[Row], root: Path) -> tuple[Path, Path | None]:
+    """The folder for page, tables and plots, and the text with a table in it: none for runs on a GPU, which stay apart."""
+    if any(row["device"] != "cpu" for row in rows_of(contents)[0]):
+        return root / "docs" / "gpu", None
+    return root / "docs", root / "README.md"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the report of a folder of JSON files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,8 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not any(content["benchmarks"] for content in contents):
         sys.exit(f"nothing was measured in {given.folder}: run python -m benchmarks first")
     quick = any(content["machine_info"]["quick"] for content in contents)
-    docs = given.docs or (given.folder / "report" if quick else _ROOT / "docs")
-    write(contents, docs, None if quick or given.docs else _ROOT / "README.md")
+    docs, into = destination(contents, _ROOT)
+    if quick or given.docs:
+        docs, into = given.docs or given.folder / "report", None
+    write(contents, docs, into)
     print(docs / "benchmarks.md")
 
 

@@ -152,6 +152,20 @@ def test_a_report_of_a_small_run(content: dict[str, Any], tmp_path: Path) -> Non
         report.between_marks("no marks", "table")
 
 
+@PLOTS
+def test_the_report_of_a_gpu_stays_apart(content: dict[str, Any], tmp_path: Path) -> None:
+    given = json.loads(json.dumps(content))
+    assert report.destination([given], tmp_path) == (tmp_path / "docs", tmp_path / "README.md")
+    for one in given["benchmarks"]:
+        one["extra_info"]["device"] = "Some GPU"
+    docs, readme = report.destination([given], tmp_path)
+    assert (docs, readme) == (tmp_path / "docs" / "gpu", None)
+    report.write([given], docs, readme)
+    text = (docs / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.startswith("---\norphan: true\n---\n\n# Benchmarks on Some GPU\n")
+    assert "tried.md" not in text
+
+
 def committed() -> dict[str, Table]:
     return {name: load(ROOT / "docs" / "benchmarks" / f"{name}.csv") for name in report.TABLES}
 

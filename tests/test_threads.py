@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 import tattn
 from tattn.backends import backend_of
-from tattn.backends.base import Backend
+from tattn.backends.base import Backend, memoized
 from tattn.backends.numpy import _blas
 
 N, KEYS = 300, (290, 200)
@@ -55,6 +57,7 @@ def shared(library: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(backend, "threads", lambda: 3)
     monkeypatch.setattr(backend, "workspace", 1 << 12)
     monkeypatch.setattr(backend, "cache", 1 << 14)
+    monkeypatch.setattr("tattn.lowrank._FEW_ROWS", 1)
     monkeypatch.setattr("tattn.exact._SHARED", 1)
     ran: list[int] = []
     in_threads = backend.in_threads
@@ -219,3 +222,17 @@ def test_operations_that_are_counted_stay_in_their_thread(torch: Any, backend: B
         assert real_threads(backend) == 1
     with torch.device("cpu"):
         assert real_threads(backend) == 1
+
+
+def test_what_is_computed_once_may_be_asked_for_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that are dropped meanwhile, too."""
+    monkeypatch.setattr("tattn.backends.base.REMEMBERED", 2)
+    square = memoized(lambda i: i * i)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda seed: [square((seed + i) % 5) for i in range(5000)], range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [[((seed + i) % 5) ** 2 for i in range(5000)] for seed in range(8)]

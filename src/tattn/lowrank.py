@@ -39,6 +39,7 @@ from .monomials import Grading, degrees, multinomials, rank
 
 # Blocks of rows that are worth a thread.
 FEWEST_BLOCKS = 4
+_FEW_ROWS = 8 * CHAIN
 
 
 class LowRankCall(NamedTuple):
@@ -354,9 +355,14 @@ def _summaries(
 
 
 def block_of(basis: Basis, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
-    """Rows in a block: features and columns of one block fit in the workspace."""
+    """Rows in a block: features and columns of one block fit in the workspace, or in four of them where these rows were few."""
     itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    return int(block_rows((basis.held + columns) * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
+    row = (basis.held + columns) * itemsize * prod(leading)
+    room = backend.workspace
+    if backend.reads:
+        # Chains over many monomials of few rows are many small products.
+        room = max(room, min(4 * room, _FEW_ROWS * row))
+    return int(block_rows(row, room, 32 * CHAIN))
 
 
 def blocks_of(

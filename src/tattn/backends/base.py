@@ -207,14 +207,15 @@ class Backend:
         tuple of arrays
             Outputs.
         """
-        n = _length(rows)
-        count = min(MOST_THREADS, n // max(1, fewest))
+        # Loops that are recorded or compiled are left as they are.
+        count = min(MOST_THREADS, _length(rows) // max(1, fewest)) if self.writable else 1
         count = min(count, self.threads()) if count > 1 else count
         # One call at a time is shared: others that run meanwhile have no threads left for them.
         if count < 2 or not _SHARING.acquire(blocking=False):
             carry, outputs = self.scan_rows(make_body(), carry, rows, block)
             return [carry], outputs
         try:
+            n = _length(rows)
             whole = _Whole(n, self)
             ends = [n * i // count for i in range(count + 1)]
 
@@ -286,7 +287,8 @@ class _Whole:
 
 def _length(rows: Sequence[Array | None]) -> int:
     """How many rows there are."""
-    return next(int(r.shape[-2]) for r in rows if r is not None)
+    n: int = next(r.shape[-2] for r in rows if r is not None)
+    return n
 
 
 def _cut(rows: Sequence[Array | None], start: int, stop: int) -> tuple[Array | None, ...]:
@@ -313,14 +315,18 @@ def memoized(function: F) -> F:
     The last `REMEMBERED` results are kept: bases that are pruned for the data at hand are many.
     """
     results: dict[Any, Any] = {}
+    lock = Lock()
 
     @wraps(function)
     def look_up(*args: Any) -> Any:
-        if args not in results:
-            if len(results) >= REMEMBERED:
-                results.pop(next(iter(results)))
-            results[args] = function(*args)
-        return results[args]
+        found = results.get(args, results)
+        if found is results:
+            found = function(*args)
+            with lock:
+                if len(results) >= REMEMBERED:
+                    results.pop(next(iter(results)))
+                results[args] = found
+        return found
 
     # What torch.compiler.assume_constant_result sets; torch must not be imported for it.
     look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -78,9 +78,11 @@ class TorchBackend(Backend):
         target.index_copy_(0, places, rows)
 
     def threads(self) -> int:
+        if not self.reads:
+            return 1
         # Who looks at operations, as a counter of them does, looks at those of this thread.
         watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        return torch.get_num_threads() if self.reads and not watched else 1
+        return 1 if watched else torch.get_num_threads()
 
     def in_threads(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
