@@ -319,7 +319,7 @@ class InPlace:
         table = backend.table(exponents, basis.dim, basis.degree, basis.grading, like=matrix, dtype=matrix.dtype)
         self._exponents = backend.xp.matrix_transpose(table)
         self._places = backend.table(_channels_of, basis.grading, basis.degree, like=matrix) if basis.grading else None
-        self._memory: dict[Any, Array] = {}
+        self._memory = backend.memory()
 
     def __call__(self, phi: Array, z: Array) -> Array:
         """Of one block."""

@@ -32,7 +32,7 @@ from .arrays import (
     with_leading,
 )
 from .backends import Array, Backend
-from .backends.base import Body
+from .backends.base import Memory
 from .channels import channel_units
 
 # Terms in a chain of additions, at most, as `rounding.exact_errors` counts them.
@@ -90,11 +90,7 @@ class _Pass(NamedTuple):
     units: Sequence[Any]
     bounded: bool
     fewest: int
-    memory: dict[Any, Array]
-
-    def anew(self) -> _Pass:
-        """The same with memory of its own."""
-        return self._replace(memory={})
+    memory: Memory | None
 
 
 # [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is subtracted.
@@ -108,33 +104,28 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
     at, views, run = _prepared(call, backend, arrays)
     masked = [view for view, mask in zip(views, masks, strict=True) if mask is not None]
 
-    def make_body() -> Body:
-        own = run.anew()
-
-        def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
-            s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
-            places = None if at is None else xp.matrix_transpose(at)
-            total, top = _attend(own, s, places, None, views)
-            sums, normaliser = total[..., :-1, :], total[..., -1:, :]
-            if run.bounded and not masked:
-                out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
-                return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
-            # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
-            nothing: Array = xp.nan
-            if masked:
-                found = [_sees_some(run, at, view, block) for view, block in zip(masked, run.blocks[2:], strict=False)]
-                alive = xp.matrix_transpose(prod_of(found))
-                nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
-            some = normaliser > 0
-            safe = xp.where(some, normaliser, 1.0)
-            out = transposed(xp.where(some, sums / safe, nothing), backend)
-            lse = xp.log(safe) if top is None else top + xp.log(safe)
-            lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
+    def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
+        s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
+        places = None if at is None else xp.matrix_transpose(at)
+        total, top = _attend(run, s, places, None, views)
+        sums, normaliser = total[..., :-1, :], total[..., -1:, :]
+        if run.bounded and not masked:
+            out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
             return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
+        # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
+        nothing: Array = xp.nan
+        if masked:
+            found = [_sees_some(run, at, view, block) for view, block in zip(masked, run.blocks[2:], strict=False)]
+            alive = xp.matrix_transpose(prod_of(found))
+            nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
+        some = normaliser > 0
+        safe = xp.where(some, normaliser, 1.0)
+        out = transposed(xp.where(some, sums / safe, nothing), backend)
+        lse = xp.log(safe) if top is None else top + xp.log(safe)
+        lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
+        return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
 
-        return body
-
-    _, (out, lse) = backend.share_rows(make_body, None, (q, at), run.blocks[0], run.fewest)
+    _, (out, lse) = backend.share_rows(body, None, (q, at), run.blocks[0], run.fewest)
     return out, lse, lse
 
 
@@ -145,27 +136,22 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     at, views, run = _prepared(call, backend, arrays)
     dtype = views[0].keys.dtype
 
-    def make_body() -> Body:
-        own = run.anew()
-
-        def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
-            o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
-            s = backend.cast(rows, dtype) * run.units[0]
-            h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
-            # Where all is masked lse is −inf: the weights are 0, whatever the row.
-            blind = lse == -xp.inf
-            shift = None
-            if run.bounded:
-                h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
-            else:
-                s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
-            ds, _, grads = _adjoint(own, s, h, shift, at, None, views)
-            return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
-
-        return body
+    def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
+        o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
+        s = backend.cast(rows, dtype) * run.units[0]
+        h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
+        # Where all is masked lse is −inf: the weights are 0, whatever the row.
+        blind = lse == -xp.inf
+        shift = None
+        if run.bounded:
+            h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
+        else:
+            s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
+        ds, _, grads = _adjoint(run, s, h, shift, at, None, views)
+        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
 
     start = None if q.shape[-2] <= run.blocks[0] else _zeros(views, backend)
-    (grads, *others), (dq,) = backend.share_rows(make_body, start, (q, at, *columns), run.blocks[0], run.fewest)
+    (grads, *others), (dq,) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
     for more in others:
         grads = _plus(grads, more)
     d_keys, d_values = [], []
@@ -227,7 +213,7 @@ def _prepared(
     scaled = scaled_keys(keys, units[1:], masks, backend)
     blocks = block_sizes(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
     fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod([k.shape[-2] for k in keys])))
-    run = _Pass(backend, leading, blocks, units, bounded, fewest, {})
+    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory())
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]

@@ -32,7 +32,7 @@ from .arrays import (
     with_leading,
 )
 from .backends import Array, Backend
-from .backends.base import Body, block_rows
+from .backends.base import block_rows
 from .basis import CHAIN, FEW_COLUMNS, Basis
 from .channels import channel_units
 from .monomials import Grading, degrees, multinomials, rank
@@ -147,22 +147,19 @@ def summed_products(
     leading = broadcast_leading(k, v, mask)
     block, together = blocks_of(basis, basis.width(sum(columns for _, columns in shapes)), dtype, leading, backend)
 
-    def make_body() -> Body:
-        features = basis.features(backend)
+    features = basis.features(backend)
 
-        def of_block(sums: tuple[Array, ...] | None, x: Array, z: Array) -> tuple[tuple[Array, ...], tuple[()]]:
-            found = products(features(backend.xp.matrix_transpose(x)), z)
-            return found if sums is None else tuple(s + f for s, f in zip(sums, found, strict=True)), ()
+    def of_block(sums: tuple[Array, ...] | None, x: Array, z: Array) -> tuple[tuple[Array, ...], tuple[()]]:
+        found = products(features(backend.xp.matrix_transpose(x)), z)
+        return found if sums is None else tuple(s + f for s, f in zip(sums, found, strict=True)), ()
 
-        def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
-            x = in_units(backend.cast(clean(k, mask, backend), dtype))
-            sums, _ = backend.scan_rows(of_block, None, (x, prepare(v, mask)), block)
-            return tuple(add(c, s) for c, s in zip(carry, sums, strict=True)), ()
-
-        return body
+    def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
+        x = in_units(backend.cast(clean(k, mask, backend), dtype))
+        sums, _ = backend.scan_rows(of_block, None, (x, prepare(v, mask)), block)
+        return tuple(add(c, s) for c, s in zip(carry, sums, strict=True)), ()
 
     start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
-    carries, _ = backend.share_rows(make_body, start, (k, v, mask), together, FEWEST_BLOCKS * block)
+    carries, _ = backend.share_rows(body, start, (k, v, mask), together, FEWEST_BLOCKS * block)
     return [joined(sums) for sums in zip(*carries, strict=True)]
 
 
@@ -182,19 +179,16 @@ def read_out(
     reader = basis.reader(combined, backend)
     block, together = blocks_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend, basis.lean)
 
-    def make_body() -> Body:
-        features = basis.features(backend)
+    features = basis.features(backend)
 
-        def of_block(_: None, x: Array) -> tuple[None, tuple[Array]]:
-            return None, (xp.matrix_transpose(basis.read(features(xp.matrix_transpose(x)), reader, backend)),)
+    def of_block(_: None, x: Array) -> tuple[None, tuple[Array]]:
+        return None, (xp.matrix_transpose(basis.read(features(xp.matrix_transpose(x)), reader, backend)),)
 
-        def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
-            _, (numerator,) = backend.scan_rows(of_block, None, (backend.cast(rows, dtype) * unit,), block)
-            return None, divided(numerator, leading, backend)
+    def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
+        _, (numerator,) = backend.scan_rows(of_block, None, (backend.cast(rows, dtype) * unit,), block)
+        return None, divided(numerator, leading, backend)
 
-        return body
-
-    _, (out, normaliser) = backend.share_rows(make_body, None, (q,), together, FEWEST_BLOCKS * block)
+    _, (out, normaliser) = backend.share_rows(body, None, (q,), together, FEWEST_BLOCKS * block)
     return out, normaliser
 
 
@@ -225,27 +219,24 @@ def query_adjoint(
     basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
     block, together = blocks_of(basis, basis.pulled(combined.shape[-1], backend), dtype, leading, backend)
 
-    def make_body() -> Body:
-        features, pull_back = basis.features(backend), basis.puller(combined, backend)
+    features, pull_back = basis.features(backend), basis.puller(combined, backend)
 
-        def of_block(sums: Array | None, x: Array, g_hat: Array) -> tuple[Array, tuple[Array]]:
-            phi = features(xp.matrix_transpose(x))
-            found = basis.row_sums(phi, g_hat, backend)
-            return found if sums is None else sums + found, (pull_back(phi, g_hat),)
+    def of_block(sums: Array | None, x: Array, g_hat: Array) -> tuple[Array, tuple[Array]]:
+        phi = features(xp.matrix_transpose(x))
+        found = basis.row_sums(phi, g_hat, backend)
+        return found if sums is None else sums + found, (pull_back(phi, g_hat),)
 
-        def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
-            o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
-            r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-            inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-            g_hat = side_by_side(g, -r, backend, inverse)
-            x = backend.cast(rows, dtype) * unit
-            sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
-            return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
-
-        return body
+    def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
+        o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
+        r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
+        inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
+        g_hat = side_by_side(g, -r, backend, inverse)
+        x = backend.cast(rows, dtype) * unit
+        sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
+        return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
 
     start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
-    carries, (dq,) = backend.share_rows(make_body, start, (q, *columns), together, FEWEST_BLOCKS * block)
+    carries, (dq,) = backend.share_rows(body, start, (q, *columns), together, FEWEST_BLOCKS * block)
     return joined(carries)[0], dq
 
 
@@ -271,24 +262,21 @@ def key_adjoint(
     basis = Basis(k.shape[-1], degree, lean, grading)
     block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
 
-    def make_body() -> Body:
-        features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
+    features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
 
-        def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
-            return None, pull_back(features(xp.matrix_transpose(x)), z)
+    def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
+        return None, pull_back(features(xp.matrix_transpose(x)), z)
 
-        def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
-            x = backend.cast(k, dtype) * unit
-            if mask is not None:
-                # What masked rows hold does not matter, but a 0 would take longer.
-                x = xp.where(mask, x, 1.0)
-            _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
-            dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
-            return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
+    def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
+        x = backend.cast(k, dtype) * unit
+        if mask is not None:
+            # What masked rows hold does not matter, but a 0 would take longer.
+            x = xp.where(mask, x, 1.0)
+        _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
+        dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
+        return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
 
-        return body
-
-    _, (dk, dv) = backend.share_rows(make_body, None, (k, v, mask), together, FEWEST_BLOCKS * block)
+    _, (dk, dv) = backend.share_rows(body, None, (k, v, mask), together, FEWEST_BLOCKS * block)
     return dk, dv
 
 
@@ -371,7 +359,7 @@ def blocks_of(
     """Rows whose features are there at once, and rows that are made ready for them, which may be `together` with more."""
     block = block_of(basis, columns, dtype, leading, backend)
     # A loop in a loop is one too many where loops are compiled.
-    return block, max(block, 32 * CHAIN // block * block) if together and backend.writable else block
+    return block, block * max(1, min(32 * CHAIN // block, 32)) if together and backend.writable else block
 
 
 def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:

@@ -95,38 +95,39 @@ def _from_sources(dim: int, degree: int, grading: Grading) -> tuple[tuple[tuple[
 class Features:
     """All monomials of the channels of one block of rows after another, (..., d, rows) → (..., r, rows).
 
-    Where arrays are writable, those of a block are written over those of the block before: fresh memory costs more than they do.
+    Where arrays are writable, those of a block are written over those of the same thread's block before: fresh memory costs more
+    than they do.
     """
 
     def __init__(self, degree: int, backend: Backend, grading: Grading = ()) -> None:
         self._degree, self._backend, self._grading = degree, backend, grading
-        self._whole: Array = None
-        self._x: Array = None
-        self._steps: list[tuple[Array, Array, Array]] = []
+        self._memory = backend.memory()
 
     def __call__(self, x: Array) -> Array:
         """Of one block; the next call may write over it."""
-        if not self._backend.writable:
+        if self._memory is None:
             return self._joined(x)
         dim, degree, grading = x.shape[-2], self._degree, self._grading
         shape = (*x.shape[:-2], rank(dim, degree, grading), x.shape[-1])
-        if self._whole is None or tuple(self._whole.shape) != shape:
+        held = vars(self._memory)
+        if not held or tuple(held["whole"].shape) != shape:
             xp, device = self._backend.xp, self._backend.device(x)
             whole = xp.empty(shape, dtype=x.dtype, device=device)
             whole[..., :1, :] = 1.0
             # Contiguous, whatever the layout of x; the whole basis has the channels for itself.
-            self._x = whole[..., 1 : dim + 1, :] if not grading else xp.empty(x.shape, dtype=x.dtype, device=device)
-            factors = [self._x[..., channel : 1 + channel, :] for channel in range(dim if degree else 0)]
-            self._whole, self._steps = whole, [
+            own = whole[..., 1 : dim + 1, :] if not grading else xp.empty(x.shape, dtype=x.dtype, device=device)
+            factors = [own[..., channel : 1 + channel, :] for channel in range(dim if degree else 0)]
+            steps = [
                 (whole[..., start:stop, :], factors[channel], whole[..., source : source + stop - start, :])
                 for level in runs(dim, degree, grading)[0 if grading else 1 :]
                 for channel, start, stop, source in level
-            ]  # fmt: skip
+            ]
+            held.update(whole=whole, x=own, steps=steps)
         if degree:
-            self._x[...] = x
-        for target, factor, source in self._steps:
+            held["x"][...] = x
+        for target, factor, source in held["steps"]:
             self._backend.multiply_into(target, factor, source)
-        return self._whole
+        return held["whole"]
 
     def _joined(self, x: Array) -> Array:
         """Level by level, nothing written in place."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial, wraps
 from itertools import pairwise
-from threading import Lock
+from threading import Event, Lock, Thread, local
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -126,15 +126,20 @@ class Backend:
         else:
             target[...] = left @ right
 
-    def product(self, left: Array, right: Array, memory: dict[Any, Array], name: str) -> Array:
-        """Matrix product; where arrays are writable in `memory`, until the next product of this name."""
-        if not self.writable:
+    def memory(self) -> Any:
+        """What keeps arrays to be written over, if they are writable."""
+        return Memory() if self.writable else None
+
+    def product(self, left: Array, right: Array, memory: Any, name: str) -> Array:
+        """Matrix product; where there is `memory` in that, until this thread's next product of this name."""
+        if memory is None:
             return left @ right
+        held: dict[Any, Array] = vars(memory)
         key = name, product_shape(left, right)
-        if key not in memory:
-            memory[key] = self.xp.empty(key[1], dtype=left.dtype, device=self.device(left))
-        self.product_into(memory[key], left, right)
-        return memory[key]
+        if key not in held:
+            held[key] = self.xp.empty(key[1], dtype=left.dtype, device=self.device(left))
+        self.product_into(held[key], left, right)
+        return held[key]
 
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         """e^(x − shift), or eˣ; what x held is lost where arrays are writable."""
@@ -177,53 +182,65 @@ class Backend:
         return carry, tuple(self.xp.concat(list(parts), axis=-2) for parts in zip(*pieces, strict=True))
 
     def _scan_into(
-        self, whole: _Whole, body: Body, carry: Any, rows: Sequence[Array | None], block: int, first: int, last: int
+        self,
+        whole: _Whole,
+        body: Body,
+        carry: Any,
+        rows: Sequence[Array | None],
+        block: int,
+        first: int,
+        last: int,
+        stop: Event | None = None,
     ) -> Any:
-        """The carry of rows first … last, whose outputs are written into those of all rows."""
+        """The carry of rows first … last, whose outputs are written into those of all rows; not of all once `stop` is set."""
         for start in range(first, last, block):
-            stop = min(start + block, last)
-            carry, outputs = body(carry, *_cut(rows, start, stop))
-            whole.write(outputs, start, stop)
+            if stop is not None and stop.is_set():
+                break
+            end = min(start + block, last)
+            carry, outputs = body(carry, *_cut(rows, start, end))
+            whole.write(outputs, start, end)
         return carry
 
     def share_rows(
-        self, make_body: Callable[[], Body], carry: Any, rows: Sequence[Array | None], block: int, fewest: int
+        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int, fewest: int
     ) -> tuple[list[Any], tuple[Array, ...]]:
-        """`scan_rows` by several threads where the library offers them, each with a body and a carry of its own.
+        """`scan_rows` by several threads where the library offers them, each with a carry of its own.
 
         Parameters
         ----------
-        make_body : callable
-            Makes the ``body`` of `scan_rows`, and what it writes on.
-        carry, rows, block
-            As for `scan_rows`.
+        body, carry, rows, block
+            As for `scan_rows`. What `body` writes on it has from `memory`, which threads do not share.
         fewest : int
             Rows that are worth a thread.
 
         Returns
         -------
         list of carries
-            In the order of the rows, which depends on nothing but their number and that of threads.
+            In the order of the rows, which are cut by nothing but their number and that of threads.
         tuple of arrays
             Outputs.
         """
         # Loops that are recorded or compiled are left as they are.
-        count = min(MOST_THREADS, _length(rows) // max(1, fewest)) if self.writable else 1
-        count = min(count, self.threads()) if count > 1 else count
-        # One call at a time is shared: others that run meanwhile have no threads left for them.
-        if count < 2 or not _SHARING.acquire(blocking=False):
-            carry, outputs = self.scan_rows(make_body(), carry, rows, block)
+        count = min(MOST_THREADS, self.threads()) if self.writable and _length(rows) >= 2 * max(1, fewest) else 1
+        if count < 2 or _length(rows) < count * fewest:
+            carry, outputs = self.scan_rows(body, carry, rows, block)
             return [carry], outputs
+        n = _length(rows)
+        whole, stop = _Whole(n, self), Event()
+
+        def scan(first: int, last: int) -> Any:
+            try:
+                return self._scan_into(whole, body, carry, rows, block, first, last, stop)
+            except BaseException:
+                stop.set()
+                raise
+
+        tasks = [partial(scan, first, last) for first, last in pairwise(n * i // count for i in range(count + 1))]
+        # One call at a time has the threads: another that runs meanwhile does the same by itself.
+        if not _SHARING.acquire(blocking=False):
+            return [task() for task in tasks], whole.arrays
         try:
-            n = _length(rows)
-            whole = _Whole(n, self)
-            ends = [n * i // count for i in range(count + 1)]
-
-            def scan(first: int, last: int) -> Any:
-                return self._scan_into(whole, make_body(), carry, rows, block, first, last)
-
-            tasks = [partial(scan, first, last) for first, last in pairwise(ends)]
-            return self.in_threads(tasks), whole.arrays
+            return self.in_threads(tasks, stop), whole.arrays
         finally:
             _SHARING.release()
 
@@ -231,8 +248,8 @@ class Backend:
         """How many threads the library uses for an operation, and `in_threads` may use instead."""
         return 1
 
-    def in_threads(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Results of the tasks, each run in a thread of its own whose operations use no others."""
+    def in_threads(self, tasks: Sequence[Callable[[], Any]], stop: Event) -> list[Any]:
+        """Results of the tasks, side by side in threads whose operations use no others; tasks end early once `stop` is set."""
         return [task() for task in tasks]
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
@@ -263,6 +280,10 @@ class Backend:
 
 
 _SHARING = Lock()
+
+
+class Memory(local):
+    """Arrays that are written over again, of each thread its own."""
 
 
 class _Whole:
@@ -296,11 +317,58 @@ def _cut(rows: Sequence[Array | None], start: int, stop: int) -> tuple[Array | N
     return tuple(None if r is None else r[..., start:stop, :] for r in rows)
 
 
-def run_threads(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Results of the tasks, of which this thread runs the first."""
-    with ThreadPoolExecutor(len(tasks) - 1, thread_name_prefix="tattn") as pool:
-        others = [pool.submit(task) for task in tasks[1:]]
-        return [tasks[0](), *(other.result() for other in others)]
+def run_threads(
+    tasks: Sequence[Callable[[], Any]],
+    stop: Event,
+    alone: Callable[[Callable[[], Any]], Any],
+    started: Callable[[int], None] = lambda count: None,
+) -> list[Any]:
+    """Results of ``alone(task)`` for all tasks, each in a thread of its own, or of ``task()`` here where none can be started.
+
+    ``started(count)`` is called once so many threads have been. What one raises is raised when all have ended.
+    """
+    results: list[Any] = [None] * len(tasks)
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            results[i] = alone(tasks[i])
+        except BaseException as error:
+            errors.append(error)
+
+    threads: list[Thread] = []
+    try:
+        for i in range(len(tasks)):
+            thread = Thread(target=work, args=(i,), name=f"tattn-{i}")
+            try:
+                thread.start()
+            except RuntimeError:
+                # At the end of the interpreter, or where there may be no more of them.
+                break
+            threads.append(thread)
+        started(len(threads))
+        for i in range(len(threads), len(tasks)):
+            results[i] = tasks[i]()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        _join(threads, stop)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def _join(threads: Sequence[Thread], stop: Event) -> None:
+    """Wait for all threads, which end early if that is interrupted."""
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
 
 
 def product_shape(left: Array, right: Array) -> tuple[int, ...]:
@@ -315,17 +383,17 @@ def memoized(function: F) -> F:
     The last `REMEMBERED` results are kept: bases that are pruned for the data at hand are many.
     """
     results: dict[Any, Any] = {}
-    lock = Lock()
 
     @wraps(function)
     def look_up(*args: Any) -> Any:
         found = results.get(args, results)
         if found is results:
             found = function(*args)
-            with lock:
-                if len(results) >= REMEMBERED:
+            if len(results) >= REMEMBERED:
+                # Another thread may do the same: one result more or less does not matter.
+                with suppress(KeyError, RuntimeError, StopIteration):
                     results.pop(next(iter(results)))
-                results[args] = found
+            results[args] = found
         return found
 
     # What torch.compiler.assume_constant_result sets; torch must not be imported for it.

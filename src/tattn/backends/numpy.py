@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from functools import cache
+from functools import cache, partial
+from threading import Event
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -20,6 +21,8 @@ class NumpyBackend(Backend):
     reads = True
     # Calls cost little, but threads wait for each other between them.
     workspace = 4 << 20
+    # How many threads products used before a call that is running limited them.
+    _limited = 0
 
     def is_supported(self, array: Array) -> str | None:
         if isinstance(array, np.matrix):
@@ -53,21 +56,25 @@ class NumpyBackend(Backend):
         return np.multiply(x, weights, out=x)
 
     def threads(self) -> int:
-        return min((int(library.num_threads) for library in _blas().lib_controllers), default=1)
+        return self._limited or min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
 
-    def in_threads(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-        def alone(task: Callable[[], Any]) -> Callable[[], Any]:
-            # A thread has settings for errors, and with OpenMP a number of threads, of its own.
-            context = copy_context()
+    def in_threads(self, tasks: Sequence[Callable[[], Any]], stop: Event) -> list[Any]:
+        # A context holds the settings for errors, and may be entered once at a time.
+        contexts = [copy_context() for _ in tasks]
+        tasks = [partial(context.run, task) for context, task in zip(contexts, tasks, strict=True)]
 
-            def work() -> Any:
-                with _blas().limit(limits=1):
-                    return context.run(task)
+        def alone(task: Callable[[], Any]) -> Any:
+            # With OpenMP each thread has a number of its own.
+            for library in _blas().lib_controllers:
+                library.set_num_threads(1)
+            return task()
 
-            return work
-
-        with _blas().limit(limits=1):
-            return run_threads([alone(task) for task in tasks])
+        self._limited = self.threads()
+        try:
+            with _blas().limit(limits=1):
+                return run_threads(tasks, stop, alone)
+        finally:
+            self._limited = 0
 
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         # A row that is one element is written twice as fast.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from threading import Lock
+from threading import Event, Lock, Semaphore
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -80,25 +80,28 @@ class TorchBackend(Backend):
     def threads(self) -> int:
         if not self.reads:
             return 1
-        # Who looks at operations, as a counter of them does, looks at those of this thread.
-        watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        # Who looks at operations, to count or to record them, looks at those of this thread.
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing()
         return 1 if watched else torch.get_num_threads()
 
-    def in_threads(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    def in_threads(self, tasks: Sequence[Callable[[], Any]], stop: Event) -> list[Any]:
         inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+        ready = Semaphore(0)
 
-        def alone(task: Callable[[], Any]) -> Callable[[], Any]:
-            def work() -> Any:
-                with torch.inference_mode(inference), torch.no_grad():
-                    torch.set_num_threads(1)
-                    return task()
+        def alone(task: Callable[[], Any]) -> Any:
+            # Its own number, and what threads that are born later begin with: that is set back once all are here.
+            torch.get_num_threads()
+            torch.set_num_threads(1)
+            ready.release()
+            with torch.inference_mode() if inference else torch.no_grad():
+                return task()
 
-            return work
-
-        try:
-            return run_threads([alone(task) for task in tasks])
-        finally:
+        def started(count: int) -> None:
+            for _ in range(count):
+                ready.acquire()
             torch.set_num_threads(threads)
+
+        return run_threads(tasks, stop, alone, started)
 
     def cast(self, array: Array, dtype: Any) -> Array:
         return array.to(dtype)
