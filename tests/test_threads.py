@@ -346,7 +346,7 @@ def test_threads_born_meanwhile_have_their_number(
     seen: list[int] = []
 
     def body(carry: int, block: Any) -> Any:
-        time.sleep(0.1)
+        time.sleep(0.5)
         born = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         born.start()
         born.join()
