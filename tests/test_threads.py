@@ -267,7 +267,7 @@ def test_without_further_threads(library: Any, shared: list[int], monkeypatch: p
                 raise RuntimeError("can't start new thread")
             super().start()
 
-    monkeypatch.setattr("tattn.backends.base.Thread", Thread)
+    monkeypatch.setattr("tattn.backends.threads.Thread", Thread)
     for a, e in zip(run(library, given, plan=polynomial(3)), expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12 * np.max(np.abs(e)))
     assert len(started) == 12

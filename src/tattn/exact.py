@@ -32,7 +32,7 @@ from .arrays import (
     with_leading,
 )
 from .backends import Array, Backend
-from .backends.base import Memory
+from .backends.threads import Memory
 from .channels import channel_units
 
 # Terms in a chain of additions, at most, as `rounding.exact_errors` counts them.

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from itertools import pairwise
-from threading import Event, Lock, Thread, local
+from threading import Event, Lock
 from types import ModuleType
 from typing import Any, TypeVar
 
 import array_api_compat
 import numpy as np
 
+from .threads import MOST_THREADS, SHARING, Memory
+
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])
 REMEMBERED = 256
-# Python lets one thread at a time start operations, so that more would wait for each other.
-MOST_THREADS = 8
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
 
 
@@ -227,22 +227,15 @@ class Backend:
             return [carry], outputs
         n = _length(rows)
         whole, stop = _Whole(n, self), Event()
-
-        def scan(first: int, last: int) -> Any:
-            try:
-                return self._scan_into(whole, body, carry, rows, block, first, last, stop)
-            except BaseException:
-                stop.set()
-                raise
-
-        tasks = [partial(scan, first, last) for first, last in pairwise(n * i // count for i in range(count + 1))]
+        scan = partial(self._scan_into, whole, body, carry, rows, block)
+        tasks = [partial(scan, first, last, stop) for first, last in pairwise(n * i // count for i in range(count + 1))]
         # One call at a time has the threads: another that runs meanwhile does the same by itself.
-        if not _SHARING.acquire(blocking=False):
+        if not SHARING.acquire(blocking=False):
             return [task() for task in tasks], whole.arrays
         try:
             return self.in_threads(tasks, stop), whole.arrays
         finally:
-            _SHARING.release()
+            SHARING.release()
 
     def threads(self) -> int:
         """How many threads the library uses for an operation, and `in_threads` may use instead."""
@@ -279,13 +272,6 @@ class Backend:
         """Wait until `array` has been computed."""
 
 
-_SHARING = Lock()
-
-
-class Memory(local):
-    """Arrays that are written over again, of each thread its own."""
-
-
 class _Whole:
     """The outputs of all rows, which threads write those of their blocks into."""
 
@@ -315,60 +301,6 @@ def _length(rows: Sequence[Array | None]) -> int:
 def _cut(rows: Sequence[Array | None], start: int, stop: int) -> tuple[Array | None, ...]:
     """The same rows of all."""
     return tuple(None if r is None else r[..., start:stop, :] for r in rows)
-
-
-def run_threads(
-    tasks: Sequence[Callable[[], Any]],
-    stop: Event,
-    alone: Callable[[Callable[[], Any]], Any],
-    started: Callable[[int], None] = lambda count: None,
-) -> list[Any]:
-    """Results of ``alone(task)`` for all tasks, each in a thread of its own, or of ``task()`` here where none can be started.
-
-    ``started(count)`` is called once so many threads have been. What one raises is raised when all have ended.
-    """
-    results: list[Any] = [None] * len(tasks)
-    errors: list[BaseException] = []
-
-    def work(i: int) -> None:
-        try:
-            results[i] = alone(tasks[i])
-        except BaseException as error:
-            errors.append(error)
-
-    threads: list[Thread] = []
-    try:
-        for i in range(len(tasks)):
-            thread = Thread(target=work, args=(i,), name=f"tattn-{i}")
-            try:
-                thread.start()
-            except RuntimeError:
-                # At the end of the interpreter, or where there may be no more of them.
-                break
-            threads.append(thread)
-        started(len(threads))
-        for i in range(len(threads), len(tasks)):
-            results[i] = tasks[i]()
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        _join(threads, stop)
-    if errors:
-        raise errors[0]
-    return results
-
-
-def _join(threads: Sequence[Thread], stop: Event) -> None:
-    """Wait for all threads, which end early if that is interrupted."""
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        raise
 
 
 def product_shape(left: Array, right: Array) -> tuple[int, ...]:

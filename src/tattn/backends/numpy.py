@@ -12,7 +12,8 @@ import array_api_compat.numpy as xp
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from .base import Array, Backend, run_threads
+from .base import Array, Backend
+from .threads import run_threads
 
 
 class NumpyBackend(Backend):

@@ -11,7 +11,8 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from .base import Array, Backend, memoized, run_threads
+from .base import Array, Backend, memoized
+from .threads import run_threads
 
 
 class TorchBackend(Backend):
