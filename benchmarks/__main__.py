@@ -9,6 +9,7 @@ it takes the better part of an hour, and wants a quiet machine.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -45,13 +46,24 @@ def main() -> int:
             file.unlink(missing_ok=True)
             options = ["--library", name, "--threads", str(count), "--device", given.device]
             options += [*(["--quick"] if given.quick else []), *(["-k", given.k] if given.k else [])]
-            if _pytest(options, file, count):
+            if _pytest(options, file, count) or not _measured(file):
                 failed.append(f"{name} on {count} thread{'s' * (count > 1)}")
     if failed:
-        print(f"cases failed: {', '.join(failed)}", file=sys.stderr)
-    if not given.k:
+        print(
+            f"cases failed, or nothing was measured: {', '.join(failed)}. No report is made; python -m benchmarks.report {folder} "
+            "makes one of the rest",
+            file=sys.stderr,
+        )
+    elif not given.k:
         report.main([str(folder)])
     return int(bool(failed))
+
+
+def _measured(file: Path) -> bool:
+    """Whether a process left something behind: one whose library or device is missing skips all."""
+    return (
+        file.exists() and file.stat().st_size > 0 and bool(json.loads(file.read_text(encoding="utf-8"))["benchmarks"])
+    )
 
 
 def _pytest(options: list[str], file: Path, threads: int) -> int:

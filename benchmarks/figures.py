@@ -62,7 +62,7 @@ def _growth(rows: Table) -> Any:
         mine = where(rows, library=library, dim=dim)
         look = style(i, label=f"{library}, d = {dim}")
         times.loglog(column(mine, "n"), column(mine, "seconds"), **look)
-        told = [row for row in mine if row["peak_bytes"] != ""]
+        told = [row for row in mine if row["peak_bytes"]]
         memory.semilogx(column(told, "n"), [row["peak_bytes"] / 2**20 for row in told], **look)
     times.set(xlabel="n", ylabel="seconds", title="time, forward + gradient")
     memory.set(xlabel="n", ylabel="MiB beyond inputs and outputs", title="memory at the peak")

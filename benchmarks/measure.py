@@ -33,22 +33,25 @@ class Measure:
         plan: tattn.Plan | None = None,
         checked: bool = True,
         beside: Callable[[], float] | None = None,
+        rounds: int = 2,
         **more: Any,
     ) -> float:
         """Least seconds of a call.
 
         `checked`: whether the error has a bound that it must keep. `beside`, of seconds, runs before every round: what
-        the call is compared with takes turns with it. `more` is recorded.
+        the call is compared with takes turns with it. `rounds`: at least so many. `more` is recorded.
         """
         library = self.library
-        result, first = self._timed(run)
+        result, _ = self._timed(run)
         values = [library.numpy(x) for x in result]
         errors = problem.errors(values, plan, checked)
         outputs = sum(x.nbytes for x in values)
         result, values = [], []
-        # The first call of all loads and compiles.
-        took = self._timed(run)[1] if first < 2 else first
-        rounds = int(np.clip((0.03 if self.quick else 2.0) / took, 2, 100))
+        # The first call of all loads and compiles. Memory is that of the second, with nothing beside it.
+        library.begin_peak()
+        took = self.timed(run)
+        peak = library.peak()
+        rounds = int(np.clip((0.03 if self.quick else 2.0) / took, rounds, 100))
         seen: list[float] = []
 
         def before() -> None:
@@ -60,9 +63,7 @@ class Measure:
         def once() -> None:
             library.wait(run())
 
-        library.begin_peak()
         self.benchmark.pedantic(once, setup=before, rounds=rounds)
-        peak = library.peak()
         polynomial = plan is not None and plan.method == "polynomial"
         self.benchmark.group = group
         self.benchmark.extra_info.update(
@@ -80,10 +81,12 @@ class Measure:
                 "degree": plan.degree if plan and polynomial else "",
                 "rank": plan.rank if plan and polynomial else "",
                 "certified": plan.error if plan and polynomial and plan.certified else "",
+                "certified_gradient": plan.grad_error if plan and polynomial and plan.certified else "",
                 "gradient_error": "",
                 **errors,
-                # Inputs were there before; one result is held by the caller.
-                "peak_bytes": "" if peak is None else max(0, peak - outputs),
+                # Inputs were there before; one result is held by the caller. 0: what the process had was enough, as it may be
+                # where threads have come and gone.
+                "peak_bytes": "" if peak is None or self.threads > 1 else max(0, peak - outputs),
                 "bare_seconds": min(seen) if seen else "",
                 **more,
             }

@@ -85,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if not any(content["benchmarks"] for content in contents):
         sys.exit(f"nothing was measured in {given.folder}: run python -m benchmarks first")
+    commits = sorted({content["machine_info"].get("commit", "unknown") for content in contents})
+    if len(commits) > 1:
+        sys.exit(
+            f"files in {given.folder} are of different commits, {', '.join(commits)}: a report is of one run of everything"
+        )
     quick = any(content["machine_info"]["quick"] for content in contents)
     docs, into = destination(contents, _ROOT)
     if quick or given.docs:

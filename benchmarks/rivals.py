@@ -71,17 +71,16 @@ def _its_arguments(q: Array, keys: Sequence[Array], values: Sequence[Array]) -> 
     )
 
 
-def random_features(dim: int, features: int) -> Function:
+def random_features(dim: int, features: int, device: str) -> Function:
     """`FastAttention` of performer-pytorch: random features in place of the softmax, drawn with a seed."""
     import torch
     from performer_pytorch import FastAttention
 
     torch.manual_seed(0)
-    module = FastAttention(dim_heads=dim, nb_features=features)
+    module = FastAttention(dim_heads=dim, nb_features=features).to(device)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         # As above: a √d into the query.
-        module.to(q.device)
         return module((q * dim**-0.5)[None, None], k[None, None], v[None, None])[0, 0]
 
     return attend

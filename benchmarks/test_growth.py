@@ -9,6 +9,7 @@ import tattn
 from .libraries import Library
 from .measure import Measure
 from .problem import draw
+from .test_limit import bare_products
 
 
 @pytest.mark.parametrize("power", range(10, 21))
@@ -25,4 +26,7 @@ def test_growth(measure: Measure, library: Library, threads: int, quick: bool, d
     problem = draw(n, dim, dim)
     plan = tattn.plan_for(n=n, dim=dim, value_dim=dim, bound=1.0, degree=4, method="polynomial")
     run = library.attention([library.array(x) for x in problem.arrays], library.array(problem.grad), plan=plan)
-    measure("growth", "polynomial", problem, run, plan=plan)
+    # On a device a million rows are the case to look at.
+    large = library.device != "cpu" and power == 20
+    bare = bare_products(measure, library, plan.rank, n, dim, 9) if large else None
+    measure("growth", "polynomial", problem, run, plan=plan, beside=bare)

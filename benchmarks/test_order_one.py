@@ -41,7 +41,7 @@ def test_order_one(
     else:
         if method.startswith("Fast"):
             pytest.importorskip("performer_pytorch", exc_type=ImportError)
-            function = random_features(dim, int(method.split()[-1]))
+            function = random_features(dim, int(method.split()[-1]), library.device)
         else:
             function = fused
         run = library.gradient(function, arrays, grad) if gradient else library.forward(function, arrays)

@@ -12,7 +12,9 @@ from .problem import draw
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
-@pytest.mark.parametrize("way", ["with a plan", "without a plan", "without jit, with a plan"])
+@pytest.mark.parametrize(
+    "way", ["exact, with a plan", "without a plan", "polynomial, with a plan", "exact, without jit, with a plan"]
+)
 def test_overhead(measure: Measure, library: Library, threads: int, way: str, gradient: bool) -> None:
     """16 rows of 8 channels; JAX under jit where a plan allows it."""
     if threads > 1:
@@ -20,12 +22,16 @@ def test_overhead(measure: Measure, library: Library, threads: int, way: str, gr
     problem = draw(16, 8, 8)
     arrays, grad = [library.array(x) for x in problem.arrays], library.array(problem.grad)
     plan = tattn.plan(arrays[0], arrays[1:3], arrays[3:])
-    options = {} if way == "without a plan" else {"plan": tattn.plan_for(n=16, dim=8, value_dim=8, bound=1.0)}
+    method = way.partition(",")[0]
+    options = {}
+    if way != "without a plan":
+        degree = 4 if method == "polynomial" else None
+        options = {"plan": tattn.plan_for(n=16, dim=8, value_dim=8, bound=1.0, method=method, degree=degree)}
     if library.name != "jax":
-        if way.startswith("without jit"):
+        if "without jit" in way:
             pytest.skip("nothing is compiled")
         run = library.attention(arrays, grad if gradient else None, **options)
-    elif way == "with a plan":
+    elif way.endswith("with a plan") and "without jit" not in way:
         run = library.attention(arrays, grad if gradient else None, **options)
     elif gradient:
         pytest.skip("JAX differentiates under jit, with a plan")

@@ -228,7 +228,7 @@ def page(tables: dict[str, Table]) -> str:
         *(f"{s} exchanged" for s in SOURCES),
         "processor time of a run",
     ]
-    return f"""\\
+    return f"""\
 # Three modalities
 
 An image, a text and a series, of 8, {CHARACTERS} and {YEARS} rows. Each tells one bit. The text's says which of the other two is

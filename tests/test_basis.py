@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import pytest
 
+from tattn import lowrank
 from tattn.backends import backend_of
 from tattn.backends.base import block_rows
-from tattn.basis import Basis
+from tattn.basis import CHAIN, FEW_CHAINS, Basis, row_products
 from tattn.monomials import exponents, features, rank
 
 CASES = [(1, 2), (2, 2), (3, 4), (5, 3), (8, 4), (20, 2)]
@@ -45,6 +48,39 @@ def test_lean_products_are_products_with_all_monomials(library, dim, degree, row
         read = library.numpy(basis.read(held, reader, backend, degree=t))
         wanted = np.swapaxes(matrix[..., part, :], -1, -2) @ phi[..., part, :]
         np.testing.assert_allclose(read, wanted, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("size", [20, 150])
+@pytest.mark.parametrize("chains", [FEW_CHAINS, FEW_CHAINS + 1, 47, 48, 200, FEW_CHAINS**2 // 4])
+def test_sums_over_many_chains(library, chains, size):
+    rng = np.random.default_rng(chains)
+    phi, z = rng.normal(size=(size, chains * CHAIN + 5)), rng.normal(size=(chains * CHAIN + 5, 3))
+    array = library.array(phi)
+    found = library.numpy(row_products(array, library.array(z), backend_of(array)))
+    np.testing.assert_allclose(found, phi @ z, rtol=1e-11, atol=1e-11 * len(z) ** 0.5)
+
+
+@pytest.mark.parametrize("value_dim", [2, 16])
+def test_blocks_as_large_as_those_of_an_accelerator_compute_the_same(library, value_dim):
+    rng = np.random.default_rng(0)
+    rows, dim = 20_000, 6
+    arrays = [library.array(rng.uniform(-1, 1, (rows, width))) for width in [dim] * 3 + [value_dim] * 3]
+    *inputs, grad = arrays
+    usual = backend_of(grad).for_arrays(arrays)
+    large = copy(usual)
+    large.workspace, large.most_rows = 256 << 20, 1 << 15
+    call = lowrank.LowRankCall((1.0, 1.0, 0.5, 0.17, 0.04), 1 / dim, 2)
+    blocks = [lowrank.block_of(Basis.of(dim, 4, 9), 9, grad.dtype, (), backend) for backend in (usual, large)]
+    assert blocks[0] < FEW_CHAINS * CHAIN < rows < blocks[1]
+    found = []
+    for backend in (usual, large):
+        out, _, *kept = lowrank.forward(call, backend, (*inputs, None, None))
+        nothing = backend.xp.zeros_like(kept[0])
+        gradients = lowrank.backward(call, backend, (*inputs, None, None, out, *kept, grad, nothing))
+        found.append([library.numpy(x) for x in (out, *kept, *gradients)])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
 
 
 @pytest.mark.grid

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import benchmarks.__main__
 import tattn
 from benchmarks import goals, page, report
 from benchmarks.libraries import Library
@@ -19,6 +20,7 @@ from benchmarks.measure import Measure
 from benchmarks.problem import Problem, draw
 from benchmarks.rivals import einsum_numpy
 from tattn.evidence.apart import stored
+from tattn.evidence.growth import overtaking
 from tattn.evidence.tables import Table, load, where
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,7 @@ def content() -> dict[str, Any]:
         cases.append(case("rivals", "exact", problem, False, 1e-9 * n**3))
         cases.append(case("rivals", "dense einsum", problem, False, 2e-9 * n**3))
     cases.append(case("overhead", "with a plan", draw(16, 8, 8), False, 1e-4))
-    return {"machine_info": {"cpu": "some", "quick": True}, "benchmarks": cases}
+    return {"machine_info": {"cpu": "some", "quick": True, "commit": "1"}, "benchmarks": cases}
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -104,10 +106,28 @@ def test_a_wrong_answer_is_no_benchmark() -> None:
     plan = tattn.plan_for(n=64, dim=4, value_dim=4, bound=1.0, degree=4, method="polynomial")
     with pytest.raises(AssertionError, match="error 1"):
         problem.errors([out + 1.5, *result[1:]], plan)
-    with pytest.raises(AssertionError, match="of the gradient"):
+    with pytest.raises(AssertionError, match="rounding of a gradient"):
         problem.errors([out, d_query, *d_keys, d_values[0], 2 * d_values[1]], None)
-    with pytest.raises(AssertionError, match="of the gradient"):
+    with pytest.raises(AssertionError, match="of the query's gradient"):
         problem.errors([out, 1e3 + d_query, *d_keys, *d_values], plan)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_polynomial_is_what_its_coefficients_say(views: int) -> None:
+    """And not only as near to exp as its plan states: that would let a wrong gradient of values pass."""
+    problem = draw(128, 4, 4, views)
+    plan = tattn.plan_for(n=128, dim=4, value_dim=4, order=views + 1, bound=1.0, degree=2, method="polynomial")
+    query, *rest = problem.arrays
+    out, pullback = tattn.tensor_attention_vjp(query, rest[:views], rest[views:], plan=plan)
+    d_query, d_keys, d_values = pullback(problem.grad)
+    result = [out, d_query, *d_keys, *d_values]
+    errors = problem.errors(result, plan)
+    assert errors["error"] > 1e-4 and errors["gradient_error"] > 1e-3
+    for i in range(1, len(result)):
+        with pytest.raises(AssertionError, match="rounding of a gradient"):
+            problem.errors([r * (1.01 if j == i else 1) for j, r in enumerate(result)], plan)
+    with pytest.raises(AssertionError, match=r"rounding [0-9]"):
+        problem.errors([out + 1e-4, *result[1:]], plan)
 
 
 def test_what_a_case_records(content: dict[str, Any]) -> None:
@@ -129,6 +149,45 @@ def test_goals_and_crossings_are_those_of_the_times(content: dict[str, Any]) -> 
     # 1e-6 n = 1e-10 n³ at n = 100; the slower exact method does not count.
     (crossing,) = where(goals.breaks_even(rows), gradient=False)
     assert crossing["crossing"] == pytest.approx(100, rel=1e-6)
+
+
+def test_rivals_that_took_turns_are_compared_by_those() -> None:
+    problem = draw(128, 16, 16)
+    cases = [
+        case("rivals", "exact", problem, False, 2e-3, beside=lambda: 3e-3),
+        case("rivals", "SDPA over pair keys", problem, False, 8e-3),
+    ]
+    for one in cases:
+        one["extra_info"]["library"] = "torch"
+    rows, _ = report.rows_of([{"machine_info": {}, "benchmarks": cases}])
+    assert goals.speedups(rows, "torch", "SDPA over pair keys", 16, False) == [(128, pytest.approx(1.5))]
+
+
+def test_where_a_polynomial_never_gains_there_is_no_crossing() -> None:
+    def rows(*seconds: float) -> list[dict[str, Any]]:
+        return [{"n": 64 << i, "seconds": s} for i, s in enumerate(seconds)]
+
+    assert overtaking(rows(1, 2, 4), rows(2, 4, 8)) == (np.inf, False)
+    # Fits to the lengths behind may meet before the last of them.
+    assert overtaking(rows(1, 1, 40, 20), rows(30, 30, 30, 21)) == (512, False)
+
+
+def test_a_report_is_of_one_run(content: dict[str, Any], tmp_path: Path) -> None:
+    for commit in "12":
+        text = json.dumps({**content, "machine_info": {"quick": True, "commit": commit}})
+        (tmp_path / f"{commit}.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="are of different commits, 1, 2"):
+        report.main([str(tmp_path)])
+
+
+def test_a_process_that_measured_nothing_is_noticed(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    assert not benchmarks.__main__._measured(file)
+    for text in ("", json.dumps({**content, "benchmarks": []})):
+        file.write_text(text, encoding="utf-8")
+        assert not benchmarks.__main__._measured(file)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert benchmarks.__main__._measured(file)
 
 
 @PLOTS

@@ -237,3 +237,10 @@ def test_the_example() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same as in one process" in done.stdout
+
+
+def test_a_summary_is_not_loaded_into_dask(tmp_path: Path) -> None:
+    query, keys, values, *_ = draw({"views": 2})
+    tattn.summarize(keys, values, PLANS[2]).save(tmp_path / "file.npz")
+    with pytest.raises(TypeError, match=r"^like should be an array, got a Dask array"):
+        tattn.Summary.load(tmp_path / "file.npz", like=da.from_array(query))

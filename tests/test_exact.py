@@ -21,7 +21,7 @@ from tattn.exact import ExactCall, backward, forward, small
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four query rows, three tuples and two rows of a view in a block, and chains of two terms."""
     monkeypatch.setattr(exact, "block_sizes", lambda leading, lengths, *_: (4, 3, *(2 for _ in lengths[1:])))
-    monkeypatch.setattr(exact, "CHAIN", 2)
+    monkeypatch.setattr(exact, "EXACT_CHAIN", 2)
 
 
 # The scale is that of no other test, for JAX compiles a call once.

@@ -438,6 +438,7 @@ REFUSED = [
     ({"bound": 1.0, "head_dim": 24, "tol": 1e-2}, "degree 4 has rank 20,475, above max_rank=8,192; .* MiB"),
     ({"bound": 2.0, "head_dim": 32, "degree": 5}, "degree 5 at dim 32 has rank 435,897"),
     ({"bound": 6.0, "head_dim": 8, "degree": 4}, "may lose its sign within the bound"),
+    ({"bound": 4.0, "head_dim": 8, "method": "auto"}, "bound=4 and tol=0.01 in float32"),
 ]
 
 
@@ -453,7 +454,8 @@ def test_a_plan_that_cannot_be_says_what_could(changes: dict[str, Any], message:
         name, _, value = advice.partition(" ")[0].partition("=")
         if name in ("head_dim", "bound", "degree"):
             number = float(value) if name == "bound" else int(value)
-            assert replace(small, **{name: number}).plan().error < np.inf
+            method = "polynomial" if "with method='polynomial'" in advice else small.method
+            assert replace(small, method=method, **{name: number}).plan().error < np.inf
 
 
 def test_the_plan_is_that_of_the_bound() -> None:

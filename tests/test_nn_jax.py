@@ -64,6 +64,7 @@ def test_scan_over_layers() -> None:
         (lambda p: list(p), TypeError, "^params should be a dict of arrays, got list"),
         (lambda p: {n: a for n, a in p.items() if n != "out_proj.bias"}, ValueError, "^params should have 'out_proj.bias'"),
         (lambda p: {**p, "more": p["q_proj.bias"]}, ValueError, "^params should have nothing but .*, got 'more'"),
+        (lambda p: {**p, "q_proj.weight": [1.0]}, TypeError, r"^params\['q_proj.weight'\] should be an array.*, got list"),
         (lambda p: {**p, "q_proj.weight": p["q_proj.bias"]}, ValueError, r"^params\['q_proj.weight'\] should have shape"),
     ],
 )  # fmt: skip

@@ -97,7 +97,8 @@ def test_compile_without_a_bound() -> None:
 
 
 def test_the_operator_keeps_to_its_contract() -> None:
-    from tattn.nn.operator import _forward, plan_text
+    from tattn.nn.operator import _forward
+    from tattn.plans import plan_text
 
     config = config_of(order=3)
     rng = np.random.default_rng(0)
@@ -197,9 +198,10 @@ def test_saved_copied_and_moved() -> None:
 
 def test_what_float32_cannot_serve_is_said_in_time() -> None:
     options = {"bound": 4.0, "tol": 1e-3}
-    with pytest.raises(tattn.PlanError, match=r"in float32 cannot be built.*dtype float64"):
-        module(**options)
-    layer = module(torch.float64, **options)
+    for method in ("polynomial", "auto"):
+        with pytest.raises(tattn.PlanError, match=r"in float32 cannot be built.*dtype float64"):
+            module(**options, method=method)
+        layer = module(torch.float64, **options, method=method)
     assert layer(drawn(4, EMBED, dtype=torch.float64)).shape == (4, EMBED)
     with pytest.raises(tattn.PlanError, match="in float32 cannot be built"):
         layer.float()(drawn(4, EMBED))

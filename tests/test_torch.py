@@ -124,6 +124,43 @@ def test_forward_mode(plan: tattn.Plan, tensors: list[Any]) -> None:
     same(got, sum((g * t).sum() for g, t in zip(torch.func.grad(of, tuple(range(5)))(*plain), tangents, strict=True)))
 
 
+def test_tangents_outside_of_torch_func(plan: tattn.Plan, tensors: list[Any]) -> None:
+    forward_ad = torch.autograd.forward_ad
+    of = loss(plan)
+    slopes = torch.autograd.grad(of(*tensors), tensors)
+    tangents = [torch.full_like(t, 0.3) for t in tensors]
+    for recorded in (False, True):
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(t if recorded else t.detach(), s) for t, s in zip(tensors, tangents, strict=True)
+            ]
+            got = forward_ad.unpack_dual(of(*duals)).tangent
+        same(got, sum((g * t).sum() for g, t in zip(slopes, tangents, strict=True)))
+
+
+def test_gradients_and_tangents_through_bands_that_auto_chose() -> None:
+    """What found out that bands serve was computed without either."""
+    rng = np.random.default_rng(3)
+    query, a, b = (torch.tensor(x) for x in rng.normal(size=(3, 1000, 8)) * 0.4)
+    u, v, tangent = (torch.tensor(x) for x in (*rng.normal(size=(2, 1000, 4)), rng.normal(size=(1000, 8))))
+    query.requires_grad_()
+    expected, plan = tattn.tensor_attention(query, [a, b], [u, v], return_plan=True)
+    assert plan.series == "banded"
+    (slope,) = torch.autograd.grad(expected.sum(), query)
+    out, pullback = tattn.tensor_attention_vjp(query, [a, b], [u, v])
+    same(torch.autograd.grad(out.sum(), query)[0], slope)
+    same(pullback(torch.ones_like(out))[0], slope)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query.detach(), tangent)
+        for found in (
+            tattn.tensor_attention(dual, [a, b], [u, v]),
+            tattn.tensor_attention_vjp(dual, [a, b], [u, v])[0],
+        ):
+            got = torch.autograd.forward_ad.unpack_dual(found).tangent
+            assert got is not None
+            same(got.sum(), (slope * tangent).sum())
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile(plan: tattn.Plan, tensors: list[Any], compiler: str) -> None:
     of = loss(plan)

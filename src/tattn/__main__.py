@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from dataclasses import asdict
 from . import __version__
 from .checks import METHODS, SERIES
 from .planning import plan_for
+from .plans import strict_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--n", type=int, required=True, help="rows of query and of every view")
     plan.add_argument("--dim", type=int, required=True, help="channels of query and keys")
     plan.add_argument(
-        "--bound", type=float, required=True, help="largest scale · Σ_c |q_c a_c b_c|, and so largest |score|"
+        "--bound",
+        type=float,
+        help="largest scale · Σ_c |q_c a_c b_c|, and so largest |score|; required, but for --series banded",
     )
     plan.add_argument("--tol", type=float, default=1e-3, help="largest error allowed (default: %(default)s)")
     plan.add_argument("--order", type=int, default=3, help="views and one for the query (default: %(default)s)")
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--degree", type=int, help="force the polynomial method at this degree")
     plan.add_argument("--method", choices=METHODS, default="auto")
     plan.add_argument("--series", choices=SERIES, default="minimax")
+    plan.add_argument("--bands", type=int, default=8, help="norm bands of each view (default: %(default)s)")
+    plan.add_argument("--moment", type=int, default=2, help="moment that bounds their error (default: %(default)s)")
+    plan.add_argument("--causal", action="store_true", help="a row sees keys up to its own row")
+    plan.add_argument("--window", type=int, nargs="+", help="and of those the last so many of each view")
     plan.add_argument("--workers", type=int, help="processes or machines with a share of the rows each")
     plan.add_argument("--bandwidth", type=float, help="bytes a second that a worker sends")
     plan.add_argument("--flops", type=float, help="operations a second that a worker reaches")
@@ -64,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = vars(parser.parse_args(arguments))
     command, as_json = given.pop("command"), given.pop("json", False)
+    if command == "plan" and given["bound"] is None and given["series"] != "banded":
+        plan.error("--bound is required, but for --series banded")
     try:
         if command == "plan":
             planned = plan_for(**given)
-            print(json.dumps(asdict(planned)) if as_json else planned)
+            print(strict_json(asdict(planned)) if as_json else planned)
         elif command == "demo":
             from .demo import run
 

@@ -95,9 +95,9 @@ def tensor_attention(
 
     Notes
     -----
-    Polynomial method: O((n + Σ n_μ) r dv) time for rank r, O(r dv) memory beyond inputs and outputs. Exact method:
-    O(n Π n_μ (d + dv)) time in constant memory, O(n Π window[μ] (d + dv)) with windows. Theorem 4.2 and Lemma F.1 of
-    arXiv 2405.16411.
+    Polynomial method: O((n + Σ n_μ) r dv) time for rank r. Exact method: O(n Π n_μ (d + dv)) time,
+    O(n Π window[μ] (d + dv)) with windows. Memory beyond inputs and outputs: a few numbers a row, blocks of rows of a fixed size,
+    and summaries, O(r dv), by the polynomial method. Theorem 4.2 and Lemma F.1 of arXiv 2405.16411.
 
     Examples
     --------
@@ -111,11 +111,7 @@ def tensor_attention(
     order = (causal, window)
     told = return_error, return_plan
     inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
-    if work.result is None or inputs.backend.records(work.arrays):
-        result = inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
-    else:
-        result = work.result
-    return _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan)[0]
+    return _returned(_computed(work, inputs), inputs, work.plan, query, return_lse, return_error, return_plan)[0]
 
 
 def tensor_attention_vjp(
@@ -153,6 +149,12 @@ def tensor_attention_vjp(
         infinite if the plan is not certified. Where the inputs need gradients in torch, the pullback is itself
         differentiable. It needs the output again: change `out` in place only after.
 
+    Raises
+    ------
+    TypeError, ValueError, PlanError
+        As from `tensor_attention`; from the pullback for gradients that do not have the library, dtype, device and shape of what
+        they belong to, by name.
+
     Notes
     -----
     Twice the forward's cost and order of memory: Lemma 4.5 and Fact 4.4 applied to the adjoint, O((n + Σ n_μ) r dv), or the
@@ -171,18 +173,16 @@ def tensor_attention_vjp(
     told = return_error, return_plan
     inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
     backend = inputs.backend
-    # In torch, inputs that need gradients save themselves and not every block's features.
-    result = work.result or backend.differentiable(work.forward, work.backward, work.call, work.arrays)
+    result = _computed(work, inputs)
     computed, lse, *kept = result
     returned, out = _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan)
 
     def pullback(grad_out: Array, grad_lse: Array | None = None, *, return_error: bool = False) -> Any:
-        checked_output("grad_out", grad_out, tuple(out.shape), out, inputs, "output")
+        checked_output("grad_out", grad_out, out.shape, out, backend)
         if grad_lse is None:
             grad_lse = backend.xp.zeros_like(lse)
         else:
-            shape = tuple(lse.shape[:-1])
-            grad_lse = checked_output("grad_lse", grad_lse, shape, lse, inputs, "output")[..., None]
+            grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
         residuals = backend.residuals(work.forward, work.call, work.arrays, (computed, *kept))
         grads = _grouped(backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse)), inputs)
         if not return_error:
@@ -193,6 +193,13 @@ def tensor_attention_vjp(
         return grads, _grouped(gradient_bounds(known, inputs, computed, kept[0], grad_out, grad_lse), inputs)
 
     return returned, pullback
+
+
+def _computed(work: Work, inputs: Inputs) -> tuple[Array, ...]:
+    """Output, log-sum-exp and what the adjoint needs besides; computed once more where gradients are recorded."""
+    if work.result is None or inputs.backend.records(work.arrays):
+        return inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
+    return work.result
 
 
 def _returned(

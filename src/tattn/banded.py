@@ -16,7 +16,7 @@ from . import certificate
 from .arrays import broadcast_leading, return_rows, rows_together, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, views_of
-from .channels import channel_sizes
+from .channels import channel_tops
 from .lowrank import key_adjoint, log_normaliser, query_adjoint, read_out, summary
 from .monomials import rank
 
@@ -35,7 +35,7 @@ def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) 
         summaries, sizes = zip(*(certificate.summaries(call, v, backend) for v in views), strict=True)
         ones = [s[..., -1:] for s in sizes]
         shares = [certificate.shares(call, v, backend) for v in views]
-        tops = [channel_sizes(v, mask, backend)[0] for v, mask in zip(values, masks, strict=True)]
+        tops = [channel_tops(v, mask, backend) for v, mask in zip(values, masks, strict=True)]
     else:
         summaries = tuple(_summaries(call, v, backend) for v in views)
 

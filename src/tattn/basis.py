@@ -27,6 +27,8 @@ from .backends.base import memoized
 from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
 
 CHAIN = 128
+# Chains that are added one after the other, at most: `rounding` counts so many additions.
+FEW_CHAINS = 32
 # With more, products with all monomials are wide enough by themselves; measured on processors with NumPy and torch.
 FEW_COLUMNS = 12
 # Products with entries of this size stay far from the smallest numbers.
@@ -259,13 +261,26 @@ def row_products(phi: Array, z: Array, backend: Backend) -> Array:
     chains = rows // CHAIN
     if rows <= CHAIN:
         return phi @ z
-    if backend.writable and r > CHAIN:
+    if backend.writable and r > CHAIN and chains <= FEW_CHAINS:
         return _chained(phi, z, backend)
     cut = chains * CHAIN
     split = swap_outer(xp.reshape(phi[..., :cut], (*leading, r, chains, CHAIN)), backend)
     parts = split @ xp.reshape(z[..., :cut, :], (*z.shape[:-2], chains, CHAIN, z.shape[-1]))
-    total = xp.sum(parts, axis=-3)
+    total = _total(parts, backend)
     return total if cut == rows else total + phi[..., cut:] @ z[..., cut:, :]
+
+
+def _total(parts: Array, backend: Backend) -> Array:
+    """Sum over the parts (..., parts, i, k); of many in two steps, at most FEW_CHAINS² / 4 of them with FEW_CHAINS additions."""
+    xp = backend.xp
+    count = parts.shape[-3]
+    if count <= FEW_CHAINS:
+        return xp.sum(parts, axis=-3)
+    group = FEW_CHAINS // 2
+    cut = count // group * group
+    grouped = xp.reshape(parts[..., :cut, :, :], (*parts.shape[:-3], cut // group, group, *parts.shape[-2:]))
+    total = xp.sum(xp.sum(grouped, axis=-3), axis=-3)
+    return total if cut == count else total + xp.sum(parts[..., cut:, :, :], axis=-3)
 
 
 def read(phi: Array, turned: Array, backend: Backend) -> Array:

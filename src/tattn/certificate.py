@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .arrays import gather_rows, prod_of, with_leading
 from .backends import Array, Backend
 from .bands import BandedCall, Series, View, edges, level_sizes, multiply_out, of_band
-from .basis import CHAIN, Basis
+from .basis import CHAIN, FEW_CHAINS, Basis
 from .lowrank import block_of, channels, divided, summed_products, with_ones
 from .monomials import multinomials, rank
 from .rounding import LAMBDA, UNIT
@@ -110,7 +110,9 @@ def roundings(
     table = xp.abs(of_band(call, target, band, series.table))
     reach = of_band(call, target, band, series.ranges[..., None])[..., 0]
     m, t0, g = call.views, call.moment, call.degree
-    chains = LAMBDA * sqrt(CHAIN * (m + 1) + rank(series.dim, g) / CHAIN + series.dim + 32 * m) + 4 + 2 * call.bands
+    chains = (
+        LAMBDA * sqrt(CHAIN * (m + 1) + rank(series.dim, g) / CHAIN + series.dim + FEW_CHAINS * m) + 4 + 2 * call.bands
+    )
     plain = steep = xp.zeros_like(reach)
     for t in range(g + 1):
         count = (m + 1) * (t + 2) + chains

@@ -8,12 +8,15 @@ from math import frexp, log2
 from .arrays import broadcast_leading, clean, max_to_leading, over_rows, shared_leading, sum_of
 from .backends import Array, Backend
 
+# Rows that are looked at together.
+_BLOCK = 8192
+
 
 def channel_units(
     q: Array, keys: Sequence[Array], masks: Sequence[Array | None], scale: float, backend: Backend
 ) -> list[Array]:
     """`units_of` the largest entries of query and keys."""
-    tops = [channel_sizes(x, m, backend)[0] for x, m in zip((q, *keys), (None, *masks), strict=True)]
+    tops = [channel_tops(x, m, backend) for x, m in zip((q, *keys), (None, *masks), strict=True)]
     return units_of(tops, (q, *keys), scale, backend)
 
 
@@ -50,6 +53,20 @@ def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backen
     return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]
 
 
+def channel_tops(x: Array, mask: Array | None, backend: Backend) -> Array:
+    """The largest |entry| of every channel over all rows, masked ones as 0: (..., 1, d)."""
+    xp = backend.xp
+    dtype = backend.compute_dtype(x.dtype)
+
+    def body(top: Array, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
+        rows = backend.cast(clean(rows, mask, backend), dtype)
+        return xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)), ()
+
+    zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
+    top, _ = backend.scan_rows(body, zero, (x, mask), _BLOCK)
+    return top
+
+
 def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array, Array]:
     """The largest |entry| of every channel, and its root mean square over all rows, masked ones as 0: (..., 1, d) each."""
     xp = backend.xp
@@ -64,7 +81,7 @@ def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array
         ), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    (top, squares), _ = backend.scan_rows(body, (zero, zero), (x, mask), 8192)
+    (top, squares), _ = backend.scan_rows(body, (zero, zero), (x, mask), _BLOCK)
     spread = xp.sqrt(squares * (1 / x.shape[-2]))
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     return top, xp.where((spread > 0) & xp.isfinite(spread), spread, top)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
@@ -52,9 +54,10 @@ def checked_inputs(
     rowless: bool = False,
 ) -> Inputs:
     """The arrays of a call; `values` may be None, and rows none at all if `rowless`. TypeError or ValueError names the argument."""
-    backend = _backend("query", query)
+    backend = checked_array("query", query)
     keys = _sequence("keys", keys)
-    if values is None:
+    valued = values is not None
+    if not valued:
         values = (None,) * len(keys)
     else:
         values = _sequence("values", values)
@@ -69,7 +72,7 @@ def checked_inputs(
 
     named = [("query", query)]
     named += [(f"keys[{i}]", k) for i, k in enumerate(keys)]
-    named += [(f"values[{i}]", v) for i, v in enumerate(values) if v is not None]
+    named += [(f"values[{i}]", v) for i, v in enumerate(values) if valued]
     for name, a in named:
         _same_library(name, a, backend)
         _floating(name, a, query, backend)
@@ -79,8 +82,8 @@ def checked_inputs(
         if k.shape[-1] != dim:
             raise ValueError(f"keys[{i}] should have the query's last dimension {dim}, got shape {tuple(k.shape)}")
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-        if v is None:
-            continue
+        if not valued:
+            break
         if v.shape[-2] != k.shape[-2]:
             raise ValueError(
                 f"values[{i}] should have as many rows as keys[{i}], {k.shape[-2]}, got shape {tuple(v.shape)}"
@@ -105,7 +108,7 @@ def checked_inputs(
         arrays=arrays,
         views=len(keys),
         dim=dim,
-        value_dim=dim if values[0] is None else values[0].shape[-1],
+        value_dim=values[0].shape[-1] if valued else dim,
         dtype=backend.dtype_name(query.dtype),
         lengths=lengths,
         leading=leading,
@@ -188,13 +191,23 @@ def checked_entries(largest: Mapping[str, float]) -> None:
             )
 
 
-def checked_output(name: str, array: Any, shape: tuple[int, ...], like: Array, inputs: Inputs, of: str) -> Array:
-    """An output or its gradient: the library, dtype and device of `like`, and the shape of the output."""
-    _same_library(name, array, inputs.backend)
-    _floating(name, array, like, inputs.backend, like=f"the {of}")
-    if tuple(array.shape) != shape:
-        raise ValueError(f"{name} should have the shape of the output, {shape}, got {tuple(array.shape)}")
+def checked_output(
+    name: str, array: Any, shape: Sequence[int], like: Array, backend: Backend, of: str = "the output"
+) -> Array:
+    """An output or its gradient: the library, dtype and device of `like`, which `of` names, and the shape of the output."""
+    _same_library(name, array, backend, like=of)
+    _floating(name, array, like, backend, like=of)
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name} should have the shape of the output, {tuple(shape)}, got {tuple(array.shape)}")
     return array
+
+
+def warn_caller(text: str) -> None:
+    """Warn at the line of the caller's that led here, however deep inside the package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 class Views(NamedTuple):
@@ -221,7 +234,7 @@ def checked_views(
         if found is None:
             raise ValueError("keys should hold at least one array, got None alone")
         (like, first), value_dim = found, None
-    backend = _backend(like, first)
+    backend = checked_array(like, first)
     named = [(f"sums[{i}] of the summary", s) for i, s in enumerate(sums)]
     rows: list[tuple[Array, Array, Array | None] | None] = []
     for i, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
@@ -258,7 +271,7 @@ def checked_views(
 
 def checked_reader(query: Any, sums: Sequence[Array], dim: int, dtype: str) -> Backend:
     """The backend of a query that reads a summary with these sums; it may have no rows."""
-    backend = _backend("query", query)
+    backend = checked_array("query", query)
     _planned("query", query, dtype, sums[0], backend, "the summary")
     if query.shape[-1] != dim:
         raise ValueError(f"query should have the plan's dim {dim} for its last, got shape {tuple(query.shape)}")
@@ -269,7 +282,7 @@ def checked_reader(query: Any, sums: Sequence[Array], dim: int, dtype: str) -> B
 def checked_token(query: Any, keys: Any) -> None:
     """One row in query and in every view."""
     for name, a in (("query", query), *((f"keys[{i}]", k) for i, k in enumerate(_sequence("keys", keys)))):
-        _backend(name, a)
+        checked_array(name, a)
         if a.ndim < 2 or a.shape[-2] != 1:
             raise ValueError(
                 f"{name} should have shape (..., 1, channels), one row for the token, got {tuple(a.shape)}"
@@ -281,7 +294,7 @@ def checked_sums(name: str, sums: Any, *, views: int, rank: int, dtype: str, lik
     sums = _sequence(name, sums)
     if len(sums) != views:
         raise ValueError(f"{name} should have one entry for each of the plan's {views} views, got {len(sums)}")
-    backend = _backend(f"{name}[0]", sums[0])
+    backend = checked_array(f"{name}[0]", sums[0])
     first = like[0] if like else sums[0]
     for i, s in enumerate(sums):
         _planned(f"{name}[{i}]", s, dtype, first, backend, "the summary")
@@ -292,15 +305,6 @@ def checked_sums(name: str, sums: Any, *, views: int, rank: int, dtype: str, lik
             raise ValueError(f"{name}[{i}] should have shape (..., {rank}, dv + 1), dv alike for all, got {shape}")
     _leading([(f"{name}[{i}]", s) for i, s in enumerate(sums)])
     return backend
-
-
-def checked_upstream_of(name: str, array: Any, out: Array, backend: Backend) -> Array:
-    """A gradient of `out`: its library, dtype, device and shape."""
-    _same_library(name, array, backend, like="the output")
-    _floating(name, array, out, backend, like="the output")
-    if tuple(array.shape) != tuple(out.shape):
-        raise ValueError(f"{name} should have the shape of the output, {tuple(out.shape)}, got {tuple(array.shape)}")
-    return array
 
 
 def checked_addends(left: Sequence[Array], right: Sequence[Array], backend: Backend) -> None:
@@ -328,7 +332,7 @@ _AXES = {-2: "rows", -1: "columns"}
 def checked_problem(matrices: Mapping[str, Any]) -> Backend:
     """The backend of a training problem's matrices by name, a1 first; TypeError or ValueError names the matrix."""
     first = matrices["a1"]
-    backend = _backend("a1", first)
+    backend = checked_array("a1", first)
     for name, matrix in matrices.items():
         _same_library(name, matrix, backend, like="a1")
         _floating(name, matrix, first, backend, like="a1")
@@ -403,6 +407,7 @@ def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> No
     for name, shape in shapes.items():
         if name not in params:
             raise ValueError(f"params should have {name!r}, got {', '.join(map(repr, params))}")
+        checked_array(f"params[{name!r}]", params[name])
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params[{name!r}] should have shape {shape}, got {tuple(params[name].shape)}")
     for name in params:
@@ -432,7 +437,7 @@ def factors(name: str, matrices: Any) -> list[tuple[str, Any, int]]:
 def checked_factors(named: Sequence[tuple[str, Any, int]]) -> Backend:
     """Backend of the (name, array, number of its own dimensions) of a product; all further dimensions broadcast."""
     like, first, _ = named[0]
-    backend = _backend(like, first)
+    backend = checked_array(like, first)
     for name, a, own in named:
         _same_library(name, a, backend, like)
         _floating(name, a, first, backend, like)
@@ -495,21 +500,22 @@ def _sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ...]:
     return tuple(given)
 
 
-def _backend(name: str, array: Any) -> Backend:
+def checked_array(name: str, array: Any) -> Backend:
+    """The backend of an array; TypeError for what is none, or cannot be served."""
     backend = backend_of(array)
     if backend is None:
         raise TypeError(
             f"{name} should be an array (NumPy, torch, JAX, CuPy or any library of the array API standard), "
             f"got {type(array).__name__}"
         )
-    refused = backend.is_supported(array)
+    refused = backend.why_refused(array)
     if refused:
         raise TypeError(f"{name} should be an array, got {refused}")
     return backend
 
 
 def _same_library(name: str, array: Any, backend: Backend, like: str = "query") -> None:
-    other = _backend(name, array)
+    other = checked_array(name, array)
     if other is not backend:
         raise TypeError(f"{name} should be an array of {backend.name}, like {like}, got one of {other.name}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf, prod
@@ -15,7 +14,7 @@ from .arrays import in_parts, sum_to_leading, unpack
 from .backends import Array, Backend
 from .bands import BandedCall
 from .certificate import ERROR
-from .checks import Inputs, PlanError, checked_finite
+from .checks import Inputs, PlanError, checked_finite, warn_caller
 from .estimation import sampled_errors
 from .gradient_bounds import StatedCall, banded_bounds, stated_bounds
 from .planning import banded_candidates, measured, plan_inputs
@@ -47,10 +46,9 @@ def chosen_work(inputs: Inputs, scale: float, tol: float, method: str, certify: 
     plan = work.plan
     flops = plan.flops_exact * (1.0 if plan.method == "exact" else plan.recomputed)
     if method == "auto" and flops > _LONG:
-        warnings.warn(
+        warn_caller(
             f"tol={tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
-            "return_error=True, which bounds the rows as they come, takes none",
-            stacklevel=4,
+            "return_error=True, which bounds the rows as they come, takes none"
         )
     return work
 
@@ -246,7 +244,7 @@ def gradient_bounds(
     if plan.series != "banded":
         stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
         call = StatedCall(plan.scale, stated, inputs.views)
-        return backend.run(_stated_bounds, call, (*arrays, grad_out, grad_lse))  # type: ignore[no-any-return]
+        return backend.run(stated_bounds, call, (*arrays, grad_out, grad_lse))  # type: ignore[no-any-return]
     recomputes = isinstance(work.call, hybrid.HybridCall)
     banded_call = work.call.banded if recomputes else work.call
     call = banded_call._replace(certify=True)
@@ -337,10 +335,6 @@ def _banded_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) 
 
 def _hybrid_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
     return _bounds(hybrid.gradient_bounds, hybrid, call, backend, arrays)
-
-
-def _stated_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return stated_bounds(call, backend, arrays)
 
 
 def _hybrid_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:

@@ -129,6 +129,13 @@ def measure_error(
         Error over the recomputed rows and all channels, relative to Π_μ max_j |values_μ[j, e]| as `tol` is. Where that
         product is 0, so must the output be.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name; NaN and infinities among them.
+    PlanError
+        Where the call is traced: values are looked at.
+
     Notes
     -----
     Streamed: O(rows · Π n_μ (d + dv)) time for each leading index, constant memory.
@@ -147,7 +154,7 @@ def measure_error(
     number = checked_options(scale, inputs.dim, 1.0, "exact")
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
-    checked_output("out", out, expected, query, inputs, "query")
+    checked_output("out", out, expected, query, inputs.backend, "the query")
     if inputs.traced or inputs.backend.is_traced([out]):
         raise PlanError("the call is traced, and rows can only be compared where values can be read")
     backend, xp = inputs.backend, inputs.backend.xp
@@ -155,7 +162,7 @@ def measure_error(
     values = rest[inputs.views : 2 * inputs.views]
     chosen = np.random.default_rng(seed).permutation(inputs.lengths[0])[:rows]
     chosen = np.sort(chosen)
-    index = _index(chosen, query, backend)
+    index = backend.indices(chosen, query)
     arrays = (xp.take(query, index, axis=-2), *rest)
     if inputs.order.causal:
         arrays = _each_with_its_keys(inputs, arrays, chosen)
@@ -185,7 +192,7 @@ def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: 
     for view, (length, mask) in enumerate(zip(inputs.lengths[1:], arrays[1 + 2 * m :], strict=True)):
         behind = (chosen + length - inputs.lengths[0])[:, None] - np.arange(length)
         window = length if inputs.order.window is None else inputs.order.window[view]
-        seen = _index((behind >= 0) & (behind < window), arrays[0], backend)[..., None] > 0
+        seen = backend.indices((behind >= 0) & (behind < window), arrays[0])[..., None] > 0
         apart.append(seen if mask is None else seen & mask[..., None, :, :])
     return tuple(apart)
 
@@ -347,16 +354,11 @@ def _combined(coefficients: Sequence[float], powers: Sequence[Any]) -> Any:
 
 def _rows_of(array: Any, rows: np.ndarray, problems: np.ndarray, *, inputs: Inputs, backend: Backend) -> np.ndarray:
     """Some rows of an array in some problems, as NumPy float64: (problems, rows, k)."""
-    taken = backend.xp.take(array, _index(rows, array, backend), axis=-2)
+    taken = backend.xp.take(array, backend.indices(rows, array), axis=-2)
     moved = backend.to_numpy(taken)
     wide = np.broadcast_to(moved, (*inputs.leading, *moved.shape[-2:]))
     chosen = np.stack([wide[np.unravel_index(p, inputs.leading)] for p in problems]) if inputs.leading else wide[None]
     return np.asarray(chosen, dtype=np.float64)
-
-
-def _index(rows: np.ndarray, like: Any, backend: Backend) -> Array:
-    """Row numbers as an array on the device of `like`."""
-    return backend.indices(rows, like)
 
 
 def _fitted(scores: np.ndarray, present: np.ndarray, degree: int, bound: float, held: float) -> tuple[float, ...]:

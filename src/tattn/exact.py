@@ -12,7 +12,7 @@ Values have a column of ones, so that one product gives sums and normaliser, and
 are known to be small, weights are eˣ and the normaliser divides g; otherwise a running maximum is subtracted.
 
 With `offsets` row i of the query sees the rows j ≤ i + offset of a view, and with `window` none of them but the last so many.
-`causal` cuts a call into some of those.
+`exact_causal` cuts a call into some of those.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from .arrays import (
 from .backends import Array, Backend
 from .backends.threads import Memory
 from .channels import channel_units
+from .rounding import EXACT_CHAIN
 
-# Terms in a chain of additions, at most, as `rounding.exact_errors` counts them.
-CHAIN = 1024
 # Scores of at most this size need no maximum subtracted if neither entries nor products of values are larger than this, nor
 # their largest smaller than its reciprocal: sums of weights and values then stay in the range of float32.
 _REACH, _LARGE = 16.0, 2.0**24
@@ -102,7 +101,7 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
     q, _, _, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
     at, views, run = _prepared(call, backend, arrays)
-    masked = [view for view, mask in zip(views, masks, strict=True) if mask is not None]
+    masked = [(view, block) for view, block, mask in zip(views, run.blocks[2:], masks, strict=True) if mask is not None]
 
     def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
         s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
@@ -115,7 +114,7 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
         # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
         nothing: Array = xp.nan
         if masked:
-            found = [_sees_some(run, at, view, block) for view, block in zip(masked, run.blocks[2:], strict=False)]
+            found = [_sees_some(run, at, view, block) for view, block in masked]
             alive = xp.matrix_transpose(prod_of(found))
             nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
         some = normaliser > 0
@@ -180,10 +179,10 @@ def block_sizes(leading: tuple[int, ...], lengths: Sequence[int], dtype: object,
 
     The scores of a block stay in the cache; what is made of some rows of the views serves several blocks.
     """
-    itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
+    itemsize = backend.itemsize(dtype)
     scores = max(1, int(backend.cache // (itemsize * prod(leading))))
     query, *views = lengths
-    rows = min(query, _power(scores**0.5), CHAIN)
+    rows = min(query, _power(scores**0.5), EXACT_CHAIN)
     tuples = _power(scores / rows)
     room = tuples * (_TOGETHER if backend.parts else 1)
     sizes = [0] * len(views)
@@ -445,13 +444,13 @@ def _together(parts: Sequence[Array], backend: Backend) -> Array:
 
 
 def _in_chains(left: Array, right: Array) -> Array:
-    """Matrix product in chains of at most `CHAIN` terms."""
+    """Matrix product in chains of at most `EXACT_CHAIN` terms."""
     terms = right.shape[-2]
-    if terms <= CHAIN:
+    if terms <= EXACT_CHAIN:
         return left @ right
     total: Array = 0.0
-    for start in range(0, terms, CHAIN):
-        stop = min(start + CHAIN, terms)
+    for start in range(0, terms, EXACT_CHAIN):
+        stop = min(start + EXACT_CHAIN, terms)
         total = total + left[..., start:stop] @ right[..., start:stop, :]
     return total
 

@@ -28,7 +28,7 @@ from .certificate import (
     roundings,
     shares,
 )
-from .channels import channel_sizes
+from .channels import channel_sizes, channel_tops
 from .lowrank import block_of, channels, summed_products
 from .ranges import BLOCK
 
@@ -51,15 +51,15 @@ def stated_bounds(call: StatedCall, backend: Backend, arrays: Sequence[Array | N
     dtype = backend.compute_dtype(q.dtype)
     leading = broadcast_leading(q, *keys, *values, *masks)
     masked = list(zip(keys, values, masks, strict=True))
-    key_tops = [channel_sizes(k, mask, backend)[0] for k, _, mask in masked]
-    value_tops = [channel_sizes(v, mask, backend)[0] for _, v, mask in masked]
+    key_tops = [channel_tops(k, mask, backend) for k, _, mask in masked]
+    value_tops = [channel_tops(v, mask, backend) for _, v, mask in masked]
     size = xp.abs(backend.cast(grad_out, dtype))
     # |w − r| is at most twice the first term and once the second.
     weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True) + xp.abs(backend.cast(grad_lse, dtype))
     total, total_out = (over_rows(xp.sum, x, backend) for x in (weight, size))
     error, steep = call.stated[0], call.scale * call.stated[1]
     bounds = [(steep * weight * prod_of(key_tops), q)]
-    query_top = channel_sizes(q, None, backend)[0]
+    query_top = channel_tops(q, None, backend)
     for number, (k, _, mask) in enumerate(masked):
         others = prod_of([query_top, *key_tops[:number], *key_tops[number + 1 :]])
         bounds.append((_rows_alike(steep * total * others, mask, k, backend), k))

@@ -54,7 +54,7 @@ def forward(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) 
 
 
 def backward(call: HybridCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values, each in its own shape and dtype."""
+    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
     q, keys, values, masks, (chosen, place, *columns) = unpack(call.views, arrays)
     plain = (q, *keys, *values, *masks)
     through_banded = banded.backward(call.banded, backend, (*plain, *_others(chosen, place, columns, backend)))

@@ -33,7 +33,7 @@ from .arrays import (
 )
 from .backends import Array, Backend
 from .backends.base import block_rows
-from .basis import CHAIN, FEW_COLUMNS, Basis
+from .basis import CHAIN, FEW_CHAINS, FEW_COLUMNS, Basis
 from .channels import channel_units
 from .monomials import Grading, degrees, multinomials, rank
 
@@ -228,9 +228,7 @@ def query_adjoint(
 
     def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
         o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
-        r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-        inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-        g_hat = side_by_side(g, -r, backend, inverse)
+        g_hat = scaled_gradient(o, l, g, g_lse, backend)
         x = backend.cast(rows, dtype) * unit
         sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
         return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
@@ -278,6 +276,14 @@ def key_adjoint(
 
     _, (dk, dv) = backend.share_rows(body, None, (k, v, mask), together, FEWEST_BLOCKS * block)
     return dk, dv
+
+
+def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend) -> Array:
+    """ĝ = [g, −r] / l with r = Σ g o − g_lse, and 0 where l is: (..., rows, dv + 1)."""
+    xp = backend.xp
+    r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
+    inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
+    return side_by_side(g, -r, backend, inverse)
 
 
 def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
@@ -344,13 +350,13 @@ def _summaries(
 
 def block_of(basis: Basis, columns: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
     """Rows in a block: features and columns of one block fit in the workspace, or in four of them where these rows were few."""
-    itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
+    itemsize = backend.itemsize(dtype)
     row = (basis.held + columns) * itemsize * prod(leading)
     room = backend.workspace
     if backend.reads:
         # Chains over many monomials of few rows are many small products.
         room = max(room, min(4 * room, _FEW_ROWS * row))
-    return int(block_rows(row, room, 32 * CHAIN))
+    return int(block_rows(row, room, backend.most_rows))
 
 
 def blocks_of(
@@ -359,7 +365,7 @@ def blocks_of(
     """Rows whose features are there at once, and rows that are made ready for them, which may be `together` with more."""
     block = block_of(basis, columns, dtype, leading, backend)
     # A loop in a loop is one too many where loops are compiled.
-    return block, block * max(1, min(32 * CHAIN // block, 32)) if together and backend.writable else block
+    return block, block * max(1, min(FEW_CHAINS * CHAIN // block, 32)) if together and backend.writable else block
 
 
 def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:

@@ -153,7 +153,7 @@ def _setting(
     units = start.units if start else channel_units(q, keys, masks, call.scale, backend)
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
-    itemsize = 8 if backend.dtype_name(w.dtype) == "float64" else 4
+    itemsize = backend.itemsize(w.dtype)
     row, columns = rank(q.shape[-1], call.degree, call.grading) * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
     in_tile = row * (1 if call.views == 1 else columns)

@@ -140,8 +140,8 @@ def plan_for(
     dim : int
         Channels of query and keys.
     bound : float
-        The caller's promise that no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it; not to be given with
-        ``series="banded"``.
+        The caller's promise that no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it; required, but not to be given
+        with ``series="banded"``.
     order : int
         Views and one for the query, at least 2.
     dtype : {"float64", "float32", "float16", "bfloat16"}
@@ -351,11 +351,21 @@ def _estimated(
         )  # fmt: skip
         return lowrank_errors(0.0, 0.0, rho, rho_prime)
 
+    def exact() -> Plan:
+        return choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
+
     affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
+    if degree is None and not affordable:
+        if method == "polynomial":
+            raise PlanError(
+                f"degree 1 at dim {shape.dim} has rank {rank_of(shape.dim, 1):,}, beyond the largest rank of {MAX_RANK:,}. Use "
+                f"method='exact' ({si(shape.exact_cost()[0])}flop)"
+            )
+        return exact()
     if degree is not None:
         sampled = estimate(inputs, scale, tol, [degree])
     else:
-        higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1) if affordable else ()
+        higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1)
         sampled = estimate(
             inputs,
             scale,
@@ -382,8 +392,7 @@ def _estimated(
                 f"degree {plan.degree}, rank {rank:,}, gives {sampled.error:.2g}. Use method='exact' "
                 f"({si(plan.flops_exact)}flop), a larger tol or degree=..."
             )
-        return choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
+        return exact()
     if method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
-        exact = choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
-        return replace(exact, reason="exact takes fewer operations than the polynomial that was estimated to do")
+        return replace(exact(), reason="exact takes fewer operations than the polynomial that was estimated to do")
     return plan

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, prod
+from typing import Any
 
 from .checks import Order
 from .monomials import Grading
@@ -15,6 +17,8 @@ from .spans import span_of
 _ALL = Order()
 # Value channels that a plan made from numbers alone allows for in its rounding.
 USUAL_VALUE_DIM = 128
+# Bytes of a block of rows on a processor, of the library that makes the largest.
+_WORKSPACE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Plan:
         are counted for products with all monomials: for values of few channels there are up to dg/(d + g − 1) times as
         many, which take less time. Where scores are fewer than features it takes about `flops_exact` (`by_scores`).
     bytes_exact, bytes_polynomial : float
-        Memory beyond inputs and outputs.
+        Memory of a forward call beyond inputs and outputs on a processor, about: summaries, the normaliser of every row, and a
+        block of rows. A gradient takes up to twice as much, each further thread has a block of its own, and blocks of an
+        accelerator take 256 MiB.
     reason : str
         Why this method.
     bands, moment : int
@@ -137,6 +143,11 @@ class Plan:
             Rows of the query and of every view of the call, (n, n_1, …, n_m).
         value_dim : int
             Channels of the values.
+
+        Raises
+        ------
+        ValueError
+            Unless there are as many lengths as the plan has views, and one.
 
         Examples
         --------
@@ -218,9 +229,13 @@ class Shape:
         itemsize = 8 if self.dtype == "float64" else 4
         rows = sum(self.lengths) * self.leading
         flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
-        # Problems are taken in parts, of some eight blocks together, or one by one.
-        one = itemsize * rank * (self.value_dim + 1) * (self.views + 2)
-        memory = max(one, min(one * self.leading, 16 << 20)) + (2 << 20)
+        # Summaries with what rounding took, their product and its copies; of many problems in parts, or one by one.
+        one = itemsize * rank * (self.value_dim + 1) * (2 * self.views + 6)
+        features = float(itemsize * (rank + self.value_dim + 1) * self.leading)
+        block = min(max(_WORKSPACE, 1024 * features), 4 * _WORKSPACE, max(self.lengths) * 2 * features)
+        # What a row needs besides is made for some thousand rows at once.
+        beside = itemsize * (self.dim + 3.0 * (self.value_dim + 1)) * self.leading * min(4096, *self.lengths)
+        memory = max(one, min(one * self.leading, 8 * _WORKSPACE)) + self._normaliser() + block + beside
         if self.order.causal:
             # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
             span, several = span_of(self.views), self.views > 1
@@ -239,7 +254,12 @@ class Shape:
 
     def exact_cost(self) -> tuple[float, float]:
         """Operations and bytes of the exact method; an exponential counts as 16."""
-        return self._scores() * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16), float(2 << 20)
+        flops = self._scores() * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16)
+        return flops, self._normaliser() + _WORKSPACE
+
+    def _normaliser(self) -> float:
+        """Bytes of the normaliser of every row and its logarithm."""
+        return 2.0 * (8 if self.dtype == "float64" else 4) * self.lengths[0] * self.leading
 
     def _scores(self) -> float:
         """Scores of a problem, those that the order of rows leaves out not counted."""
@@ -323,6 +343,30 @@ def plan_of(
         grading=grading,
         sizes=sizes,
     )
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan in JSON, as Python reads it: with infinities."""
+    return json.dumps(asdict(plan))
+
+
+def plan_of_fields(fields: Mapping[str, Any]) -> Plan:
+    """A plan from its fields as JSON has them, lists for tuples."""
+    made: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Plan(**made)
+
+
+def strict_json(value: Any) -> str:
+    """JSON as its standard has it, with null for numbers that are not finite."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(of_name) for name, of_name in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(one) for one in value]
+        return None if isinstance(value, float) and not isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
 
 
 def si(number: float) -> str:

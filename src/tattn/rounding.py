@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import exp, inf, prod, sqrt
 
-from .basis import CHAIN
+from .basis import CHAIN, FEW_CHAINS
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
+# Terms in a chain of additions of the exact method, at most.
+EXACT_CHAIN = 1024
 
 
 def computed_in(dtype: str) -> str:
@@ -84,7 +86,7 @@ def _of_features(
     # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
     # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
     prefixes = views * (CHAIN + 3 * span) + span if span else 0
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + 32 * views + prefixes) + 4
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + FEW_CHAINS * views + prefixes) + 4
 
     def count(t: int) -> float:
         return (views + 1) * (t + 2) + chains
@@ -125,8 +127,8 @@ def exact_errors(
     """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows."""
     unit = UNIT[computed_in(dtype)]
     scores = (views + 2 + min(dim, LAMBDA * sqrt(dim))) * bound
-    # Chains of at most 1024 tuples or query rows in a block; sums of blocks are added, one for every 16 rows of a view or more,
-    # and some within those. The normaliser is one more channel, and the sum of w − r one of dv + 1 terms.
-    rho = unit * (scores + 8 + LAMBDA * sqrt(1024 * views + lengths / 16))
+    # Chains of at most `EXACT_CHAIN` tuples or query rows in a block; sums of blocks are added, one for every 16 rows of a view or
+    # more, and some within those. The normaliser is one more channel, and the sum of w − r one of dv + 1 terms.
+    rho = unit * (scores + 8 + LAMBDA * sqrt(EXACT_CHAIN * views + lengths / 16))
     rho_prime = rho + unit * LAMBDA * sqrt(value_dim + 1)
     return lowrank_errors(0.0, 0.0, rho, rho_prime)

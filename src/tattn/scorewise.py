@@ -5,7 +5,7 @@ over the number of rows, and 0 in masked ones,
 
     N_i = Σ_jk P(x_ijk) ũ_j ∘ ṽ_k,      o = N[:, :-1] / N[:, -1].
 
-As in `exact`, a view is taken off by multiplying its rows into the query, until one is left. Adjoint, for a gradient h
+A view is taken off by multiplying its rows into the query, until one is left. Adjoint, for a gradient h
 of N: with h_ij = h_i ∘ ũ_j and s_ij = q_i ∘ a_j, the last view takes db = wᵀ s and dṽ = Pᵀ h, w = P′ ∘ (h ṽᵀ), and hands ds = w b,
 dh = P ṽ back. Sums run over at most `CHAIN` rows, and blocks are added with compensation.
 """
@@ -21,7 +21,7 @@ from .backends import Array, Backend
 from .basis import CHAIN, row_products
 from .channels import channel_units
 from .exact import scaled_keys
-from .lowrank import LowRankCall, add, divided, log_normaliser, with_ones, zero_sum
+from .lowrank import LowRankCall, add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
 
 # Rows of the last view in a block, where they do not leave room.
 LAST = 256
@@ -45,16 +45,13 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
 
 def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
-    xp = backend.xp
     q, keys, _, masks, columns = unpack(call.views, arrays)
     _, unit, views, blocks = _prepared(call, backend, arrays)
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         dtype = unit[0].dtype
         o, l, g, g_lse = (backend.cast(c, dtype) for c in columns)
-        r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-        inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-        h = xp.concat([g, -r], axis=-1) * inverse
+        h = scaled_gradient(o, l, g, g_lse, backend)
         ds, _, grads = _adjoint(call, backend.cast(rows, dtype) * unit[0], h, views, blocks[1:], backend)
         return _plus(carry, grads), (sum_to_leading(ds * unit[0], rows.shape[:-2], backend),)
 
@@ -171,16 +168,16 @@ def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -
 
 
 def blocks_of(
-    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend, most: int = 1024
+    leading: tuple[int, ...], lengths: Sequence[int], width: int, dtype: object, backend: Backend, most: int
 ) -> tuple[int, ...]:
     """Rows of the query and of each view in a block, so that scores, and products of rows with `width` channels, fit.
 
     Short ones leave room to others; none has more than `most`.
     """
-    itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
+    itemsize = backend.itemsize(dtype)
     numbers = max(1.0, backend.workspace / (2 * itemsize * prod(leading)))
     sizes = [0] * len(lengths)
-    # Softmax goes along the last view: passes over long rows are quicker than over short ones.
+    # Scores run along the last view: passes over long rows are quicker than over short ones.
     last = max(1, min(lengths[-1], LAST, round(numbers**0.5)))
     room = max(1.0, numbers / last)
     order = sorted(range(len(lengths) - 1), key=lambda i: lengths[i])

@@ -5,12 +5,11 @@ The choice for a shape by numbers alone, with the words that explain it; where t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil, inf, isfinite, log2
 
-from .checks import PlanError, whole
+from .checks import PlanError, warn_caller, whole
 from .exponential import Polynomial, smallest
 from .exponential import minimax as minimax_polynomial
 from .exponential import taylor as taylor_polynomial
@@ -71,8 +70,8 @@ def choose(
         )  # fmt: skip
 
     if degree is not None:
-        fitted = _series(series, degree, rounded)
-        if not any(fitted.coefficients):
+        fitted = _series(series, degree, rounded) if isfinite(rounded) else None
+        if fitted is None or not any(fitted.coefficients):
             raise PlanError(f"scores may reach {rounded:.4g}, where no polynomial of degree {degree} resembles exp")
         return plan_with(fitted, f"degree {degree} was asked for")
     if method == "exact":
@@ -99,10 +98,9 @@ def choose(
         rank = 0 if needed is None else rank_of(shape.dim, needed)
         plan = exact_plan(f"no polynomial meets tol={tol:g}: {problem}", rank)
         if plan.error > tol:
-            warnings.warn(
+            warn_caller(
                 f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
-                f"up to {plan.error:.2g} with the exact method, which is taken",
-                stacklevel=7,
+                f"up to {plan.error:.2g} with the exact method, which is taken"
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan
@@ -226,7 +224,7 @@ def check_rank(shape: Shape, degree: int) -> None:
     if rank > MAX_RANK:
         memory = shape.polynomial_cost(rank)[1]
         raise ValueError(
-            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {si(memory)}B for summaries, "
+            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {si(memory)}B of memory, "
             f"beyond the largest rank of {MAX_RANK:,}"
         )
 

@@ -20,7 +20,7 @@ from .arrays import clean, prod_of, sum_to_leading, swap_outer
 from .backends import Array, Backend
 from .backends.base import memoized
 from .basis import read
-from .lowrank import Sum, add, channels, with_ones
+from .lowrank import Sum, add, channels, scaled_gradient, with_ones
 from .monomials import Grading, features, pull_back
 
 # Rows of a span: for one view, and for more.
@@ -93,7 +93,7 @@ def numerator(setting: Setting, spans: Spans) -> Array:
     columns = spans.zs[0].shape[-1]
 
     def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
-        phi_q, phis, zs, befores, _, _ = _tile(given, m, b, r, columns, backend)
+        phi_q, phis, zs, befores, _ = _tile(given, m, b, r, columns, backend)
         x = (phi_q * setting.w[:, 0])[..., None, :, :]
         for z, phi, before in zip(zs[1:], phis[1:], befores[1:], strict=True):
             x = _times(_prefix(setting, z, phi, before), x, backend)
@@ -114,9 +114,7 @@ def adjoint(
     q, o, l, g, g_lse, *views = rows
     spans = Spans.of(setting, q, views, starts)
     o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
-    shift = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-    inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
-    g_hat = xp.matrix_transpose(_in_spans(xp.concat([g, -shift], axis=-1) * inverse, setting))
+    g_hat = xp.matrix_transpose(_in_spans(scaled_gradient(o, l, g, g_lse, backend), setting))
     *_, b, r = spans.phi_q.shape
     columns = g_hat.shape[-2]
 
@@ -140,7 +138,7 @@ def adjoint(
 
 def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[tuple[Sum, ...], list[Array]]:
     """G_μ with the rows of some spans, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·)."""
-    phi_q, phis, zs, befores, g_hat, _ = tile
+    phi_q, phis, zs, befores, g_hat = tile
     backend = setting.backend
     xp = backend.xp
     m = len(zs)
@@ -184,7 +182,7 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
 
 
 def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend: Backend) -> Any:
-    """Φ(q), Φ(k) and z of every view, what their spans begin with, ĝ if given, and the sums behind: as `Spans` has them."""
+    """Φ(q), Φ(k) and z of every view, what their spans begin with, and ĝ if given: as `Spans` has them."""
 
     def apart(x: Array, rows: int) -> Array:
         return backend.xp.reshape(x, (*x.shape[:-1], rows, x.shape[-1] // rows))
@@ -192,7 +190,7 @@ def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend:
     phi_q, *rest = given
     phis, zs, befores = ([apart(x, b if i < 2 else columns) for x in rest[i * m : (i + 1) * m]] for i in range(3))
     g_hat = apart(rest[3 * m], columns) if len(rest) > 3 * m else None
-    return apart(phi_q, b), phis, zs, befores, g_hat, rest[3 * m + 1 :]
+    return apart(phi_q, b), phis, zs, befores, g_hat
 
 
 def _prefix(setting: Setting, z: Array, phi: Array, before: Array) -> Array:

@@ -17,13 +17,14 @@ from .checks import (
     PlanError,
     Views,
     checked_addends,
+    checked_array,
+    checked_output,
     checked_reader,
     checked_sums,
-    checked_upstream_of,
     checked_views,
 )
 from .lowrank import LowRankCall
-from .plans import Plan
+from .plans import Plan, plan_of_fields
 from .rounding import computed_in
 
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
@@ -192,6 +193,11 @@ class Summary:
             is the exact derivative of the computed output. A summary that was added up passes `dsums` on to each of its
             parts (summed over leading dimensions that a part was broadcast along).
 
+        Raises
+        ------
+        TypeError, ValueError
+            As from `attend`; from the pullback for gradients that do not fit, by name.
+
         Notes
         -----
         Twice the cost of `attend`, in the same order of memory.
@@ -201,11 +207,11 @@ class Summary:
         out = backend.cast(computed, query.dtype)
 
         def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...]]:
-            checked_upstream_of("grad_out", grad_out, out, backend)
+            checked_output("grad_out", grad_out, out.shape, out, backend)
             if grad_lse is None:
                 grad_lse = backend.xp.zeros_like(lse)
             else:
-                grad_lse = checked_upstream_of("grad_lse", grad_lse, lse[..., 0], backend)[..., None]
+                grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
             residuals = backend.residuals(summaries.read, call, arrays, (computed, rest))
             dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, grad_out, grad_lse))
             return dquery, tuple(dsums)
@@ -231,14 +237,14 @@ class Summary:
 
         Raises
         ------
+        TypeError
+            If `like` is no array, or one of Dask.
         ValueError
             For a file that is not one, is damaged, or was written by another version. Nothing is unpickled.
         OSError
             If it cannot be read.
         """
-        backend = None if like is None else backend_of(like)
-        if like is not None and backend is None:
-            raise TypeError(f"like should be an array, got {type(like).__name__}")
+        backend = None if like is None else checked_array("like", like)
         plan, of_views = _loaded(path)
         if backend is not None:
             device, dtype = backend.device(like), str(of_views[0].dtype)
@@ -344,6 +350,11 @@ def summarize_vjp(
     pullback : callable
         ``pullback(dsums) -> (dkeys, dvalues)`` for a sequence of m arrays in the shapes of ``summary.sums``: tuples of arrays,
         each in the shape and dtype of what it is the gradient of, None for views that are None.
+
+    Raises
+    ------
+    TypeError, ValueError, PlanError
+        As from `summarize`; from the pullback for `dsums` that do not fit, by name.
 
     Examples
     --------
@@ -504,8 +515,7 @@ def _loaded(path: str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
                 raise ValueError("it holds something else")
             version = about["version"]
             if version == _VERSION:
-                made: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in about["plan"].items()}
-                plan = Plan(**made)
+                plan = plan_of_fields(about["plan"])
                 arrays = [file[f"{name}_{i}"] for name in ("sums", "rests") for i in range(plan.order - 1)]
     except (BadZipFile, EOFError, KeyError, TypeError, ValueError, AttributeError) as found:
         raise ValueError(f"{where}, is not or is damaged: {found}") from None

@@ -40,6 +40,8 @@ class Backend:
         Bytes that the temporaries of one block of rows should stay below.
     cache : int
         Bytes that an array which is gone over several times should stay below.
+    most_rows : int
+        Rows of a block, at most; an accelerator wants many, as every operation is a launch.
     reads : bool
         Whether values can be read at once: they are there, on the host, and nothing records or traces the call.
     """
@@ -50,6 +52,7 @@ class Backend:
     compiles = False
     workspace = 2 << 20
     cache = 512 << 10
+    most_rows = 1 << 12
     reads = False
 
     def __init__(self, xp: ModuleType | None = None) -> None:
@@ -72,7 +75,7 @@ class Backend:
         """Where the array is."""
         return array_api_compat.device(array)
 
-    def is_supported(self, array: Array) -> str | None:
+    def why_refused(self, array: Array) -> str | None:
         """A reason to refuse this array, or None."""
         return None
 
@@ -83,6 +86,10 @@ class Backend:
     def compute_dtype(self, dtype: Any) -> Any:
         """The dtype to compute in: float32 where the dtype is narrower, else the same."""
         return dtype if self.dtype_name(dtype) == "float64" else self.xp.float32
+
+    def itemsize(self, dtype: Any) -> int:
+        """Bytes of a number of this dtype in the computation."""
+        return 8 if self.dtype_name(dtype) == "float64" else 4
 
     def cast(self, array: Array, dtype: Any) -> Array:
         """The array in another floating dtype."""
@@ -247,7 +254,7 @@ class Backend:
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         """``function(call, backend, arrays)``, compiled where the library does so; `call` is hashable."""
-        return function(call, self, tuple(arrays))
+        return function(call, self.for_arrays(arrays), tuple(arrays))
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
@@ -267,9 +274,6 @@ class Backend:
 
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         """Let the library's transformations look into instances of a dataclass, at fields of arrays and of constants."""
-
-    def synchronize(self, array: Array) -> None:
-        """Wait until `array` has been computed."""
 
 
 class _Whole:

@@ -14,6 +14,7 @@ class CupyBackend(Backend):
     writable = True
     workspace = 256 << 20
     cache = 128 << 20
+    most_rows = 1 << 15
 
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         cupy.multiply(left, right, out=target)
@@ -27,9 +28,6 @@ class CupyBackend(Backend):
     def to_numpy(self, array: Array) -> np.ndarray:
         host: np.ndarray = cupy.asnumpy(array)
         return host
-
-    def synchronize(self, array: Array) -> None:
-        array.device.synchronize()
 
 
 BACKEND = CupyBackend(xp)

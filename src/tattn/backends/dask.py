@@ -8,7 +8,7 @@ from .base import Array, Backend
 class DaskBackend(Backend):
     name = "Dask"
 
-    def is_supported(self, array: Array) -> str | None:
+    def why_refused(self, array: Array) -> str | None:
         # Operation by operation, a call would become tens of thousands of tasks.
         return "a Dask array: tattn.distributed.dask has the functions for these"
 

@@ -18,9 +18,11 @@ class JaxBackend(Backend):
     parts = False
     compiles = True
 
-    def __init__(self, workspace: int = Backend.workspace, cache: int = 1 << 20) -> None:
+    def __init__(
+        self, workspace: int = Backend.workspace, cache: int = 1 << 20, most_rows: int = Backend.most_rows
+    ) -> None:
         super().__init__(jnp)
-        self.workspace, self.cache = workspace, cache
+        self.workspace, self.cache, self.most_rows = workspace, cache, most_rows
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         return _ON_GPU if jax.default_backend() == "gpu" else BACKEND
@@ -82,9 +84,6 @@ class JaxBackend(Backend):
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         _register(cls, tuple(arrays), tuple(constants))
 
-    def synchronize(self, array: Array) -> None:
-        array.block_until_ready()
-
 
 def _unstack(stacked: Array) -> Array:
     """(blocks, ..., rows, k) -> (..., blocks · rows, k)."""
@@ -134,4 +133,4 @@ def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callabl
 
 
 BACKEND = JaxBackend()
-_ON_GPU = JaxBackend(workspace=256 << 20, cache=128 << 20)
+_ON_GPU = JaxBackend(workspace=256 << 20, cache=128 << 20, most_rows=1 << 15)

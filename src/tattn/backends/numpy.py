@@ -25,7 +25,7 @@ class NumpyBackend(Backend):
     # How many threads products used before a call that is running limited them.
     _limited = 0
 
-    def is_supported(self, array: Array) -> str | None:
+    def why_refused(self, array: Array) -> str | None:
         if isinstance(array, np.matrix):
             return "np.matrix, whose products are not those of arrays"
         if isinstance(array, np.ma.MaskedArray):

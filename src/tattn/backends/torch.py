@@ -24,6 +24,7 @@ class TorchBackend(Backend):
         # Calls cost more here than in NumPy, so blocks are larger, and an accelerator wants larger blocks still.
         self.workspace = 256 << 20 if accelerator else 8 << 20
         self.cache = 128 << 20 if accelerator else Backend.cache
+        self.most_rows = 1 << 15 if accelerator else Backend.most_rows
         self.reads = writable and not accelerator
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
@@ -40,13 +41,15 @@ class TorchBackend(Backend):
             if isinstance(a, torch.Tensor)
         )
 
-    def is_supported(self, array: Array) -> str | None:
+    def why_refused(self, array: Array) -> str | None:
         if array.layout is not torch.strided:
             return f"a tensor of layout {array.layout}"
         return None
 
     def records(self, arrays: Sequence[Array | None]) -> bool:
-        return torch.is_grad_enabled() and any(_needs_gradient(a) for a in arrays)
+        if torch.is_grad_enabled() and any(_needs_gradient(a) for a in arrays):
+            return True
+        return any(_has_tangent(a) for a in arrays)
 
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         return tuple(None if a is None else a.detach() for a in arrays)
@@ -133,7 +136,9 @@ class TorchBackend(Backend):
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
     ) -> tuple[Array, ...]:
-        if not (self.records(arrays) or self.is_traced(arrays) or any(_has_tangent(a) for a in arrays)):
+        traced = self.is_traced(arrays)
+        # Tangents outside torch.func go through the operations: there are no forward modes in a forward mode, as in `jvp` below.
+        if not traced and (any(_has_tangent(a) for a in arrays) or not self.records(arrays)):
             return self.run(forward, call, arrays)  # type: ignore[no-any-return]
         function = _COMPILED[len(arrays)] if torch.compiler.is_compiling() else _Attention
         result: tuple[Array, ...] = function.apply((forward, backward, call), *arrays)
@@ -146,10 +151,6 @@ class TorchBackend(Backend):
             return residuals
         out, _, *kept = self.run(forward, call, arrays)
         return out, *kept
-
-    def synchronize(self, array: Array) -> None:
-        if array.device.type == "cuda":
-            torch.cuda.synchronize(array.device)
 
 
 @memoized
@@ -165,7 +166,8 @@ def _needs_gradient(array: Array | None) -> bool:
 
 def _has_tangent(array: Array | None) -> bool:
     unpack: Any = torch.autograd.forward_ad.unpack_dual
-    return array is not None and unpack(array).tangent is not None
+    # Compilers refuse dual tensors by themselves.
+    return array is not None and not torch.compiler.is_compiling() and unpack(array).tangent is not None
 
 
 def _precision() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..attention import tensor_attention, tensor_attention_vjp
 from ..planning import plan
+from ..plans import strict_json
 
 # Two ordinary heads of the first, middle and last layer, and the one whose scores reach furthest.
 HEADS = ((0, 0), (0, 11), (2, 3), (3, 5), (5, 0), (0, 5))
@@ -42,6 +42,8 @@ def run(*, tokens: int = 8192, text: str = "reference", plot: str = "tattn-demo.
     """
     from .encoder import heads
 
+    # What is missing is said before minutes are spent.
+    drawing()
     if tokens < 2 * PREFIX:
         raise ValueError(f"tokens should be at least {2 * PREFIX}, got {tokens}")
     steps = len(HEADS) * (len(DEGREES) + len(BANDED) + 1)
@@ -62,7 +64,7 @@ def run(*, tokens: int = 8192, text: str = "reference", plot: str = "tattn-demo.
             results[-1]["head"] = [layer, head]
     _save_plot(results, Path(plot))
     if as_json:
-        print(json.dumps({"tokens": tokens, "text": text, "plot": str(plot), "heads": results}))
+        print(strict_json({"tokens": tokens, "text": text, "plot": str(plot), "heads": results}))
     else:
         print(_table(results, tokens, text))
         print(f"\nError against degree: {plot}")
@@ -190,11 +192,7 @@ def _time(seconds: float) -> str:
 
 def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     """Error of output and of the query's gradient against degree, a line for each head."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for row in results:
         degrees = [d["degree"] for d in row["degrees"]]
@@ -219,6 +217,18 @@ def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def drawing() -> Any:
+    """pyplot, without a screen; ModuleNotFoundError says what to install."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the demo needs matplotlib: pip install 'tattn[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 @contextmanager

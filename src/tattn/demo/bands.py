@@ -11,7 +11,7 @@ import numpy as np
 
 from ..attention import tensor_attention_vjp
 from ..planning import plan
-from . import progress
+from . import drawing, progress
 
 TEXTS = ("reference", "library")
 DEGREES = (2, 3)
@@ -41,6 +41,7 @@ def run(*, tokens: int = 2048, out: str = "docs/bands", texts: tuple[str, ...] =
     """
     from .encoder import heads
 
+    drawing()
     if tokens < 64:
         raise ValueError(f"tokens should be at least 64, got {tokens}")
     folder = Path(out)
@@ -169,7 +170,7 @@ def _summary(rows: list[dict[str, Any]], tokens: int, texts: tuple[str, ...]) ->
 
 def _save_shares(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Path) -> None:
     """Share of rows certified, a cell for every head."""
-    pyplot = _pyplot()
+    pyplot = drawing()
     figure, axes = pyplot.subplots(
         len(texts) * len(DEGREES), len(LEVELS), figsize=(10, 2.6 * len(texts) * len(DEGREES)), layout="constrained",
         squeeze=False,
@@ -196,7 +197,7 @@ def _save_shares(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Path)
 
 def _save_tightness(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Path) -> None:
     """Certified beside true error at the median sampled row of every head."""
-    pyplot = _pyplot()
+    pyplot = drawing()
     figure, axes = pyplot.subplots(1, len(texts), figsize=(5 * len(texts), 4.2), layout="constrained", squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
         for degree, mark in zip(DEGREES, "os", strict=True):
@@ -213,12 +214,3 @@ def _save_tightness(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Pa
     axes[0][0].legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from hashlib import sha256
 from numbers import Real
 from typing import Any
@@ -31,7 +30,6 @@ _OF_CALL = (
     "need of gradients",
     "tol",
 )
-_OF_PLAN = tuple(f.name for f in fields(Plan) if f.name in AGREEING)
 
 
 def checked_group(group: Any) -> Group:
@@ -89,19 +87,20 @@ def _accompanied(group: Group) -> Iterator[None]:
         ) from found
 
 
-def facts(plan: Plan | None, **of_call: Any) -> dict[str, Any]:
-    """What a process says of its call and plan, by name."""
-    said = dict(zip(_OF_CALL, of_call.values(), strict=True))
-    return said | {f"{name} of the plan": None if plan is None else getattr(plan, name) for name in _OF_PLAN}
+def facts(plan: Plan | None, of_call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process says of its call, by the names above, and of its plan."""
+    return {name: of_call[name] for name in _OF_CALL} | {
+        f"{name} of the plan": None if plan is None else getattr(plan, name) for name in AGREEING
+    }
 
 
 def agree(said: Mapping[str, Any] | None, group: Group) -> None:
     """ValueError or PlanError on every process of the group if they differ in a fact, or if one has none to say.
 
-    One maximum of some sixty numbers and their negatives: where the two do not meet, processes differ.
+    One maximum of some thirty numbers and their negatives: where the two do not meet, processes differ.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    names = [*_OF_CALL, *(f"{name} of the plan" for name in _OF_PLAN)]
+    names = [*_OF_CALL, *(f"{name} of the plan" for name in AGREEING)]
     numbers = [0.0] * len(names) if said is None else [_number(said[name]) for name in names]
     refused = float(0 if said is not None else 1 + rank)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"

@@ -18,7 +18,7 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
 from ..backends import backend_of
-from ..checks import Inputs, PlanError, checked_inputs, checked_upstream_of, whole
+from ..checks import Inputs, PlanError, checked_inputs, checked_output, whole
 from ..plans import Plan
 from ..rounding import computed_in
 from ..streaming import Summary, row_gradients
@@ -111,6 +111,11 @@ def tensor_attention_vjp(
         ``pullback(grad_out, grad_lse=None) -> (dquery, dkeys, dvalues)`` of dask arrays, in the blocks of what each is the
         gradient of.
 
+    Raises
+    ------
+    TypeError, ValueError, PlanError
+        As from `tensor_attention`; from the pullback for gradients that do not fit, by name.
+
     Notes
     -----
     The sums of the gradient of the summary go up a tree as the summaries do. Outputs and gradients that are computed together, by
@@ -172,7 +177,8 @@ class _Call:
             if grad is None and name == "grad_lse":
                 upstream.append([None] * len(rows))
                 continue
-            checked_upstream_of(name, _stand_in(name, grad, axis), _stand_in(name, like, axis), self.inputs.backend)
+            expected = _stand_in(name, like, axis)
+            checked_output(name, _stand_in(name, grad, axis), expected.shape, expected, self.inputs.backend)
             upstream.append(_blocks(grad.rechunk({grad.ndim - axis: rows}), len(rows)))
         pulled = [
             _task(_query_gradients)(self.summary, q, g, g_lse)

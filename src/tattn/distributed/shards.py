@@ -36,15 +36,17 @@ def agreed(
             recording = BACKEND.records(inputs.arrays[1 : 1 + 2 * views])
         said = facts(
             plan,
-            views=views,
-            dim=inputs.dim,
-            dtype=inputs.dtype,
-            value_dim=inputs.value_dim,
-            causal=inputs.order.causal,
-            planned=None if plan is not None else (number, degree),
-            leading=_leading(inputs, alone=plan is None or plan.source == "data"),
-            recording=recording,
-            tol=None if plan is not None else tol,
+            {
+                "number of views": views,
+                "dim": inputs.dim,
+                "dtype": inputs.dtype,
+                "dv": inputs.value_dim,
+                "causal": inputs.order.causal,
+                "plan or none": None if plan is not None else (number, degree),
+                "leading dimensions": _leading(inputs, alone=plan is None or plan.source == "data"),
+                "need of gradients": recording,
+                "tol": None if plan is not None else tol,
+            },
         )
     except (TypeError, ValueError) as own:
         refused = own

@@ -79,7 +79,7 @@ def tensor_attention(
     return_lse, return_plan : bool
         As in `tattn.tensor_attention`.
     check : bool
-        Whether ranks first tell each other dims, dtype and plan, in one sum of some hundred numbers that they wait for. Without,
+        Whether ranks first tell each other dims, dtype and plan, in one maximum of some sixty numbers that they wait for. Without,
         only the summaries are summed; ranks that then differ give wrong answers, or wait until the group's time-out.
 
     Returns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import exp, log
+from math import exp, inf, log
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,10 @@ def overtaking(exact: Table, polynomial: Table) -> tuple[float, bool]:
         (n, lead), (m, next_lead) = both[last : last + 2]
         return float(exp(log(n) + log(m / n) * -lead / (next_lead - lead))), True
     (slope, offset), (own, own_offset) = fit(exact), fit(polynomial)
-    return exp((own_offset - offset) / (slope - own)), False
+    if slope <= own:
+        return inf, False
+    # Not before the last size at which it was seen to be slower.
+    return max(both[-1][0], exp((own_offset - offset) / (slope - own))), False
 
 
 def plots(tables: dict[str, Table]) -> dict[str, Any]:

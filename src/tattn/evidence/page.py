@@ -13,8 +13,8 @@ _INTRO = """\
 <!-- Made by `{command}` from the tables in this folder. Changes made by hand are lost. -->
 
 The paper ([arXiv 2405.16411](https://arxiv.org/abs/2405.16411)) proves that tensor attention and its gradient take almost
-linear time while entries are bounded, and truly cubic time in general. Its reviewers missed experiments: runtime, memory,
-numerical stability, quality of the polynomial, and whether the assumption is met in practice. Here they are, for order
+linear time while entries are bounded, and truly cubic time in general. It has no experiments. Here are some: runtime, memory,
+numerical stability, quality of the polynomial, and whether the assumption is met in practice, for order
 three as in the paper. Every number below comes from the tables (CSV) that stand beside this page, and
 
 ```sh

@@ -207,7 +207,7 @@ class AttentionConfig:
         if made.rank > self.max_rank:
             raise PlanError(
                 f"{self._named(dtype)} cannot be built: degree {made.degree} has rank {made.rank:,}, above "
-                f"max_rank={self.max_rank:,}; a head would take {made.bytes_polynomial / 2**20:,.0f} MiB for its summaries. "
+                f"max_rank={self.max_rank:,}; a head would take {made.bytes_polynomial / 2**20:,.0f} MiB. "
                 f"{self._advice(dtype)}"
             )
         return made
@@ -233,7 +233,7 @@ class AttentionConfig:
         tried = {
             "head_dim": [replace(self, head_dim=d) for d in _HEAD_DIMS if d < self.head_dim],
             "bound": [replace(self, bound=b) for b in _BOUNDS if self.bound is not None and b < self.bound],
-            "degree": [replace(self, degree=g) for g in range(12, 1, -1) if g != self.degree],
+            "degree": [replace(self, degree=g, method="polynomial") for g in range(12, 1, -1) if g != self.degree],
         }
         found = []
         for name, others in tried.items():
@@ -241,7 +241,10 @@ class AttentionConfig:
                 made = other._serves(dtype)
                 if made is not None:
                     error = f", error {made.error:.2g}" if name == "degree" else ""
-                    found.append(f"{name}={getattr(other, name):g} (degree {made.degree}, rank {made.rank:,}{error})")
+                    how = " with method='polynomial'" if other.method != self.method else ""
+                    found.append(
+                        f"{name}={getattr(other, name):g}{how} (degree {made.degree}, rank {made.rank:,}{error})"
+                    )
                     break
         if dtype == "float32" and self._serves("float64"):
             found.append("dtype float64")

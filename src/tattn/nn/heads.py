@@ -22,13 +22,13 @@ def attend(
     keys: Sequence[Array],
     values: Sequence[Array],
     key_masks: Sequence[Array | None] | None,
-    temperature: Array | None,
+    score_factor: Array | None,
     constant: Callable[[Array], Array],
     return_error: bool,
 ) -> tuple[Array, Array | None]:
     """Output (..., n, H · dv) in the query's dtype, and the errors (..., H, n) if asked for.
 
-    ``attention(query, keys, values, masks)`` computes the heads, `temperature` (H,) multiplies their scores, and `constant`
+    ``attention(query, keys, values, masks)`` computes the heads, `score_factor` (H,) multiplies their scores, and `constant`
     takes an array out of differentiation.
     """
     backend = backend_of(query)
@@ -48,8 +48,8 @@ def attend(
         return backend.xp.reshape(heads, (*heads.shape[:-3], key_heads, shared, *heads.shape[-2:]))
 
     q = normalised(split(query, config.num_heads))
-    if temperature is not None:
-        q = q * backend.cast(temperature, q.dtype)[:, None, None]
+    if score_factor is not None:
+        q = q * backend.cast(score_factor, q.dtype)[:, None, None]
     q = grouped(q, shared)
     ks = [grouped(normalised(split(k, key_heads)), 1) for k in keys]
     vs = [grouped(split(v, key_heads), 1) for v in values]

@@ -113,7 +113,7 @@ def apply(
     query = project("q_proj", x)
     keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
     values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
-    temperature = jax.nn.sigmoid(params["bound_logit"]) if config.learn_bound else None
+    score_factor = jax.nn.sigmoid(params["bound_logit"]) if config.learn_bound else None
     plans = plans_of(config, _computed_in(query.dtype))
 
     def attention(query: Any, keys: Any, values: Any, masks: Any) -> Any:
@@ -123,7 +123,9 @@ def apply(
         options |= {"key_masks": masks, "causal": config.causal, "return_error": return_error}
         return tensor_attention(query, keys, values, **options)
 
-    out, error = attend(config, attention, query, keys, values, masks, temperature, jax.lax.stop_gradient, return_error)
+    out, error = attend(
+        config, attention, query, keys, values, masks, score_factor, jax.lax.stop_gradient, return_error
+    )
     out = project("out_proj", out)
     return (out, error) if return_error else out
 

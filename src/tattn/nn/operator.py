@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -20,12 +19,7 @@ from ..backends.torch import BACKEND
 from ..certificate import COLUMNS, ERROR
 from ..checks import checked_inputs
 from ..choice import Work, work_of
-from ..plans import Plan
-
-
-def plan_text(plan: Plan) -> str:
-    """A plan in JSON."""
-    return json.dumps(asdict(plan))
+from ..plans import Plan, plan_of_fields
 
 
 def planned_attention(
@@ -63,10 +57,7 @@ _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=256)
 def plan_of_text(text: str) -> Plan:
     """What `plan_text` wrote."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
-    }
-    return Plan(**fields)
+    return plan_of_fields(json.loads(text))
 
 
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..attention import tensor_attention
 from ..backends.torch import BACKEND
 from ..checks import PlanError, checked_layer_call
-from ..plans import Plan
+from ..plans import Plan, plan_text
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
-from .operator import plan_text, planned_attention, traced_whole
+from .operator import planned_attention, traced_whole
 
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
 LOGIT = 2.0
@@ -137,7 +137,7 @@ class TensorAttention(nn.Module):
         return self.config.plan(dtype=_computed_in(self.q_proj.weight.dtype))
 
     def plan_for(self, n: int | Sequence[int] = USUAL_ROWS) -> Plan | None:
-        """`plan` with costs counted for one head and `n` rows, or (n, n_1, …)."""
+        """`plan` with costs counted for one head and `n` rows, or (n, n_1, …); TypeError or ValueError for what are no lengths."""
         return self.config.plan(n, _computed_in(self.q_proj.weight.dtype))
 
     def forward(
@@ -165,6 +165,14 @@ class TensorAttention(nn.Module):
         Returns
         -------
         Tensor (..., n, embed_dim), or a pair with the errors
+
+        Raises
+        ------
+        TypeError, ValueError
+            For inputs that do not fit the layer, by name.
+        PlanError
+            With ``bound=None`` and no degree as from `tattn.tensor_attention`; for weights that were moved to a dtype in which the
+            layer could not be built.
         """
         weight = self.q_proj.weight
         contexts, masks = checked_layer_call(
@@ -173,13 +181,13 @@ class TensorAttention(nn.Module):
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
-        temperature = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
+        score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
 
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
             return self._attention(q, ks, vs, masks, return_error)
 
         out, error = attend(
-            self.config, attention, query, keys, values, masks, temperature, torch.Tensor.detach, return_error
+            self.config, attention, query, keys, values, masks, score_factor, torch.Tensor.detach, return_error
         )
         out = self.out_proj(out)
         return (out, error) if return_error else out

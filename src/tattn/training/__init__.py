@@ -257,6 +257,11 @@ def exact_gradient(problem: TrainingProblem, *, upstream: Array | None = None) -
     -------
     array (..., d1, d2 · d3)
         In the dtype of the computation.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an `upstream` that does not fit, by name.
     """
     backend, target = _target(problem, upstream)
     arrays: Arrays = backend.values_of(_operands(problem, target, backend))

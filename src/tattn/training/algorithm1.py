@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..arrays import broadcast_leading, channel_pairs, in_parts, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
-from ..basis import CHAIN, read, row_products
+from ..basis import CHAIN, FEW_CHAINS, read, row_products
 from ..channels import channel_units
 from ..exponential import Polynomial
 from ..lowrank import LowRankCall, add, channels, weights, with_ones, zero_sum
@@ -179,5 +179,5 @@ def _query_side(
 
 def _block(numbers: int, dtype: object, leading: tuple[int, ...], backend: Backend) -> int:
     """Rows in a block of `numbers` temporary numbers a row."""
-    itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
-    return int(block_rows(numbers * itemsize * prod(leading), backend.workspace, 32 * CHAIN))
+    itemsize = backend.itemsize(dtype)
+    return int(block_rows(numbers * itemsize * prod(leading), backend.workspace, FEW_CHAINS * CHAIN))

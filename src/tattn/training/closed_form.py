@@ -75,7 +75,7 @@ def _gradient(call: ClosedFormCall, backend: Backend, arrays: Sequence[Array]) -
 
 def _blocks(leading: tuple[int, ...], wide: int, narrow: int, dtype: object, backend: Backend) -> tuple[int, int, int]:
     """Rows of q, a and b in a block: `wide` numbers for a row of q, `narrow` and a block of scores for a pair, fit."""
-    itemsize = 8 if backend.dtype_name(dtype) == "float64" else 4
+    itemsize = backend.itemsize(dtype)
     numbers = max(1, int(backend.workspace // (2 * itemsize * prod(leading))))
     queries = max(1, min(32, numbers // wide))
     others = max(16, min(512, numbers // (4 * queries)))
