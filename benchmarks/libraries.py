@@ -32,6 +32,8 @@ class Library:
     """NumPy; the others say what they do differently."""
 
     name = "numpy"
+    # Whether a first call compiles.
+    compiles = False
 
     def __init__(self, device: str, threads: int) -> None:
         if device != "cpu":
@@ -150,6 +152,7 @@ class Jax(Library):
     """Under jit."""
 
     name = "jax"
+    compiles = True
 
     def __init__(self, device: str, threads: int) -> None:
         if device == "cpu" and hasattr(os, "sched_setaffinity"):

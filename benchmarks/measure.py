@@ -42,14 +42,16 @@ class Measure:
         the call is compared with takes turns with it. `rounds`: at least so many. `more` is recorded.
         """
         library = self.library
-        result, _ = self._timed(run)
+        result, first = self._timed(run)
         values = [library.numpy(x) for x in result]
         errors = problem.errors(values, plan, checked)
         outputs = sum(x.nbytes for x in values)
         result, values = [], []
-        # The first call of all loads and compiles. Memory is that of the second, with nothing beside it.
+        # The first call of all loads and compiles. Memory is that of a second one, with nothing beside it, or of all rounds
+        # where calls are long.
+        warm = first < 2 or library.compiles or beside is not None
         library.begin_peak()
-        took = self.timed(run)
+        took = self.timed(run) if warm else first
         peak = library.peak()
         rounds = int(np.clip((0.03 if self.quick else 2.0) / took, rounds, 100))
         seen: list[float] = []
@@ -64,6 +66,7 @@ class Measure:
             library.wait(run())
 
         self.benchmark.pedantic(once, setup=before, rounds=rounds)
+        peak = peak if warm else library.peak()
         polynomial = plan is not None and plan.method == "polynomial"
         self.benchmark.group = group
         self.benchmark.extra_info.update(
