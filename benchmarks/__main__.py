@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from . import report
+from .conftest import COMMIT
 from .libraries import NAMES
 
 _ROOT = Path(__file__).parent.parent
@@ -39,6 +40,8 @@ def main() -> int:
     part = "part" if given.k else "quick" if given.quick else "full"
     folder = given.out / (part if given.device == "cpu" else f"{part}-gpu")
     folder.mkdir(parents=True, exist_ok=True)
+    # Once, whatever is edited meanwhile.
+    os.environ[COMMIT] = _commit()
     failed = []
     for count in threads:
         for name in libraries:
@@ -46,7 +49,7 @@ def main() -> int:
             file.unlink(missing_ok=True)
             options = ["--library", name, "--threads", str(count), "--device", given.device]
             options += [*(["--quick"] if given.quick else []), *(["-k", given.k] if given.k else [])]
-            if _pytest(options, file, count) or not _measured(file):
+            if _pytest(options, file, count) or not (given.k or _measured(file)):
                 failed.append(f"{name} on {count} thread{'s' * (count > 1)}")
     if failed:
         print(
@@ -64,6 +67,18 @@ def _measured(file: Path) -> bool:
     return (
         file.exists() and file.stat().st_size > 0 and bool(json.loads(file.read_text(encoding="utf-8"))["benchmarks"])
     )
+
+
+def _commit() -> str:
+    """What is measured: the commit, and whether anything that matters differs from it."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *command], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "src", "benchmarks"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}, changed" if changes else commit
 
 
 def _pytest(options: list[str], file: Path, threads: int) -> int:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import subprocess
-from pathlib import Path
+import os
 from typing import Any
 
 import pytest
@@ -18,6 +17,9 @@ from tattn.evidence.machine import description
 
 from .libraries import NAMES, Library, make_library
 from .measure import Measure
+
+# The variable that says what is measured; of the process that starts the others.
+COMMIT = "TATTN_MEASURED_COMMIT"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,18 +39,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             machine_info[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             machine_info[package] = "not installed"
-    machine_info["commit"] = _commit()
+    machine_info["commit"] = os.environ.get(COMMIT, "unknown")
     machine_info["quick"] = config.getoption("quick")
-
-
-def _commit() -> str:
-    """What is measured: the commit, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 @pytest.fixture(scope="session")

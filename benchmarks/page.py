@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isinf
+
 from tattn import plan_for
 from tattn.evidence.growth import fit
 from tattn.evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
@@ -167,7 +169,8 @@ the definition written by hand with all scores stored.
 
 Against the fastest exact method at each n, ours among them. Exact methods are right to rounding ({_rounding(rows)} at most);
 the error of each polynomial stands beside it, and falls to that of the exact ones where d leaves room for the degree. In
-brackets the exact method that was the fastest there; ~: where fits to the largest lengths meet; ≤: at every length that both ran.
+brackets the exact method that was the fastest there; ~: where fits to the largest lengths meet, or the
+last length where the exact method was faster, if that is later; ≤: at every length that both ran.
 
 {_break_even(measured)}
 
@@ -218,7 +221,7 @@ def _break_even(measured: Table) -> str:
         for gradient in (False, True):
             found = where(mine, gradient=gradient)
             crossings.append(_crossing(found[0], measured) if found else "–")
-        lines.append([library, str(dim), str(degree), f"{mine[0]['rank']:,}", *_errors(mine[0]), *crossings])
+        lines.append([library, str(dim), str(degree), f"{mine[0]['rank']:,}", *_errors(mine[-1]), *crossings])
     heads = ["library", "d", "degree", "rank", *_ERRORS.values(), "forward", "forward + gradient"]
     return markdown(lines, heads)
 
@@ -226,6 +229,8 @@ def _break_even(measured: Table) -> str:
 def _crossing(row: Row, measured: Table) -> str:
     if row["crossing"] == 0:
         return f"≤ {min(column(where(measured, group='rivals', dim=row['dim']), 'n'))}"
+    if isinf(row["crossing"]):
+        return f"never ({row['best']})"
     return f"{'' if row['seen'] else '~ '}{row['crossing']:,.0f} ({row['best']})"
 
 

@@ -106,9 +106,9 @@ all monomials over that with those that are kept, forward / with the gradient, t
 
 {compared}
 
-The largest error of sampled rows over `tol` is {max(over):.2g}. Of the energy of degree 3, Σ E[(w_α q^α a^α b^α)²] for independent
-rows, a third of the monomials has {third.min():.0%} to {third.max():.0%} (median {np.median(third):.1%}) and a tenth
-{tenth.min():.0%} to {tenth.max():.0%} (median {np.median(tenth):.1%}).
+The largest error of sampled rows over `tol` is {max(over, default=0.0):.2g}. Of the energy of degree 3,
+Σ E[(w_α q^α a^α b^α)²] for independent rows, a third of the monomials has {third.min():.0%} to {third.max():.0%}
+(median {np.median(third):.1%}) and a tenth {tenth.min():.0%} to {tenth.max():.0%} (median {np.median(tenth):.1%}).
 
 Certified plans, for 2,048 uniform rows of sixteen channels of which two make the scores and fourteen are a thousand times
 smaller, at `tol=1e-2`:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tattn import lowrank
 from tattn.backends import backend_of
 from tattn.backends.base import block_rows
-from tattn.basis import CHAIN, FEW_CHAINS, Basis, row_products
+from tattn.basis import CHAIN, FEW_CHAINS, Basis, _total, row_products
 from tattn.monomials import exponents, features, rank
 
 CASES = [(1, 2), (2, 2), (3, 4), (5, 3), (8, 4), (20, 2)]
@@ -59,6 +60,28 @@ def test_sums_over_many_chains(library, chains, size):
     array = library.array(phi)
     found = library.numpy(row_products(array, library.array(z), backend_of(array)))
     np.testing.assert_allclose(found, phi @ z, rtol=1e-11, atol=1e-11 * len(z) ** 0.5)
+
+
+def test_no_number_takes_part_in_more_additions_than_the_bounds_count():
+    """One fewer than parts are added in each step, and one more for those that are left over."""
+
+    class Counting:
+        xp = SimpleNamespace(reshape=np.reshape, sum=lambda x, axis: Counted(x, axis))
+
+    class Counted:
+        def __init__(self, x, axis):
+            before = x.additions if isinstance(x, Counted) else 0
+            self.shape = tuple(n for i, n in enumerate(x.shape) if i != len(x.shape) + axis)
+            self.additions = before + x.shape[axis] - 1
+
+        def __add__(self, other):
+            self.additions = max(self.additions, other.additions) + 1
+            return self
+
+    for chains in range(1, FEW_CHAINS**2 // 4 + 1):
+        found = _total(np.zeros((chains, 2, 3)), Counting())
+        assert found.shape == (2, 3)
+        assert found.additions < FEW_CHAINS
 
 
 @pytest.mark.parametrize("value_dim", [2, 16])

@@ -26,6 +26,8 @@ def imported(file: Path) -> set[str]:
     depth = len(file.relative_to(SOURCE).parts)
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.split(".")[1] for name in (a.name for a in node.names) if name.startswith("tattn.")}
         if isinstance(node, ast.ImportFrom):
             # As many dots as folders lead to `tattn` itself; an absolute name does as well.
             inside = node.level == depth or (node.level == 0 and (node.module or "").split(".")[0] == "tattn")

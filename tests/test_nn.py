@@ -458,6 +458,20 @@ def test_a_plan_that_cannot_be_says_what_could(changes: dict[str, Any], message:
             assert replace(small, method=method, **{name: number}).plan().error < np.inf
 
 
+@pytest.mark.parametrize(
+    "rows,error,message",
+    [
+        (0, ValueError, "^n should be at least 1, got 0"),
+        ((4, 5), ValueError, "^n should be a number or 3 of them"),
+        (1.5, TypeError, "^n should be a whole number"),
+    ],
+)
+def test_a_plan_for_lengths_that_are_none(rows: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        AttentionConfig(64, 8).plan(rows)
+    assert type(caught.value) is error
+
+
 def test_the_plan_is_that_of_the_bound() -> None:
     config = AttentionConfig(64, 8)
     plan = config.plan()

@@ -186,7 +186,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    "shape", [(300_000, 1, 8, 8, 4), (256, 96, 8, 16, 6), (20_000, 1, 24, 24, 3), (4_000, 1, 16, 64, 5)]
+    "shape",
+    [(300_000, 1, 8, 8, 4), (256, 96, 8, 16, 6), (20_000, 1, 24, 24, 3), (4_000, 1, 16, 64, 5), (512, 1024, 4, 8, 4)],
 )
 def test_memory_stays_in_what_was_stated(shape: tuple[int, ...]) -> None:
     """That of the plan, for one problem and for many; as the operating system counts it."""
@@ -214,7 +215,7 @@ call(*map(int, sys.argv[1:]))
     command = [sys.executable, "-c", script, *map(str, shape)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
     forward, gradient, stated = map(float, done.stdout.split())
-    assert forward < 1
+    assert 0.2 < forward < 1
     assert gradient < 2
     assert stated < 128
 
@@ -264,7 +265,8 @@ def test_a_degree_for_scores_beyond_the_dtype_is_refused_as_such() -> None:
 
 def test_an_estimate_for_more_channels_than_any_basis_has_is_exact() -> None:
     query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 4, 1 << 18))
-    assert tattn.plan(query, keys, bound="estimated").method == "exact"
+    made = tattn.plan(query, keys, bound="estimated")
+    assert (made.method, made.reason) == ("exact", "no degree has a rank that a plan accepts")
     with pytest.raises(tattn.PlanError, match="degree 1 at dim 262144 has rank 262,145, beyond"):
         tattn.plan(query, keys, bound="estimated", method="polynomial")
 

@@ -138,6 +138,17 @@ def test_tangents_outside_of_torch_func(plan: tattn.Plan, tensors: list[Any]) ->
         same(got, sum((g * t).sum() for g, t in zip(slopes, tangents, strict=True)))
 
 
+@pytest.mark.parametrize("call", list(CALLS))
+def test_forward_mode_over_mapped_products(call: str) -> None:
+    """Batched tensors inside a forward mode have no tangents that could be looked at."""
+    made = [torch.as_tensor(a) for a in arguments(call)]
+    function, tangents = CALLS[call][0], [torch.ones_like(a) for a in made]
+    mapped = torch.func.vmap(function)
+    _, got = torch.func.jvp(mapped, tuple(a[None] for a in made), tuple(t[None] for t in tangents))
+    _, expected = torch.func.jvp(function, tuple(made), tuple(tangents))
+    same(got[0], expected)
+
+
 def test_gradients_and_tangents_through_bands_that_auto_chose() -> None:
     """What found out that bands serve was computed without either."""
     rng = np.random.default_rng(3)

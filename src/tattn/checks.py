@@ -147,6 +147,15 @@ def checked_order(causal: Any, window: Any, lengths: Sequence[int]) -> Order:
     return Order(True, window)
 
 
+def checked_lengths(n: Any, order: int) -> tuple[int, ...]:
+    """Rows (n, n_1, …) from one number for all or from `order` of them."""
+    if not isinstance(n, Sequence):
+        return (whole("n", n, 1),) * order
+    if len(n) != order:
+        raise ValueError(f"n should be a number or {order} of them for order {order}, got {len(n)}")
+    return tuple(whole(f"n[{i}]", x, 1) for i, x in enumerate(n))
+
+
 def positive(name: str, value: Any) -> float:
     """A finite number above 0 as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -203,7 +212,7 @@ def checked_output(
 
 
 def warn_caller(text: str) -> None:
-    """Warn at the line of the caller's that led here, however deep inside the package."""
+    """Warn at the first line outside of the package that led here."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back

@@ -352,11 +352,15 @@ def block_of(basis: Basis, columns: int, dtype: object, leading: tuple[int, ...]
     """Rows in a block: features and columns of one block fit in the workspace, or in four of them where these rows were few."""
     itemsize = backend.itemsize(dtype)
     row = (basis.held + columns) * itemsize * prod(leading)
+    # The bounds count so many additions, in two steps; before them stand the sums of all chains.
+    at_most = min(backend.most_rows, FEW_CHAINS**2 // 4 * CHAIN)
+    if at_most > FEW_CHAINS * CHAIN:
+        row += row * columns // CHAIN
     room = backend.workspace
     if backend.reads:
         # Chains over many monomials of few rows are many small products.
         room = max(room, min(4 * room, _FEW_ROWS * row))
-    return int(block_rows(row, room, backend.most_rows))
+    return int(block_rows(row, room, at_most))
 
 
 def blocks_of(

@@ -13,6 +13,7 @@ from .checks import (
     PlanError,
     checked_finite,
     checked_inputs,
+    checked_lengths,
     checked_options,
     checked_order,
     checked_series,
@@ -175,12 +176,7 @@ def plan_for(
     (True, True)
     """
     order, dim = whole("order", order, 2), whole("dim", dim, 1)
-    if isinstance(n, Sequence):
-        lengths = tuple(whole(f"n[{i}]", x, 1) for i, x in enumerate(n))
-        if len(lengths) != order:
-            raise ValueError(f"n should be a number or {order} of them for order {order}, got {len(lengths)}")
-    else:
-        lengths = (whole("n", n, 1),) * order
+    lengths = checked_lengths(n, order)
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
     number = checked_options(scale, dim, tol, method)
@@ -351,8 +347,9 @@ def _estimated(
         )  # fmt: skip
         return lowrank_errors(0.0, 0.0, rho, rho_prime)
 
-    def exact() -> Plan:
-        return choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
+    def exact(reason: str) -> Plan:
+        made = choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
+        return replace(made, reason=reason)
 
     affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
     if degree is None and not affordable:
@@ -361,7 +358,7 @@ def _estimated(
                 f"degree 1 at dim {shape.dim} has rank {rank_of(shape.dim, 1):,}, beyond the largest rank of {MAX_RANK:,}. Use "
                 f"method='exact' ({si(shape.exact_cost()[0])}flop)"
             )
-        return exact()
+        return exact("no degree has a rank that a plan accepts")
     if degree is not None:
         sampled = estimate(inputs, scale, tol, [degree])
     else:
@@ -392,7 +389,7 @@ def _estimated(
                 f"degree {plan.degree}, rank {rank:,}, gives {sampled.error:.2g}. Use method='exact' "
                 f"({si(plan.flops_exact)}flop), a larger tol or degree=..."
             )
-        return exact()
+        return exact(f"no polynomial is estimated to meet tol={tol:g}")
     if method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
-        return replace(exact(), reason="exact takes fewer operations than the polynomial that was estimated to do")
+        return exact("exact takes fewer operations than the polynomial that was estimated to do")
     return plan

@@ -231,10 +231,11 @@ class Shape:
         flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
         # Summaries with what rounding took, their product and its copies; of many problems in parts, or one by one.
         one = itemsize * rank * (self.value_dim + 1) * (2 * self.views + 6)
-        features = float(itemsize * (rank + self.value_dim + 1) * self.leading)
+        together = max(1, min(self.leading, 8 * _WORKSPACE // one))
+        features = float(itemsize * (rank + self.value_dim + 1) * together)
         block = min(max(_WORKSPACE, 1024 * features), 4 * _WORKSPACE, max(self.lengths) * 2 * features)
         # What a row needs besides is made for some thousand rows at once.
-        beside = itemsize * (self.dim + 3.0 * (self.value_dim + 1)) * self.leading * min(4096, *self.lengths)
+        beside = itemsize * (self.dim + 3.0 * (self.value_dim + 1)) * together * min(4096, *self.lengths)
         memory = max(one, min(one * self.leading, 8 * _WORKSPACE)) + self._normaliser() + block + beside
         if self.order.causal:
             # Every row multiplies with the rows of its span, for every channel of the values where there are several views.

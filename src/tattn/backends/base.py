@@ -41,7 +41,7 @@ class Backend:
     cache : int
         Bytes that an array which is gone over several times should stay below.
     most_rows : int
-        Rows of a block, at most; an accelerator wants many, as every operation is a launch.
+        Rows of a block, at most; an accelerator wants many, as every operation is a launch. Above 32,768 it has no effect.
     reads : bool
         Whether values can be read at once: they are there, on the host, and nothing records or traces the call.
     """

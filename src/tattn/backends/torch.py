@@ -30,7 +30,7 @@ class TorchBackend(Backend):
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         tensors = [a for a in arrays if a is not None]
         # In-place writes would break the graph that autograd or the compiler records.
-        return _VARIANTS[not self.records(tensors) and not self.is_traced(tensors), tensors[0].device.type != "cpu"]
+        return _VARIANTS[not (self.is_traced(tensors) or self.records(tensors)), tensors[0].device.type != "cpu"]
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         return torch.compiler.is_compiling() or any(
@@ -165,9 +165,13 @@ def _needs_gradient(array: Array | None) -> bool:
 
 
 def _has_tangent(array: Array | None) -> bool:
-    unpack: Any = torch.autograd.forward_ad.unpack_dual
-    # Compilers refuse dual tensors by themselves.
-    return array is not None and not torch.compiler.is_compiling() and unpack(array).tangent is not None
+    forward_ad: Any = torch.autograd.forward_ad
+    # Compilers refuse dual tensors by themselves, and those of torch.func are traced.
+    if array is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return (
+        not torch._C._functorch.is_functorch_wrapped_tensor(array) and forward_ad.unpack_dual(array).tangent is not None
+    )
 
 
 def _precision() -> str:

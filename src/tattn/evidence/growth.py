@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import exp, inf, log
+from math import exp, inf, isfinite, log
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,8 @@ def overtaking(exact: Table, polynomial: Table) -> tuple[float, bool]:
     if slope <= own:
         return inf, False
     # Not before the last size at which it was seen to be slower.
-    return max(both[-1][0], exp((own_offset - offset) / (slope - own))), False
+    power = (own_offset - offset) / (slope - own)
+    return (max(both[-1][0], exp(power)) if power < 700 else inf), False
 
 
 def plots(tables: dict[str, Table]) -> dict[str, Any]:
@@ -218,7 +219,8 @@ def _table(fits: Table, task: str) -> str:
         crossing = "–"
         if polynomial:
             at = row["crossing"]
-            crossing = f"≤ {least}" if at == 0 else f"{'' if row['crossing_measured'] else '~ '}{at:.0f}"
+            crossing = f"{'' if row['crossing_measured'] else '~ '}{at:.0f}" if isfinite(at) else "never"
+            crossing = f"≤ {least}" if at == 0 else crossing
         name = {"polynomial": METHODS[task], "exact": "exact, streamed", "stored": "exact, scores stored"}
         lines.append(
             [

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from math import isfinite, prod
 
-from ..checks import PlanError, checked_method, positive, true_or_false, whole
+from ..checks import PlanError, checked_lengths, checked_method, positive, true_or_false, whole
 from ..planning import plan_for
 from ..plans import Plan
 from ..selection import MAX_RANK
@@ -187,9 +187,12 @@ class AttentionConfig:
 
         Raises
         ------
+        TypeError, ValueError
+            For an `n` that is no length, or not as many as there are views and one.
         PlanError
             If `tol` cannot be met at this bound and head dimension, or takes more than `max_rank`.
         """
+        n = checked_lengths(n, self.order)
         if self.bound is None:
             return self._unbounded_plan(n, dtype, _BANDS) if self.degree is not None else None
         method = "exact" if self.method == "exact" else "polynomial"
