@@ -88,4 +88,5 @@ def seconds(number: float) -> str:
 
 def mebibytes(number: float) -> str:
     """Bytes in MiB."""
-    return f"{number / 2**20:.3g}"
+    size = number / 2**20
+    return f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
