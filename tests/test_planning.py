@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import FrozenInstanceError
 from math import inf
 from typing import Any
@@ -18,6 +19,7 @@ import tattn
 from tattn.__main__ import main
 from tattn.checks import checked_inputs
 from tattn.planning import measured
+from tattn.ranges import exponents
 
 
 def draw(
@@ -113,6 +115,45 @@ def test_holder_beats_channels_on_rows_of_one_length() -> None:
     rows = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(3, 500, 16))]
     channels = np.prod([np.abs(x).max(0) for x in rows], axis=0).sum()
     assert tattn.plan(rows[0], rows[1:], scale=1.0, method="exact").bound < 0.8 * channels
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_range_is_the_smallest_of_all_bounds(library: Any, views: int, seed: int) -> None:
+    """Entries, channels, and Hölder's with channels balanced by largest entries or by root mean squares; rows in several blocks."""
+    rng = np.random.default_rng(seed)
+    lengths = [30_000, 300, 20, 500][: views + 1]
+    kinds = [lambda s: rng.normal(size=s), lambda s: rng.standard_t(2, s), lambda s: np.sign(rng.normal(size=s))]
+    rows = [kinds[(seed + i) % 3]((n, 5)) * 10.0 ** rng.uniform(-1, 1, 5) for i, n in enumerate(lengths)]
+    rows[-1][:, seed % 5] *= seed > 2
+    masks = [rng.random(n) < 0.7 for n in lengths[1:]]
+    given = library.arrays(rows)
+    found = measured(checked_inputs(given[0], given[1:], None, library.arrays(masks)), 0.25)
+    seen = [rows[0], *(x[mask] for x, mask in zip(rows[1:], masks, strict=True))]
+    tops = [np.abs(x).max(axis=0) for x in seen]
+    counted = [rows[0], *(np.where(mask[:, None], x, 0) for x, mask in zip(rows[1:], masks, strict=True))]
+    spreads = [np.sqrt((c**2).sum(axis=0) / len(x)) for c, x in zip(counted, seen, strict=True)]
+    entries = 0.25 * 5 * np.prod([t.max() for t in tops])
+    bounds = [entries, 0.25 * np.prod(tops, axis=0).sum()]
+    for sizes in np.array([tops, spreads]):
+        alive = (sizes > 0).all(axis=0)
+        units = np.exp(np.log(sizes[:, alive]).mean(axis=0) - np.log(sizes[:, alive]))
+        for ps in exponents(views):
+            norms = [np.linalg.norm(x[:, alive] * u, p, axis=1).max() for x, u, p in zip(seen, units, ps, strict=True)]
+            bounds.append(0.25 * np.prod(norms))
+    np.testing.assert_allclose(found.bound, min(bounds), rtol=1e-9)
+    np.testing.assert_allclose(found.entries, entries, rtol=1e-12)
+
+
+def test_ranges_take_no_memory_for_many_problems() -> None:
+    query, *keys = np.random.default_rng(0).normal(size=(3, 64, 2048, 8)).astype(np.float32)
+    inputs = checked_inputs(query, keys, keys, None)
+    tracemalloc.start()
+    measured(inputs, 0.25)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # A view takes 4 MiB.
+    assert peak < 3 << 20
 
 
 def test_a_plan_is_checked_on_other_data() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import frexp, log2
+from math import frexp, log2, prod
 
 from .arrays import broadcast_leading, clean, max_to_leading, over_rows, shared_leading, sum_of
 from .backends import Array, Backend
 
-# Rows that are looked at together.
-_BLOCK = 8192
+# Rows that are looked at together, at least.
+_FEWEST = 128
 
 
 def channel_units(
@@ -53,6 +53,13 @@ def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backen
     return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]
 
 
+def rows_in_cache(rows: Sequence[Array | None], backend: Backend) -> int:
+    """How many rows of the first array (..., n, d), with the leading dimensions of all, to look at together."""
+    x: Array = rows[0]
+    row = backend.itemsize(x.dtype) * x.shape[-1] * prod(broadcast_leading(*rows))
+    return int(max(_FEWEST, backend.cache // row))
+
+
 def channel_tops(x: Array, mask: Array | None, backend: Backend) -> Array:
     """The largest |entry| of every channel over all rows, masked ones as 0: (..., 1, d)."""
     xp = backend.xp
@@ -63,8 +70,8 @@ def channel_tops(x: Array, mask: Array | None, backend: Backend) -> Array:
         return xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    top, _ = backend.scan_rows(body, zero, (x, mask), _BLOCK)
-    return top
+    # A shard may have no rows.
+    return zero if x.shape[-2] == 0 else backend.scan_rows(body, zero, (x, mask), rows_in_cache((x, mask), backend))[0]
 
 
 def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array, Array]:
@@ -81,7 +88,7 @@ def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array
         ), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    (top, squares), _ = backend.scan_rows(body, (zero, zero), (x, mask), _BLOCK)
+    (top, squares), _ = backend.scan_rows(body, (zero, zero), (x, mask), rows_in_cache((x, mask), backend))
     spread = xp.sqrt(squares * (1 / x.shape[-2]))
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     return top, xp.where((spread > 0) & xp.isfinite(spread), spread, top)

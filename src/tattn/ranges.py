@@ -17,8 +17,11 @@ from collections.abc import Callable, Sequence
 from math import inf, isfinite, isnan, log
 from typing import Any, NamedTuple
 
-from .arrays import clean, over_rows, prod_of, shared_leading, sum_of, unpack
+import numpy as np
+
+from .arrays import broadcast_leading, clean, over_rows, prod_of, shared_leading, sum_of, unpack
 from .backends import Array, Backend
+from .channels import channel_tops, rows_in_cache
 
 BLOCK = 8192
 
@@ -51,18 +54,46 @@ class RangeCall(NamedTuple):
 
 def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
     """Look at (query, *keys, *values, *masks); a value may be None."""
-    of_channels, *scalars = backend.run(_survey, call, arrays)
-    found = [float(x) for x in scalars]
-    channel, mean, entries, *rest = found
-    holder, largest = rest[: len(rest) - 2 * call.views - 1], rest[len(rest) - 2 * call.views - 1 :]
-    bound = min((x for x in (channel, *holder, entries) if not isnan(x)), default=inf)
-    bound = bound if all(map(isfinite, largest)) else inf
+    count = call.views + 1
+    mean, *looked_at = backend.run(_survey, call, arrays)
+    found = [backend.to_numpy(x).astype(float) for x in looked_at]
+    tops, sums, units = found[: -2 * count], found[-2 * count : -count], found[-count:]
+    largest = [float(top.max()) for top in tops]
+    if len(tops) == count:
+        largest += [0.0] * call.views
+    # What is no number is no bound.
+    with np.errstate(all="ignore"):
+        sizes = _product(tops[:count], call.scale)
+        entries = float(_product([np.asarray(x) for x in largest[:count]], call.scale * sizes.shape[-1]))
+        bounds = [entries, sizes.sum(axis=-1).max()]
+        by_exponent = [_norms(*x, call.views) for x in zip(sums, units, strict=True)]
+        for ps in exponents(call.views):
+            reach = _product([n[p] for n, p in zip(by_exponent, ps, strict=True)], call.scale)
+            bounds += [*reach.reshape(-1, reach.shape[-1]).max(axis=0)]
+        lowest = float(mean) * call.scale
     # Sums over channels round; means over many rows round more, and are wanted to a percent only.
-    slack = 1e-4 if backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64" else 1e-11  # type: ignore[union-attr]
+    narrow = backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64"  # type: ignore[union-attr]
+    slack, most = (1e-4, 3.4e38) if narrow else (1e-11, 1.7e308)
+    bound = min((float(x) for x in bounds if not isnan(x)), default=inf)
+    # Scores that the dtype does not hold have none.
+    bound = bound if bound <= most and all(map(isfinite, largest)) else inf
     bound *= 1 + slack
-    lowest = max(-bound, min(mean, bound) - 0.01 * bound) if isfinite(bound) else -inf
-    sizes = tuple(float(x) * (1 + slack) for x in backend.to_numpy(of_channels))
-    return Ranges(bound, lowest, entries, tuple(largest), sizes)
+    lowest = max(-bound, min(lowest, bound) - 0.01 * bound) if isfinite(bound) else -inf
+    sizes = sizes.reshape(-1, sizes.shape[-1]).max(axis=0) * (1 + slack)
+    return Ranges(bound, lowest, entries, tuple(largest), tuple(sizes.tolist()))
+
+
+def _product(sizes: Sequence[np.ndarray], scale: float) -> np.ndarray:
+    """Scale · Π sizes, all at least 0, by logarithms: no factor on the way overflows or vanishes."""
+    result: np.ndarray = np.exp(sum(np.log(s) for s in sizes) + log(scale))
+    return result
+
+
+def _norms(sums: np.ndarray, largest: np.ndarray, views: int) -> dict[float, np.ndarray]:
+    """What `_largest_norms` found, (..., exponents, units) and (..., units, 1), as norms by exponent: (..., units)."""
+    top = largest[..., 0]
+    found = {p: sums[..., i, :] ** (1 / p) * top for i, p in enumerate(_wanted(views))}
+    return found | {inf: top}
 
 
 def largest_entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> list[float]:
@@ -92,58 +123,30 @@ def exponents(views: int) -> list[tuple[float, ...]]:
     return tried
 
 
-def _wanted(views: int) -> list[float]:
-    """Every p that some Hölder bound asks of any view."""
-    return sorted({p for ps in exponents(views) for p in ps})
+def _wanted(views: int) -> list[int]:
+    """Every finite p that some Hölder bound asks of any view."""
+    return sorted({int(p) for ps in exponents(views) for p in ps if p < inf})
 
 
 def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Sizes of the channels (d,), and scalars: channel bound, lowest mean score, entry bound, Hölder bounds, largest entries."""
+    """The lowest mean score over scale; largest entries (..., 1, d) of all rows; `_largest_norms` of query and keys, sums first."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
-    xp = backend.xp
     dtype = backend.compute_dtype(q.dtype)
     views = [(q, None), *zip(keys, masks, strict=True)]
     found = [_channel_sums(x, mask, dtype, backend) for x, mask in views]
-    of_values = [
-        None if v is None else _channel_sums(v, m, dtype, backend)[0] for v, m in zip(values, masks, strict=True)
-    ]
-    tops = call.together("max", [s[0] for s in found] + [t for t in of_values if t is not None])
+    of_values = [channel_tops(v, m, backend) for v, m in zip(values, masks, strict=True) if v is not None]
+    tops = call.together("max", [*(s[0] for s in found), *of_values])
     sums = call.together("sum", [a for s in found for a in s[1:]])
     stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]
-    rest = iter(tops[len(views) :])
-    largest = [xp.max(top) for top, _, _ in stats]
-    largest += [largest[0] * 0.0 if t is None else xp.max(next(rest)) for t in of_values]
-    dim = q.shape[-1]
-    entries = _product(largest[: call.views + 1], call.scale * dim, backend)
-    sizes = _product([top for top, _, _ in stats], call.scale, backend)
-    channel = xp.max(xp.sum(sizes, axis=-1))
     # The mean over pairs of a trilinear score is the score of the means.
-    means = prod_of([mean for _, _, mean in stats[1:]])
-    mean = xp.min(_row_means(q, means, dtype, backend)) * call.scale
-    norms: list[Array] = []
-    for profile in (0, 1):
-        units = balancing_units([s[profile] for s in stats], backend)
-        for (x, mask), unit in zip(views, units, strict=True):
-            norms += _largest_norms(x, mask, unit, call.views, dtype, backend)
-    lowered, *norms = call.together("max", [-mean, *norms])
-    # Two profiles, every view, every exponent.
-    wanted, bounds = _wanted(call.views), []
-    by_exponent = [
-        dict(zip(wanted, norms[i : i + len(wanted)], strict=True)) for i in range(0, len(norms), len(wanted))
+    mean = _lowest_product(q, prod_of([mean for _, mean in stats[1:]]), dtype, backend)
+    units = balancing_units([sizes for sizes, _ in stats], backend)
+    norms = [
+        _largest_norms(x, mask, top, unit, call.views, dtype, backend)
+        for (x, mask), top, unit in zip(views, tops, units, strict=False)
     ]
-    for of_views in (by_exponent[: len(views)], by_exponent[len(views) :]):
-        for ps in exponents(call.views):
-            bounds.append(xp.max(_product([n[p] for n, p in zip(of_views, ps, strict=True)], call.scale, backend)))
-    sizes = over_rows(xp.max, xp.reshape(sizes, (-1, dim)), backend)[0, :]
-    return sizes, channel, -lowered, entries, *bounds, *largest
-
-
-def _product(sizes: Sequence[Array], scale: float, backend: Backend) -> Array:
-    """Scale · Π sizes, all at least 0, by logarithms: no factor on the way overflows or vanishes."""
-    xp = backend.xp
-    nothing = prod_of([backend.cast(s > 0, s.dtype) for s in sizes]) == 0
-    total = sum_of([xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]) + log(scale)
-    return xp.where(nothing, 0.0, xp.exp(total))
+    lowered, *sums = call.together("max", [-mean, *(s for s, _ in norms)])
+    return -lowered, *tops, *sums, *(largest for _, largest in norms)
 
 
 def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array, Array]:
@@ -154,45 +157,45 @@ def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) ->
     def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
         top, squares, total, count = carry
         rows = backend.cast(clean(rows, mask, backend), dtype)
-        top = xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend))
-        present = (
-            xp.ones((*rows.shape[:-1], 1), dtype=dtype, device=device) if mask is None else backend.cast(mask, dtype)
-        )
+        if mask is not None:
+            count = count + xp.sum(backend.cast(mask, dtype), axis=-2, keepdims=True)
         return (
-            top,
+            xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)),
             squares + over_rows(xp.sum, rows * rows, backend),
             total + over_rows(xp.sum, rows, backend),
-            count + xp.sum(present, axis=-2, keepdims=True),
+            count,
         ), ()
 
-    leading = clean(x[..., :1, :], None if mask is None else mask[..., :1, :], backend).shape[:-2]
-    zero = xp.zeros((*leading, 1, x.shape[-1]), dtype=dtype, device=device)
-    counts = xp.zeros((*(leading if mask is None else mask.shape[:-2]), 1, 1), dtype=dtype, device=device)
-    return _over_blocks(body, (zero, zero, zero, counts), (x, mask), backend)  # type: ignore[no-any-return]
+    zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=device)
+    outer, start = (x.shape[:-2], float(x.shape[-2])) if mask is None else (mask.shape[:-2], 0.0)
+    count = xp.full((*outer, 1, 1), start, dtype=dtype, device=device)
+    return _over_blocks(body, (zero, zero, zero, count), (x, mask), backend)  # type: ignore[no-any-return]
 
 
-def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array, Array]:
-    """Largest |entry|, root mean square and mean of every channel, (..., 1, d), from `_channel_sums`."""
+def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array]:
+    """Largest |entry| and root mean square of every channel, (..., 2, d), and its mean (..., 1, d), from `_channel_sums`."""
     xp = backend.xp
     top, squares, total, count = found
     some = xp.where(count > 0, count, 1.0)
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     spread = xp.sqrt(squares / some)
     spread = xp.where((spread > 0) & xp.isfinite(spread), spread, top)
-    return top, spread, total / some
+    return xp.concat([top, spread], axis=-2), total / some
 
 
 def _over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Backend) -> Any:
-    """The state after all blocks of rows; a shard may have none."""
-    return start if rows[0].shape[-2] == 0 else backend.scan_rows(body, start, rows, BLOCK)[0]  # type: ignore[union-attr]
+    """The state after all blocks of rows, which stay in the cache; a shard may have none."""
+    if rows[0].shape[-2] == 0:  # type: ignore[union-attr]
+        return start
+    return backend.scan_rows(body, start, rows, rows_in_cache(rows, backend))[0]
 
 
-def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
-    """Σ_c q_ic · means_c, the smallest over blocks of rows."""
+def _lowest_product(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
+    """Σ_c q_ic · means_c, (..., n, d) and (..., 1, d): the smallest of all rows."""
     xp = backend.xp
 
     def body(carry: Array, rows: Array) -> tuple[Array, tuple[()]]:
-        return xp.minimum(carry, xp.min(xp.sum(backend.cast(rows, dtype) * means, axis=-1))), ()
+        return xp.minimum(carry, xp.min(means @ xp.matrix_transpose(backend.cast(rows, dtype)))), ()
 
     start = xp.min(means) * 0.0 + xp.inf
     start = xp.where(xp.isnan(start), xp.inf, start)
@@ -200,7 +203,10 @@ def _row_means(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
 
 
 def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
-    """Factors (..., 1, d) for the channels of every view, of product one, that give the views the same sizes."""
+    """Factors for the channels of every view (..., 1, d) that give the views the same sizes.
+
+    Their product over the views is one; a channel that is 0 in some view adds nothing to any score, and its factors are 0.
+    """
     xp = backend.xp
     # Factors must not depend on an axis that some view lacks.
     sizes = shared_leading(sizes, backend)
@@ -210,39 +216,34 @@ def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
     powers = [xp.where(empty, 0.0, target - x) for x in logs]
     # The last factor makes the product one to rounding; the product itself could overflow.
     powers[-1] = -sum_of(powers[:-1])
-    return [xp.exp(p) for p in powers]
+    return [xp.where(empty, 0.0, xp.exp(p)) for p in powers]
 
 
 def _largest_norms(
-    x: Array, mask: Array | None, unit: Array, views: int, dtype: Any, backend: Backend
-) -> tuple[Array, ...]:
-    """The largest ℓ_p norm of a row, for each of `_wanted`: (...)."""
+    x: Array, mask: Array | None, top: Array, units: Array, views: int, dtype: Any, backend: Backend
+) -> tuple[Array, Array]:
+    """The largest ℓ_p norm of a row in each of some units (..., units, d) of the channels, for each of `_wanted`.
+
+    `top`: the largest |entry| of every channel (..., 1, d). The largest sums of p-th powers (..., exponents, units), in parts of
+    the largest entry (..., units, 1): so no power overflows, and what vanishes adds nothing to a sum that is at least 1. Sums are
+    products with powers of the units.
+    """
     xp = backend.xp
+    whole = xp.where(top > 0, top, 1.0)
+    weights = units * top
+    largest = xp.max(weights, axis=-1, keepdims=True)
+    weights = weights / xp.where(largest > 0, largest, 1.0)
     wanted = _wanted(views)
+    powers = [weights**p for p in wanted]
 
     def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
-        size = xp.abs(backend.cast(clean(rows, mask, backend), dtype) * unit)
-        # Powers of entries relative to the largest neither overflow nor vanish.
-        top = xp.max(size, axis=-1, keepdims=True)
-        relative = size / xp.where(top > 0, top, 1.0)
-        powers = {1.0: relative, 2.0: relative * relative}
-        new = []
-        for p, old in zip(wanted, carry, strict=True):
-            if p == inf:
-                norm = top[..., 0]
-            else:
-                if p not in powers:
-                    powers[p] = (
-                        powers[2.0] * powers[2.0]
-                        if p == 4.0
-                        else powers[p - 1] * relative
-                        if p - 1 in powers
-                        else relative**p
-                    )
-                norm = top[..., 0] * xp.sum(powers[p], axis=-1) ** (1 / p)
-            new.append(xp.maximum(old, xp.max(norm, axis=-1)))
+        power = part = xp.matrix_transpose(xp.abs(backend.cast(clean(rows, mask, backend), dtype)) / whole)
+        at, new = 1, []
+        for p, of_units, old in zip(wanted, powers, carry, strict=True):
+            while at < p:
+                power, at = (power * power, 2 * at) if 2 * at <= p else (power * part, at + 1)
+            new.append(xp.maximum(old, xp.max(of_units @ power, axis=-1)))
         return tuple(new), ()
 
-    leading = (clean(x[..., :1, :], None if mask is None else mask[..., :1, :], backend) * unit).shape[:-2]
-    zero = xp.zeros(leading, dtype=dtype, device=backend.device(x))
-    return _over_blocks(body, (zero,) * len(wanted), (x, mask), backend)  # type: ignore[no-any-return]
+    zero = xp.zeros((*broadcast_leading(x, mask, weights), units.shape[-2]), dtype=dtype, device=backend.device(x))
+    return xp.stack(list(_over_blocks(body, (zero,) * len(wanted), (x, mask), backend)), axis=-2), largest
