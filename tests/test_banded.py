@@ -200,6 +200,7 @@ def not_compiled(library: Any) -> None:
         pytest.skip("JAX compiles this for a minute; test_one_loose_row_of_few_in_two_bands is the same in small")
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
     """The answer, the lse and all gradients are those of the definition to `tol`, by a few exact rows."""
     not_compiled(library)
@@ -233,6 +234,7 @@ def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
     assert (library.numpy(loose)[:4] > 1e-3).all()
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 @pytest.mark.parametrize("heads", [False, True], ids=["one problem", "heads and masks"])
 def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.MonkeyPatch, heads: bool) -> None:
     """The same on a size that every library compiles in seconds."""
@@ -264,6 +266,7 @@ def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.Mon
     assert_close(got, truth, 0.3)
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_recomputed_rows_with_heads_masks_and_shared_keys(library: Any) -> None:
     not_compiled(library)
     call = heavy_tailed()
@@ -283,6 +286,7 @@ def test_recomputed_rows_with_heads_masks_and_shared_keys(library: Any) -> None:
     assert np.abs(got.out[1, 0, 7:11] - truth.out[1, 0, 7:11]).max() < 1e-12
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_recomputed_rows_have_torch_gradients() -> None:
     torch = pytest.importorskip("torch")
     call = heavy_tailed()
@@ -303,6 +307,7 @@ def small_scores(n: int, spread: float) -> Call:
     return Call(query, keys, list(rng.normal(size=(2, n, 4))), None, rng.normal(size=(n, 4)), np.zeros(n))
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_auto_prefers_bands_to_a_costlier_polynomial() -> None:
     call = small_scores(1000, 0.4)
     out, error, plan = tattn.tensor_attention(call.query, call.keys, call.values, return_error=True, return_plan=True)
@@ -316,6 +321,14 @@ def test_auto_prefers_bands_to_a_costlier_polynomial() -> None:
     assert (np.abs(out - truth) <= error[:, None] * value_sizes(call.values)).all()
 
 
+def test_auto_leaves_bands_to_calls_that_are_long_enough() -> None:
+    """The same call as before: sorting, certificates and a trial take longer than two degrees more."""
+    call = small_scores(1000, 0.4)
+    plan = tattn.tensor_attention(call.query, call.keys, call.values, return_plan=True)[1]
+    assert plan == tattn.plan(call.query, call.keys, call.values)
+
+
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the plan says what bands would have left."""
     call = small_scores(600, 0.5)
@@ -327,6 +340,7 @@ def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkey
     assert "would leave" in plan.reason
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_auto_warns_before_a_computation_of_days(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tattn.choice._LONG", 1e6)
     call = heavy_tailed()

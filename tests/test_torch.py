@@ -149,6 +149,7 @@ def test_forward_mode_over_mapped_products(call: str) -> None:
     same(got[0], expected)
 
 
+@pytest.mark.usefixtures("bands_at_any_length")
 def test_gradients_and_tangents_through_bands_that_auto_chose() -> None:
     """What found out that bands serve was computed without either."""
     rng = np.random.default_rng(3)

@@ -593,6 +593,8 @@ def _together(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
     """The shapes broadcast; the error names the first that does not."""
     leading: tuple[int, ...] = ()
     for name, own in named:
+        if own == leading:
+            continue
         try:
             leading = np.broadcast_shapes(leading, own)
         except ValueError:

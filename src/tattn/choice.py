@@ -25,6 +25,9 @@ from .rounding import exact_errors
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
 MOST_RECOMPUTED = 0.05
+# What bands take besides their operations, as operations that take as long: to sort, gather and certify a row, some 0.3 µs, and a
+# call with its trial on samples, some 30 ms on one thread.
+_BANDS_ROW, _BANDS_CALL = 1e4, 1e9
 # Operations that one would want to hear of before: days on a processor, a quarter of an hour on an accelerator.
 _LONG = 1e16
 
@@ -86,7 +89,7 @@ def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bo
     most = int(over.sum(axis=-1).max())
     # A polynomial that was certified beforehand may cost less than the rows that would have to be recomputed.
     recomputed = most / inputs.lengths[0]
-    cheaper = plan is None or candidate.flops_polynomial + recomputed * plan.flops_exact < _flops(plan)
+    cheaper = plan is None or _banded_work(candidate, inputs) + recomputed * plan.flops_exact < _flops(plan)
     if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
         reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
         return _hybrid_work(inputs, work, replace(candidate, reason=reason), row_errors, most, values, found)
@@ -104,15 +107,20 @@ def _flops(plan: Plan) -> float:
     return plan.flops_exact if plan.method == "exact" else plan.flops_polynomial
 
 
+def _banded_work(candidate: Plan, inputs: Inputs) -> float:
+    """Operations of a banded plan, with those that would take as long as what it does besides."""
+    return candidate.flops_polynomial + _BANDS_CALL + _BANDS_ROW * sum(inputs.lengths) * prod(inputs.leading)
+
+
 def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan | None) -> Plan | None:
     """The banded plan that is cheapest with the rows it leaves, on samples; None if none is worth a trial."""
     least = _flops(instead_of) if instead_of else inf
     best = None
-    candidates = [c for c in banded_candidates(inputs, scale) if c.flops_polynomial <= least / 2]
+    candidates = [c for c in banded_candidates(inputs, scale) if _banded_work(c, inputs) <= least / 2]
     errors = sampled_errors(inputs, [_banded_call(c, certify=True) for c in candidates])
     for candidate, found in zip(candidates, errors, strict=False):
         over = float((~(found <= tol)).mean())
-        cost = candidate.flops_polynomial + over * candidate.flops_exact
+        cost = _banded_work(candidate, inputs) + over * candidate.flops_exact
         if instead_of is None:
             # What is refused otherwise is tried at any cost, the tightest first.
             cost = over
