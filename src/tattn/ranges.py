@@ -73,7 +73,8 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
         lowest = float(mean) * call.scale
     # Sums over channels round; means over many rows round more, and are wanted to a percent only.
     narrow = backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64"  # type: ignore[union-attr]
-    slack, most = (1e-4, 3.4e38) if narrow else (1e-11, 1.7e308)
+    least, unit, most = (1e-4, 2.0**-24, 3.4e38) if narrow else (1e-11, 2.0**-53, 1.7e308)
+    slack = max(least, 2 * (sizes.shape[-1] + 16) * unit)
     bound = min((float(x) for x in bounds if not isnan(x)), default=inf)
     # Scores that the dtype does not hold have none.
     bound = bound if bound <= most and all(map(isfinite, largest)) else inf
