@@ -145,6 +145,19 @@ def test_the_range_is_the_smallest_of_all_bounds(library: Any, views: int, seed:
     np.testing.assert_allclose(found.entries, entries, rtol=1e-12)
 
 
+def test_the_range_of_channels_that_balance_at_the_ends_of_float32(library: Any) -> None:
+    """Units and reciprocals of such entries vanish in libraries that take the smallest numbers for 0."""
+    for sizes in ([1.6e-18, 1.6e-21, 9.4e37], [9.4e37, 2.6e-38, 0.3], [3e-38, 3e38, 2.0], [1e30, 1e30, 3e-38]):
+        for dim in (1, 3):
+            rows = [np.full((6, dim), 1.0) * size * 0.9 ** np.arange(6)[:, None] for size in sizes]
+            rows[np.argmax(sizes)][:, 1:] *= 1e-3
+            given = library.arrays([x.astype(np.float32) for x in rows])
+            found = measured(checked_inputs(given[0], given[1:], None, None), 1.0)
+            score = np.prod(sizes) * (1 + 1e-3 * (dim - 1))
+            np.testing.assert_allclose(found.bound, score, rtol=2e-4)
+            assert found.bound >= score * (1 - 1e-6)
+
+
 def test_ranges_take_no_memory_for_many_problems() -> None:
     query, *keys = np.random.default_rng(0).normal(size=(3, 64, 2048, 8)).astype(np.float32)
     inputs = checked_inputs(query, keys, keys, None)

@@ -13,8 +13,8 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import inf, isfinite, isnan, log
+from collections.abc import Callable, Iterable, Sequence
+from math import inf, isfinite, isnan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,12 +63,12 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
         largest += [0.0] * call.views
     # What is no number is no bound.
     with np.errstate(all="ignore"):
-        sizes = _product(tops[:count], call.scale)
-        entries = float(_product([np.asarray(x) for x in largest[:count]], call.scale * sizes.shape[-1]))
+        sizes = _product(np.log(top) for top in tops[:count]) * call.scale
+        entries = float(_product(np.log(x) for x in largest[:count])) * call.scale * sizes.shape[-1]
         bounds = [entries, sizes.sum(axis=-1).max()]
-        by_exponent = [_norms(*x, call.views) for x in zip(sums, units, strict=True)]
+        by_exponent = [_log_norms(*x, call.views) for x in zip(sums, units, strict=True)]
         for ps in exponents(call.views):
-            reach = _product([n[p] for n, p in zip(by_exponent, ps, strict=True)], call.scale)
+            reach = _product(n[p] for n, p in zip(by_exponent, ps, strict=True)) * call.scale
             bounds += [*reach.reshape(-1, reach.shape[-1]).max(axis=0)]
         lowest = float(mean) * call.scale
     # Sums over channels round; means over many rows round more, and are wanted to a percent only.
@@ -84,16 +84,16 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
     return Ranges(bound, lowest, entries, tuple(largest), tuple(sizes.tolist()))
 
 
-def _product(sizes: Sequence[np.ndarray], scale: float) -> np.ndarray:
-    """Scale · Π sizes, all at least 0, by logarithms: no factor on the way overflows or vanishes."""
-    result: np.ndarray = np.exp(sum(np.log(s) for s in sizes) + log(scale))
+def _product(logs: Iterable[np.ndarray]) -> np.ndarray:
+    """The product of numbers whose logarithms these are: no factor on the way overflows or vanishes."""
+    result: np.ndarray = np.exp(sum(logs))
     return result
 
 
-def _norms(sums: np.ndarray, largest: np.ndarray, views: int) -> dict[float, np.ndarray]:
-    """What `_largest_norms` found, (..., exponents, units) and (..., units, 1), as norms by exponent: (..., units)."""
+def _log_norms(sums: np.ndarray, largest: np.ndarray, views: int) -> dict[float, np.ndarray]:
+    """What `_largest_norms` found, (..., exponents, units) and (..., units, 1), as logarithms by exponent: (..., units)."""
     top = largest[..., 0]
-    found = {p: sums[..., i, :] ** (1 / p) * top for i, p in enumerate(_wanted(views))}
+    found = {p: np.log(sums[..., i, :]) / p + top for i, p in enumerate(_wanted(views))}
     return found | {inf: top}
 
 
@@ -141,7 +141,7 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]
     # The mean over pairs of a trilinear score is the score of the means.
     mean = _lowest_product(q, prod_of([mean for _, mean in stats[1:]]), dtype, backend)
-    units = balancing_units([sizes for sizes, _ in stats], backend)
+    units = _log_units([sizes for sizes, _ in stats], backend)
     norms = [
         _largest_norms(x, mask, top, unit, call.views, dtype, backend)
         for (x, mask), top, unit in zip(views, tops, units, strict=False)
@@ -208,37 +208,46 @@ def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
 
     Their product over the views is one; a channel that is 0 in some view adds nothing to any score, and its factors are 0.
     """
+    return [backend.xp.exp(log) for log in _log_units(sizes, backend)]
+
+
+def _log_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
+    """Logarithms of `balancing_units`."""
     xp = backend.xp
     # Factors must not depend on an axis that some view lacks.
     sizes = shared_leading(sizes, backend)
     logs = [xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]
     empty = prod_of([backend.cast(s > 0, s.dtype) for s in sizes]) == 0
     target = sum_of(logs) * (1 / len(logs))
-    powers = [xp.where(empty, 0.0, target - x) for x in logs]
+    powers = [target - x for x in logs]
     # The last factor makes the product one to rounding; the product itself could overflow.
     powers[-1] = -sum_of(powers[:-1])
-    return [xp.where(empty, 0.0, xp.exp(p)) for p in powers]
+    return [xp.where(empty, -xp.inf, p) for p in powers]
 
 
 def _largest_norms(
     x: Array, mask: Array | None, top: Array, units: Array, views: int, dtype: Any, backend: Backend
 ) -> tuple[Array, Array]:
-    """The largest ℓ_p norm of a row in each of some units (..., units, d) of the channels, for each of `_wanted`.
+    """The largest ℓ_p norm of a row, for each of `_wanted`, in each of some units whose logarithms are (..., units, d).
 
     `top`: the largest |entry| of every channel (..., 1, d). The largest sums of p-th powers (..., exponents, units), in parts of
-    the largest entry (..., units, 1): so no power overflows, and what vanishes adds nothing to a sum that is at least 1. Sums are
-    products with powers of the units.
+    the largest entry, whose logarithm is (..., units, 1): so no power overflows, and what vanishes adds nothing to a sum that
+    is at least 1. Sums are products with powers of the units.
     """
     xp = backend.xp
     whole = xp.where(top > 0, top, 1.0)
-    weights = units * top
-    largest = xp.max(weights, axis=-1, keepdims=True)
-    weights = weights / xp.where(largest > 0, largest, 1.0)
+    # The reciprocal of a large number, and the unit of one, may vanish: some libraries take the smallest numbers for 0.
+    near = xp.where(whole > 1, xp.full_like(whole, 2.0**-64), 2.0**64)
+    factor = 1 / (whole * near)
+    logs = xp.where(top > 0, units + xp.log(whole), -xp.inf)
+    largest = xp.max(logs, axis=-1, keepdims=True)
+    weights = xp.exp(logs - xp.where(largest > -xp.inf, largest, 0.0))
     wanted = _wanted(views)
     powers = [weights**p for p in wanted]
 
     def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
-        power = part = xp.matrix_transpose(xp.abs(backend.cast(clean(rows, mask, backend), dtype)) / whole)
+        part = xp.abs(backend.cast(clean(rows, mask, backend), dtype)) * near * factor
+        power = part = xp.matrix_transpose(part)
         at, new = 1, []
         for p, of_units, old in zip(wanted, powers, carry, strict=True):
             while at < p:
