@@ -21,10 +21,12 @@ from .backends.base import memoized
 from .channels import channel_sizes, units_of
 from .exponential import DEFAULT_GRID, crowded_table
 from .monomials import multinomials
-from .ranges import BLOCK, balancing_units
+from .ranges import balancing_units
 
 # Beyond the last range of the grid no polynomial is certified; its κ stands for that and keeps arithmetic finite.
 NO_BOUND = 1e30
+# Rows of a block of which something is kept for every row.
+BLOCK = 8192
 
 
 class BandedCall(NamedTuple):

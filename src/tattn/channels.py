@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import frexp, log2, prod
+from typing import Any
 
 from .arrays import broadcast_leading, clean, max_to_leading, over_rows, shared_leading, sum_of
 from .backends import Array, Backend
@@ -53,11 +54,13 @@ def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backen
     return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]
 
 
-def rows_in_cache(rows: Sequence[Array | None], backend: Backend) -> int:
-    """How many rows of the first array (..., n, d), with the leading dimensions of all, to look at together."""
+def over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Backend) -> Any:
+    """The state after all blocks of the rows (..., n, d), which stay in the cache; a shard may have none."""
     x: Array = rows[0]
+    if x.shape[-2] == 0:
+        return start
     row = backend.itemsize(x.dtype) * x.shape[-1] * prod(broadcast_leading(*rows))
-    return int(max(_FEWEST, backend.cache // row))
+    return backend.scan_rows(body, start, rows, int(max(_FEWEST, backend.cache // row)))[0]
 
 
 def channel_tops(x: Array, mask: Array | None, backend: Backend) -> Array:
@@ -70,8 +73,7 @@ def channel_tops(x: Array, mask: Array | None, backend: Backend) -> Array:
         return xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    # A shard may have no rows.
-    return zero if x.shape[-2] == 0 else backend.scan_rows(body, zero, (x, mask), rows_in_cache((x, mask), backend))[0]
+    return over_blocks(body, zero, (x, mask), backend)
 
 
 def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array, Array]:
@@ -88,7 +90,7 @@ def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array
         ), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    (top, squares), _ = backend.scan_rows(body, (zero, zero), (x, mask), rows_in_cache((x, mask), backend))
+    top, squares = over_blocks(body, (zero, zero), (x, mask), backend)
     spread = xp.sqrt(squares * (1 / x.shape[-2]))
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     return top, xp.where((spread > 0) & xp.isfinite(spread), spread, top)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_to_leading, unpack
 from .backends import Array, Backend
-from .bands import BandedCall, Series, View, edges, views_of
+from .bands import BLOCK, BandedCall, Series, View, edges, views_of
 from .basis import Basis
 from .certificate import (
     ERROR,
@@ -30,7 +30,6 @@ from .certificate import (
 )
 from .channels import channel_sizes, channel_tops
 from .lowrank import block_of, channels, summed_products
-from .ranges import BLOCK
 
 # Means of squares over many rows round; by far less than this.
 _SLACK = 1 + 1e-3

@@ -21,9 +21,7 @@ import numpy as np
 
 from .arrays import broadcast_leading, clean, over_rows, prod_of, shared_leading, sum_of, unpack
 from .backends import Array, Backend
-from .channels import channel_tops, rows_in_cache
-
-BLOCK = 8192
+from .channels import channel_tops, over_blocks
 
 
 class Ranges(NamedTuple):
@@ -170,7 +168,7 @@ def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) ->
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=device)
     outer, start = (x.shape[:-2], float(x.shape[-2])) if mask is None else (mask.shape[:-2], 0.0)
     count = xp.full((*outer, 1, 1), start, dtype=dtype, device=device)
-    return _over_blocks(body, (zero, zero, zero, count), (x, mask), backend)  # type: ignore[no-any-return]
+    return over_blocks(body, (zero, zero, zero, count), (x, mask), backend)  # type: ignore[no-any-return]
 
 
 def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array]:
@@ -184,13 +182,6 @@ def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Arr
     return xp.concat([top, spread], axis=-2), total / some
 
 
-def _over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Backend) -> Any:
-    """The state after all blocks of rows, which stay in the cache; a shard may have none."""
-    if rows[0].shape[-2] == 0:  # type: ignore[union-attr]
-        return start
-    return backend.scan_rows(body, start, rows, rows_in_cache(rows, backend))[0]
-
-
 def _lowest_product(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
     """Σ_c q_ic · means_c, (..., n, d) and (..., 1, d): the smallest of all rows."""
     xp = backend.xp
@@ -200,7 +191,7 @@ def _lowest_product(q: Array, means: Array, dtype: Any, backend: Backend) -> Arr
 
     start = xp.min(means) * 0.0 + xp.inf
     start = xp.where(xp.isnan(start), xp.inf, start)
-    return _over_blocks(body, start, (q,), backend)
+    return over_blocks(body, start, (q,), backend)
 
 
 def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
@@ -256,4 +247,4 @@ def _largest_norms(
         return tuple(new), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask, weights), units.shape[-2]), dtype=dtype, device=backend.device(x))
-    return xp.stack(list(_over_blocks(body, (zero,) * len(wanted), (x, mask), backend)), axis=-2), largest
+    return xp.stack(list(over_blocks(body, (zero,) * len(wanted), (x, mask), backend)), axis=-2), largest
