@@ -20,7 +20,7 @@ from tattn.backends.numpy import BACKEND
 from tattn.checks import checked_inputs
 from tattn.demo.encoder import heads
 from tattn.evidence.tables import markdown
-from tattn.monomials import features, multinomials, rank
+from tattn.features.monomials import features, multinomials, rank
 from tattn.planning import plan_inputs
 
 LAYERS = (0, 3, 5)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tattn.approximation.exponential import DEFAULT_GRID, crowded_table
 from tattn.demo.encoder import heads
-from tattn.exponential import DEFAULT_GRID, crowded_table
 
 LAYERS = (0, 3, 5)
 GRID = np.asarray(DEFAULT_GRID)

@@ -14,10 +14,10 @@ from docutils import nodes
 
 import tattn
 from tattn.__main__ import main
-from tattn.exponential import minimax
-from tattn.monomials import rank
+from tattn.approximation.exponential import minimax
+from tattn.features.monomials import rank
+from tattn.planning.selection import MAX_RANK
 from tattn.plans import si
-from tattn.selection import MAX_RANK
 
 project = "tattn"
 version = release = tattn.__version__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import tattn
-from tattn.training import TrainingProblem, loss_gradient, loss_gradient_factors, weight_gradients
+from tattn.paper import TrainingProblem, loss_gradient, loss_gradient_factors, weight_gradients
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import tattn
+from tattn.approximation.exponential import minimax
 from tattn.evidence.plots import panels, style
 from tattn.evidence.tables import Table, column, distinct, markdown, seconds, short, where
-from tattn.exponential import minimax
 
 NAME = "triple_detection"
 MODULUS, LENGTH = 97, 12

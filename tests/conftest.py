@@ -180,14 +180,14 @@ def through_features(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bands_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands are weighed by their operations alone, so that calls too short for them take some."""
-    monkeypatch.setattr("tattn.choice._BANDS_CALL", 0.0)
-    monkeypatch.setattr("tattn.choice._BANDS_ROW", 0.0)
+    monkeypatch.setattr("tattn.planning.choice._BANDS_CALL", 0.0)
+    monkeypatch.setattr("tattn.planning.choice._BANDS_ROW", 0.0)
 
 
 @pytest.fixture
 def scorewise(through_features: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every polynomial is computed score by score; the list tells of calls that were."""
-    from tattn import choice
+    from tattn.planning import choice
 
     monkeypatch.setattr("tattn.Plan.by_scores", lambda *_: True)
     taken: list[str] = []

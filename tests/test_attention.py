@@ -12,7 +12,7 @@ from reference import Dense, dense, value_sizes
 import tattn
 from tattn.backends import backend_of
 from tattn.checks import checked_inputs
-from tattn.choice import work_of
+from tattn.planning.choice import work_of
 
 LENGTHS = (9, 7, 6, 4)
 
@@ -166,7 +166,8 @@ def test_blocks_and_chains_are_joined(library: Any) -> None:
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_many_problems_are_taken_in_parts(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed one after another or side by side, heads give the same; shared keys collect their gradients."""
-    from tattn import exact, lowrank
+    from tattn.engines import features as lowrank
+    from tattn.engines import tuples as exact
 
     call = draw(2, masked=True, broadcast=True)
     options = {"method": method, "tol": 1e-6} if method == "exact" else {

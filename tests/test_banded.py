@@ -12,9 +12,9 @@ from test_attention import CASES, Call, assert_close, draw, run
 from test_bounds import KINDS
 
 import tattn
+from tattn.approximation.exponential import DEFAULT_GRID
 from tattn.backends import backend_of
-from tattn.bands import BandedCall, Series, _grid_table, edges, views_of
-from tattn.exponential import DEFAULT_GRID
+from tattn.methods.bands import BandedCall, Series, _grid_table, edges, views_of
 
 
 def ratios(call: Call, got: Dense, error: np.ndarray, bounds: Dense, scale: float, precision: Any) -> list[float]:
@@ -243,9 +243,9 @@ def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.Mon
     query[3] *= 30
     call = Call(query, keys, list(rng.normal(size=(2, 20, 2))), None, rng.normal(size=(20, 2)), rng.normal(size=20))
     plan = tattn.plan(query, keys, series="banded", degree=2, bands=2)
-    monkeypatch.setattr("tattn.choice.banded_candidates", lambda *_: [plan])
-    monkeypatch.setattr("tattn.choice.MOST_RECOMPUTED", 0.2)
-    monkeypatch.setattr("tattn.selection.MAX_RANK", 1)  # no polynomial that is certified beforehand
+    monkeypatch.setattr("tattn.planning.choice.banded_candidates", lambda *_: [plan])
+    monkeypatch.setattr("tattn.planning.choice.MOST_RECOMPUTED", 0.2)
+    monkeypatch.setattr("tattn.planning.selection.MAX_RANK", 1)  # no polynomial that is certified beforehand
     if heads:
         # The loose row is another one in the second head.
         call = call._replace(
@@ -333,8 +333,8 @@ def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkey
     """And the plan says what bands would have left."""
     call = small_scores(600, 0.5)
     loose = tattn.plan(call.query, call.keys, series="banded", degree=2)
-    monkeypatch.setattr("tattn.choice.banded_candidates", lambda *_: [loose])
-    monkeypatch.setattr("tattn.choice.sampled_errors", lambda *_: iter([np.zeros((1, 10))]))
+    monkeypatch.setattr("tattn.planning.choice.banded_candidates", lambda *_: [loose])
+    monkeypatch.setattr("tattn.planning.choice.sampled_errors", lambda *_: iter([np.zeros((1, 10))]))
     _, plan = tattn.tensor_attention(call.query, call.keys, call.values, tol=1e-5, return_plan=True)
     assert plan.series != "banded"
     assert "would leave" in plan.reason
@@ -342,7 +342,7 @@ def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkey
 
 @pytest.mark.usefixtures("bands_at_any_length")
 def test_auto_warns_before_a_computation_of_days(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tattn.choice._LONG", 1e6)
+    monkeypatch.setattr("tattn.planning.choice._LONG", 1e6)
     call = heavy_tailed()
     with pytest.warns(UserWarning, match="takes .* exact operations: degree 2 in 8 norm bands meets tol") as caught:
         tattn.tensor_attention(call.query, call.keys, call.values)

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tattn import lowrank
 from tattn.backends import backend_of
 from tattn.backends.base import block_rows
-from tattn.basis import CHAIN, FEW_CHAINS, Basis, _total, row_products
-from tattn.monomials import exponents, features, rank
+from tattn.engines import features as lowrank
+from tattn.features.basis import CHAIN, FEW_CHAINS, Basis, _total, row_products
+from tattn.features.monomials import exponents, features, rank
 
 CASES = [(1, 2), (2, 2), (3, 4), (5, 3), (8, 4), (20, 2)]
 

@@ -246,7 +246,9 @@ def test_float32_and_narrower(method: str) -> None:
 
 @methods
 def test_problems_one_after_another(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tattn import exact, exact_causal, lowrank_causal
+    from tattn.engines import causal_features as lowrank_causal
+    from tattn.engines import causal_tuples as exact_causal
+    from tattn.engines import tuples as exact
 
     call = draw(9, 2, masked=True, broadcast=True)
     plan = tattn.plan_for(n=(9, 9, 12), dim=3, bound=1.0, degree=4, dtype="float64", causal=True)
@@ -266,9 +268,9 @@ def test_problems_one_after_another(method: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("views", "masked", "broadcast"), [(1, True, False), (2, False, True), (3, True, True)])
 def test_rows_go_on_from_a_summary(library: Any, views: int, masked: bool, broadcast: bool, start: int) -> None:
     """The rows from `start` on read what is before as a summary: their part of the whole call, with all gradients."""
-    from tattn import summaries
     from tattn.backends import backend_of
-    from tattn.streaming import call_of, row_gradients
+    from tattn.state import sums as summaries
+    from tattn.state.summary import call_of, row_gradients
 
     call = draw(33, views, masked=masked, broadcast=broadcast)
     for of_query in call[4:]:
@@ -320,9 +322,9 @@ def test_rows_go_on_from_a_summary(library: Any, views: int, masked: bool, broad
 @pytest.mark.parametrize("array", [0, 1])
 def test_entries_beyond_arithmetic_are_not_numbers(array: int) -> None:
     """Nor what sees them: the row of a query; of a key its row, those after it, and some before it in the same block."""
-    from tattn import summaries
     from tattn.backends import backend_of
-    from tattn.streaming import call_of
+    from tattn.state import sums as summaries
+    from tattn.state.summary import call_of
 
     query, keys, values, *_ = draw(40, 2, more=(0, 0))
     arrays = [x.astype(np.float32) for x in (query, *keys, *values)]
@@ -422,7 +424,7 @@ def test_what_does_not_go_with_an_order() -> None:
 
 def test_the_adjoint_keeps_few_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some 40 blocks, as many as there are segments, and then as many as there are blocks in one."""
-    from tattn import lowrank_causal
+    from tattn.engines import causal_features as lowrank_causal
 
     kept: list[int] = []
     starts = lowrank_causal._starts

@@ -15,7 +15,11 @@ import pytest
 from conftest import make_library
 
 import tattn
-from tattn import estimation, exact, lowrank, planning, selection
+from tattn import planning
+from tattn.engines import features as lowrank
+from tattn.engines import tuples as exact
+from tattn.planning import sampling as estimation
+from tattn.planning import selection
 
 # Query, keys and values that fit.
 Q, A, B, U, V = np.random.default_rng(0).uniform(-1, 1, (5, 6, 4))

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tattn.approximation.exponential import least_error, minimax
+from tattn.engines.tuples import ExactCall, backward, forward
 from tattn.evidence import PARTS, border, growth, heads, learning, quality, run, stability, write
 from tattn.evidence.apart import measured, stored
 from tattn.evidence.tables import Table, load, markdown, save, short, where
-from tattn.exact import ExactCall, backward, forward
-from tattn.exponential import least_error, minimax
 
 DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 PLOTS = pytest.mark.skipif(
@@ -127,7 +127,7 @@ def test_heads_have_ranges_in_order():
 
 
 def test_learning_gradients_follow_from_that_of_x():
-    from tattn.training import TrainingProblem, exact_gradient, weight_gradients
+    from tattn.paper import TrainingProblem, exact_gradient, weight_gradients
 
     matrices, weights = learning._drawn(6)
     problem = TrainingProblem(*matrices, *weights)

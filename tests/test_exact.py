@@ -12,9 +12,9 @@ from reference import dense
 from test_attention import Call, assert_close, draw, run
 
 import tattn
-from tattn import exact
 from tattn.backends import backend_of
-from tattn.exact import ExactCall, backward, forward, small
+from tattn.engines import tuples as exact
+from tattn.engines.tuples import ExactCall, backward, forward, small
 
 
 @pytest.fixture

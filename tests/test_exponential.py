@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tattn import exponential
-from tattn.exponential import (
+from tattn.approximation import exponential
+from tattn.approximation.exponential import (
     DEFAULT_GRID,
     CrowdedPolynomial,
     Polynomial,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tattn.backends import backend_of
-from tattn.monomials import degrees, exponents, features, multinomials, raised, raised_factors, rank
+from tattn.features.monomials import degrees, exponents, features, multinomials, raised, raised_factors, rank
 
 SIZES = [(1, 1), (1, 6), (2, 3), (3, 4), (5, 2), (4, 5), (32, 2)]
 

@@ -20,9 +20,9 @@ from test_training import Factors, draw, problem_of
 from training_reference import NAMES, core, derivative, steps
 
 import tattn
-from tattn.exponential import smallest
-from tattn.monomials import rank
-from tattn.training import TrainingProblem, exact_gradient, loss, loss_gradient
+from tattn.approximation.exponential import smallest
+from tattn.features.monomials import rank
+from tattn.paper import TrainingProblem, exact_gradient, loss, loss_gradient
 
 Matrices = dict[str, np.ndarray]
 

@@ -17,9 +17,9 @@ from reference import dense
 
 import tattn
 from tattn.__main__ import main
+from tattn.bounds.score_range import exponents
 from tattn.checks import checked_inputs
 from tattn.planning import measured
-from tattn.ranges import exponents
 
 
 def draw(

@@ -14,13 +14,13 @@ import pytest
 from conftest import Library, make_library
 from test_checks import refuse
 
-from tattn import products
+from tattn.paper import products
 
 Shape = tuple[int, ...]
 
 
 class Products:
-    """`tattn.products` on one library, from NumPy arrays to NumPy arrays; library, dtype and device of results checked."""
+    """`tattn.paper.products` on one library, from NumPy arrays to NumPy arrays; library, dtype and device of results checked."""
 
     def __init__(self, library: Library) -> None:
         self.library = library

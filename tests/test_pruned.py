@@ -12,8 +12,8 @@ import pytest
 
 import tattn
 from tattn.backends import backend_of
-from tattn.basis import Basis
-from tattn.monomials import degrees, exponents, features, multinomials, pull_back, rank
+from tattn.features.basis import Basis
+from tattn.features.monomials import degrees, exponents, features, multinomials, pull_back, rank
 
 # (degree, weights): heavy channels in front, behind and mixed, channels left out, units above 1.
 CASES = [

@@ -12,9 +12,9 @@ import pytest
 from reference import dense
 
 import tattn
+from tattn.approximation.pruning import Shells, dropped, smallest_pruned, sums_of, weights_of
 from tattn.backends.base import REMEMBERED, memoized
-from tattn.monomials import rank
-from tattn.pruning import Shells, dropped, smallest_pruned, sums_of, weights_of
+from tattn.features.monomials import rank
 
 GRADING, DEGREE = (6, 2, 3, 2, 9), 3
 

@@ -12,8 +12,8 @@ from test_attention import CASES, assert_close, draw, run
 from test_bounds import KINDS, ratios, sample
 
 import tattn
-from tattn import choice
-from tattn.rounding import scores_round_less
+from tattn.bounds.rounding import scores_round_less
+from tattn.planning import choice
 
 BY_SCORES = tattn.Plan.by_scores
 pytestmark = pytest.mark.usefixtures("scorewise")

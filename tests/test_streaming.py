@@ -23,7 +23,7 @@ from reference import dense, value_sizes
 from test_attention import Call, draw
 
 import tattn
-from tattn import streaming
+from tattn.state import summary as streaming
 
 PLANS = {m: tattn.plan_for(n=9, dim=3, order=m + 1, bound=1.0, degree=4, dtype="float64") for m in (1, 2, 3)}
 SINGLE = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
@@ -479,7 +479,7 @@ def test_a_summary_is_a_leaf_for_gradients(library: Any) -> None:
 
 
 def test_many_problems_are_taken_in_parts(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tattn import summaries
+    from tattn.state import sums as summaries
 
     query, keys, values, grad = heads(library)
 

@@ -18,7 +18,7 @@ import tattn
 from tattn.backends import backend_of
 from tattn.backends.base import Backend, memoized
 from tattn.backends.numpy import _blas
-from tattn.lowrank import joined
+from tattn.engines.features import joined
 
 N, KEYS = 300, (290, 200)
 
@@ -62,8 +62,8 @@ def shared(library: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(backend, "threads", lambda: 3 if type(backend).threads(backend) > 1 else 1)
     monkeypatch.setattr(backend, "workspace", 1 << 12)
     monkeypatch.setattr(backend, "cache", 1 << 14)
-    monkeypatch.setattr("tattn.lowrank._FEW_ROWS", 1)
-    monkeypatch.setattr("tattn.exact._SHARED", 1)
+    monkeypatch.setattr("tattn.engines.features._FEW_ROWS", 1)
+    monkeypatch.setattr("tattn.engines.tuples._SHARED", 1)
     ran: list[int] = []
     in_threads = backend.in_threads
 

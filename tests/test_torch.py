@@ -13,7 +13,7 @@ from test_products import CALLS, arguments
 from test_scorewise import BY_SCORES
 
 import tattn
-from tattn.monomials import rank
+from tattn.features.monomials import rank
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")

@@ -14,11 +14,11 @@ from numpy.polynomial.polynomial import polyval
 from training_reference import NAMES, core, dense_loss, derivative, steps
 
 import tattn
+from tattn.approximation.exponential import minimax
 from tattn.backends import backend_of
-from tattn.channels import channel_units
-from tattn.exponential import minimax
-from tattn.lowrank import LowRankCall, weights
-from tattn.training import (
+from tattn.engines.features import LowRankCall, weights
+from tattn.features.scaling import channel_units
+from tattn.paper import (
     TrainingProblem,
     algorithm1,
     exact_gradient,
@@ -27,7 +27,7 @@ from tattn.training import (
     loss_gradient_factors,
     weight_gradients,
 )
-from tattn.training.errors import SizesCall, gradient_error, sizes
+from tattn.paper.errors import SizesCall, gradient_error, sizes
 
 Matrices = dict[str, np.ndarray]
 

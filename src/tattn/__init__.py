@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from . import distributed, nn, products, training
+from . import distributed, nn
+from . import paper as training
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
-from .decoding import DecodingState
-from .estimation import measure_error
+from .paper import products
 from .planning import plan, plan_for
+from .planning.sampling import measure_error
 from .plans import Plan
-from .streaming import Summary, summarize, summarize_vjp
+from .state.decoding import DecodingState
+from .state.summary import Summary, summarize, summarize_vjp
 
 __version__ = "0.1.0"
 

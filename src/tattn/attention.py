@@ -7,10 +7,10 @@ from math import inf
 from typing import Any
 
 from .backends import Array
-from .certificate import ERROR
 from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_output
-from .choice import Work, check_plan, chosen_work, gradient_bounds, work_of
+from .methods.certificate import ERROR
 from .planning import exact_plan, plan_inputs
+from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, work_of
 from .plans import Plan
 
 Pullback = Callable[..., Any]

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, prod
 from typing import Any
 
+from .bounds.rounding import scores_round_less
 from .checks import Order
-from .monomials import Grading
-from .monomials import rank as rank_of
-from .rounding import scores_round_less
-from .spans import span_of
+from .engines.spans import span_of
+from .features.monomials import Grading
+from .features.monomials import rank as rank_of
 
 _ALL = Order()
 # Value channels that a plan made from numbers alone allows for in its rounding.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import PlanError
 from ..plans import Plan
-from ..streaming import AGREEING
+from ..state.summary import AGREEING
 
 Group = Any
 

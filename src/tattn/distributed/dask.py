@@ -18,11 +18,11 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
 from ..backends import backend_of
+from ..bounds.rounding import computed_in
 from ..checks import Inputs, PlanError, checked_inputs, checked_output, whole
 from ..plans import Plan
-from ..rounding import computed_in
-from ..streaming import Summary, row_gradients
-from ..streaming import summarize as summarize_rows
+from ..state.summary import Summary, row_gradients
+from ..state.summary import summarize as summarize_rows
 from .promise import promised_plan
 
 Pullback = Callable[..., Any]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from .. import summaries
 from ..backends.torch import BACKEND
 from ..checks import PlanError
 from ..nn.operator import plan_of_text
 from ..plans import Plan, plan_text
-from ..streaming import call_of, row_gradients, summarize
+from ..state import sums as summaries
+from ..state.summary import call_of, row_gradients, summarize
 from .agreement import all_reduce, checked_group, scan
 from .shards import agreed, columns, packed, split, widened
 

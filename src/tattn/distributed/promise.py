@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..checks import Inputs, checked_options, positive
-from ..choice import check_kind
 from ..planning import plan_for
+from ..planning.choice import check_kind
 from ..plans import Plan
-from ..streaming import check_streams
+from ..state.summary import check_streams
 
 
 def promised_plan(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -> tuple[Plan | None, float]:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..arrays import broadcast_leading, unpack
 from ..backends.torch import BACKEND
+from ..bounds.score_range import RangeCall, Ranges, ranges
 from ..checks import Inputs, checked_finite, checked_inputs
-from ..choice import check_ranges
 from ..planning import plan_found
+from ..planning.choice import check_ranges
 from ..plans import Plan, Shape
-from ..ranges import RangeCall, Ranges, ranges
 from .agreement import Group, agree, all_reduce, facts
 from .promise import promised_plan
 

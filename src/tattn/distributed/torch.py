@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import summaries
 from ..backends.torch import BACKEND
+from ..bounds.rounding import computed_in
 from ..plans import Plan
-from ..rounding import computed_in
-from ..streaming import Summary, call_of, summarize
+from ..state import sums as summaries
+from ..state.summary import Summary, call_of, summarize
 from .agreement import Group, all_reduce, checked_group, scan
 from .operator import compiled_attention
 from .shards import agreed, columns, packed, split, widened

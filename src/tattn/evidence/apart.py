@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from ..attention import tensor_attention_vjp
-from ..estimation import measure_error
+from ..paper import TrainingProblem, exact_gradient, loss_gradient
 from ..planning import plan
+from ..planning.sampling import measure_error
 from ..plans import Plan
-from ..training import TrainingProblem, exact_gradient, loss_gradient
 from .tables import Row
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

@@ -1,7 +1,7 @@
 """Theorem 5.3 seen from above: what degree, rank and cost an error of 1/n demands as entries grow past (log n)^(1/3).
 
 Operations are counted, not timed. The degree is the least that any polynomial needs, whatever computes it
-(`tattn.exponential.least_error`), so that float64 does not limit what is shown.
+(`tattn.approximation.exponential.least_error`), so that float64 does not limit what is shown.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..exponential import least_error, smallest
-from ..monomials import rank
+from ..approximation.exponential import least_error, smallest
+from ..features.monomials import rank
 from ..planning import plan_for
-from ..selection import MAX_RANK
+from ..planning.selection import MAX_RANK
 from .plots import COLOURS, legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where
 

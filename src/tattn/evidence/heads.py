@@ -11,9 +11,9 @@ import numpy as np
 
 from ..checks import checked_inputs
 from ..demo import encoder
-from ..monomials import rank
+from ..features.monomials import rank
 from ..planning import measured, plan
-from ..selection import MAX_RANK
+from ..planning.selection import MAX_RANK
 from .border import needed
 from .plots import panels, style
 from .tables import Row, Table, column, distinct, listed, markdown, short, where

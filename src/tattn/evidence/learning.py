@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..attention import tensor_attention
+from ..paper import TrainingProblem, exact_gradient, loss, loss_gradient, weight_gradients
 from ..planning import plan
-from ..training import TrainingProblem, exact_gradient, loss, loss_gradient, weight_gradients
 from .plots import panels, style
 from .tables import Table, column, distinct, markdown, short, where
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..approximation.exponential import minimax
 from ..attention import tensor_attention
-from ..exponential import minimax
 from ..planning import plan
 from .plots import legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where

@@ -9,8 +9,8 @@ from math import isfinite, prod
 
 from ..checks import PlanError, checked_lengths, checked_method, positive, true_or_false, whole
 from ..planning import plan_for
+from ..planning.selection import MAX_RANK
 from ..plans import Plan
-from ..selection import MAX_RANK
 
 # Rows of every view that the costs of a plan are counted for unless asked for others.
 USUAL_ROWS = 16_384

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..backends.torch import BACKEND
-from ..certificate import COLUMNS, ERROR
 from ..checks import checked_inputs
-from ..choice import Work, work_of
+from ..methods.certificate import COLUMNS, ERROR
+from ..planning.choice import Work, work_of
 from ..plans import Plan, plan_of_fields
 
 

@@ -1,0 +1,1 @@
+"""Polynomials in place of exp, and which of their monomials are kept."""

@@ -1,0 +1,134 @@
+"""What rounding adds to the error of a plan: floats only.
+
+Relative to the normaliser, a sum of N terms carries the roundings of its terms, (m + 1)(t + 2) for a product of
+degree t, and those of the additions. Additions run in chains of `CHAIN`; their roundings are taken as independent,
+so a chain of k contributes at most λ √k units in the last place, λ = 4 (Higham and Mary, "A new approach to
+probabilistic rounding error analysis", 2019; λ = 4 leaves a chance of 7e-4 for a single chain at its worst case, and
+results mix many). Everything else is counted at its worst. This is a model of the arithmetic and not a theorem about
+it; the tests hold it against corners, constant rows and cancelling scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import exp, inf, prod, sqrt
+
+from ..features.basis import CHAIN, FEW_CHAINS
+
+UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
+LAMBDA = 4.0
+# Terms in a chain of additions of the exact method, at most.
+EXACT_CHAIN = 1024
+
+
+def computed_in(dtype: str) -> str:
+    """The dtype that a call with inputs of `dtype` computes in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def lowrank_rounding(
+    coefficients: Sequence[float],
+    bound: float,
+    lowest_mean: float,
+    *,
+    delta: float,
+    dim: int,
+    rank: int,
+    views: int,
+    value_dim: int,
+    dtype: str,
+    span: int = 0,
+) -> tuple[float, float]:
+    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser; prefixes in spans of so many rows, if any.
+
+    The monomials of degree t add up to at most |c_t| R^t for a pair in absolute value, whatever cancels; the mean of
+    P over all pairs is at least (1 − δ) exp of the mean score (Jensen).
+    """
+    least = least_normaliser(delta, bound, lowest_mean)
+    if least <= 0:
+        return inf, inf
+    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim, span)
+    unit = UNIT[computed_in(dtype)]
+    return unit * plain / least, unit * steep / least
+
+
+def least_normaliser(delta: float, bound: float, lowest_mean: float) -> float:
+    """What the mean of P over the pairs of a row is at least."""
+    return (1 - delta) * exp(max(-bound, lowest_mean))
+
+
+def scores_round_less(
+    coefficients: Sequence[float], bound: float, *, dim: int, rank: int, value_dim: int, lengths: Sequence[int]
+) -> bool:
+    """Whether P of scores, for rows (n, n_1, …), rounds no more than `lowrank_rounding` allows for any number of rows."""
+    views = len(lengths) - 1
+    # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over one view
+    # after the other, gradients of keys also over all pairs, in chains and what adds them up.
+    score = views + 4 + min(dim, LAMBDA * sqrt(dim))
+    chain = sum(min(CHAIN, n) for n in lengths[1:])
+    pairs = prod(lengths) / min(lengths)
+    longest = max(chain, min(CHAIN, pairs) + pairs / CHAIN)
+    head = 2 * views + 5
+    plain, steep = _of_sums(
+        coefficients,
+        bound,
+        lambda t: t * score + head + LAMBDA * sqrt(chain),
+        lambda t: (t - 1) * score + head + LAMBDA * (sqrt(longest) + sqrt(value_dim + 1)) + 2,
+    )
+    allowed, allowed_steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
+    return plain <= allowed and steep <= allowed_steep
+
+
+def _of_features(
+    coefficients: Sequence[float], bound: float, dim: int, rank: int, views: int, value_dim: int, span: int = 0
+) -> tuple[float, float]:
+    """`_of_sums` over features."""
+    # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
+    # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
+    prefixes = views * (CHAIN + 3 * span) + span if span else 0
+    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + FEW_CHAINS * views + prefixes) + 4
+
+    def count(t: int) -> float:
+        return (views + 1) * (t + 2) + chains
+
+    slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 4
+    return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
+
+
+def _of_sums(
+    coefficients: Sequence[float], bound: float, count: Callable[[int], float], steep_count: Callable[[int], float]
+) -> tuple[float, float]:
+    """Units in the last place in the sums with P and with P′, for so many roundings in a term of degree t."""
+    plain = sum(abs(c) * bound**t * count(t) for t, c in enumerate(coefficients))
+    steep = sum(t * abs(c) * bound ** (t - 1) * steep_count(t) for t, c in enumerate(coefficients) if t)
+    return plain, steep
+
+
+def lowrank_errors(
+    delta: float, delta_prime: float, rho: float, rho_prime: float, dropped: tuple[float, float] = (0.0, 0.0)
+) -> tuple[float, float]:
+    """(error, grad_error) of the polynomial method from its relative errors; infinite where P could lose its sign.
+
+    `dropped`: what the monomials that a pruned basis lacks add up to in P and in its derivatives, relative to the normaliser.
+    """
+    theta, theta_prime = dropped
+    lost = rho + theta
+    d, d_prime = delta + lost, delta_prime + rho_prime + theta_prime
+    if not d < 1:
+        return inf, inf
+    error = delta / sqrt(1 - delta**2) + 2 * lost / (1 - d)
+    # P may be negative for a pair where it lacks monomials: |w − r| is no longer below 2 W.
+    return error, 2 * (d + d_prime) / ((1 - d) * (1 - theta)) + error
+
+
+def exact_errors(
+    bound: float, *, dim: int, views: int, value_dim: int, lengths: int, dtype: str
+) -> tuple[float, float]:
+    """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows."""
+    unit = UNIT[computed_in(dtype)]
+    scores = (views + 2 + min(dim, LAMBDA * sqrt(dim))) * bound
+    # Chains of at most `EXACT_CHAIN` tuples or query rows in a block; sums of blocks are added, one for every 16 rows of a view or
+    # more, and some within those. The normaliser is one more channel, and the sum of w − r one of dv + 1 terms.
+    rho = unit * (scores + 8 + LAMBDA * sqrt(EXACT_CHAIN * views + lengths / 16))
+    rho_prime = rho + unit * LAMBDA * sqrt(value_dim + 1)
+    return lowrank_errors(0.0, 0.0, rho, rho_prime)

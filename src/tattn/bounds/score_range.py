@@ -1,0 +1,250 @@
+"""How large the scores can be, from one linear look at the rows and without looking at a score.
+
+Every bound holds for Σ_c |scale · q_ic a_jc b_kc| as well, which is what rounding is measured by:
+
+* entries: scale · d · max|q| · max|a| · max|b|, the bound of the paper;
+* channels: scale · Σ_c max|q_c| · max|a_c| · max|b_c|, never larger;
+* Hölder: scale · max_i ‖q_i‖_p · max_j ‖a_j‖_p′ · max_k ‖b_k‖_p″ with 1/p + 1/p′ + 1/p″ = 1, after a rescaling of
+  the channels that leaves the scores as they are.
+
+The smallest is taken. The mean score of a query row is a product of means and costs as little; by Jensen's
+inequality it bounds the row's normaliser from below, far better than −R does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import inf, isfinite, isnan
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import broadcast_leading, clean, over_rows, prod_of, shared_leading, sum_of, unpack
+from ..backends import Array, Backend
+from ..features.scaling import channel_tops, over_blocks
+
+
+class Ranges(NamedTuple):
+    """What a look at the rows tells; floats only."""
+
+    bound: float  # largest |score| possible
+    lowest_mean: float  # smallest mean score of a query row
+    entries: float  # the paper's bound, for comparison
+    largest: tuple[float, ...]  # largest entry of query, keys and values, NaN or inf where one is not finite
+    sizes: tuple[float, ...] = ()  # scale · max|q_c| · Π_μ max|keys_μ,c| of every channel
+
+
+# ("sum" or "max", arrays) → their sums or largest values over all that hold rows of the same views.
+Together = Callable[[str, Sequence[Array]], Sequence[Array]]
+
+
+def _alone(_: str, arrays: Sequence[Array]) -> Sequence[Array]:
+    return arrays
+
+
+class RangeCall(NamedTuple):
+    """What the look depends on besides arrays; hashable."""
+
+    scale: float
+    views: int
+    together: Together = _alone
+
+
+def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
+    """Look at (query, *keys, *values, *masks); a value may be None."""
+    count = call.views + 1
+    mean, *looked_at = backend.run(_survey, call, arrays)
+    found = [backend.to_numpy(x).astype(float) for x in looked_at]
+    tops, sums, units = found[: -2 * count], found[-2 * count : -count], found[-count:]
+    largest = [float(top.max()) for top in tops]
+    if len(tops) == count:
+        largest += [0.0] * call.views
+    # What is no number is no bound.
+    with np.errstate(all="ignore"):
+        sizes = _product(np.log(top) for top in tops[:count]) * call.scale
+        entries = float(_product(np.log(x) for x in largest[:count])) * call.scale * sizes.shape[-1]
+        bounds = [entries, sizes.sum(axis=-1).max()]
+        by_exponent = [_log_norms(*x, call.views) for x in zip(sums, units, strict=True)]
+        for ps in exponents(call.views):
+            reach = _product(n[p] for n, p in zip(by_exponent, ps, strict=True)) * call.scale
+            bounds += [*reach.reshape(-1, reach.shape[-1]).max(axis=0)]
+        lowest = float(mean) * call.scale
+    # Sums over channels round; means over many rows round more, and are wanted to a percent only.
+    narrow = backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64"  # type: ignore[union-attr]
+    least, unit, most = (1e-4, 2.0**-24, 3.4e38) if narrow else (1e-11, 2.0**-53, 1.7e308)
+    slack = max(least, 2 * (sizes.shape[-1] + 16) * unit)
+    bound = min((float(x) for x in bounds if not isnan(x)), default=inf)
+    # Scores that the dtype does not hold have none.
+    bound = bound if bound <= most and all(map(isfinite, largest)) else inf
+    bound *= 1 + slack
+    lowest = max(-bound, min(lowest, bound) - 0.01 * bound) if isfinite(bound) else -inf
+    sizes = sizes.reshape(-1, sizes.shape[-1]).max(axis=0) * (1 + slack)
+    return Ranges(bound, lowest, entries, tuple(largest), tuple(sizes.tolist()))
+
+
+def _product(logs: Iterable[np.ndarray]) -> np.ndarray:
+    """The product of numbers whose logarithms these are: no factor on the way overflows or vanishes."""
+    result: np.ndarray = np.exp(sum(logs))
+    return result
+
+
+def _log_norms(sums: np.ndarray, largest: np.ndarray, views: int) -> dict[float, np.ndarray]:
+    """What `_largest_norms` found, (..., exponents, units) and (..., units, 1), as logarithms by exponent: (..., units)."""
+    top = largest[..., 0]
+    found = {p: np.log(sums[..., i, :]) / p + top for i, p in enumerate(_wanted(views))}
+    return found | {inf: top}
+
+
+def largest_entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> list[float]:
+    """The largest |entry| of (query, *keys, *values)."""
+    return [float(x) for x in backend.run(_entries, call, arrays)]
+
+
+def _entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """`largest_entries` as scalars."""
+    xp = backend.xp
+    q, keys, values, masks, _ = unpack(call.views, arrays)
+    rows = zip((*keys, *values), (*masks, *masks), strict=True)
+    return tuple(xp.max(xp.abs(x)) for x in (q, *(clean(x, mask, backend) for x, mask in rows)))
+
+
+def exponents(views: int) -> list[tuple[float, ...]]:
+    """Hölder exponents to try, one for the query and one for each view: reciprocals add up to one."""
+    count = views + 1
+    tried: list[tuple[float, ...]] = [(float(count),) * count]
+    for one in range(count):
+        tried.append(tuple(1.0 if i == one else inf for i in range(count)))
+        if count == 3:
+            tried.append(tuple(2.0 if i == one else 4.0 for i in range(count)))
+        for other in range(one + 1, count):
+            if count > 2:
+                tried.append(tuple(2.0 if i in (one, other) else inf for i in range(count)))
+    return tried
+
+
+def _wanted(views: int) -> list[int]:
+    """Every finite p that some Hölder bound asks of any view."""
+    return sorted({int(p) for ps in exponents(views) for p in ps if p < inf})
+
+
+def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """The lowest mean score over scale; largest entries (..., 1, d) of all rows; `_largest_norms` of query and keys, sums first."""
+    q, keys, values, masks, _ = unpack(call.views, arrays)
+    dtype = backend.compute_dtype(q.dtype)
+    views = [(q, None), *zip(keys, masks, strict=True)]
+    found = [_channel_sums(x, mask, dtype, backend) for x, mask in views]
+    of_values = [channel_tops(v, m, backend) for v, m in zip(values, masks, strict=True) if v is not None]
+    tops = call.together("max", [*(s[0] for s in found), *of_values])
+    sums = call.together("sum", [a for s in found for a in s[1:]])
+    stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]
+    # The mean over pairs of a trilinear score is the score of the means.
+    mean = _lowest_product(q, prod_of([mean for _, mean in stats[1:]]), dtype, backend)
+    units = _log_units([sizes for sizes, _ in stats], backend)
+    norms = [
+        _largest_norms(x, mask, top, unit, call.views, dtype, backend)
+        for (x, mask), top, unit in zip(views, tops, units, strict=False)
+    ]
+    lowered, *sums = call.together("max", [-mean, *(s for s, _ in norms)])
+    return -lowered, *tops, *sums, *(largest for _, largest in norms)
+
+
+def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array, Array]:
+    """Largest |entry|, sum of squares and sum of every channel (..., 1, d), and number of rows (..., 1, 1)."""
+    xp = backend.xp
+    device = backend.device(x)
+
+    def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
+        top, squares, total, count = carry
+        rows = backend.cast(clean(rows, mask, backend), dtype)
+        if mask is not None:
+            count = count + xp.sum(backend.cast(mask, dtype), axis=-2, keepdims=True)
+        return (
+            xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)),
+            squares + over_rows(xp.sum, rows * rows, backend),
+            total + over_rows(xp.sum, rows, backend),
+            count,
+        ), ()
+
+    zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=device)
+    outer, start = (x.shape[:-2], float(x.shape[-2])) if mask is None else (mask.shape[:-2], 0.0)
+    count = xp.full((*outer, 1, 1), start, dtype=dtype, device=device)
+    return over_blocks(body, (zero, zero, zero, count), (x, mask), backend)  # type: ignore[no-any-return]
+
+
+def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array]:
+    """Largest |entry| and root mean square of every channel, (..., 2, d), and its mean (..., 1, d), from `_channel_sums`."""
+    xp = backend.xp
+    top, squares, total, count = found
+    some = xp.where(count > 0, count, 1.0)
+    # Squares leave the dtype's range before the entries do; the largest entry then stands in.
+    spread = xp.sqrt(squares / some)
+    spread = xp.where((spread > 0) & xp.isfinite(spread), spread, top)
+    return xp.concat([top, spread], axis=-2), total / some
+
+
+def _lowest_product(q: Array, means: Array, dtype: Any, backend: Backend) -> Array:
+    """Σ_c q_ic · means_c, (..., n, d) and (..., 1, d): the smallest of all rows."""
+    xp = backend.xp
+
+    def body(carry: Array, rows: Array) -> tuple[Array, tuple[()]]:
+        return xp.minimum(carry, xp.min(means @ xp.matrix_transpose(backend.cast(rows, dtype)))), ()
+
+    start = xp.min(means) * 0.0 + xp.inf
+    start = xp.where(xp.isnan(start), xp.inf, start)
+    return over_blocks(body, start, (q,), backend)
+
+
+def balancing_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
+    """Factors for the channels of every view (..., 1, d) that give the views the same sizes.
+
+    Their product over the views is one; a channel that is 0 in some view adds nothing to any score, and its factors are 0.
+    """
+    return [backend.xp.exp(log) for log in _log_units(sizes, backend)]
+
+
+def _log_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
+    """Logarithms of `balancing_units`."""
+    xp = backend.xp
+    # Factors must not depend on an axis that some view lacks.
+    sizes = shared_leading(sizes, backend)
+    logs = [xp.log(xp.where(s > 0, s, 1.0)) for s in sizes]
+    empty = prod_of([backend.cast(s > 0, s.dtype) for s in sizes]) == 0
+    target = sum_of(logs) * (1 / len(logs))
+    powers = [target - x for x in logs]
+    # The last factor makes the product one to rounding; the product itself could overflow.
+    powers[-1] = -sum_of(powers[:-1])
+    return [xp.where(empty, -xp.inf, p) for p in powers]
+
+
+def _largest_norms(
+    x: Array, mask: Array | None, top: Array, units: Array, views: int, dtype: Any, backend: Backend
+) -> tuple[Array, Array]:
+    """The largest ℓ_p norm of a row, for each of `_wanted`, in each of some units whose logarithms are (..., units, d).
+
+    `top`: the largest |entry| of every channel (..., 1, d). The largest sums of p-th powers (..., exponents, units), in parts of
+    the largest entry, whose logarithm is (..., units, 1): so no power overflows, and what vanishes adds nothing to a sum that
+    is at least 1. Sums are products with powers of the units.
+    """
+    xp = backend.xp
+    whole = xp.where(top > 0, top, 1.0)
+    # The reciprocal of a large number, and the unit of one, may vanish: some libraries take the smallest numbers for 0.
+    near = xp.where(whole > 1, xp.full_like(whole, 2.0**-64), 2.0**64)
+    factor = 1 / (whole * near)
+    logs = xp.where(top > 0, units + xp.log(whole), -xp.inf)
+    largest = xp.max(logs, axis=-1, keepdims=True)
+    weights = xp.exp(logs - xp.where(largest > -xp.inf, largest, 0.0))
+    wanted = _wanted(views)
+    powers = [weights**p for p in wanted]
+
+    def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
+        part = xp.abs(backend.cast(clean(rows, mask, backend), dtype)) * near * factor
+        power = part = xp.matrix_transpose(part)
+        at, new = 1, []
+        for p, of_units, old in zip(wanted, powers, carry, strict=True):
+            while at < p:
+                power, at = (power * power, 2 * at) if 2 * at <= p else (power * part, at + 1)
+            new.append(xp.maximum(old, xp.max(of_units @ power, axis=-1)))
+        return tuple(new), ()
+
+    zero = xp.zeros((*broadcast_leading(x, mask, weights), units.shape[-2]), dtype=dtype, device=backend.device(x))
+    return xp.stack(list(over_blocks(body, (zero,) * len(wanted), (x, mask), backend)), axis=-2), largest

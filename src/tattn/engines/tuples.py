@@ -1,0 +1,472 @@
+"""Tensor attention by its definition, streamed: n³ time for two views, linear memory, for any finite input.
+
+With the scores x_i,j,k = scale · Σ_c q_ic a_jc b_kc, f their softmax over all pairs (j, k) and o_i = Σ f u_j ∘ v_k:
+this is ordinary attention of the rows q_i over n² keys a_j ∘ b_k and values u_j ∘ v_k. Those of a block of pairs are
+made when it is their turn, for any number of views, with the scores of a block of query rows.
+
+Adjoint, for a gradient g of o and r_i = Σ_e g_ie o_ie (less the gradient of lse): with y = u_j ∘ v_k, w = g · y and
+p = f ∘ (w − r), dq_i = Σ p a_j ∘ b_k, and the pairs get dkeys = pᵀ q and dvalues = fᵀ g, from which da, db, du and dv
+follow by the product rule. Symbols as in docs/notation.md.
+
+Values have a column of ones, so that one product gives sums and normaliser, and with −r beside g another gives w − r. Where scores
+are known to be small, weights are eˣ and the normaliser divides g; otherwise a running maximum is subtracted.
+
+With `offsets` row i of the query sees the rows j ≤ i + offset of a view, and with `window` none of them but the last so many.
+`exact_causal` cuts a call into some of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from operator import mul
+from typing import Any, NamedTuple
+
+from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, unpack, with_leading
+from ..backends import Array, Backend
+from ..backends.threads import Memory
+from ..bounds.rounding import EXACT_CHAIN
+from ..features.scaling import channel_units
+
+# Scores of at most this size need no maximum subtracted if neither entries nor products of values are larger than this, nor
+# their largest smaller than its reciprocal: sums of weights and values then stay in the range of float32.
+_REACH, _LARGE = 16.0, 2.0**24
+# Blocks of scores for which tuples are made together.
+_TOGETHER = 8
+# Scores that are worth a thread.
+_SHARED = 1 << 22
+# A place after all others.
+_NEVER = 1 << 30
+
+
+class ExactCall(NamedTuple):
+    """What the computation depends on besides arrays; hashable."""
+
+    scale: float
+    views: int
+    offsets: tuple[int, ...] | None = None
+    window: tuple[int, ...] | None = None
+
+
+class Rows(NamedTuple):
+    """Rows of a view: keys (..., n, d), values and a one (..., n, dv + 1), 0 where masked.
+
+    A query row at a place sees a row if that is `first` or later, and before `last` (..., n, 1); None for all.
+    """
+
+    keys: Array
+    values: Array
+    first: Array | None
+    last: Array | None
+
+
+class Pairs(NamedTuple):
+    """The same for tuples of rows, one of each view so far: columns (..., d, tuples), (..., dv + 1, tuples), (..., 1, tuples)."""
+
+    keys: Array
+    values: Array
+    first: Array | None
+    last: Array | None
+
+
+class _Pass(NamedTuple):
+    """What all blocks of a call share: leading dimensions, rows of the query, tuples and rows of each view in a block, units.
+
+    `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores.
+    """
+
+    backend: Backend
+    leading: tuple[int, ...]
+    blocks: tuple[int, ...]
+    units: Sequence[Any]
+    bounded: bool
+    fewest: int
+    memory: Memory | None
+
+
+# [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is subtracted.
+State = tuple[Array, Array | None]
+
+
+def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    """Output (..., n, dv), lse (..., n, 1), and lse again as what the adjoint needs."""
+    q, _, _, masks, _ = unpack(call.views, arrays)
+    xp = backend.xp
+    at, views, run = _prepared(call, backend, arrays)
+    masked = [(view, block) for view, block, mask in zip(views, run.blocks[2:], masks, strict=True) if mask is not None]
+
+    def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
+        s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
+        places = None if at is None else xp.matrix_transpose(at)
+        total, top = _attend(run, s, places, None, views)
+        sums, normaliser = total[..., :-1, :], total[..., -1:, :]
+        if run.bounded and not masked:
+            out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
+            return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
+        # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
+        nothing: Array = xp.nan
+        if masked:
+            found = [_sees_some(run, at, view, block) for view, block in masked]
+            alive = xp.matrix_transpose(prod_of(found))
+            nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
+        some = normaliser > 0
+        safe = xp.where(some, normaliser, 1.0)
+        out = transposed(xp.where(some, sums / safe, nothing), backend)
+        lse = xp.log(safe) if top is None else top + xp.log(safe)
+        lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
+        return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
+
+    _, (out, lse) = backend.share_rows(body, None, (q, at), run.blocks[0], run.fewest)
+    return out, lse, lse
+
+
+def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    q, keys, values, masks, columns = unpack(call.views, arrays)
+    xp = backend.xp
+    at, views, run = _prepared(call, backend, arrays)
+    dtype = views[0].keys.dtype
+
+    def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
+        o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
+        s = backend.cast(rows, dtype) * run.units[0]
+        h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
+        # Where all is masked lse is −inf: the weights are 0, whatever the row.
+        blind = lse == -xp.inf
+        shift = None
+        if run.bounded:
+            h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
+        else:
+            s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
+        ds, _, grads = _adjoint(run, s, h, shift, at, None, views)
+        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
+
+    start = None if q.shape[-2] <= run.blocks[0] else _zeros(views, backend)
+    (grads, *others), (dq,) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
+    for more in others:
+        grads = _plus(grads, more)
+    d_keys, d_values = [], []
+    for (dk, dv), unit, k, v, mask in zip(grads, run.units[1:], keys, values, masks, strict=True):
+        d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
+        d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
+    return dq, *d_keys, *d_values
+
+
+def scaled_keys(
+    keys: Sequence[Array], units: Sequence[Any], masks: Sequence[Array | None], backend: Backend
+) -> list[Array]:
+    """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
+    dtype = backend.compute_dtype(keys[0].dtype)
+    return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
+
+
+def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
+    """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
+    rows: list[Any] = [a.shape[-2] for a in arrays[: call.views + 1]]  # type: ignore[union-attr]
+    return max(1, int(backend.cache // (4 * prod([min(32, n) for n in rows]))))
+
+
+def block_sizes(leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend) -> tuple[int, ...]:
+    """Rows of the query in a block, tuples in a block, and rows of each view that tuples are made of: powers of two, or all.
+
+    The scores of a block stay in the cache; what is made of some rows of the views serves several blocks.
+    """
+    itemsize = backend.itemsize(dtype)
+    scores = max(1, int(backend.cache // (itemsize * prod(leading))))
+    query, *views = lengths
+    rows = min(query, _power(scores**0.5), EXACT_CHAIN)
+    tuples = _power(scores / rows)
+    room = tuples * (_TOGETHER if backend.parts else 1)
+    sizes = [0] * len(views)
+    for taken, i in enumerate(sorted(range(len(views)), key=lambda i: views[i])):
+        sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))))
+        room = max(1, room // sizes[i])
+    return rows, tuples, *sizes
+
+
+def _power(number: float) -> int:
+    """The largest power of two that is not above the number, which is at least 1."""
+    return 1 << max(0, int(number * (1 + 1e-9)).bit_length() - 1)
+
+
+def _prepared(
+    call: ExactCall, backend: Backend, arrays: Sequence[Array | None]
+) -> tuple[Array | None, list[Rows], _Pass]:
+    """Places of query rows (n, 1), the views, and what blocks share."""
+    xp = backend.xp
+    q, keys, values, masks, _ = unpack(call.views, arrays)
+    dtype, device = backend.compute_dtype(q.dtype), backend.device(q)
+    leading = broadcast_leading(q, *keys, *values, *masks)
+    bounded = backend.reads and small(call.scale, q, keys, values, masks, backend)
+    units: Sequence[Any] = [call.scale, *(1.0 for _ in keys)]
+    if not bounded:
+        units = channel_units(q, keys, masks, call.scale, backend)
+    scaled = scaled_keys(keys, units[1:], masks, backend)
+    blocks = block_sizes(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
+    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod([k.shape[-2] for k in keys])))
+    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory())
+
+    def places(x: Array, offset: int) -> Array:
+        return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
+
+    limited = call.offsets is not None or any(m is not None for m in masks)
+    views = []
+    for i, (k, v, mask) in enumerate(zip(scaled, values, masks, strict=True)):
+        v = backend.cast(clean(v, mask, backend), dtype)
+        one = xp.ones((*v.shape[:-1], 1), dtype=dtype, device=device)
+        first = last = None
+        if limited:
+            first = (
+                places(k, call.offsets[i])
+                if call.offsets
+                else xp.zeros((k.shape[-2], 1), dtype=xp.int32, device=device)
+            )
+            if call.window:
+                last = first + (call.window[i] or _NEVER)
+        if mask is not None:
+            one = xp.broadcast_to(backend.cast(mask, dtype), (*broadcast_leading(v, mask), *one.shape[-2:]))
+            first = xp.where(mask, first, _NEVER)
+        views.append(Rows(_by_columns(k, backend), _by_columns(xp.concat([v, one], axis=-1), backend), first, last))
+    return places(q, 0) if call.offsets else None, views, run
+
+
+def _by_columns(x: Array, backend: Backend) -> Array:
+    """The same rows, column after column in memory."""
+    return backend.xp.matrix_transpose(transposed(x, backend))
+
+
+def small(
+    scale: float,
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    masks: Sequence[Array | None],
+    backend: Backend,
+) -> bool:
+    """Whether no score is large, by Hölder's inequality, and neither entries nor products of values are far from one."""
+    xp = backend.xp
+    rows = [q, *(clean(x, m, backend) for x, m in zip((*keys, *values), (*masks, *masks), strict=True))]
+    sizes = [float(xp.max(xp.abs(x))) for x in rows]
+    views = len(keys) + 1
+    if not all(1 / _LARGE <= x <= _LARGE for x in (scale, *sizes[:views], prod(sizes[views:]))):
+        return False
+    if scale * q.shape[-1] * prod(sizes[:views]) <= _REACH:
+        return True
+    dtype = backend.compute_dtype(q.dtype)
+    norms = [float(xp.max(xp.sum(prod_of([xp.abs(backend.cast(x, dtype))] * views), axis=-1))) for x in rows[:views]]
+    return scale**views * prod(norms) <= _REACH**views
+
+
+def _joined(pairs: Pairs | None, rows: Rows, backend: Backend) -> Pairs:
+    """Each tuple with each row of one more view; of the first view, None."""
+    xp = backend.xp
+    keys, values, first, last = (None if x is None else xp.matrix_transpose(x) for x in rows)
+    if pairs is None:
+        return Pairs(keys, values, first, last)
+
+    def each(join: Callable[[Array, Array], Array], left: Array | None, right: Array | None) -> Array | None:
+        if left is None or right is None:
+            return None
+        both = join(left[..., :, None], right[..., None, :])
+        return xp.reshape(both, (*both.shape[:-2], -1))
+
+    return Pairs(
+        each(mul, pairs.keys, keys),
+        each(mul, pairs.values, values),
+        each(xp.maximum, pairs.first, first),
+        each(xp.minimum, pairs.last, last),
+    )
+
+
+def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | None:
+    """Which tuples are seen from the places `at`, where the arrays broadcast; None for all."""
+    if first is None:
+        return None
+    seen = first <= (0 if at is None else at)
+    return seen if last is None or at is None else seen & (last > at)
+
+
+def _sees_some(run: _Pass, at: Array | None, view: Rows, block: int) -> Array:
+    """1 where a query row (n, 1) sees some row of a view, else 0: (..., n, 1), or alike for all rows (..., 1, 1)."""
+    backend, xp = run.backend, run.backend.xp
+    first = view.first
+    dtype = view.keys.dtype
+
+    def body(found: Array, *places: Array | None) -> tuple[Array, tuple[()]]:
+        seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in places))
+        return xp.maximum(found, xp.max(backend.cast(seen, dtype), axis=-1, keepdims=True)), ()
+
+    shape = (*first.shape[:-2], 1 if at is None else at.shape[-2], 1)  # type: ignore[union-attr]
+    found: Array = xp.zeros(shape, dtype=dtype, device=backend.device(first))
+    found, _ = backend.scan_rows(body, found, (first, view.last), block)
+    return found
+
+
+def _attend(run: _Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]) -> State:
+    """The sums of rows s (..., d, rows) at the places `at` (1, rows) over all tuples of `pairs` and of rows of the views.
+
+    The largest score is −inf and the sums are 0 where nothing is seen.
+    """
+    backend, xp = run.backend, run.backend.xp
+    if pairs is not None and not views:
+        state: State | None = None
+        for cut in _cuts(run, pairs):
+            state = _merge(state, _sums(run, s, at, cut), backend)
+        return state  # type: ignore[return-value]
+
+    def body(state: State | None, *rows: Any) -> tuple[State, tuple[()]]:
+        return _merge(state, _attend(run, s, at, _joined(pairs, Rows(*rows), backend), views[1:]), backend), ()
+
+    block = run.blocks[-len(views)]
+    start: State | None = None
+    if views[0].keys.shape[-2] > block:
+        shape, device = (*run.leading, views[0].values.shape[-1], s.shape[-1]), backend.device(s)
+        top = None if run.bounded else xp.full((*run.leading, 1, s.shape[-1]), -xp.inf, dtype=s.dtype, device=device)
+        start = xp.zeros(shape, dtype=s.dtype, device=device), top
+    result: State
+    result, _ = backend.scan_rows(body, start, views[0], block)
+    return result
+
+
+def _sums(run: _Pass, s: Array, at: Array | None, pairs: Pairs) -> State:
+    """`_attend` for one block."""
+    backend, xp = run.backend, run.backend.xp
+    x = backend.product(xp.matrix_transpose(pairs.keys), s, run.memory, "scores")
+    seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in pairs[2:]))
+    if run.bounded:
+        weights = backend.exp_less(x, None)
+        # Masked values are 0, and so is what stands for their one.
+        if at is not None and seen is not None:
+            weights = xp.where(seen, weights, 0.0)
+        return _in_chains(pairs.values, weights), None
+    if seen is not None:
+        x = xp.where(seen, x, -xp.inf)
+    top = xp.max(x, axis=-2, keepdims=True)
+    weights = backend.exp_less(x, xp.where(top == -xp.inf, 0.0, top))
+    return _in_chains(pairs.values, weights), top
+
+
+def _merge(state: State | None, part: State, backend: Backend) -> State:
+    """Two running softmax sums as one, at the larger of their tops; None is none."""
+    if state is None:
+        return part
+    xp = backend.xp
+    (total, top), (total_2, top_2) = state, part
+    if top is None or top_2 is None:
+        return total + total_2, None
+    best = xp.maximum(top, top_2)
+    finite = xp.where(best == -xp.inf, 0.0, best)
+    return total * xp.exp(top - finite) + total_2 * xp.exp(top_2 - finite), best
+
+
+def _adjoint(
+    run: _Pass, s: Array, h: Array, shift: Array | None, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]
+) -> Any:
+    """(ds, (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for rows s (..., rows, d), h = [g, −r] (..., rows, dv + 1).
+
+    The weights are eˣ less the `shift` (..., rows, 1); dkeys (..., d, tuples), dvalues (..., dv, tuples), if there are tuples.
+    """
+    backend, xp = run.backend, run.backend.xp
+    if pairs is not None and not views:
+        columns = transposed(s, backend), transposed(h[..., :-1], backend)
+        ds: Any = None
+        of_pairs = []
+        for cut in _cuts(run, pairs):
+            part, *parts = _block_adjoint(run, s, h, columns, shift, at, cut)
+            ds = _plus(ds, part)
+            of_pairs.append(parts)
+        return ds, tuple(_together(parts, backend) for parts in zip(*of_pairs, strict=True)), ()
+
+    def body(carry: Any, *rows: Any) -> tuple[Any, tuple[Array, Array]]:
+        ds, (dkeys, dvalues), inner = _adjoint(run, s, h, shift, at, _joined(pairs, Rows(*rows), backend), views[1:])
+        through: tuple[Array, ...] = ()
+        if pairs is not None:
+            dkeys_in, dkeys = _split(dkeys, pairs.keys, rows[0], backend)
+            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :-1, :], rows[1][..., :-1], backend)
+            through = dkeys_in, dvalues_in
+        dk, dv = (
+            sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend)
+            for x, y in ((dkeys, rows[0]), (dvalues, rows[1]))
+        )
+        return _plus(carry, (ds, through, inner)), (dk, dv)
+
+    block = run.blocks[-len(views)]
+    start = None
+    if views[0].keys.shape[-2] > block:
+        tuples = 0 if pairs is None else pairs.keys.shape[-1]
+        shapes = [s.shape[-2:], *([(s.shape[-1], tuples), (h.shape[-1] - 1, tuples)] if tuples else [])]
+        zeros = [xp.zeros((*run.leading, *x), dtype=s.dtype, device=backend.device(s)) for x in shapes]
+        start = zeros[0], tuple(zeros[1:]), _zeros(views[1:], backend)
+    (ds, through, inner), own = backend.scan_rows(body, start, views[0], block)
+    return ds, through, (own, *inner)
+
+
+def _block_adjoint(
+    run: _Pass,
+    s: Array,
+    h: Array,
+    columns: tuple[Array, Array],
+    shift: Array | None,
+    at: Array | None,
+    pairs: Pairs,
+) -> tuple[Array, Array, Array]:
+    """ds, dkeys and dvalues of `_adjoint` for one block; `columns` are those of s and of g, (..., d, rows), (..., dv, rows)."""
+    backend, xp = run.backend, run.backend.xp
+    f = backend.exp_less(backend.product(s, pairs.keys, run.memory, "scores"), shift)
+    seen = _seen(at, *pairs[2:])
+    if seen is not None and not (run.bounded and at is None):
+        f = xp.where(seen, f, 0.0)
+    dvalues = columns[1] @ f
+    p = backend.times(f, backend.product(h, pairs.values, run.memory, "slopes"))
+    return _in_chains(p, xp.matrix_transpose(pairs.keys)), columns[0] @ p, dvalues
+
+
+def _cuts(run: _Pass, pairs: Pairs) -> list[Pairs]:
+    """The tuples of each block."""
+    size, count = run.blocks[1], pairs.keys.shape[-1]
+    if count <= size:
+        return [pairs]
+    cuts = [(..., slice(start, min(start + size, count))) for start in range(0, count, size)]
+    return [Pairs(*(None if x is None else x[cut] for x in pairs)) for cut in cuts]
+
+
+def _together(parts: Sequence[Array], backend: Backend) -> Array:
+    """Columns of all parts."""
+    return parts[0] if len(parts) == 1 else backend.xp.concat(list(parts), axis=-1)
+
+
+def _in_chains(left: Array, right: Array) -> Array:
+    """Matrix product in chains of at most `EXACT_CHAIN` terms."""
+    terms = right.shape[-2]
+    if terms <= EXACT_CHAIN:
+        return left @ right
+    total: Array = 0.0
+    for start in range(0, terms, EXACT_CHAIN):
+        stop = min(start + EXACT_CHAIN, terms)
+        total = total + left[..., start:stop] @ right[..., start:stop, :]
+    return total
+
+
+def _split(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) -> tuple[Array, Array]:
+    """Gradient of products (..., c, tuples · n) as those of tuples (..., c, tuples) and rows (..., c, n), for rows (..., n, c)."""
+    xp = backend.xp
+    d_pairs = xp.reshape(d_pairs, (*d_pairs.shape[:-1], pairs.shape[-1], rows.shape[-2]))
+    through = (xp.matrix_transpose(rows)[..., None, :] @ xp.matrix_transpose(d_pairs))[..., 0, :]
+    return through, (pairs[..., None, :] @ d_pairs)[..., 0, :]
+
+
+def _zeros(views: Sequence[Rows], backend: Backend) -> tuple[tuple[Array, Array], ...]:
+    """Zeros for the gradients of every view."""
+    xp = backend.xp
+    return tuple(
+        (xp.zeros(k.shape, dtype=k.dtype, device=backend.device(k)), xp.zeros_like(v[..., :-1])) for k, v, *_ in views
+    )
+
+
+def _plus(left: Any, right: Any) -> Any:
+    """Sum of nested tuples of arrays; None on the left is nothing."""
+    if left is None:
+        return right
+    if isinstance(right, tuple):
+        return tuple(_plus(a, b) for a, b in zip(left, right, strict=True))
+    return left + right

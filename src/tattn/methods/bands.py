@@ -1,0 +1,239 @@
+"""The rows of every view sorted by norm into bands, and a polynomial for every tuple of bands.
+
+Rows are sorted by their Hölder norm, after channels have been rescaled so that all views have the same root mean
+square in each. A tuple of bands (I, J, K) has the range R_IJK = scale · m_I m_J m_K, m the largest norm of a band, and the
+polynomial of that range, P_IJK(x) = Σ_t c_t x^t with |e^x − P| ≤ κ x^t, from a table. Bands are slices of fixed size, and
+nothing depends on values read by the host.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from math import comb, log
+from typing import NamedTuple
+
+import numpy as np
+
+from ..approximation.exponential import DEFAULT_GRID, crowded_table
+from ..arrays import clean, gather_rows, max_to_leading, prod_of, rows_together, sum_of
+from ..backends import Array, Backend
+from ..backends.base import memoized
+from ..bounds.score_range import balancing_units
+from ..features.monomials import multinomials
+from ..features.scaling import channel_sizes, units_of
+
+# Beyond the last range of the grid no polynomial is certified; its κ stands for that and keeps arithmetic finite.
+NO_BOUND = 1e30
+# Rows of a block of which something is kept for every row.
+BLOCK = 8192
+
+
+class BandedCall(NamedTuple):
+    """What the computation depends on besides arrays; hashable. `certify`: whether bounds come with the answer."""
+
+    degree: int
+    moment: int
+    bands: int
+    scale: float
+    views: int
+    certify: bool
+
+
+class Sorting(NamedTuple):
+    """How the rows of a view are sorted, and their sizes: all arrays, of which the adjoint needs no second look at the rows."""
+
+    order: Array  # (..., n, 1): where each sorted row came from
+    unit: Array  # (..., 1, d): factors of the channels for monomials
+    tops: Array  # (..., 1, d): the largest |entry| of every channel
+    spread: Array  # (..., 1, d): its root mean square over all rows, masked ones counted as 0
+    norms: Array  # (..., bands, 1): the largest of each band
+
+
+class View(NamedTuple):
+    """One view and how it is sorted: the query has no values."""
+
+    rows: Array  # (..., n, d)
+    values: Array | None
+    mask: Array | None
+    by: Sorting
+
+    def band(self, start: int, stop: int, backend: Backend) -> tuple[Array, Array | None, Array | None]:
+        """Rows, values and mask of a band; the first has the rows of the largest norms."""
+        rows, values, mask = (
+            None if x is None else self.in_band(x, start, stop, backend) for x in (self.rows, self.values, self.mask)
+        )
+        return rows, values, mask
+
+    def in_band(self, x: Array, start: int, stop: int, backend: Backend) -> Array:
+        """Of what has one row for each of the view's, (..., n, k), those of a band."""
+        return gather_rows(x, self.by.order[..., start:stop, :], backend)
+
+
+@memoized
+def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of every band of n sorted rows: few in the first, where norms are largest and fall fastest."""
+    # By cubes, or so that the first band has some four rows: tails grow with the rows.
+    power = max(3.0, log(n / 4) / log(bands)) if bands > 1 and n > 4 else 3.0
+    ends = [max(i, round(n * (i / bands) ** power)) for i in range(bands + 1)]
+    return tuple(itertools.pairwise(ends))
+
+
+def sortings(call: BandedCall, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
+    """How norms sort query and keys."""
+    xp = backend.xp
+    sizes = [channel_sizes(x, mask, backend) for x, mask in zip(rows, masks, strict=True)]
+    units = units_of([top for top, _ in sizes], rows, call.scale, backend)
+    spreads = [max_to_leading(s, tuple(x.shape[:-2]), backend) for (_, s), x in zip(sizes, rows, strict=True)]
+    balances = balancing_units(spreads, backend)
+    found = []
+    for x, mask, unit, balance, (top, spread) in zip(rows, masks, units, balances, sizes, strict=True):
+        balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
+        norm = _norms(x, mask, balance, call.views + 1, backend)
+        cut = edges(x.shape[-2], call.bands)
+        order = _by_size(norm, call.bands, backend)
+        falling = gather_rows(norm, order, backend)
+        tops = [xp.max(falling[..., start:stop, :], axis=-2, keepdims=True) for start, stop in cut]
+        found.append(Sorting(order, unit, top, spread, xp.concat(tops, axis=-2)))
+    return found
+
+
+def _by_size(norm: Array, bands: int, backend: Backend) -> Array:
+    """Numbers of the rows, band by band, the largest norms first: (..., n, 1) → (..., n, 1).
+
+    Within a band rows keep the order in which they came: memory is then read forwards.
+    """
+    xp = backend.xp
+    norm = norm[..., 0]
+    falling = xp.sort(norm, axis=-1, descending=True, stable=False)
+    # How many bands begin with a norm as large: to sort such small numbers is quick. Rows as large as the first of a
+    # band may leave their place before it to smaller ones; no band's largest is above that of a sort.
+    small = xp.uint8 if bands < 256 else xp.int32
+    starts = [start for start, _ in edges(norm.shape[-1], bands)]
+    number = sum_of([xp.astype(norm <= falling[..., start : start + 1], small) for start in starts])
+    return xp.argsort(number, axis=-1, stable=True)[..., None]
+
+
+def views_of(
+    call: BandedCall,
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    masks: Sequence[Array | None],
+    backend: Backend,
+    known: Sequence[Array] = (),
+) -> list[View]:
+    """Query, and keys with their values; `known`: the arrays of all sortings, if they are."""
+    width = len(Sorting._fields)
+    found = [Sorting(*known[i : i + width]) for i in range(0, len(known), width)]
+    found = found or sortings(call, (q, *keys), (None, *masks), backend)
+    given = ((q, *keys), (None, *values), (None, *masks))
+    together = ([None if x is None else rows_together(x, backend) for x in arrays] for arrays in given)
+    return [View(*view) for view in zip(*together, found, strict=True)]
+
+
+def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:
+    """An upper bound, but for rounding, of the ℓ_p norm of every row: (..., n, d) → (..., n, 1)."""
+    xp = backend.xp
+    dtype, dim = backend.compute_dtype(x.dtype), x.shape[-1]
+    ones = xp.ones((dim, 1), dtype=dtype, device=backend.device(x))
+    # What powers lose by underflow.
+    lost = dim * float(xp.finfo(dtype).smallest_normal)
+
+    def body(_: None, rows: Array, mask: Array | None) -> tuple[None, tuple[Array]]:
+        size = xp.abs(backend.cast(clean(rows, mask, backend), dtype) * unit)
+        power = prod_of([size] * p)
+        # A product sums a few numbers faster than a sum does.
+        return None, ((power @ ones + lost) ** (1 / p),)
+
+    _, (norm,) = backend.scan_rows(body, None, (x, mask), BLOCK)
+    return norm
+
+
+class Series(NamedTuple):
+    """Coefficients, κ and the like for all tuples of bands: (..., bands of the query, of view 1, …, of view m, ·)."""
+
+    table: Array  # (..., B, …, B, g + 4): c_0 … c_g, κ, κ′² R^(t−2), K^t
+    ranges: Array  # (..., B, …, B)
+    dim: int
+
+    @classmethod
+    def of(cls, call: BandedCall, views: Sequence[View], like: Array, backend: Backend) -> Series:
+        """The polynomials for the norms of the views' bands."""
+        xp = backend.xp
+        dtype = backend.compute_dtype(like.dtype)
+        count = call.views + 1
+        factors = []
+        for axis, view in enumerate(views):
+            norms = view.by.norms[..., 0]
+            shape = (*norms.shape[:-1], *(call.bands if i == axis else 1 for i in range(count)))
+            factors.append(xp.reshape(norms, shape))
+        # Norms round; a range is raised by more than they can be off, and then to the next one of the grid.
+        slack = 2.0 * count * (like.shape[-1] + 16) * float(xp.finfo(dtype).eps)
+        reach = prod_of(factors) * (call.scale * (1 + slack))
+        steps = xp.log2(xp.where(reach > 0, reach, DEFAULT_GRID[0])) * 8 - 8 * np.log2(DEFAULT_GRID[0]).item()
+        index = xp.clip(xp.ceil(steps + 1e-3), 0.0, float(len(DEFAULT_GRID)))
+        index = xp.where(reach <= DEFAULT_GRID[-1], index, float(len(DEFAULT_GRID)))
+        flat = xp.reshape(backend.whole_numbers(index), (-1,))
+        table = backend.table(_grid_table, call.degree, call.moment, like=like, dtype=dtype)
+        chosen = xp.reshape(xp.take(table, flat, axis=0), (*index.shape, call.degree + 4))
+        return cls(chosen, reach, like.shape[-1])
+
+    def contract(self, call: BandedCall, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
+        """Coefficients w ∘ Σ c T_1 ∘ T_2 ∘ … over all bands of the other views, for one band of the view `target`: (..., r, k).
+
+        `tensors`: (..., B, r, k) of every other view, in the order of the views.
+        """
+        xp = backend.xp
+        coefficients = of_band(call, target, band, self.table)
+        parts = []
+        start = 0
+        for t, size in enumerate(level_sizes(self.dim, call.degree)):
+            part = [x[..., start : start + size, :] for x in tensors]
+            parts.append(multiply_out(coefficients[..., t], part, backend))
+            start += size
+        weights = backend.table(multinomials, self.dim, call.degree, like=tensors[0], dtype=tensors[0].dtype)
+        return xp.concat(parts, axis=-2) * weights[:, None]
+
+
+def of_band(call: BandedCall, target: int, band: int, array: Array) -> Array:
+    """One band of the view `target` of (..., B, …, B, k): (..., B, …, B, k) with one B less."""
+    after = call.views - target
+    return array[(Ellipsis, band, *(slice(None),) * after, slice(None))]
+
+
+def multiply_out(coefficients: Array, tensors: Sequence[Array], backend: Backend) -> Array:
+    """Σ_JK… c_JK… T_J ∘ T_K ∘ …: (..., B, …, B) and (..., B, r, k) each → (..., r, k)."""
+    xp = backend.xp
+    bands, rows, columns = tensors[0].shape[-3:]
+    flat = [xp.reshape(t, (*t.shape[:-2], rows * columns)) for t in tensors]
+    outer = len(tensors) - 1
+    lead = coefficients.shape[: coefficients.ndim - len(tensors)]
+    result = xp.reshape(coefficients, (*lead, bands**outer, bands)) @ flat[-1]
+    for t in reversed(flat[:-1]):
+        result = xp.reshape(result, (*result.shape[:-2], result.shape[-2] // bands, bands, rows * columns))
+        result = xp.sum(result * t[..., None, :, :], axis=-2)
+    return xp.reshape(result, (*result.shape[:-2], rows, columns))
+
+
+def level_sizes(dim: int, degree: int) -> tuple[int, ...]:
+    """Number of monomials of each degree."""
+    return tuple(comb(dim + t - 1, t) for t in range(degree + 1))
+
+
+@memoized
+def _grid_table(degree: int, moment: int) -> np.ndarray:
+    """Rows (c_0 … c_g, κ, κ′² R^(t−2), K^t) for the ranges R of the grid, and one more for all that is beyond.
+
+    K bounds |e^x − 1| / |x|.
+    """
+    bound = np.asarray(DEFAULT_GRID)
+    rows = np.asarray(crowded_table(degree, moment))
+    steep = rows[:, -1:] ** 2 * bound[:, None] ** (moment - 2)
+    growth = (np.expm1(bound)[:, None] / bound[:, None]) ** moment
+    rows = np.hstack([rows[:, :-1], steep, growth]) * (1 + 1e-12)
+    # What float32 cannot hold counts as beyond the grid.
+    rows[(rows[:, -3:] >= NO_BOUND).any(axis=1), -3:] = NO_BOUND
+    beyond = rows[-1].copy()
+    beyond[-3:] = NO_BOUND
+    return np.vstack([rows, beyond])

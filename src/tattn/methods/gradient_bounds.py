@@ -1,0 +1,313 @@
+"""Bounds of the five (or 2 m + 1) gradients, entry by entry; docs/errors.md has the proofs.
+
+Each takes the certificate that came with the answer and the gradient that is pulled back, and gives arrays of the shapes of
+the gradients. Query rows are bounded one by one from their own certificate. A row of a key or value view sums over
+query rows i and rows k of the other views, weighted by what row i contributes: the same moments Σ h_i x^t, read out at
+that row from summaries of the query with h as its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_to_leading, unpack
+from ..backends import Array, Backend
+from ..engines.features import block_of, channels, summed_products
+from ..features.basis import Basis
+from ..features.scaling import channel_sizes, channel_tops
+from .bands import BLOCK, BandedCall, Series, View, edges, views_of
+from .certificate import (
+    ERROR,
+    GROWTH,
+    NORMALISER,
+    ROUNDING,
+    SPREAD,
+    STEEP,
+    block_t,
+    in_range,
+    moment_columns,
+    roundings,
+    shares,
+)
+
+# Means of squares over many rows round; by far less than this.
+_SLACK = 1 + 1e-3
+
+
+class StatedCall(NamedTuple):
+    """(error, grad_error) that hold for every row alike; hashable."""
+
+    scale: float
+    stated: tuple[float, float]
+    views: int
+
+
+def stated_bounds(call: StatedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """From what holds for every row alike; `arrays` ends with the gradients of the output and of lse."""
+    xp = backend.xp
+    q, keys, values, masks, (grad_out, grad_lse) = unpack(call.views, arrays)
+    dtype = backend.compute_dtype(q.dtype)
+    leading = broadcast_leading(q, *keys, *values, *masks)
+    masked = list(zip(keys, values, masks, strict=True))
+    key_tops = [channel_tops(k, mask, backend) for k, _, mask in masked]
+    value_tops = [channel_tops(v, mask, backend) for _, v, mask in masked]
+    size = xp.abs(backend.cast(grad_out, dtype))
+    # |w − r| is at most twice the first term and once the second.
+    weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True) + xp.abs(backend.cast(grad_lse, dtype))
+    total, total_out = (over_rows(xp.sum, x, backend) for x in (weight, size))
+    error, steep = call.stated[0], call.scale * call.stated[1]
+    bounds = [(steep * weight * prod_of(key_tops), q)]
+    query_top = channel_tops(q, None, backend)
+    for number, (k, _, mask) in enumerate(masked):
+        others = prod_of([query_top, *key_tops[:number], *key_tops[number + 1 :]])
+        bounds.append((_rows_alike(steep * total * others, mask, k, backend), k))
+    for number, (_, v, mask) in enumerate(masked):
+        others = prod_of([error * total_out, *value_tops[:number], *value_tops[number + 1 :]])
+        bounds.append((_rows_alike(others, mask, v, backend), v))
+    results = []
+    for bound, like in bounds:
+        # Infinity times nothing.
+        bound = xp.where(xp.isnan(bound), xp.inf, bound)
+        results.append(sum_to_leading(xp.broadcast_to(bound, (*leading, *like.shape[-2:])), like.shape[:-2], backend))
+    return tuple(results)
+
+
+def _rows_alike(bound: Array, mask: Array | None, like: Array, backend: Backend) -> Array:
+    """One bound (..., 1, k) for all rows of a view that are not masked: (..., n, k)."""
+    shape = (*bound.shape[:-2], like.shape[-2], bound.shape[-1])
+    return clean(backend.xp.broadcast_to(bound, shape), mask, backend)
+
+
+def banded_bounds(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """From the certificate of every row; takes what the adjoint takes."""
+    xp = backend.xp
+    q, keys, values, masks, (out, rest, grad_out, grad_lse) = unpack(call.views, arrays)
+    query, *views = views_of(call, q, keys, values, masks, backend)
+    series = Series.of(call, [query, *views], q, backend)
+    sizes = [channel_sizes(v, mask, backend) for v, mask in zip(values, masks, strict=True)]
+    value_tops = [top for top, _ in sizes]
+    rms = [_rms_products(*z, backend) for z in zip(keys, values, masks, value_tops, views, strict=True)]
+    per_row = (out, rest, grad_out, grad_lse)
+    of_query = _query_bound(call, views, value_tops, rms, per_row, backend)
+    weights = _weights(value_tops, per_row, backend)
+    top = over_rows(xp.max, xp.abs(backend.cast(grad_out, weights.dtype)), backend)
+    of_views = [
+        _view_bounds(call, number, query, views, series, sizes, rms, weights, top, backend)
+        for number in range(call.views)
+    ]
+    safe = in_range([query.by.tops, *(v.by.tops for v in views), *value_tops, top], call.scale, backend)
+    bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
+    return tuple(
+        sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
+        for b, like in zip(bounds, (q, *keys, *values), strict=True)
+    )
+
+
+def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view: View, backend: Backend) -> Array:
+    """Root mean squares of u_je a_jc over the rows of a view, (..., dv, d)."""
+    xp = backend.xp
+    dtype = backend.compute_dtype(k.dtype)
+    n = k.shape[-2]
+    tops = (view.by.tops, value_top)
+    inverses = [xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0) for t in tops]
+
+    def body(total: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
+        a, u = (backend.cast(clean(x, mask, backend), dtype) * i for x, i in zip((k, v), inverses, strict=True))
+        return total + xp.matrix_transpose(u * u) @ (a * a), ()
+
+    leading = broadcast_leading(k, v, mask)
+    start = xp.zeros((*leading, v.shape[-1], k.shape[-1]), dtype=dtype, device=backend.device(k))
+    total, _ = backend.scan_rows(body, start, (k, v, mask), BLOCK)
+    return xp.sqrt(total * (_SLACK / n)) * xp.matrix_transpose(value_top) * view.by.tops
+
+
+def _query_bound(
+    call: BandedCall,
+    views: Sequence[View],
+    value_tops: Sequence[Array],
+    rms: Sequence[Array],
+    per_row: Sequence[Array],
+    backend: Backend,
+) -> Array:
+    """(..., n, d): every row from its own certificate."""
+    xp = backend.xp
+    both, alone = prod_of(rms), prod_of([v.by.spread for v in views]) * _SLACK
+    key_top = prod_of([v.by.tops for v in views])
+
+    def body(_: None, *blocks: Array) -> tuple[None, tuple[Array]]:
+        size, l, error, d, steep, rounding, growth, shift, weight = _of_rows(value_tops, blocks, backend)
+        inside = (d < 1) & (l > 0)
+        least = xp.where(inside, l * (1 - d), 1.0)
+        near = (1 + growth) / least
+        bound = (steep + d * near) * (size @ both + shift * alone) + rounding * (weight + shift) * key_top
+        drift = near * alone
+        bound = bound + weight * error * xp.where(drift < key_top, drift, key_top)
+        return None, (_promised(call.scale * bound, inside, (l == 0) | ((weight == 0) & (shift == 0)), backend),)
+
+    _, (bound,) = backend.scan_rows(body, None, per_row, BLOCK)
+    return bound
+
+
+def _of_rows(value_tops: Sequence[Array], blocks: Sequence[Array], backend: Backend) -> tuple[Array, ...]:
+    """|g|, l̃, error, d, e′, ρ′, F, |r̃| and W of a block of rows, (..., rows, ·)."""
+    xp = backend.xp
+    out, rest, grad_out, grad_lse = blocks
+    g = backend.cast(grad_out, rest.dtype)
+    column = [rest[..., i : i + 1] for i in (NORMALISER, ERROR, SPREAD, STEEP, ROUNDING, GROWTH)]
+    shift = xp.abs(xp.sum(g * out, axis=-1, keepdims=True) - backend.cast(grad_lse, rest.dtype))
+    weight = xp.sum(xp.abs(g) * prod_of(value_tops), axis=-1, keepdims=True)
+    return xp.abs(g), *column, shift, weight
+
+
+def _weights(value_tops: Sequence[Array], per_row: Sequence[Array], backend: Backend) -> Array:
+    """What a query row contributes to the rows of the views, (..., n, 4): ĝ/l̃, ĝ d/l, |r̃|/l̃ and (|r̃| d + |r̃ − r|)/l.
+
+    ĝ_i = max_e |g_ie| over the largest of all rows.
+    """
+    xp = backend.xp
+    top = over_rows(xp.max, xp.abs(backend.cast(per_row[2], per_row[1].dtype)), backend)
+    inverse = xp.where(top > 0, 1 / xp.where(top > 0, top, 1.0), 0.0)
+
+    def body(_: None, *blocks: Array) -> tuple[None, tuple[Array]]:
+        size, l, error, d, _, _, _, shift, weight = _of_rows(value_tops, blocks, backend)
+        inside = (d < 1) & (l > 0)
+        safe, least = xp.where(inside, l, 1.0), xp.where(inside, l * (1 - d), 1.0)
+        largest = xp.max(size * inverse, axis=-1, keepdims=True)
+        found = [largest / safe, largest * d / least, shift / safe, (shift * d + weight * error) / least]
+        nothing = (l == 0) | ((largest == 0) & (shift == 0))
+        return None, (_promised(xp.concat(found, axis=-1), inside, nothing, backend),)
+
+    _, (weights,) = backend.scan_rows(body, None, per_row, BLOCK)
+    return weights
+
+
+def _promised(bound: Array, known: Array, nothing: Array, backend: Backend) -> Array:
+    """0 where there is nothing to bound, the bound where it is known, infinity elsewhere."""
+    xp = backend.xp
+    return xp.where(nothing, 0.0, xp.where(known & xp.isfinite(bound), bound, xp.inf))
+
+
+# The moments that bound a view: kind of coefficient, and which weight of the query's rows.
+_SUMS = ((0, 0), (1, 0), (1, 2), (2, 1), (2, 3))
+
+
+def _view_bounds(
+    call: BandedCall,
+    number: int,
+    query: View,
+    views: Sequence[View],
+    series: Series,
+    sizes: Sequence[tuple[Array, Array]],
+    rms: Sequence[Array],
+    weights: Array,
+    grad_top: Array,
+    backend: Backend,
+) -> tuple[Array, Array]:
+    """(..., n_μ, d) for the keys of a view and (..., n_μ, dv) for its values."""
+    xp = backend.xp
+    view, t, dtype = views[number], call.moment, weights.dtype
+    others = [i for i in range(call.views) if i != number]
+    n, dim = view.rows.shape[-2:]
+    value_dim = grad_top.shape[-1]
+    basis = Basis.of(dim, t, len(_SUMS))
+    falling = gather_rows(weights, query.by.order, backend)
+    of_query = _moments(call, query, falling, backend)
+    of_others = [_moments(call, views[i], None, backend) * (1 / views[i].rows.shape[-2]) for i in others]
+    bands = edges(falling.shape[-2], call.bands)
+    share = xp.stack([xp.sum(falling[..., a:b, :], axis=-2) for a, b in bands], axis=-2)[..., None, :]
+    other_shares = [shares(call, views[i], backend) for i in others]
+    # √Σ h_i and √Σ h_i q_ic² for every weight: sums of |q_ic| go against moments by Cauchy and Schwarz.
+    mass = xp.sqrt(xp.matrix_transpose(over_rows(xp.sum, weights, backend)))
+    moved = xp.sqrt(_weighted_squares(query, weights, backend))
+    one = xp.ones_like(grad_top[..., :1])
+    value_top, value_rms, key_top, key_rms = (
+        (
+            prod_of([one, *x])
+            for x in zip(*((*sizes[i], views[i].by.tops, views[i].by.spread) for i in others), strict=True)
+        )
+        if others
+        else (one,) * 4
+    )
+    both = prod_of([xp.matrix_transpose(grad_top) * xp.ones_like(rms[number]), *(rms[i] for i in others)])
+
+    def growth(moment: Array, weight: int) -> Array:
+        root = mass[..., weight : weight + 1, :]
+        return root + moment ** (1 / t) * root ** (1 - 2 / t)
+
+    def of_rows(band: int, start: int, stop: int) -> tuple[Array, ...]:
+        groups = [(kind, [of_query[..., w : w + 1], *of_others]) for kind, w in _SUMS]
+        reader = basis.reader(moment_columns(call, series, number + 1, band, groups, backend), backend, degree=t)
+        lost = [
+            roundings(call, series, number + 1, band, [share[..., w : w + 1], *other_shares], value_dim, backend)
+            for w in range(4)
+        ]
+        added = xp.concat([lost[w][kind] for kind, w in _SUMS], axis=-1)
+        features = basis.features(backend)
+
+        def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
+            phi = features(channels(clean(k, mask, backend), view.by.unit, dtype, backend))
+            sums = xp.matrix_transpose(basis.read(phi, reader, backend, degree=t)) + added
+            sums = xp.where(sums <= 0, 0.0, sums)
+            plain, slope, slope_alone, grown, grown_alone = (sums[..., i : i + 1] for i in range(len(_SUMS)))
+            size = xp.abs(backend.cast(clean(v, mask, backend), dtype))
+            near = growth(grown, 1)
+            of_values = grad_top * (plain * value_top + near * mass[..., 1:2, :] * value_rms)
+            beside = xp.sqrt(slope) * moved[..., 0:1, :] + near * moved[..., 1:2, :]
+            alone = xp.sqrt(slope_alone) * moved[..., 2:3, :] + growth(grown_alone, 3) * moved[..., 3:4, :]
+            largest = xp.sum(size * grad_top * value_top, axis=-1, keepdims=True)
+            rounded = lost[0].steep * largest + lost[2].steep
+            of_keys = beside * (size @ both) + alone * key_rms + rounded * query.by.tops * key_top
+            bounds = (of_keys * (call.scale * _SLACK / n), of_values * (_SLACK / n))
+            return None, tuple(clean(xp.where(xp.isfinite(b), b, xp.inf), mask, backend) for b in bounds)
+
+        leading = broadcast_leading(weights, *(v.rows for v in views))
+        block = block_of(basis, 4 * (dim + value_dim), dtype, leading, backend)
+        return backend.scan_rows(body, None, view.band(start, stop, backend), block)[1]
+
+    pieces = (of_rows(band, *cut) for band, cut in enumerate(edges(n, call.bands)))
+    of_keys, of_values = return_rows(pieces, view.by.order, backend)
+    return of_keys, of_values
+
+
+def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) -> Array:
+    """Φ_t(x)ᵀ z of every band, (..., B, r_t, k), for z (..., n, k) in the order of the bands; a column of ones if not given."""
+    xp = backend.xp
+    n, dim = view.rows.shape[-2:]
+    part = block_t(call, dim)
+    if z is None:
+        z = xp.ones((n, 1), dtype=backend.compute_dtype(view.rows.dtype), device=backend.device(view.rows))
+    basis = Basis.of(dim, call.moment, z.shape[-1])
+    shape = (part.stop - part.start, z.shape[-1])
+
+    def prepare(z: Array, mask: Array | None) -> Array:
+        return clean(z, mask, backend)
+
+    def in_units(rows: Array) -> Array:
+        return rows * view.by.unit
+
+    def products(phi: Array, z: Array) -> tuple[Array]:
+        return (basis.row_sums(phi, z, backend, degree=call.moment),)
+
+    sums = []
+    for start, stop in edges(n, call.bands):
+        rows, _, mask = view.band(start, stop, backend)
+        own = z[..., start:stop, :]
+        ((total, _),) = summed_products(prepare, products, [shape], rows, own, mask, in_units, basis, backend)
+        sums.append(total)
+    return xp.stack(sums, axis=-3)
+
+
+def _weighted_squares(query: View, weights: Array, backend: Backend) -> Array:
+    """Σ_i h_i q_ic² for weights (..., n, k): (..., k, d)."""
+    xp = backend.xp
+    inverse = xp.where(query.by.tops > 0, 1 / xp.where(query.by.tops > 0, query.by.tops, 1.0), 0.0)
+
+    def body(total: Array, q: Array, h: Array) -> tuple[Array, tuple[()]]:
+        relative = backend.cast(q, h.dtype) * inverse
+        return total + xp.matrix_transpose(h) @ (relative * relative), ()
+
+    shape = (*broadcast_leading(query.rows, weights), weights.shape[-1], query.rows.shape[-1])
+    start = xp.zeros(shape, dtype=weights.dtype, device=backend.device(weights))
+    total, _ = backend.scan_rows(body, start, (query.rows, weights), BLOCK)
+    return total * query.by.tops * query.by.tops * _SLACK

@@ -1,0 +1,396 @@
+"""What samples tell about a call: the range of its scores, a polynomial fitted to them, the error on some rows.
+
+Nothing here is a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import inf, isfinite
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..approximation.exponential import minimax
+from ..approximation.pruning import HIGHER, Pruned, Shells, smallest_pruned, weights_of, worthwhile
+from ..backends import Array, Backend
+from ..backends.numpy import BACKEND as numpy_backend
+from ..bounds.score_range import RangeCall, ranges
+from ..checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
+from ..engines import tuples as exact
+from ..features.monomials import rank as rank_of
+from ..methods import banded
+from ..methods.bands import BandedCall
+from ..methods.certificate import ERROR
+
+_QUERIES, _PAIRS = 64, 1 << 18
+# How often a pruned basis that was chosen may turn out too small.
+_TRIES = 6
+# Of those, what a pruned basis is chosen by before it is measured on all.
+_FEW_QUERIES, _FEW_PAIRS = 16, 1 << 10
+# No polynomial that can be computed follows exp over a wider range.
+_HOPELESS = 60.0
+
+
+class Estimate(NamedTuple):
+    """What was seen on sampled rows."""
+
+    coefficients: tuple[float, ...]
+    bound: float
+    error: float
+    grad_error: float
+    pruned: Pruned | None = None
+
+
+def estimate(
+    inputs: Inputs,
+    scale: float,
+    tol: float,
+    degrees: Sequence[int],
+    higher: Sequence[int] = (),
+    most: float = 0.0,
+    gradients: bool = True,
+    rounding: Callable[[Estimate], float] = lambda _: 0.0,
+) -> Estimate:
+    """The least degree whose fitted polynomial keeps sampled rows within `tol`; the best degree if none does.
+
+    Scores of sampled query rows with sampled rows of every view; the error is Σ |P/ΣP − softmax| of a row, which
+    bounds the output's for any values, the largest seen over the rows. Where a pruned basis of a rank up to `most` does as
+    well with fewer monomials, and with the `rounding` that comes to its error, that; degrees in `higher` are for such alone.
+    """
+    sample = Sample.of(inputs, scale)
+    best = _of_least_degree(sample, tol, degrees)
+    if best.error <= tol:
+        whole, below = (
+            best,
+            min(most + 1, worthwhile(rank_of(inputs.dim, len(best.coefficients) - 1), inputs.value_dim)),
+        )
+    elif higher and best.error < inf:
+        whole, below = _of_least_degree(sample, tol, higher), most + 1
+    else:
+        return best
+    found = _pruned(sample, whole, tol, below, gradients, rounding) if whole.error <= tol and below > 1 else None
+    return found or best
+
+
+def _of_least_degree(sample: Sample, tol: float, degrees: Sequence[int]) -> Estimate:
+    """`estimate` with whole bases."""
+    scores, present = sample.scores(), sample.present
+    seen = np.abs(scores[present])
+    if not seen.size:
+        # Masks left nothing of the sample: nothing is known.
+        return Estimate((1.0, 1.0), 1e-3, inf, inf)
+    # A tenth above the largest score seen, for those that were not.
+    bound = 1.1 * float(seen.max()) if seen.max() > 0 else 1e-3
+    if bound > _HOPELESS:
+        return Estimate((1.0, 1.0), bound, inf, inf)
+    best: Estimate | None = None
+    for degree in degrees:
+        fits = [_fitted(scores, present, degree, bound, held) for held in (0.0, 1e-2, 1.0)]
+        for coefficients in (*fits, minimax(degree, bound).coefficients):
+            error, grad_error = _row_errors(scores, present, coefficients)
+            if best is None or error < best.error:
+                best = Estimate(tuple(coefficients), bound, error, grad_error)
+        assert best is not None
+        if best.error <= tol:
+            return best
+    assert best is not None
+    return best
+
+
+def measure_error(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    out: Array,
+    *,
+    rows: int = 16,
+    seed: int = 0,
+    scale: float | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
+) -> tuple[float, float]:
+    """Recompute some query rows exactly and compare.
+
+    Parameters
+    ----------
+    query, keys, values, scale, key_masks, causal, window
+        Those of the call that gave `out`.
+    out : array (..., n, dv)
+        The answer to check.
+    rows : int
+        How many query rows to recompute in each problem, drawn without repetition.
+    seed : int
+
+    Returns
+    -------
+    largest, mean : float
+        Error over the recomputed rows and all channels, relative to Π_μ max_j |values_μ[j, e]| as `tol` is. Where that
+        product is 0, so must the output be.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, by name; NaN and infinities among them.
+    PlanError
+        Where the call is traced: values are looked at.
+
+    Notes
+    -----
+    Streamed: O(rows · Π n_μ (d + dv)) time for each leading index, constant memory.
+
+    Examples
+    --------
+    >>> import numpy as np, tattn
+    >>> query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 200, 4))
+    >>> largest, mean = tattn.measure_error(query, keys, keys, tattn.tensor_attention(query, keys, keys))
+    >>> largest < 1e-3
+    True
+    """
+    if values is None:
+        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
+    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
+    number = checked_options(scale, inputs.dim, 1.0, "exact")
+    rows, seed = whole("rows", rows, 1), whole("seed", seed, 0)
+    expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
+    checked_output("out", out, expected, query, inputs.backend, "the query")
+    if inputs.traced or inputs.backend.is_traced([out]):
+        raise PlanError("the call is traced, and rows can only be compared where values can be read")
+    backend, xp = inputs.backend, inputs.backend.xp
+    query, out, *rest = backend.values_of((query, out, *inputs.arrays[1:]))
+    values = rest[inputs.views : 2 * inputs.views]
+    chosen = np.random.default_rng(seed).permutation(inputs.lengths[0])[:rows]
+    chosen = np.sort(chosen)
+    index = backend.indices(chosen, query)
+    arrays = (xp.take(query, index, axis=-2), *rest)
+    if inputs.order.causal:
+        arrays = _each_with_its_keys(inputs, arrays, chosen)
+    dtype = backend.compute_dtype(query.dtype)
+    truth, _, _ = backend.run(exact.forward, exact.ExactCall(number, inputs.views), arrays)
+    if inputs.order.causal:
+        truth = truth[..., 0, :]
+    size: Array = 1.0
+    for v, mask in zip(values, rest[2 * inputs.views :], strict=True):
+        v = backend.cast(v, dtype)
+        largest = xp.max(xp.abs(v if mask is None else xp.where(mask, v, 0.0)), axis=-2, keepdims=True)
+        size = size * largest
+    difference = xp.abs(backend.cast(xp.take(out, index, axis=-2), dtype) - truth)
+    relative = difference / xp.where(size > 0, size, 1.0)
+    largest, mean = float(xp.max(relative)), float(xp.mean(relative))
+    if not isfinite(mean):
+        # Which argument is to blame is worth a look only now.
+        checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
+    return largest, mean
+
+
+def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: np.ndarray) -> tuple[Any, ...]:
+    """Query rows (..., rows, 1, d), each a problem with masks (..., rows, n_μ, 1) of the keys that the row of this number sees."""
+    backend, m = inputs.backend, inputs.views
+    apart: list[Any] = [arrays[0][..., None, :]]  # type: ignore[index]
+    apart += [a[..., None, :, :] for a in arrays[1 : 1 + 2 * m]]  # type: ignore[index]
+    for view, (length, mask) in enumerate(zip(inputs.lengths[1:], arrays[1 + 2 * m :], strict=True)):
+        behind = (chosen + length - inputs.lengths[0])[:, None] - np.arange(length)
+        window = length if inputs.order.window is None else inputs.order.window[view]
+        seen = backend.indices((behind >= 0) & (behind < window), arrays[0])[..., None] > 0
+        apart.append(seen if mask is None else seen & mask[..., None, :, :])
+    return tuple(apart)
+
+
+def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> Iterator[np.ndarray]:
+    """Bounds of some rows, (problems, rows) for each call, as if sampled rows were all there are."""
+    m = inputs.views
+    rng = np.random.default_rng(0)
+    total = int(np.prod(inputs.leading, dtype=np.int64))
+    problems = rng.permutation(total)[:4]
+    arrays: list[Any] = []
+    rows = []
+    for n in inputs.lengths:
+        # A sixteenth of all rows at most, unless there are few.
+        size = max(256, min(2048, n * total // (16 * len(problems))))
+        rows.append(np.sort(rng.permutation(n)[:size]))
+    for i, array in enumerate(inputs.arrays):
+        if array is None:
+            arrays.append(None)
+            continue
+        taken = _rows_of(array, rows[0 if i == 0 else 1 + (i - 1) % m], problems, inputs=inputs, backend=inputs.backend)
+        arrays.append(taken > 0 if i > 2 * m else taken if inputs.dtype == "float64" else taken.astype(np.float32))
+    for call in calls:
+        yield numpy_backend.run(banded.forward, call, arrays)[2][..., ERROR]
+
+
+class Sample(NamedTuple):
+    """Sampled rows of some problems in float64, the query's times the scale, and which pairs (queries, pairs) are not masked."""
+
+    query: np.ndarray  # (problems, queries, d)
+    keys: tuple[np.ndarray, ...]  # (problems, rows, d) each
+    present: np.ndarray
+
+    @classmethod
+    def of(cls, inputs: Inputs, scale: float) -> Sample:
+        """Drawn from the arrays of a call."""
+        backend: Backend = inputs.backend
+        m = inputs.views
+        rng = np.random.default_rng(0)
+        leading = int(np.prod(inputs.leading, dtype=np.int64))
+        problems = rng.permutation(leading)[:8]
+        queries, side = max(1, _QUERIES // len(problems)), max(4, round(_PAIRS ** (1 / m) / 4))
+        rows = [np.sort(rng.permutation(n)[: (queries if i == 0 else side)]) for i, n in enumerate(inputs.lengths)]
+        take = partial(_rows_of, inputs=inputs, backend=backend)
+        q = take(inputs.arrays[0], rows[0], problems) * scale
+        keys = tuple(take(inputs.arrays[1 + i], rows[1 + i], problems) for i in range(m))
+        present = np.ones((len(problems), 1), bool)
+        for i, k in enumerate(keys):
+            mask = inputs.arrays[1 + 2 * m + i]
+            seen = np.ones(k.shape[:2], bool) if mask is None else take(mask, rows[1 + i], problems)[..., 0] > 0
+            present = (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
+        shape = (len(problems), q.shape[1], present.shape[-1])
+        return cls(q, keys, np.broadcast_to(present[:, None, :], shape).reshape(-1, shape[-1]))
+
+    def scores(self, channels: slice | list[int] = slice(None)) -> np.ndarray:
+        """Scores (queries, pairs), or what some of the channels add to them."""
+        total = self.query[:, :, None, channels]
+        *first, last = (k[..., channels] for k in self.keys)
+        for k in first:
+            total = (total[:, :, :, None, :] * k[:, None, None]).reshape(*total.shape[:2], -1, k.shape[-1])
+        found = np.einsum("pijc,pkc->pijk", total, last)
+        return np.asarray(found.reshape(-1, found.shape[-2] * found.shape[-1]))
+
+    def fewer(self) -> Sample:
+        """A few of the queries and of the rows, to choose by."""
+        present = self.present.reshape(*self.query.shape[:2], *(k.shape[1] for k in self.keys))
+        steps = (
+            slice(None),
+            *(slice(None, None, -(-n // most)) for n, most in zip(present.shape[1:], self._few(), strict=True)),
+        )
+        query, *keys = (x[:, step] for x, step in zip((self.query, *self.keys), steps[1:], strict=True))
+        return Sample(query, tuple(keys), present[steps].reshape(query.shape[0] * query.shape[1], -1))
+
+    def _few(self) -> tuple[int, ...]:
+        return (
+            max(1, _FEW_QUERIES // len(self.query)),
+            *[max(2, round(_FEW_PAIRS ** (1 / len(self.keys))))] * len(self.keys),
+        )
+
+    def sizes(self) -> list[float]:
+        """Root mean square of what every channel adds to a score."""
+        found = np.prod([np.sqrt((x * x).mean(axis=(0, 1))) for x in (self.query, *self.keys)], axis=0)
+        return [float(s) for s in found]
+
+
+def _pruned(
+    sample: Sample, whole: Estimate, tol: float, below: float, gradients: bool, rounding: Callable[[Estimate], float]
+) -> Estimate | None:
+    """The smallest pruned basis that keeps sampled rows within `tol`, fitted; None if there is none worth it.
+
+    Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for.
+    """
+    degree = len(whole.coefficients) - 1
+    allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if gradients else inf
+    few = sample.fewer()
+
+    def measured(pruned: Pruned, sample: Sample) -> Estimate:
+        coefficients, error, grad_error = _of_kept(sample, pruned)
+        return Estimate(coefficients, whole.bound, error, grad_error, pruned)
+
+    def meets(found: Estimate, share: float, share_grad: float) -> bool:
+        return found.error + rounding(found) <= share * tol and found.grad_error <= share_grad * allowed
+
+    degrees, sizes = range(degree, degree + HIGHER + 1), sample.sizes()
+    share = share_grad = 1.0
+    for _ in range(_TRIES):
+        shares = share, share_grad
+        accept: Callable[[Pruned], bool] = partial(lambda shares, p: meets(measured(p, few), *shares), shares)
+        chosen = smallest_pruned(sizes, degrees, below, accept)
+        if chosen is None:
+            return None
+        found = measured(chosen, sample)
+        if meets(found, 1.0, 1.0):
+            return found
+        # More rows show more: by about as much the choice has to be stricter.
+        share *= min(1.0, max(0.5, 0.95 * tol / (found.error + rounding(found))))
+        share_grad *= min(1.0, max(0.5, 0.95 * allowed / found.grad_error)) if isfinite(allowed) else 1.0
+    return None
+
+
+def _of_kept(sample: Sample, pruned: Pruned) -> tuple[tuple[float, ...], float, float]:
+    """Coefficients fitted to exp on the scores of a sample, and (error, grad_error) of what a pruned basis keeps."""
+    weights = weights_of(pruned.grading)
+    sums = [sample.scores([c for c, own in enumerate(pruned.grading) if own == k]) for k in weights]
+    some = sample.present.any(axis=-1)
+    coefficients = _fitted_to_kept([x[sample.present] for x in sums], pruned)
+    error = grad_error = 0.0
+    # Row by row: by plain and weighted degree there are many numbers to a score.
+    for row in np.nonzero(some)[0]:
+        own = [x[row, sample.present[row]] for x in sums]
+        shells = Shells(pruned.grading, pruned.degree, own)
+        soft = np.exp(sum(own) - np.max(sum(own)))
+        soft /= soft.sum()
+        value = _combined(coefficients, shells.powers())
+        total = value.sum()
+        if not total > 0:
+            return coefficients, inf, inf
+        found = float(np.abs(value / total - soft).sum())
+        tilts = [np.abs(_combined(coefficients, shells.slopes(k)) / total - soft).sum() for k in weights]
+        error, grad_error = max(error, found), max(grad_error, 2 * float(max(tilts)) + found)
+    return coefficients, error, grad_error
+
+
+def _fitted_to_kept(sums: Sequence[np.ndarray], pruned: Pruned) -> tuple[float, ...]:
+    """Least squares fit of what is kept to exp, on sums of the channels of each weight (points,)."""
+    step = max(1, sums[0].size // 20_000)
+    points = [x[::step] for x in sums]
+    powers = [np.ones(points[0].size) * x for x in Shells(pruned.grading, pruned.degree, points).powers()]
+    # They differ by orders of magnitude.
+    sizes = [float(np.sqrt((x * x).mean())) or 1.0 for x in powers]
+    columns = np.stack([x / size for x, size in zip(powers, sizes, strict=True)], axis=1)
+    solution = np.linalg.lstsq(columns, np.exp(sum(points)), rcond=None)[0]
+    return tuple(float(c) / size for c, size in zip(solution, sizes, strict=True))
+
+
+def _combined(coefficients: Sequence[float], powers: Sequence[Any]) -> Any:
+    return sum(c * x for c, x in zip(coefficients, powers, strict=True))
+
+
+def _rows_of(array: Any, rows: np.ndarray, problems: np.ndarray, *, inputs: Inputs, backend: Backend) -> np.ndarray:
+    """Some rows of an array in some problems, as NumPy float64: (problems, rows, k)."""
+    taken = backend.xp.take(array, backend.indices(rows, array), axis=-2)
+    moved = backend.to_numpy(taken)
+    wide = np.broadcast_to(moved, (*inputs.leading, *moved.shape[-2:]))
+    chosen = np.stack([wide[np.unravel_index(p, inputs.leading)] for p in problems]) if inputs.leading else wide[None]
+    return np.asarray(chosen, dtype=np.float64)
+
+
+def _fitted(scores: np.ndarray, present: np.ndarray, degree: int, bound: float, held: float) -> tuple[float, ...]:
+    """Least squares fit of exp to the scores seen; `held` weighs points over the whole range, seen or not."""
+    x = scores[present]
+    x = x[:: max(1, x.size // 20_000)]
+    points = np.concatenate([x, np.linspace(-bound, bound, 64)])
+    weights = np.concatenate([np.ones(x.size), np.full(64, held)])
+    basis = np.polynomial.chebyshev.chebvander(points / bound, degree)
+    solution = np.linalg.lstsq(basis * weights[:, None], np.exp(points) * weights, rcond=None)[0]
+    coefficients = np.polynomial.chebyshev.cheb2poly(solution)
+    coefficients = np.concatenate([coefficients, np.zeros(degree + 1 - coefficients.size)]) / bound ** np.arange(
+        degree + 1
+    )
+    return tuple(float(c) for c in coefficients)
+
+
+def _row_errors(scores: np.ndarray, present: np.ndarray, coefficients: Sequence[float]) -> tuple[float, float]:
+    """Largest Σ |P/ΣP − softmax| over the rows, and the same for the gradient, in the units of Plan."""
+    some = present.any(axis=-1)
+    if not some.any():
+        return 0.0, 0.0
+    x, seen = scores[some], present[some]
+    soft = np.where(seen, np.exp(x - x.max(axis=-1, keepdims=True)), 0.0)
+    soft /= soft.sum(axis=-1, keepdims=True)
+    c = np.asarray(coefficients)
+    value = np.where(seen, np.polynomial.polynomial.polyval(x, c), 0.0)
+    slope = np.where(seen, np.polynomial.polynomial.polyval(x, np.polynomial.polynomial.polyder(c)), 0.0)
+    total = value.sum(axis=-1, keepdims=True)
+    if not (total > 0).all():
+        return inf, inf
+    error = np.abs(value / total - soft).sum(axis=-1)
+    tilt = np.abs(slope / total - soft).sum(axis=-1)
+    return float(error.max()), float((2 * tilt + error).max())

@@ -1,0 +1,1 @@
+"""Sums over rows that add up: summaries, streams, decoding."""

@@ -1,0 +1,530 @@
+"""Attention to keys and values that come in pieces: summaries that add up, and what reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ..backends import Array, Backend, backend_of
+from ..bounds.rounding import computed_in
+from ..checks import (
+    PlanError,
+    Views,
+    checked_addends,
+    checked_array,
+    checked_output,
+    checked_reader,
+    checked_sums,
+    checked_views,
+)
+from ..engines.features import LowRankCall
+from ..plans import Plan, plan_of_fields
+from . import sums as summaries
+
+# Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
+_DESCRIPTIVE = {
+    "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
+    "workers", "bytes_sent", "seconds", "seconds_gradient",
+}  # fmt: skip
+AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
+_FORMAT, _VERSION = "tattn.Summary", 1
+_PIECE = 1 << 18
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    r"""All that attention to some keys and values needs to know of them, in numbers whose count no length changes.
+
+    Made by `summarize`. Summaries of different rows add up, ``s1 + s2``, in any order and grouping, and a query that
+    attends to the sum attends to all pairs (triples, …) of the rows of both. A view can be added to by itself: with views a
+    and b, scores run over all pairs (j, k) of a row of a with a row of b, whatever their numbers. Immutable: nothing here changes
+    its arrays, and neither should anyone else.
+
+    Attributes
+    ----------
+    plan : Plan
+        What the summary is made for. Its error is the error promised, and certified if the plan is and its bound is kept by all
+        queries and rows together: bounds are never checked here, whatever ``plan.source`` says.
+    sums : tuple of m arrays (..., r, dv + 1)
+        Φ(keys_μ)ᵀ [values_μ, 1] for r = ``plan.rank`` monomials, in float64 for float64 inputs and else in float32. What is
+        differentiable of a summary, and all that another worker has to be sent.
+    rests : tuple of m arrays (..., r, dv + 1)
+        What rounding took from the sums: sums + rests has twice the digits. Constants for every gradient. Zeros will do.
+
+    Notes
+    -----
+    In JAX a summary is a pytree, of arrays and a constant plan; in torch autograd passes through its sums. Gradients of many
+    workers: each summarizes its rows, all add up; the gradient of the sum, ``dsums``, is what each pulls back to its rows.
+
+    Examples
+    --------
+    >>> import numpy as np, tattn
+    >>> rng = np.random.default_rng(0)
+    >>> plan = tattn.plan_for(n=1000, dim=4, bound=1.0, dtype="float64")
+    >>> query, *keys = rng.uniform(-1, 1, (3, 1000, 4))
+    >>> values = list(rng.normal(size=(2, 1000, 4)))
+    >>> first = tattn.summarize([k[:300] for k in keys], [v[:300] for v in values], plan)
+    >>> rest = tattn.summarize([k[300:] for k in keys], [v[300:] for v in values], plan)
+    >>> out = (first + rest).attend(query)
+    >>> np.allclose(out, tattn.tensor_attention(query, keys, values, plan=plan))
+    True
+    """
+
+    plan: Plan
+    sums: tuple[Array, ...] = field(repr=False)
+    rests: tuple[Array, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        # Transformations put all sorts of things in the place of arrays.
+        backend = backend_of(self.sums[0]) if isinstance(self.sums, tuple) and self.sums else None
+        if backend is not None:
+            backend.as_container(Summary, ("sums", "rests"), ("plan",))
+
+    @property
+    def counts(self) -> tuple[Array, ...]:
+        """How many rows of every view are in, masked ones aside: m arrays (...)."""
+        return tuple(s[..., 0, -1] for s in self.sums)
+
+    def __add__(self, other: Summary) -> Summary:
+        """The summary of the rows of both: exact but for a rounding of twice the digits.
+
+        Leading dimensions broadcast.
+
+        Raises
+        ------
+        PlanError
+            If the plans differ in more than the shapes and costs that they were made for; it names in what.
+        TypeError, ValueError
+            For another library, device or number of value channels.
+        """
+        if not isinstance(other, Summary):
+            return NotImplemented
+        check_same_plan(self.plan, other.plan)
+        backend = self._checked()
+        other._checked()
+        checked_addends(self.sums, other.sums, backend)
+        added = [
+            backend.run(summaries.add_up, None, pair)
+            for pair in zip(self.sums, self.rests, other.sums, other.rests, strict=True)
+        ]
+        return _of(self.plan, added)
+
+    def update(
+        self,
+        keys: Sequence[Array | None],
+        values: Sequence[Array | None],
+        key_masks: Sequence[Array | None] | None = None,
+        *,
+        progress: bool | Progress | None = None,
+    ) -> Summary:
+        """The summary with more rows: a new one, in O(n_μ r dv) for n_μ new rows.
+
+        Parameters
+        ----------
+        keys, values, key_masks, progress
+            As in `summarize`; None in the place of a view without new rows.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arrays that do not fit the plan or the summary, by name.
+        """
+        self._checked()
+        views = checked_views(keys, values, key_masks, **_expected(self.plan), sums=self.sums)
+        new = _summed(views, self.plan, progress)
+        pairs: list[tuple[Array, Array]] = []
+        for own, rest, more in zip(self.sums, self.rests, new, strict=True):
+            pairs.append((own, rest) if more is None else views.backend.run(summaries.add_up, None, (own, rest, *more)))
+        return _of(self.plan, pairs)
+
+    def attend(self, query: Array, *, return_lse: bool = False) -> Any:
+        """Attention of queries to all pairs (triples, …) of rows that are in, as from `tensor_attention` with the plan.
+
+        Parameters
+        ----------
+        query : array (..., n, d)
+            Of the plan's dtype, and of the summary's library and device; leading dimensions broadcast with the summary's.
+        return_lse : bool
+            Also return log Σ exp of the scores, (..., n).
+
+        Returns
+        -------
+        array (..., n, dv), or a tuple of it and lse
+            In the dtype of the query; lse in the dtype of the sums. Where some view has no rows, 0 and −inf. NaN where the
+            normaliser lost its sign, which takes scores beyond the plan's bound, and where entries are too large for
+            their powers (Notes of `summarize`). In torch and JAX differentiable with respect to query and summary by our own
+            adjoint.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a query that does not fit, by name.
+
+        Notes
+        -----
+        O(n r dv) time, O(r dv) memory beyond the output.
+        """
+        backend, call, arrays = self._reading(query)
+        out, lse, _ = backend.differentiable(summaries.read, summaries.read_backward, call, arrays)
+        out = backend.cast(out, query.dtype)
+        return (out, lse[..., 0]) if return_lse else out
+
+    def attend_vjp(self, query: Array, *, return_lse: bool = False) -> tuple[Any, Callable[..., Any]]:
+        """Attention, and the function that takes a gradient of its output back to query and summary, for any library.
+
+        Parameters
+        ----------
+        query, return_lse
+            As in `attend`.
+
+        Returns
+        -------
+        out : as from `attend`
+        pullback : callable
+            ``pullback(grad_out, grad_lse=None) -> (dquery, dsums)``: arrays in the shapes of `query` and, a tuple, of `sums`. It
+            is the exact derivative of the computed output. A summary that was added up passes `dsums` on to each of its
+            parts (summed over leading dimensions that a part was broadcast along).
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from `attend`; from the pullback for gradients that do not fit, by name.
+
+        Notes
+        -----
+        Twice the cost of `attend`, in the same order of memory.
+        """
+        backend, call, arrays = self._reading(query)
+        computed, lse, rest = backend.differentiable(summaries.read, summaries.read_backward, call, arrays)
+        out = backend.cast(computed, query.dtype)
+
+        def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...]]:
+            checked_output("grad_out", grad_out, out.shape, out, backend)
+            if grad_lse is None:
+                grad_lse = backend.xp.zeros_like(lse)
+            else:
+                grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
+            residuals = backend.residuals(summaries.read, call, arrays, (computed, rest))
+            dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, grad_out, grad_lse))
+            return dquery, tuple(dsums)
+
+        return ((out, lse[..., 0]) if return_lse else out), pullback
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write plan, sums and rests to an ``.npz`` file; a file that is there is replaced once all is written."""
+        backend = self._checked()
+        arrays: Any = {}
+        for name, of_views in (("sums", self.sums), ("rests", self.rests)):
+            for i, a in enumerate(backend.values_of(of_views)):
+                arrays[f"{name}_{i}"] = backend.to_numpy(a)
+        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": asdict(self.plan)})
+        part = f"{os.fspath(path)}.part"
+        with open(part, "wb") as file:
+            np.savez(file, about=np.array(about), **arrays)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, like: Array | None = None) -> Summary:
+        """A summary from a file that `save` wrote, in NumPy or in the library and on the device of the array `like`.
+
+        Raises
+        ------
+        TypeError
+            If `like` is no array, or one of Dask.
+        ValueError
+            For a file that is not one, is damaged, or was written by another version. Nothing is unpickled.
+        OSError
+            If it cannot be read.
+        """
+        backend = None if like is None else checked_array("like", like)
+        plan, of_views = _loaded(path)
+        if backend is not None:
+            device, dtype = backend.device(like), str(of_views[0].dtype)
+            of_views = [backend.xp.asarray(a, device=device) for a in of_views]
+            if backend.dtype_name(of_views[0].dtype) != dtype:
+                raise ValueError(f"like should be of a library that is set up for {dtype}, {backend.name} is not")
+        views = plan.order - 1
+        return cls(plan, tuple(of_views[:views]), tuple(of_views[views:]))
+
+    def _checked(self) -> Backend:
+        """The backend, once the arrays are known to fit the plan: anyone may have put them together."""
+        check_streams(self.plan)
+        expected: Any = {"views": self.plan.order - 1, "rank": self.plan.rank, "dtype": computed_in(self.plan.dtype)}
+        backend = checked_sums("sums", self.sums, **expected)
+        checked_sums("rests", self.rests, **expected, like=self.sums)
+        return backend
+
+    def _reading(self, query: Array) -> tuple[Backend, LowRankCall, tuple[Array, ...]]:
+        self._checked()
+        backend = checked_reader(query, self.sums, self.plan.dim, self.plan.dtype)
+        return backend, call_of(self.plan), (query, *self.sums)
+
+
+def summarize(
+    keys: Sequence[Array | None],
+    values: Sequence[Array | None],
+    plan: Plan,
+    *,
+    key_masks: Sequence[Array | None] | None = None,
+    progress: bool | Progress | None = None,
+) -> Summary:
+    """Summary of keys and values: attention to them later, elsewhere, or together with others.
+
+    Parameters
+    ----------
+    keys : sequence of m arrays (..., n_μ, d), or None
+        Of the plan's dtype, and of one library and device. Lengths may differ and may be 0; None stands for a view
+        without rows. Rows pass in blocks, so a ``numpy.memmap`` may be larger than memory.
+    values : sequence of m arrays (..., n_μ, dv), or None
+    plan : Plan
+        Polynomial, not banded, the same for all that will be added up: ``tattn.plan_for(..., bound=...)``, whose bound the caller
+        promises. The shapes it was made for do not matter.
+    key_masks : sequence of m boolean arrays (..., n_μ) or None, optional
+        True for rows that count.
+    progress : callable or True, optional
+        Called as ``progress(done, total)`` with numbers of rows, after every 262,144; True shows a bar by tqdm.
+
+    Returns
+    -------
+    Summary
+        In torch and JAX differentiable with respect to keys and values by our own adjoint.
+
+    Raises
+    ------
+    PlanError
+        For a plan that is exact or banded.
+    TypeError, ValueError
+        For arguments that do not fit, by name, before anything is computed.
+    ImportError
+        With ``progress=True`` where tqdm is not installed.
+
+    Notes
+    -----
+    O(n_μ r dv) time, O(r dv) memory. Lemmas 4.5 and F.1 of arXiv 2405.16411.
+
+    Channels are multiplied by factors that depend on scale and order alone: those of keys by the power of two next to
+    scale^(1/order), those of the query by what is left of the scale. So views should be of like size: where rows are a thousand
+    times larger in one view than in another, take λ and 1/λ out before. In float32 no |entry| times its factor may
+    exceed 2^(103/(m g)) for degree g, 7,500 for two views and degree 4, 35 for degree 10; in float64 2^(970/(m g)).
+    Beyond, the answer is NaN.
+
+    Examples
+    --------
+    >>> import numpy as np, tattn
+    >>> plan = tattn.plan_for(n=10**6, dim=4, bound=1.0, tol=1e-2)
+    >>> rows = np.zeros((50, 4), np.float32)
+    >>> summary = tattn.summarize([rows, None], [rows, None], plan)
+    >>> [float(n) for n in summary.update([rows, rows[:9]], [rows, rows[:9]]).counts]
+    [100.0, 9.0]
+    """
+    check_streams(plan)
+    views = checked_views(keys, values, key_masks, **_expected(plan))
+    return _of(plan, _filled(_summed(views, plan, progress), views, plan))
+
+
+def summarize_vjp(
+    keys: Sequence[Array | None],
+    values: Sequence[Array | None],
+    plan: Plan,
+    *,
+    key_masks: Sequence[Array | None] | None = None,
+) -> tuple[Summary, Callable[..., Any]]:
+    """Summary, and the function that takes a gradient of its sums back to keys and values, for any library.
+
+    Parameters
+    ----------
+    keys, values, plan, key_masks
+        As in `summarize`.
+
+    Returns
+    -------
+    summary : Summary
+    pullback : callable
+        ``pullback(dsums) -> (dkeys, dvalues)`` for a sequence of m arrays in the shapes of ``summary.sums``: tuples of arrays,
+        each in the shape and dtype of what it is the gradient of, None for views that are None.
+
+    Raises
+    ------
+    TypeError, ValueError, PlanError
+        As from `summarize`; from the pullback for `dsums` that do not fit, by name.
+
+    Examples
+    --------
+    >>> import numpy as np, tattn
+    >>> plan = tattn.plan_for(n=100, dim=4, bound=1.0, dtype="float64")
+    >>> query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 100, 4))
+    >>> summary, to_rows = tattn.summarize_vjp(keys, keys, plan)
+    >>> out, to_summary = summary.attend_vjp(query)
+    >>> dquery, dsums = to_summary(np.ones_like(out))
+    >>> dkeys, dvalues = to_rows(dsums)
+    >>> dkeys[0].shape
+    (100, 4)
+    """
+    check_streams(plan)
+    views = checked_views(keys, values, key_masks, **_expected(plan))
+    backend, call = views.backend, call_of(plan)
+    computed = [None if rows is None else _sums(rows, call, backend) for rows in views.views]
+    pairs = [None if c is None else (c[0], c[2]) for c in computed]
+    summary = _of(plan, _filled(pairs, views, plan))
+
+    def pullback(dsums: Sequence[Array]) -> tuple[tuple[Array | None, ...], tuple[Array | None, ...]]:
+        checked_sums(
+            "dsums", dsums, views=plan.order - 1, rank=plan.rank, dtype=computed_in(plan.dtype), like=summary.sums
+        )
+        grads: list[tuple[Array | None, Array | None]] = []
+        for rows, result, g in zip(views.views, computed, dsums, strict=True):
+            if rows is None or result is None:
+                grads.append((None, None))
+                continue
+            residuals = backend.residuals(summaries.sum_rows, call, rows, (result[0], result[2]))
+            arrays = (*rows, *residuals, g, backend.xp.zeros_like(result[1]))
+            grads.append(backend.run(summaries.sum_rows_backward, call, arrays))
+        dkeys, dvalues = zip(*grads, strict=True)
+        return dkeys, dvalues
+
+    return summary, pullback
+
+
+def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend: Backend) -> tuple[Array, Array]:
+    """Gradients of keys and values from that of their sums: rows (keys, values, mask (..., n, 1) or None) of one view."""
+    # Linear in the rows' sums, which are not needed for it.
+    dk, dv = backend.run(summaries.sum_rows_backward, call_of(plan), (*rows, None, None, dsum, None))
+    return dk, dv
+
+
+def check_streams(plan: Any) -> None:
+    """PlanError unless summaries of different rows add up under the plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
+    if plan.method != "polynomial":
+        raise PlanError(
+            f"plan should be of the polynomial method to summarize, got method {plan.method!r}: {plan.reason}"
+        )
+    if plan.series == "banded":
+        raise PlanError(
+            "plan should have one polynomial for all rows to summarize, got series 'banded', which sorts all rows by norm: "
+            "give a bound of your own, tattn.plan_for(..., bound=...)"
+        )
+
+
+def check_same_plan(plan: Plan, other: Plan) -> None:
+    """PlanError that names where two plans differ, shapes and costs aside."""
+    for name in AGREEING:
+        a, b = getattr(plan, name), getattr(other, name)
+        if a != b:
+            raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
+
+
+def call_of(plan: Plan) -> LowRankCall:
+    """What `summaries` computes for a plan."""
+    return LowRankCall(plan.coefficients, plan.scale, plan.order - 1, plan.grading)
+
+
+def _expected(plan: Plan) -> dict[str, Any]:
+    return {"views": plan.order - 1, "dim": plan.dim, "dtype": plan.dtype}
+
+
+def _of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:
+    """Summary of (sums, rests) for every view."""
+    sums, rests = zip(*pairs, strict=True)
+    return Summary(plan, sums, rests)
+
+
+def _sums(rows: Sequence[Array | None], call: LowRankCall, backend: Backend) -> tuple[Array, Array, Array]:
+    """`summaries.sum_rows` of one view, differentiable where the library is."""
+    return backend.differentiable(summaries.sum_rows, summaries.sum_rows_backward, call, rows)
+
+
+def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array] | None]:
+    """(sums, rests) of the rows of every view, None where it is."""
+    backend, call = views.backend, call_of(plan)
+    report = _reporter(progress)
+    total = sum(rows[0].shape[-2] for rows in views.views if rows is not None)
+    done = 0
+    results: list[tuple[Array, Array] | None] = []
+    for rows in views.views:
+        if rows is None:
+            results.append(None)
+            continue
+        result: tuple[Array, Array] | None = None
+        n = rows[0].shape[-2]
+        # One go, or pieces between which progress is told.
+        piece = n if report is None else _PIECE
+        for start in range(0, max(n, 1), max(piece, 1)):
+            cut = [a if a is None or piece >= n else a[..., start : start + piece, :] for a in rows]
+            sums, _, rest = _sums(cut, call, backend)
+            result = (sums, rest) if result is None else backend.run(summaries.add_up, None, (*result, sums, rest))
+            if report is not None:
+                done += min(piece, n - start)
+                report(done, total)
+        results.append(result)
+    return results
+
+
+def _filled(pairs: Sequence[tuple[Array, Array] | None], views: Views, plan: Plan) -> list[tuple[Array, Array]]:
+    """Zeros for the views that are None."""
+    like = next(pair[0] for pair in pairs if pair is not None)
+    xp, backend = views.backend.xp, views.backend
+    shape = (plan.rank, views.value_dim + 1)
+
+    def zeros() -> Array:
+        return xp.zeros(shape, dtype=like.dtype, device=backend.device(like))
+
+    return [(zeros(), zeros()) if pair is None else pair for pair in pairs]
+
+
+def _reporter(progress: Any) -> Progress | None:
+    """What to tell progress to."""
+    if progress is None or progress is False:
+        return None
+    if progress is not True:
+        if not callable(progress):
+            raise TypeError(f"progress should be True or callable, got {type(progress).__name__}")
+        return progress  # type: ignore[no-any-return]
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("progress=True shows a bar by tqdm, which is not installed: pip install tqdm") from None
+    bar = tqdm(unit=" rows", unit_scale=True)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
+def _loaded(path: str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
+    """Plan, and sums and rests one after another, of a file that `Summary.save` wrote."""
+    where = f"path should be a file that Summary.save wrote, {os.fspath(path)!r}"
+    try:
+        # Opened here, since NumPy would leave a damaged file open.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            if not isinstance(about, dict) or about.get("format") != _FORMAT:
+                raise ValueError("it holds something else")
+            version = about["version"]
+            if version == _VERSION:
+                plan = plan_of_fields(about["plan"])
+                arrays = [file[f"{name}_{i}"] for name in ("sums", "rests") for i in range(plan.order - 1)]
+    except (BadZipFile, EOFError, KeyError, TypeError, ValueError, AttributeError) as found:
+        raise ValueError(f"{where}, is not or is damaged: {found}") from None
+    if version != _VERSION:
+        raise ValueError(f"{where}, is of version {version}, this is version {_VERSION}")
+    views = plan.order - 1
+    summary = Summary(plan, tuple(arrays[:views]), tuple(arrays[views:]))
+    try:
+        summary._checked()
+    except (TypeError, ValueError) as found:
+        raise ValueError(f"{where}, is damaged: {found}") from None
+    return plan, arrays
