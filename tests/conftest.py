@@ -174,7 +174,7 @@ def programs_of_one_module() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def through_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """The polynomial method computes features at any length; tests/test_scorewise.py is about calls that need none."""
-    monkeypatch.setattr("tattn.Plan.by_scores", lambda *_: False)
+    monkeypatch.setattr("tattn.methods.Polynomial.by_scores", lambda *_: False)
 
 
 @pytest.fixture
@@ -187,17 +187,17 @@ def bands_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scorewise(through_features: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every polynomial is computed score by score; the list tells of calls that were."""
-    from tattn.planning import choice
+    from tattn.engines import scorewise as engine
 
-    monkeypatch.setattr("tattn.Plan.by_scores", lambda *_: True)
+    monkeypatch.setattr("tattn.methods.Polynomial.by_scores", lambda *_: True)
     taken: list[str] = []
-    forward = choice.scorewise.forward
+    forward = engine.forward
 
     def recorded(*given: Any) -> Any:
         taken.append("scores")
         return forward(*given)
 
-    monkeypatch.setattr(choice.scorewise, "forward", recorded)
+    monkeypatch.setattr(engine, "forward", recorded)
     return taken
 
 

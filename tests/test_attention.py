@@ -12,6 +12,7 @@ from reference import Dense, dense, value_sizes
 import tattn
 from tattn.backends import backend_of
 from tattn.checks import checked_inputs
+from tattn.methods import backward, forward
 from tattn.planning.choice import work_of
 
 LENGTHS = (9, 7, 6, 4)
@@ -175,7 +176,7 @@ def test_many_problems_are_taken_in_parts(library: Any, method: str, monkeypatch
     }  # fmt: skip
     together, _ = run(library, call, **options)
     for module in (exact, lowrank):
-        monkeypatch.setattr(module, "leading_limit", lambda *_: 1)
+        monkeypatch.setattr(module, "at_a_time", lambda *_: 1)
     if library.name.startswith("jax"):
         import jax
 
@@ -393,10 +394,10 @@ def test_little_is_kept_for_the_adjoint(series: str) -> None:
         query, a, b, g = rng.uniform(-1, 1, (4, 2, n, 4))
         arrays = (query, a, b, a, b, None, None)
         work = work_of(checked_inputs(query, [a, b], [a, b], None), plan)
-        out, lse, rest, *kept = work.forward(work.call, backend_of(query), arrays)
+        out, lse, rest, *kept = forward(work.call, backend_of(query), arrays)
         assert bool(kept) == some
         assert sum(x.size for x in kept) <= 5 * query.size
         residuals = ((out, rest, *kept, g, 0 * lse), (out, rest, g, 0 * lse))
-        with_it, without = (work.backward(work.call, backend_of(query), (*arrays, *r)) for r in residuals)
+        with_it, without = (backward(work.call, backend_of(query), (*arrays, *r)) for r in residuals)
         for one, other in zip(with_it, without, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)

@@ -14,7 +14,8 @@ from test_bounds import KINDS
 import tattn
 from tattn.approximation.exponential import DEFAULT_GRID
 from tattn.backends import backend_of
-from tattn.methods.bands import BandedCall, Series, _grid_table, edges, views_of
+from tattn.methods.bands import Banding, Series, _grid_table, edges, sorted_views
+from tattn.operands import Operands, View
 
 
 def ratios(call: Call, got: Dense, error: np.ndarray, bounds: Dense, scale: float, precision: Any) -> list[float]:
@@ -468,8 +469,9 @@ def test_bounds_are_the_formulas_of_the_proofs(moment: int) -> None:
     _, (of_query, of_keys, of_values) = pullback(g, g_lse, return_error=True)
 
     backend = backend_of(q)
-    views = views_of(BandedCall(4, t, 2, scale, 2, True), q, [a, b], [u, v], [None, None], backend)
-    series = Series.of(BandedCall(4, t, 2, scale, 2, True), views, q, backend)
+    banding = Banding(4, t, 2, scale, 2)
+    views = sorted_views(banding, Operands(backend, q, (View(a, u), View(b, v)), scale))
+    series = Series.of(banding, views, q, backend)
     bands = []
     for view in views:
         n = len(view.rows)
@@ -578,7 +580,7 @@ def test_bands_are_of_falling_norms(library: Any, levels: int, n: int, count: in
     q = rng.choice(np.linspace(0.5, 2, levels), (3, n, 1)) * np.array([1.0, -1.0, 1.0])
     q, a = library.arrays(q, rng.normal(size=(n, 3)))
     backend = backend_of(q)
-    by = views_of(BandedCall(4, 2, count, 1.0, 1, False), q, [a], [a], [None], backend)[0].by
+    by = sorted_views(Banding(4, 2, count, 1.0, 1), Operands(backend, q, (View(a, a),), 1.0))[0].by
     size, order, norms = np.abs(library.numpy(q)).max(-1), library.numpy(by.order)[..., 0], library.numpy(by.norms)
     np.testing.assert_array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(n), order.shape))
     falling = np.take_along_axis(size, order, axis=-1)

@@ -12,7 +12,8 @@ from tattn.backends import backend_of
 from tattn.backends.base import block_rows
 from tattn.engines import features as lowrank
 from tattn.features.basis import CHAIN, FEW_CHAINS, Basis, _total, row_products
-from tattn.features.monomials import exponents, features, rank
+from tattn.features.monomials import Expansion, exponents, features, rank
+from tattn.operands import Operands, Upstream
 
 CASES = [(1, 2), (2, 2), (3, 4), (5, 3), (8, 4), (20, 2)]
 
@@ -93,15 +94,16 @@ def test_blocks_as_large_as_those_of_an_accelerator_compute_the_same(library, va
     usual = backend_of(grad).for_arrays(arrays)
     large = copy(usual)
     large.workspace, large.most_rows = 256 << 20, 1 << 15
-    call = lowrank.LowRankCall((1.0, 1.0, 0.5, 0.17, 0.04), 1 / dim, 2)
+    expansion = Expansion((1.0, 1.0, 0.5, 0.17, 0.04))
     blocks = [lowrank.block_of(Basis.of(dim, 4, 9), 9, grad.dtype, (), backend) for backend in (usual, large)]
     assert blocks[0] < FEW_CHAINS * CHAIN < rows < blocks[1]
     found = []
     for backend in (usual, large):
-        out, _, *kept = lowrank.forward(call, backend, (*inputs, None, None))
-        nothing = backend.xp.zeros_like(kept[0])
-        gradients = lowrank.backward(call, backend, (*inputs, None, None, out, *kept, grad, nothing))
-        found.append([library.numpy(x) for x in (out, *kept, *gradients)])
+        operands, _ = Operands.of(backend, (*inputs, None, None), 2, 1 / dim)
+        attended = lowrank.forward(operands, expansion)
+        upstream = Upstream(grad, backend.xp.zeros_like(attended.kept[0]))
+        gradients = lowrank.backward(operands, expansion, attended, upstream)
+        found.append([library.numpy(x) for x in (attended.out, *attended.kept, *gradients.flat())])
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
 

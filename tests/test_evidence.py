@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tattn.approximation.exponential import least_error, minimax
-from tattn.engines.tuples import ExactCall, backward, forward
 from tattn.evidence import PARTS, border, growth, heads, learning, quality, run, stability, write
 from tattn.evidence.apart import measured, stored
 from tattn.evidence.tables import Table, load, markdown, save, short, where
+from tattn.methods import Call, Exact, backward, forward
 
 DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 PLOTS = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def test_the_stored_definition_agrees_with_the_streamed_one():
     from tattn.backends.numpy import BACKEND
 
     q, a, b, u, v, g = np.random.default_rng(0).uniform(-1, 1, (6, 7, 3))
-    call, arrays = ExactCall(1 / 3, 2), (q, a, b, u, v, None, None)
+    call, arrays = Call(Exact(), 2, 1 / 3), (q, a, b, u, v, None, None)
     out, lse, rest = BACKEND.run(forward, call, arrays)
     grads = BACKEND.run(backward, call, (*arrays, out, rest, g, np.zeros_like(lse)))
     for found, expected in zip(stored(q, a, b, u, v, g), (out, *grads), strict=True):

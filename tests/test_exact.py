@@ -14,7 +14,8 @@ from test_attention import Call, assert_close, draw, run
 import tattn
 from tattn.backends import backend_of
 from tattn.engines import tuples as exact
-from tattn.engines.tuples import ExactCall, backward, forward, small
+from tattn.engines.tuples import backward, forward, small
+from tattn.operands import Operands, Upstream
 
 
 @pytest.fixture
@@ -56,8 +57,7 @@ def arrays_of(call: Call) -> tuple[Any, ...]:
 
 
 def is_small(arrays: Sequence[Any], views: int, scale: float = 1.0) -> bool:
-    keys, values, masks = (arrays[1 + i * views : 1 + (i + 1) * views] for i in range(3))
-    return small(scale, arrays[0], keys, values, masks, backend_of(arrays[0]))
+    return small(Operands.of(backend_of(arrays[0]), arrays, views, scale)[0])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -70,9 +70,10 @@ def test_with_and_without_a_maximum(views: int, masked: bool, monkeypatch: pytes
     results = []
     for bounded in (True, False):
         monkeypatch.setattr(type(backend), "reads", bounded)
-        out, lse, _ = forward(ExactCall(1.0, views), backend, arrays)
-        grads = backward(ExactCall(1.0, views), backend, (*arrays, out, lse, call.grad_out, call.grad_lse[..., None]))
-        results.append((out, lse, *grads))
+        operands, _ = Operands.of(backend, arrays, views, 1.0)
+        out, lse = forward(operands)
+        grads = backward(operands, out, lse, Upstream(call.grad_out, call.grad_lse[..., None]))
+        results.append((out, lse, *grads.flat()))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 

@@ -254,7 +254,7 @@ def call(n, heads, dim, value_dim, degree):
     q, a, b = rng.random((3, heads, n, dim), dtype=np.float32)
     u, v, g = rng.random((3, heads, n, value_dim), dtype=np.float32)
     plan = tattn.plan(q, [a, b], [u, v], bound=1.0, degree=degree)
-    tattn.Plan.by_scores = lambda *_: False  # nine rows have fewer scores than features
+    tattn.methods.Polynomial.by_scores = lambda *_: False  # nine rows have fewer scores than features
     tattn.tensor_attention(q[:1, :9], [a[:1, :9], b[:1, :9]], [u[:1, :9], v[:1, :9]], plan=plan)
     before = now()
     out, pullback = tattn.tensor_attention_vjp(q, [a, b], [u, v], plan=plan)

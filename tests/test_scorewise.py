@@ -13,9 +13,10 @@ from test_bounds import KINDS, ratios, sample
 
 import tattn
 from tattn.bounds.rounding import scores_round_less
-from tattn.planning import choice
+from tattn.engines import scorewise as engine
+from tattn.methods import Polynomial
 
-BY_SCORES = tattn.Plan.by_scores
+BY_SCORES = Polynomial.by_scores
 pytestmark = pytest.mark.usefixtures("scorewise")
 
 
@@ -27,7 +28,7 @@ def test_it_is_the_definition_with_its_polynomial(
     if blocks and library.name == "jax" and case["broadcast"]:
         pytest.skip("JAX compiles every block for long")
     if blocks:
-        monkeypatch.setattr(choice.scorewise, "blocks_of", lambda _, lengths, *__, **___: (blocks,) * len(lengths))
+        monkeypatch.setattr(engine, "blocks_of", lambda _, lengths, *__, **___: (blocks,) * len(lengths))
     call = draw(**case, seed=blocks or 0)
     # A degree for each kind of blocks, since JAX finds again what it compiled for the same call.
     plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=3 if blocks else 4, dtype="float64")
@@ -45,7 +46,7 @@ def test_short_calls_take_it_and_long_ones_do_not(
     library: Any, scorewise: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One plan for all lengths: what it computes is the same function."""
-    monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
+    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
     plan = tattn.plan_for(n=1000, dim=8, bound=1.0, degree=4, dtype="float64")
     p, rng = plan.coefficients, np.random.default_rng(0)
     for n in (6, 60):
@@ -58,7 +59,7 @@ def test_short_calls_take_it_and_long_ones_do_not(
 
 
 def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
+    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
     options: dict[str, Any] = {"dim": 16, "bound": 3.0, "degree": 4}
     short, long = (tattn.plan_for(n=n, **options) for n in (12, 1000))
     assert "score by score" in str(short)
@@ -132,7 +133,7 @@ def test_large_values_of_a_view_do_not_overflow(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_lengths_are_those_of_all_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
+    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
     plan = tattn.plan_for(n=12, dim=4, bound=1.0, degree=4)
     with pytest.raises(ValueError, match=r"^lengths should be 3 numbers of rows, .* got \(12, 12\)"):
         plan.by_scores((12, 12), 4)

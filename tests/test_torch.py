@@ -14,6 +14,7 @@ from test_scorewise import BY_SCORES
 
 import tattn
 from tattn.features.monomials import rank
+from tattn.methods import Polynomial
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
@@ -368,7 +369,7 @@ def test_shapes_without_values(series: str) -> None:
 
 def test_compile_score_by_score(scorewise: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
+    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
     plan = tattn.plan_for(n=5, dim=8, bound=1.0, degree=4, dtype="float64")
 
     def attend(q: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

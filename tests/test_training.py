@@ -16,7 +16,8 @@ from training_reference import NAMES, core, dense_loss, derivative, steps
 import tattn
 from tattn.approximation.exponential import minimax
 from tattn.backends import backend_of
-from tattn.engines.features import LowRankCall, weights
+from tattn.engines.features import weights
+from tattn.features.monomials import Expansion
 from tattn.features.scaling import channel_units
 from tattn.paper import (
     TrainingProblem,
@@ -81,7 +82,7 @@ class Factors:
         moved = q, a, b = library.arrays(q, a, b)
         self.backend = backend = backend_of(q).for_arrays(moved)
         units = channel_units(q, [a, b], [None, None], 0.5, backend)
-        w = weights(LowRankCall(self.polynomial.coefficients, 0.5, 2), q, backend)
+        w = weights(Expansion(self.polynomial.coefficients), q, backend)
         self.u2, self.u3 = (algorithm1.key_factor(k, i, 4, backend) for k, i in zip((a, b), units[1:], strict=True))
         ones = backend.xp.sum(self.u2, axis=-1, keepdims=True) * backend.xp.sum(self.u3, axis=-1, keepdims=True)
         self.u1 = algorithm1.query_factor(q, units[0], w, ones, 4, backend)

@@ -1,10 +1,9 @@
-"""The arrays of a call: their flat order, leading dimensions and masks."""
+"""What is done with arrays of many leading dimensions: they broadcast, are masked, gathered, and taken in parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -35,14 +34,6 @@ def _to_leading(reduction: Callable[..., Array], array: Array, leading: tuple[in
     if not axes:
         return array
     return backend.xp.reshape(reduction(array, axis=axes, keepdims=True), (*leading, *array.shape[-2:]))
-
-
-def unpack(
-    views: int, arrays: Sequence[Array | None]
-) -> tuple[Array, list[Array], list[Array], list[Array | None], tuple[Array, ...]]:
-    """(query, keys, values, masks, what follows) out of the flat sequence in which gradients are bound."""
-    q, rest = arrays[0], list(arrays[1:])
-    return q, rest[:views], rest[views : 2 * views], rest[2 * views : 3 * views], tuple(rest[3 * views :])
 
 
 def clean(rows: Array, mask: Array | None, backend: Backend) -> Array:
@@ -176,11 +167,10 @@ def in_parts(
     function: Callable[..., tuple[Array, ...]],
     limit: int,
     targets: Sequence[Array | None],
-    call: Any,
     backend: Backend,
     arrays: Sequence[Array | None],
 ) -> tuple[Array, ...]:
-    """``function(call, backend, arrays)`` for at most `limit` problems at a time, cut along leading dimensions.
+    """``function(arrays)`` for at most `limit` problems at a time, cut along leading dimensions.
 
     Result i has the leading dimensions of ``targets[i]``, or all of them where that is None; along one that it lacks,
     parts are summed, as gradients are. Where there are parts, results that have no target are dropped.
@@ -188,7 +178,7 @@ def in_parts(
     leading = broadcast_leading(*arrays)
     axis = next((i for i, size in enumerate(leading) if size > 1), None)
     if axis is None or prod(leading) <= limit or not backend.parts:
-        return function(call, backend, arrays)
+        return function(arrays)
     from_right = len(leading) - axis + 2
 
     def has_axis(a: Array | None) -> bool:
@@ -200,7 +190,7 @@ def in_parts(
         cut = (Ellipsis, slice(start, min(start + step, leading[axis])), *(slice(None),) * (from_right - 1))
         part = [a[cut] if a is not None and has_axis(a) else a for a in arrays]
         part_targets = [t[cut] if t is not None and has_axis(t) else t for t in targets]
-        results.append(list(in_parts(function, limit, part_targets, call, backend, part)))
+        results.append(list(in_parts(function, limit, part_targets, backend, part)))
     return tuple(
         backend.xp.concat(list(parts), axis=-from_right) if t is None or has_axis(t) else sum_of(parts)
         for t, parts in zip(targets, zip(*results, strict=True), strict=False)

@@ -8,7 +8,8 @@ from typing import Any
 
 from .backends import Array
 from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_output
-from .methods.certificate import ERROR
+from .methods import backward, forward
+from .operands import Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, work_of
 from .plans import Plan
@@ -111,7 +112,7 @@ def tensor_attention(
     order = (causal, window)
     told = return_error, return_plan
     inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
-    return _returned(_computed(work, inputs), inputs, work.plan, query, return_lse, return_error, return_plan)[0]
+    return _returned(_computed(work, inputs), inputs, work, query, return_lse, return_error, return_plan)[0]
 
 
 def tensor_attention_vjp(
@@ -175,7 +176,7 @@ def tensor_attention_vjp(
     backend = inputs.backend
     result = _computed(work, inputs)
     computed, lse, *kept = result
-    returned, out = _returned(result, inputs, work.plan, query, return_lse, return_error, return_plan)
+    returned, out = _returned(result, inputs, work, query, return_lse, return_error, return_plan)
 
     def pullback(grad_out: Array, grad_lse: Array | None = None, *, return_error: bool = False) -> Any:
         checked_output("grad_out", grad_out, out.shape, out, backend)
@@ -183,14 +184,15 @@ def tensor_attention_vjp(
             grad_lse = backend.xp.zeros_like(lse)
         else:
             grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
-        residuals = backend.residuals(work.forward, work.call, work.arrays, (computed, *kept))
-        grads = _grouped(backend.run(work.backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse)), inputs)
+        residuals = backend.residuals(forward, work.call, work.arrays, (computed, *kept))
+        flat = backend.run(backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse))
+        grads = tuple(Gradients.of(flat))
         if not return_error:
             return grads
         known = work
         if _unplanned(inputs, method, plan):
             known = work._replace(plan=plan_inputs(inputs, scale=work.plan.scale, tol=tol, method=method))
-        return grads, _grouped(gradient_bounds(known, inputs, computed, kept[0], grad_out, grad_lse), inputs)
+        return grads, tuple(Gradients.of(gradient_bounds(known, inputs, computed, kept[0], grad_out, grad_lse)))
 
     return returned, pullback
 
@@ -198,40 +200,35 @@ def tensor_attention_vjp(
 def _computed(work: Work, inputs: Inputs) -> tuple[Array, ...]:
     """Output, log-sum-exp and what the adjoint needs besides; computed once more where gradients are recorded."""
     if work.result is None or inputs.backend.records(work.arrays):
-        return inputs.backend.differentiable(work.forward, work.backward, work.call, work.arrays)
+        return inputs.backend.differentiable(forward, backward, work.call, work.arrays)
     return work.result
 
 
 def _returned(
     result: tuple[Array, ...],
     inputs: Inputs,
-    plan: Plan,
+    work: Work,
     query: Array,
     return_lse: bool,
     return_error: bool,
     return_plan: bool,
 ) -> tuple[Any, Array]:
     """What the caller asked for, and the output."""
-    computed, lse, rest, *_ = result
+    computed, lse, kept, *_ = result
+    plan = work.plan
     out = inputs.backend.cast(computed, query.dtype)
     asked = [out]
     if return_lse:
         asked.append(lse[..., 0])
     if return_error:
-        if plan.series == "banded":
-            asked.append(rest[..., ERROR])
-        else:
+        errors = work.call.method.row_errors(kept)
+        if errors is None:
             like: Array = inputs.backend.values_of((lse,))[0]
-            asked.append(inputs.backend.xp.full_like(like[..., 0], plan.error if plan.certified else inf))
+            errors = inputs.backend.xp.full_like(like[..., 0], plan.error if plan.certified else inf)
+        asked.append(errors)
     if return_plan:
         asked.append(plan)
     return (tuple(asked) if len(asked) > 1 else out), out
-
-
-def _grouped(gradients: Sequence[Array], inputs: Inputs) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """(dquery, dkeys, dvalues)."""
-    m = inputs.views
-    return gradients[0], tuple(gradients[1 : m + 1]), tuple(gradients[m + 1 :])
 
 
 def _prepare(

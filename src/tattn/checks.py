@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import Array, Backend, backend_of
+from .operands import Order
 
 METHODS = ("auto", "polynomial", "exact")
 SERIES = ("minimax", "taylor", "banded")
@@ -19,13 +20,6 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 class PlanError(ValueError):
     """No plan meets what was asked for, or a plan does not fit the call that it is used for."""
-
-
-class Order(NamedTuple):
-    """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them."""
-
-    causal: bool = False
-    window: tuple[int, ...] | None = None
 
 
 class Inputs(NamedTuple):

@@ -8,15 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, prod
 from typing import Any
 
-from .bounds.rounding import scores_round_less
-from .checks import Order
 from .engines.spans import span_of
 from .features.monomials import Grading
 from .features.monomials import rank as rank_of
+from .methods import Banded, Exact, Method, Polynomial
+from .operands import Order
 
 _ALL = Order()
-# Value channels that a plan made from numbers alone allows for in its rounding.
-USUAL_VALUE_DIM = 128
 # Bytes of a block of rows on a processor, of the library that makes the largest.
 _WORKSPACE = 8 << 20
 
@@ -130,6 +128,15 @@ class Plan:
     seconds: float = inf
     seconds_gradient: float = inf
 
+    @property
+    def algorithm(self) -> Method:
+        """The method as a value."""
+        if self.method == "exact":
+            return Exact()
+        if self.series == "banded":
+            return Banded(self.degree, self.bands, self.moment)
+        return Polynomial(self.coefficients, self.bound, self.grading)
+
     def by_scores(self, lengths: Sequence[int], value_dim: int) -> bool:
         """Whether a call computes the polynomial of each score, and no features.
 
@@ -158,14 +165,8 @@ class Plan:
         """
         if len(lengths) != self.order:
             raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
-        if self.method != "polynomial" or self.series == "banded" or self.causal or self.grading:
-            return False
-        by_features = sum(lengths) * self.rank * (2.0 * (value_dim + 1) + 1)
-        by_scores = prod(lengths) * (2.0 * self.dim + 2.0 * value_dim + 4.0 * self.degree)
-        return by_scores < by_features and scores_round_less(
-            self.coefficients, self.bound, dim=self.dim, rank=self.rank, value_dim=max(value_dim, USUAL_VALUE_DIM),
-            lengths=lengths,
-        )  # fmt: skip
+        method = self.algorithm
+        return isinstance(method, Polynomial) and not self.causal and method.by_scores(lengths, self.dim, value_dim)
 
     def __str__(self) -> str:
         banded = self.series == "banded"

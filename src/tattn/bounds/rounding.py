@@ -17,6 +17,8 @@ from ..features.basis import CHAIN, FEW_CHAINS
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
+# Channels of the values that bounds are stated for at least: a plan serves calls with fewer, and with more up to here.
+USUAL_VALUE_DIM = 128
 # Terms in a chain of additions of the exact method, at most.
 EXACT_CHAIN = 1024
 

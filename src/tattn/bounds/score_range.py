@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import broadcast_leading, clean, over_rows, prod_of, shared_leading, sum_of, unpack
+from ..arrays import broadcast_leading, clean, over_rows, prod_of, shared_leading, sum_of
 from ..backends import Array, Backend
 from ..features.scaling import channel_tops, over_blocks
+from ..operands import Operands
 
 
 class Ranges(NamedTuple):
@@ -103,9 +104,9 @@ def largest_entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | 
 def _entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """`largest_entries` as scalars."""
     xp = backend.xp
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    rows = zip((*keys, *values), (*masks, *masks), strict=True)
-    return tuple(xp.max(xp.abs(x)) for x in (q, *(clean(x, mask, backend) for x, mask in rows)))
+    operands, _ = Operands.of(backend, arrays, call.views, call.scale)
+    rows = zip((*operands.keys, *operands.values), (*operands.masks, *operands.masks), strict=True)
+    return tuple(xp.max(xp.abs(x)) for x in (operands.query, *(clean(x, mask, backend) for x, mask in rows)))
 
 
 def exponents(views: int) -> list[tuple[float, ...]]:
@@ -129,11 +130,11 @@ def _wanted(views: int) -> list[int]:
 
 def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """The lowest mean score over scale; largest entries (..., 1, d) of all rows; `_largest_norms` of query and keys, sums first."""
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    dtype = backend.compute_dtype(q.dtype)
-    views = [(q, None), *zip(keys, masks, strict=True)]
+    operands, _ = Operands.of(backend, arrays, call.views, call.scale)
+    q, dtype = operands.query, operands.dtype
+    views = [(q, None), *((k, mask) for k, _, mask in operands.views)]
     found = [_channel_sums(x, mask, dtype, backend) for x, mask in views]
-    of_values = [channel_tops(v, m, backend) for v, m in zip(values, masks, strict=True) if v is not None]
+    of_values = [channel_tops(v, mask, backend) for _, v, mask in operands.views if v is not None]
     tops = call.together("max", [*(s[0] for s in found), *of_values])
     sums = call.together("sum", [a for s in found for a in s[1:]])
     stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]

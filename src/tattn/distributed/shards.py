@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..arrays import broadcast_leading, unpack
 from ..backends.torch import BACKEND
 from ..bounds.score_range import RangeCall, Ranges, ranges
 from ..checks import Inputs, checked_finite, checked_inputs
+from ..operands import Operands
 from ..planning import plan_found
 from ..planning.choice import check_ranges
 from ..plans import Plan, Shape
@@ -66,8 +66,8 @@ def agreed(
 
 def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:
     """Leading dimensions of every view, of which sums depend; and of each array `alone`, of which ranges do."""
-    _, keys, values, masks, _ = unpack(inputs.views, inputs.arrays)
-    of_views = tuple(broadcast_leading(*view) for view in zip(keys, values, masks, strict=True))
+    operands, _ = Operands.of(inputs.backend, inputs.arrays, inputs.views, 1.0)
+    of_views = tuple(view.leading for view in operands.views)
     rows = inputs.arrays[: 1 + 2 * inputs.views] if alone else ()
     return of_views + tuple(tuple(x.shape[:-2]) for x in rows)  # type: ignore[union-attr]
 
@@ -102,14 +102,15 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
         return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
 
     # Masks are a rank's own affair, but what they leave is counted in arrays of one shape on all.
-    q, keys, values, masks, _ = unpack(inputs.views, inputs.arrays)
-    shapes = [(*leading, k.shape[-2], 1) for leading, k in zip(_leading(inputs, alone=False), keys, strict=True)]
+    operands, _ = Operands.of(inputs.backend, inputs.arrays, inputs.views, scale)
+    q, rows = operands.query, (*operands.keys, *operands.values)
+    shapes = [(*view.leading, view.keys.shape[-2], 1) for view in operands.views]
     seen = [
         torch.ones(shape, dtype=torch.bool, device=q.device) if mask is None else mask.expand(shape)
-        for mask, shape in zip(masks, shapes, strict=True)
+        for mask, shape in zip(operands.masks, shapes, strict=True)
     ]
     call = RangeCall(scale, inputs.views, together)
-    found = ranges(call, inputs.backend, inputs.backend.values_of((q, *keys, *values, *seen)))
+    found = ranges(call, inputs.backend, inputs.backend.values_of((q, *rows, *seen)))
     like = inputs.arrays[0]
     ends = torch.tensor([found.bound, -found.lowest_mean, *found.sizes], dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
     bound, lowest, *sizes = all_reduce(ends, "max", group).tolist()

@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-from ..arrays import broadcast_leading, clean, unpack
+from ..arrays import clean
 from ..backends import Array, Backend
 from ..features.basis import CHAIN, Basis
-from ..features.monomials import rank
+from ..features.monomials import Expansion, rank
 from ..features.scaling import channel_units
+from ..operands import Attended, Gradients, Operands, Upstream, View
+from . import features
 from .features import (
-    LowRankCall,
     Sum,
     add,
     block_of,
@@ -42,7 +43,6 @@ from .features import (
     with_ones,
     zero_sum,
 )
-from .features import leading_limit as limit_of_sums
 from .spans import Setting, Spans, adjoint, numerator, span_of
 
 
@@ -57,18 +57,17 @@ class Start(NamedTuple):
     sums: Sequence[Array]
 
 
-def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of all pairs (..., n, 1)."""
-    out, normaliser = read_rows(call, backend, arrays)
-    return out, log_normaliser(normaliser, unpack(call.views, arrays)[1], backend), normaliser
+def forward(operands: Operands, expansion: Expansion) -> Attended:
+    """Output, lse, and the normaliser over the number of all pairs (..., n, 1)."""
+    out, normaliser = read_rows(operands, expansion)
+    return Attended(out, log_normaliser(normaliser, operands.keys, operands.backend), (normaliser,))
 
 
-def read_rows(
-    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
-) -> tuple[Array, Array]:
+def read_rows(operands: Operands, expansion: Expansion, start: Start | None = None) -> tuple[Array, Array]:
     """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
-    setting, block = _setting(call, arrays, backend, start)
-    sums, views = _split(setting, arrays, call.views, start)
+    backend = operands.backend
+    setting, block = _setting(operands, expansion, start)
+    sums, views = _split(setting, operands, start)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         # The last block may be short of whole spans.
@@ -80,19 +79,20 @@ def read_rows(
         found = backend.xp.matrix_transpose(numerator(setting, spans)[..., :here])
         return carry, divided(found, setting.leading, backend)
 
-    _, (out, normaliser) = backend.scan_rows(body, sums, (arrays[0], *views), block)
+    _, (out, normaliser) = backend.scan_rows(body, sums, (operands.query, *views), block)
     return out, normaliser
 
 
 def backward(
-    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
-) -> tuple[Array, ...]:
+    operands: Operands, expansion: Expansion, attended: Attended, upstream: Upstream, start: Start | None = None
+) -> tuple[Gradients, tuple[Array, ...]]:
     """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
-    q, keys, values, masks, columns = unpack(call.views, arrays)
+    backend, q = operands.backend, operands.query
     xp = backend.xp
-    n, m = q.shape[-2], call.views
-    setting, block = _setting(call, arrays, backend, start)
-    sums, views = _split(setting, arrays, m, start)
+    n, m = q.shape[-2], len(operands.views)
+    columns = (attended.out, *attended.kept, *upstream)
+    setting, block = _setting(operands, expansion, start)
+    sums, views = _split(setting, operands, start)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
     inner = -(-blocks // segments)
@@ -121,103 +121,83 @@ def backward(
     starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block)
     carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in shapes)
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
-    targets = (q, *keys, *values)
+    targets = (q, *operands.keys, *operands.values)
     found = [
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, targets, strict=True)
     ]
     # Of what every query row sees.
-    upstream = [xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True)]
-    return *_with_heads(setting, upstream, found, keys, values, masks), *(upstream if start else ())
+    behind = tuple(xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True))
+    return _with_heads(setting, behind, Gradients.of(found), operands.views), behind if start else ()
 
 
-def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side."""
-    if call.views == 1:
-        return limit_of_sums(call, backend, arrays)
-    dim, columns = arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1  # type: ignore[union-attr]
-    return max(
-        1,
-        int(
-            backend.workspace
-            // (rank(dim, call.degree, call.grading) * columns * span_of(call.views) * (call.views + 2))
-        ),
-    )
+def at_a_time(operands: Operands, expansion: Expansion) -> int:
+    """How many problems to compute at a time."""
+    m = len(operands.views)
+    if m == 1:
+        return features.at_a_time(operands, expansion)
+    dim, columns = operands.query.shape[-1], operands.values[0].shape[-1] + 1
+    numbers = rank(dim, expansion.degree, expansion.grading) * columns * span_of(m) * (m + 2)
+    return max(1, int(operands.backend.workspace // numbers))
 
 
-def _setting(
-    call: LowRankCall, arrays: Sequence[Array | None], backend: Backend, start: Start | None
-) -> tuple[Setting, int]:
+def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> tuple[Setting, int]:
     """What blocks share, and the rows of a block: some spans, whose prefixes fit in the workspace."""
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    units = start.units if start else channel_units(q, keys, masks, call.scale, backend)
-    w = weights(call, q, backend)
-    leading = broadcast_leading(q, *keys, *values, *masks)
+    backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
+    degree, grading, m = expansion.degree, expansion.grading, len(keys)
+    units = start.units if start else channel_units(q, keys, operands.masks, operands.scale, backend)
+    w = weights(expansion, q, backend)
+    leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
-    row, columns = rank(q.shape[-1], call.degree, call.grading) * itemsize * prod(leading), values[0].shape[-1] + 1
+    row, columns = rank(q.shape[-1], degree, grading) * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
-    in_tile = row * (1 if call.views == 1 else columns)
-    span = span_of(call.views)
+    in_tile = row * (1 if m == 1 else columns)
+    span = span_of(m)
     while span > 2 and span * in_tile > 8 * backend.workspace:
         span //= 2
     n = q.shape[-2]
     span = min(span, 1 << (n - 1).bit_length())
     tile = max(1, backend.workspace // (2 * in_tile * span))
-    in_block = row * (2 * (call.views + 1) + 2 * call.views * columns // span)
+    in_block = row * (2 * (m + 1) + 2 * m * columns // span)
     spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(call.degree, call.grading, w, units, shares, span, tile, leading, backend), span * spans
+    return Setting(degree, grading, w, units, shares, span, tile, leading, backend), span * spans
 
 
-def _split(
-    setting: Setting, arrays: Sequence[Array | None], views: int, start: Start | None
-) -> tuple[tuple[Sum, ...], list[Array | None]]:
+def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[tuple[Sum, ...], list[Array | None]]:
     """Summaries (..., dv + 1, r) of the rows that every query row sees, and the other rows: keys, values and masks."""
-    q, keys, values, masks, _ = unpack(views, arrays)
-    backend = setting.backend
+    backend, q = setting.backend, operands.query
     xp = backend.xp
     n, r = q.shape[-2], setting.w.shape[0]
     sums: list[Sum] = []
-    views_of = zip(keys, values, masks, setting.units[1:], setting.shares, strict=True)
-    for view, (k, v, mask, unit, share) in enumerate(views_of):
-        shape = (*broadcast_leading(k, v, mask), v.shape[-1] + 1, r)
+    views_of = zip(operands.views, setting.units[1:], setting.shares, strict=True)
+    for number, (view, unit, share) in enumerate(views_of):
+        shape = (*view.leading, view.values.shape[-1] + 1, r)
         total, lost = zero_sum(shape, setting.w.dtype, q, backend)
         if start:
-            total = xp.matrix_transpose(start.sums[view]) * share
-        head = k.shape[-2] - n
+            total = xp.matrix_transpose(start.sums[number]) * share
+        head = view.keys.shape[-2] - n
         if head:
-            seen = None if mask is None else mask[..., :head, :]
-            first = summary(k[..., :head, :], v[..., :head, :], seen, unit, setting.degree, backend, setting.grading)
+            first = summary(*view.rows(0, head), unit, setting.degree, backend, setting.grading)
             total, lost = add((total, lost), xp.matrix_transpose(first) * share)
         sums.append((total, lost))
-    rest = [None if x is None else x[..., x.shape[-2] - n :, :] for x in (*keys, *values, *masks)]
-    return tuple(sums), rest
+    rows = (*operands.keys, *operands.values, *operands.masks)
+    return tuple(sums), [None if x is None else x[..., x.shape[-2] - n :, :] for x in rows]
 
 
-def _with_heads(
-    setting: Setting,
-    upstream: Sequence[Array],
-    found: Sequence[Array],
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    masks: Sequence[Array | None],
-) -> tuple[Array, ...]:
+def _with_heads(setting: Setting, behind: Sequence[Array], found: Gradients, views: Sequence[View]) -> Gradients:
     """The gradients with those of the rows that every query row sees, in front."""
     backend = setting.backend
-    xp = backend.xp
-    dq, *grads = found
-    m = len(keys)
-    for view, (k, v, mask, g) in enumerate(zip(keys, values, masks, upstream, strict=True)):
-        head = k.shape[-2] - dq.shape[-2]
+    n = found.query.shape[-2]
+    d_keys, d_values = list(found.keys), list(found.values)
+    for i, (view, g) in enumerate(zip(views, behind, strict=True)):
+        head = view.keys.shape[-2] - n
         if head:
-            seen = None if mask is None else mask[..., :head, :]
-            unit = setting.units[view + 1]
-            parts = key_adjoint(
-                k[..., :head, :], v[..., :head, :], seen, unit, g, setting.degree, backend, setting.grading
-            )
-            for i, part in zip((view, m + view), parts, strict=True):
-                grads[i] = xp.concat([part, grads[i]], axis=-2)
-    return dq, *grads
+            own = view.rows(0, head), setting.units[i + 1], g
+            parts = key_adjoint(*own[0], *own[1:], setting.degree, backend, setting.grading)
+            for grads, part in zip((d_keys, d_values), parts, strict=True):
+                grads[i] = backend.xp.concat([part, grads[i]], axis=-2)
+    return Gradients(found.query, tuple(d_keys), tuple(d_values))
 
 
 def _starts(
@@ -241,10 +221,10 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     backend, dtype, unit = setting.backend, setting.w.dtype, setting.units[view + 1]
     columns = values.shape[-1] + 1
     basis = Basis.of(keys.shape[-1], setting.degree, columns, setting.grading)
-    features = basis.features(backend)
+    monomials = basis.features(backend)
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
-        phi = features(channels(clean(k, mask, backend), unit, dtype, backend))
+        phi = monomials(channels(clean(k, mask, backend), unit, dtype, backend))
         z = with_ones(v, mask, dtype, backend) * setting.shares[view]
         return add(carry, backend.xp.matrix_transpose(basis.row_sums(phi, z, backend))), ()
 

@@ -1,7 +1,7 @@
 """The exact method where query row i sees only a prefix of each view, or the last rows of it.
 
 Aligned at the end: of n_μ keys, row i of n queries sees j ≤ i + n_μ − n. Query rows are cut into runs, and a run is attention
-to the keys that some row of it sees, of which `exact` leaves out those that the single row does not:
+to the keys that some row of it sees, of which `tuples` leaves out those that the single row does not:
 
 * Prefixes: a few runs, one after another, each with all keys up to its end.
 * Windows: runs of equal length, side by side as one more leading dimension, each with a window's length of keys before it.
@@ -12,67 +12,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..arrays import in_parts, unpack
+from ..arrays import in_parts
 from ..backends import Array, Backend
-from . import tuples as exact
+from ..operands import Gradients, Operands, Upstream, View
+from . import tuples
 
 # Rows in a run of prefixes, at least, and runs, at most: some 10 % more pairs than are seen. Fewer where loops are unrolled.
 _RUN, _RUNS, _UNROLLED_RUNS = 32, 16, 4
 
 
-class CausalCall(NamedTuple):
-    """What the computation depends on besides arrays; hashable. No window is all rows up to the query's."""
+def forward(operands: Operands) -> tuple[Array, Array]:
+    """Output (..., n, dv) and lse (..., n, 1)."""
+    backend, shifts = operands.backend, _shifts(operands)
+    if _windowed(operands):
+        folding = _Folding.of(operands)
+        folded, _ = folding.folded(operands)
 
-    scale: float
-    views: int
-    window: tuple[int, ...] | None = None
+        def attend(arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+            return tuples.forward(folded.with_arrays(arrays)[0], folding.limits)
 
-
-def forward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), lse (..., n, 1), and lse again as what the adjoint needs."""
-    n, shifts = _aligned(call, arrays)
-    if _windowed(call, n, shifts):
-        folding = _Folding.of(call, n, arrays)
-        whole = folding.call(call)
-        limit = exact.leading_limit(whole, backend, arrays)
-        out, lse, _ = in_parts(exact.forward, limit, (None,) * 3, whole, backend, folding.folded(call, arrays, backend))
-        out, lse = folding.rows(out, backend), folding.rows(lse, backend)
-        return out, lse, lse
-    parts = [exact.forward(*_run(call, shifts, cut, backend, arrays))[:2] for cut in _runs(n, backend)]
+        out, lse = in_parts(attend, tuples.at_a_time(operands), (None,) * 2, backend, folded.flat())
+        return folding.rows(out, backend), folding.rows(lse, backend)
+    parts = [tuples.forward(*_run(operands, shifts, cut)) for cut in _runs(operands)]
     out, lse = (_joined(list(pieces), backend) for pieces in zip(*parts, strict=True))
-    return out, lse, lse
+    return out, lse
 
 
-def backward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
-    n, shifts = _aligned(call, arrays)
-    m = call.views
-    if _windowed(call, n, shifts):
-        folding = _Folding.of(call, n, arrays)
-        whole = folding.call(call)
-        folded = folding.folded(call, arrays, backend)
-        limit = exact.leading_limit(whole, backend, arrays)
-        dq, *grads = in_parts(exact.backward, limit, folded[: 1 + 2 * m], whole, backend, folded)
-        return folding.rows(dq, backend), *(
-            folding.unfolded(g, i % m, arrays[1 + i].shape[-2], backend)  # type: ignore[union-attr]
-            for i, g in enumerate(grads)
+    backend, shifts = operands.backend, _shifts(operands)
+    columns = (out, lse, *upstream)
+    if _windowed(operands):
+        folding = _Folding.of(operands)
+        folded, of_query = folding.folded(operands, columns)
+
+        def adjoint(arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+            here, (o, lse, *g) = folded.with_arrays(arrays)
+            return tuples.backward(here, o, lse, Upstream(*g), folding.limits).flat()
+
+        targets = (folded.query, *folded.keys, *folded.values)
+        limit = tuples.at_a_time(operands)
+        found = Gradients.of(in_parts(adjoint, limit, targets, backend, (*folded.flat(), *of_query)))
+        lengths = operands.lengths[1:]
+        d_keys, d_values = (
+            tuple(
+                folding.unfolded(g, i, length, backend) for i, (g, length) in enumerate(zip(gs, lengths, strict=True))
+            )
+            for gs in (found.keys, found.values)
         )
+        return Gradients(folding.rows(found.query, backend), d_keys, d_values)
     dqs: list[Array] = []
     totals: list[Array] = []
-    for cut in _runs(n, backend):
-        dq, *grads = exact.backward(*_run(call, shifts, cut, backend, arrays))
+    for start, stop in _runs(operands):
+        o, l, *g = (c[..., start:stop, :] for c in columns)
+        here, limits = _run(operands, shifts, (start, stop))
+        dq, *grads = tuples.backward(here, o, l, Upstream(*g), limits).flat()
         dqs.append(dq)
         # What earlier runs gave covers the first rows only.
         totals = [
             g if not totals else _joined([t + g[..., : t.shape[-2], :], g[..., t.shape[-2] :, :]], backend)
             for t, g in zip(totals or grads, grads, strict=True)
         ]
-    return _joined(dqs, backend), *totals
-
-
-def leading_limit(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side."""
-    return exact.leading_limit(exact.ExactCall(call.scale, call.views), backend, arrays)
+    return Gradients.of([_joined(dqs, backend), *totals])
 
 
 def _joined(parts: list[Array], backend: Backend) -> Array:
@@ -80,34 +81,32 @@ def _joined(parts: list[Array], backend: Backend) -> Array:
     return parts[0] if len(parts) == 1 else backend.xp.concat(parts, axis=-2)
 
 
-def _aligned(call: CausalCall, arrays: Sequence[Array | None]) -> tuple[int, list[int]]:
-    """n, and n_μ − n for every view."""
-    q, keys, *_ = unpack(call.views, arrays)
-    return q.shape[-2], [k.shape[-2] - q.shape[-2] for k in keys]
+def _shifts(operands: Operands) -> list[int]:
+    """n_μ − n for every view."""
+    n, *lengths = operands.lengths
+    return [length - n for length in lengths]
 
 
-def _windowed(call: CausalCall, n: int, shifts: Sequence[int]) -> bool:
+def _windowed(operands: Operands) -> bool:
     """Whether a window leaves out any row."""
-    return call.window is not None and any(w < n + shift for w, shift in zip(call.window, shifts, strict=True))
+    window = operands.order.window
+    return window is not None and any(w < n for w, n in zip(window, operands.lengths[1:], strict=True))
 
 
-def _runs(n: int, backend: Backend) -> list[tuple[int, int]]:
+def _runs(operands: Operands) -> list[tuple[int, int]]:
     """(start, stop) of every run of prefixes."""
-    most = _RUNS if backend.parts else _UNROLLED_RUNS
+    n = operands.query.shape[-2]
+    most = _RUNS if operands.backend.parts else _UNROLLED_RUNS
     rows = max(_RUN, -(-n // most))
     return [(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def _run(
-    call: CausalCall, shifts: Sequence[int], cut: tuple[int, int], backend: Backend, arrays: Sequence[Array | None]
-) -> tuple[exact.ExactCall, Backend, list[Array | None]]:
-    """What `exact` computes for the query rows of a run: the keys up to its end."""
+def _run(operands: Operands, shifts: Sequence[int], cut: tuple[int, int]) -> tuple[Operands, tuples.Limits]:
+    """The query rows of a run, and the keys up to its end."""
     start, stop = cut
-    m = call.views
-    parts = [None if a is None else a[..., : stop + shifts[i % m], :] for i, a in enumerate(arrays[1 : 1 + 3 * m])]
-    columns = [a[..., start:stop, :] for a in (arrays[0], *arrays[1 + 3 * m :])]  # type: ignore[index]
-    inner = exact.ExactCall(call.scale, m, tuple(start + shift for shift in shifts))
-    return inner, backend, [columns[0], *parts, *columns[1:]]
+    views = tuple(v.rows(0, stop + shift) for v, shift in zip(operands.views, shifts, strict=True))
+    offsets = tuple(start + shift for shift in shifts)
+    return operands._replace(query=operands.query[..., start:stop, :], views=views), tuples.Limits(offsets)
 
 
 class _Folding(NamedTuple):
@@ -120,33 +119,36 @@ class _Folding(NamedTuple):
     window: tuple[int, ...]
 
     @classmethod
-    def of(cls, call: CausalCall, n: int, arrays: Sequence[Array | None]) -> _Folding:
+    def of(cls, operands: Operands) -> _Folding:
         """Runs short beside the windows, but not so short that a long window is held many times."""
-        lengths = [a.shape[-2] for a in arrays[1 : 1 + call.views]]  # type: ignore[union-attr]
-        window = tuple(min(w, length) for w, length in zip(call.window or (), lengths, strict=True))
+        n, *lengths = operands.lengths
+        window = tuple(min(w, length) for w, length in zip(operands.order.window or (), lengths, strict=True))
         rows = min(n, max(16, -(-min(window) // 4), -(-max(window) // 16)))
         return cls(n, rows, -(-n // rows), tuple(-(-(w - 1) // rows) for w in window), window)
 
-    def call(self, call: CausalCall) -> exact.ExactCall:
-        """The call for all runs."""
-        return exact.ExactCall(call.scale, call.views, tuple(b * self.rows_in_run for b in self.before), self.window)
+    @property
+    def limits(self) -> tuples.Limits:
+        """What the rows of all runs see."""
+        return tuples.Limits(tuple(b * self.rows_in_run for b in self.before), self.window)
 
-    def folded(self, call: CausalCall, arrays: Sequence[Array | None], backend: Backend) -> list[Array | None]:
-        """Arrays of a call with one more leading dimension, that of the runs: query and columns (..., runs, rows, k), keys more."""
+    def folded(self, operands: Operands, columns: Sequence[Array] = ()) -> tuple[Operands, list[Array]]:
+        """With one more leading dimension, that of the runs: query and columns (..., runs, rows, k), keys more."""
+        backend = operands.backend
         xp = backend.xp
-        q, keys, values, masks, columns = unpack(call.views, arrays)
-        of_query = [self._blocks(q, self.runs, 0.0, backend)]
+        of_query = [self._blocks(operands.query, self.runs, 0.0, backend)]
         for i, column in enumerate(columns):
             # A row that is not there has seen nothing: its lse is −inf.
             of_query.append(self._blocks(column, self.runs, -xp.inf if i == 1 else 0.0, backend))
-        views: list[list[Array]] = [[], [], []]
-        for before, k, v, mask in zip(self.before, keys, values, masks, strict=True):
+        views = []
+        for before, (k, v, mask) in zip(self.before, operands.views, strict=True):
             present = xp.ones((k.shape[-2], 1), dtype=xp.bool, device=backend.device(k)) if mask is None else mask
-            for held, rows, fill in zip(views, (k, v, present), (0.0, 0.0, False), strict=True):
+            held = []
+            for rows, fill in zip((k, v, present), (0.0, 0.0, False), strict=True):
                 blocks = self._blocks(rows, self.runs + before, fill, backend)
                 cuts = [blocks[..., p : p + self.runs, :, :] for p in range(before + 1)]
                 held.append(_joined(cuts, backend))
-        return [of_query[0], *views[0], *views[1], *views[2], *of_query[1:]]
+            views.append(View(*held))
+        return operands._replace(query=of_query[0], views=tuple(views)), of_query[1:]
 
     def _blocks(self, rows: Array, count: int, fill: float, backend: Backend) -> Array:
         """The last rows of an array in so many runs, (..., count, rows, k), with rows of `fill` before if they are too few."""

@@ -21,49 +21,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import log, prod
-from typing import NamedTuple
 
-from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, unpack, with_leading
+from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
 from ..features.basis import CHAIN, FEW_CHAINS, FEW_COLUMNS, Basis
-from ..features.monomials import Grading, degrees, multinomials, rank
+from ..features.monomials import Expansion, Grading, degrees, multinomials, rank
 from ..features.scaling import channel_units
+from ..operands import Attended, Gradients, Operands, Upstream
 
 # Blocks of rows that are worth a thread.
 FEWEST_BLOCKS = 4
 _FEW_ROWS = 8 * CHAIN
 
 
-class LowRankCall(NamedTuple):
-    """What the computation depends on besides arrays. `coefficients` are those of P; hashable.
-
-    With a `grading`, P keeps only the monomials that are left by it (`monomials`).
-    """
-
-    coefficients: tuple[float, ...]
-    scale: float
-    views: int
-    grading: Grading = ()
-
-    @property
-    def degree(self) -> int:
-        """Degree g of P."""
-        return len(self.coefficients) - 1
-
-
-def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1).
-
-    And the summary of every view, (..., r, dv + 1), which the adjoint takes if it is given them.
-    """
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    units = channel_units(q, keys, masks, call.scale, backend)
-    summaries = _summaries(call, units, keys, values, masks, backend)
-    combined = weights(call, q, backend) * prod_of(summaries)
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend, call.grading)
-    return out, log_normaliser(normaliser, keys, backend), normaliser, *summaries
+def forward(operands: Operands, expansion: Expansion) -> Attended:
+    """Output, lse, and the normaliser over the number of pairs (..., n, 1) with the summary of every view (..., r, dv + 1)."""
+    backend, q = operands.backend, operands.query
+    units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
+    summaries = _summaries(operands, expansion, units)
+    combined = weights(expansion, q, backend) * prod_of(summaries)
+    out, normaliser = read_out(q, units[0], combined, operands.leading, expansion.degree, backend, expansion.grading)
+    return Attended(out, log_normaliser(normaliser, operands.keys, backend), (normaliser, *summaries))
 
 
 def log_normaliser(normaliser: Array, keys: Sequence[Array], backend: Backend) -> Array:
@@ -75,29 +54,30 @@ def log_normaliser(normaliser: Array, keys: Sequence[Array], backend: Backend) -
     return xp.where(normaliser == 0, -xp.inf, lse)
 
 
-def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def backward(operands: Operands, expansion: Expansion, attended: Attended, upstream: Upstream) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation.
 
-    The exact derivative of `forward`, for gradients of the output and of the log of the normaliser. With
-    ĝ = [g, −r] / l, r = Σ g o − g_lse and C = w · A ∘ B: G = Φ(q)ᵀ ĝ, dq pulls ĝ Cᵀ back through Φ, du = Φ(a) (w · G ∘ B),
-    da pulls [u, 1] (w · G ∘ B)ᵀ back, and so for the other views.
+    The exact derivative of `forward`, for gradients of the output and of the log of the normaliser; summaries are made again
+    if they were not kept. With ĝ = [g, −r] / l, r = Σ g o − g_lse and C = w · A ∘ B: G = Φ(q)ᵀ ĝ, dq pulls ĝ Cᵀ back through
+    Φ, du = Φ(a) (w · G ∘ B), da pulls [u, 1] (w · G ∘ B)ᵀ back, and so for the other views.
     """
-    q, keys, values, masks, (out, normaliser, *known, grad_out, grad_lse) = unpack(call.views, arrays)
-    units = channel_units(q, keys, masks, call.scale, backend)
-    w = weights(call, q, backend)
-    summaries = known or _summaries(call, units, keys, values, masks, backend)
-    columns = (out, normaliser, grad_out, grad_lse)
-    leading = broadcast_leading(q, *keys, *values, *masks)
+    backend, q = operands.backend, operands.query
+    degree, grading = expansion.degree, expansion.grading
+    normaliser, *known = attended.kept
+    units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
+    w = weights(expansion, q, backend)
+    summaries = known or _summaries(operands, expansion, units)
+    columns = (attended.out, normaliser, *upstream)
     combined = w * prod_of(summaries)
-    upstream, dq = query_adjoint(q, units[0], combined, columns, leading, call.degree, backend, call.grading)
+    of_query, dq = query_adjoint(q, units[0], combined, columns, operands.leading, degree, backend, grading)
     d_keys, d_values = [], []
-    for view, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
+    for view, (k, v, mask) in enumerate(operands.views):
         others = [s for other, s in enumerate(summaries) if other != view]
-        own = w * prod_of([upstream, *others]) * (1 / k.shape[-2])
-        dk, dv = key_adjoint(k, v, mask, units[view + 1], own, call.degree, backend, call.grading)
+        own = w * prod_of([of_query, *others]) * (1 / k.shape[-2])
+        dk, dv = key_adjoint(k, v, mask, units[view + 1], own, degree, backend, grading)
         d_keys.append(dk)
         d_values.append(dv)
-    return dq, *d_keys, *d_values
+    return Gradients(dq, tuple(d_keys), tuple(d_values))
 
 
 def summary(
@@ -279,15 +259,17 @@ def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend
     return side_by_side(g, -r, backend, inverse)
 
 
-def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side."""
-    return problems(call, arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1, backend)  # type: ignore[union-attr]
+def at_a_time(operands: Operands, expansion: Expansion) -> int:
+    """How many problems to compute at a time."""
+    dim, columns = operands.query.shape[-1], operands.values[0].shape[-1] + 1
+    return problems(expansion, len(operands.views), dim, columns, operands.backend)
 
 
-def problems(call: LowRankCall, dim: int, columns: int, backend: Backend) -> int:
-    """How many of them have summaries and derivatives that take eight workspaces at most."""
-    r = rank(dim, call.degree, call.grading)
-    numbers = r * columns * (call.views + 3) + (r if call.grading else rank(dim, call.degree - 1)) * dim * columns
+def problems(expansion: Expansion, views: int, dim: int, columns: int, backend: Backend) -> int:
+    """How many problems have summaries and derivatives that take eight workspaces at most."""
+    degree, grading = expansion.degree, expansion.grading
+    r = rank(dim, degree, grading)
+    numbers = r * columns * (views + 3) + (r if grading else rank(dim, degree - 1)) * dim * columns
     return max(1, int(backend.workspace // numbers))
 
 
@@ -316,28 +298,21 @@ def joined(sums: Sequence[Sum]) -> Sum:
     return carry
 
 
-def weights(call: LowRankCall, like: Array, backend: Backend) -> Array:
+def weights(expansion: Expansion, like: Array, backend: Backend) -> Array:
     """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
     xp = backend.xp
     dim, dtype = like.shape[-1], backend.compute_dtype(like.dtype)
-    coefficients = xp.asarray(list(call.coefficients), dtype=dtype, device=backend.device(like))
-    of_degree = xp.take(coefficients, backend.table(degrees, dim, call.degree, call.grading, like=like), axis=0)
-    of_monomial = backend.table(multinomials, dim, call.degree, call.grading, like=like, dtype=dtype)
-    return (of_degree * of_monomial)[:, None]
+    which = dim, expansion.degree, expansion.grading
+    coefficients = xp.asarray(list(expansion.coefficients), dtype=dtype, device=backend.device(like))
+    of_degree = xp.take(coefficients, backend.table(degrees, *which, like=like), axis=0)
+    return (of_degree * backend.table(multinomials, *which, like=like, dtype=dtype))[:, None]
 
 
-def _summaries(
-    call: LowRankCall,
-    units: Sequence[Array],
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    masks: Sequence[Array | None],
-    backend: Backend,
-) -> list[Array]:
+def _summaries(operands: Operands, expansion: Expansion, units: Sequence[Array]) -> list[Array]:
     """Φ(k)ᵀ [v, 1] / n_μ for every view, (..., r, dv + 1)."""
     return [
-        summary(k, v, mask, unit, call.degree, backend, call.grading) * (1 / k.shape[-2])
-        for unit, k, v, mask in zip(units[1:], keys, values, masks, strict=True)
+        summary(k, v, mask, unit, expansion.degree, operands.backend, expansion.grading) * (1 / k.shape[-2])
+        for unit, (k, v, mask) in zip(units[1:], operands.views, strict=True)
     ]
 
 

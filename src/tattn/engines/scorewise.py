@@ -1,6 +1,6 @@
 """The polynomial method score by score, for sequences so short that their scores are fewer than their features.
 
-What `lowrank` computes, the softmax with P in place of exp, up to rounding and in Π n_μ time: with ũ = [u, 1], ṽ = [v, 1]
+What `features` computes, the softmax with P in place of exp, up to rounding and in Π n_μ time: with ũ = [u, 1], ṽ = [v, 1]
 over the number of rows, and 0 in masked ones,
 
     N_i = Σ_jk P(x_ijk) ũ_j ∘ ṽ_k,      o = N[:, :-1] / N[:, -1].
@@ -16,80 +16,79 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading, unpack
+from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading
 from ..backends import Array, Backend
 from ..features.basis import CHAIN, row_products
 from ..features.scaling import channel_units
-from .features import LowRankCall, add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
+from ..operands import Attended, Gradients, Operands, Upstream
+from .features import add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
 from .tuples import scaled_keys
 
 # Rows of the last view in a block, where they do not leave room.
 LAST = 256
 
-View = tuple[Array, Array]
+Side = tuple[Array, Array]
 
 
-def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1)."""
-    q, keys, *_ = unpack(call.views, arrays)
-    leading, unit, views, blocks = _prepared(call, backend, arrays)
+def forward(operands: Operands, coefficients: Sequence[float]) -> Attended:
+    """Output, lse, and the normaliser over the number of pairs (..., n, 1)."""
+    backend = operands.backend
+    leading, unit, views, blocks = _prepared(operands)
 
     def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
         s = backend.cast(rows, unit[0].dtype) * unit[0]
-        numerator = _numerator(call, s, views, blocks[1:], backend)
+        numerator = _numerator(coefficients, s, views, blocks[1:], backend)
         return None, divided(numerator, leading, backend)
 
-    _, (out, normaliser) = backend.scan_rows(body, None, (q,), blocks[0])
-    return out, log_normaliser(normaliser, keys, backend), normaliser
+    _, (out, normaliser) = backend.scan_rows(body, None, (operands.query,), blocks[0])
+    return Attended(out, log_normaliser(normaliser, operands.keys, backend), (normaliser,))
 
 
-def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def backward(operands: Operands, coefficients: Sequence[float], attended: Attended, upstream: Upstream) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
-    q, keys, _, masks, columns = unpack(call.views, arrays)
-    _, unit, views, blocks = _prepared(call, backend, arrays)
+    backend, q = operands.backend, operands.query
+    columns = (attended.out, *attended.kept, *upstream)
+    _, unit, views, blocks = _prepared(operands)
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         dtype = unit[0].dtype
         o, l, g, g_lse = (backend.cast(c, dtype) for c in columns)
         h = scaled_gradient(o, l, g, g_lse, backend)
-        ds, _, grads = _adjoint(call, backend.cast(rows, dtype) * unit[0], h, views, blocks[1:], backend)
+        ds, _, grads = _adjoint(coefficients, backend.cast(rows, dtype) * unit[0], h, views, blocks[1:], backend)
         return _plus(carry, grads), (sum_to_leading(ds * unit[0], rows.shape[:-2], backend),)
 
     start = None if q.shape[-2] <= blocks[0] else _zeros(views, backend)
     grads, (dq,) = backend.scan_rows(body, start, (q, *columns), blocks[0])
     d_keys, d_values = [], []
-    for (dk, _), (dz, _), u, k, mask in (
-        (*pair, *of_view) for pair, *of_view in zip(grads, unit[1:], keys, masks, strict=True)
-    ):
+    for ((dk, _), (dz, _)), u, (k, _, mask) in zip(grads, unit[1:], operands.views, strict=True):
         d_keys.append(sum_to_leading(dk * u, k.shape[:-2], backend))
         d_values.append(clean(dz[..., :-1] * (1 / k.shape[-2]), mask, backend))
-    return dq, *d_keys, *d_values
+    return Gradients(dq, tuple(d_keys), tuple(d_values))
 
 
-def _prepared(
-    call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
-) -> tuple[tuple[int, ...], list[Array], list[View], tuple[int, ...]]:
+def _prepared(operands: Operands) -> tuple[tuple[int, ...], list[Array], list[Side], tuple[int, ...]]:
     """Leading dimensions, channel units, (k · unit, [v, 1] / n_μ) of every view, and rows in a block."""
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    dtype = backend.compute_dtype(q.dtype)
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    units = channel_units(q, keys, masks, call.scale, backend)
-    ones = [with_ones(v, mask, dtype, backend) * (1 / v.shape[-2]) for v, mask in zip(values, masks, strict=True)]
+    backend, q, keys, masks = operands.backend, operands.query, operands.keys, operands.masks
+    dtype, leading = operands.dtype, operands.leading
+    units = channel_units(q, keys, masks, operands.scale, backend)
+    ones = [with_ones(v, mask, dtype, backend) * (1 / v.shape[-2]) for _, v, mask in operands.views]
     views = list(zip(scaled_keys(keys, units[1:], masks, backend), ones, strict=True))
     width = q.shape[-1] + ones[0].shape[-1]
-    blocks = blocks_of(leading, [a.shape[-2] for a in (q, *keys)], width, dtype, backend, most=CHAIN)
+    blocks = blocks_of(leading, operands.lengths, width, dtype, backend, most=CHAIN)
     return leading, units, views, blocks
 
 
-def _numerator(call: LowRankCall, s: Array, views: Sequence[View], blocks: tuple[int, ...], backend: Backend) -> Array:
+def _numerator(
+    coefficients: Sequence[float], s: Array, views: Sequence[Side], blocks: tuple[int, ...], backend: Backend
+) -> Array:
     """Σ P(x) ũ ∘ … over all rows of the views, (..., rows, dv + 1), for rows s (..., rows, d)."""
     xp = backend.xp
     rows = s.shape[-2]
 
     def body(carry: Any, k: Array, z: Array) -> tuple[Any, tuple[()]]:
         if len(views) == 1:
-            return _plus(carry, [[_polynomial(call.coefficients, s @ xp.matrix_transpose(k), backend) @ z]]), ()
-        inner = _numerator(call, row_pairs(s, k, backend), views[1:], blocks[1:], backend)
+            return _plus(carry, [[_polynomial(coefficients, s @ xp.matrix_transpose(k), backend) @ z]]), ()
+        inner = _numerator(coefficients, row_pairs(s, k, backend), views[1:], blocks[1:], backend)
         inner = xp.reshape(inner, (*inner.shape[:-2], rows, k.shape[-2], inner.shape[-1]))
         return _plus(carry, [[xp.sum(inner * z[..., None, :, :], axis=-2)]]), ()
 
@@ -102,7 +101,7 @@ def _numerator(call: LowRankCall, s: Array, views: Sequence[View], blocks: tuple
 
 
 def _adjoint(
-    call: LowRankCall, s: Array, h: Array, views: Sequence[View], blocks: tuple[int, ...], backend: Backend
+    coefficients: Sequence[float], s: Array, h: Array, views: Sequence[Side], blocks: tuple[int, ...], backend: Backend
 ) -> tuple[Array, Array, list[tuple[Array, Array]]]:
     """(ds, dh, (dk, dṽ) of every view) for rows s (..., rows, d) and the gradient h (..., rows, dv + 1) of their numerator."""
     xp = backend.xp
@@ -110,14 +109,14 @@ def _adjoint(
 
     def last_view(carry: Any, k: Array, z: Array) -> tuple[Any, tuple[Array, Array]]:
         x = s @ xp.matrix_transpose(k)
-        p = _polynomial(call.coefficients, x, backend)
-        w = _polynomial([t * c for t, c in enumerate(call.coefficients)][1:], x, backend) * (h @ xp.matrix_transpose(z))
+        p = _polynomial(coefficients, x, backend)
+        w = _polynomial([t * c for t, c in enumerate(coefficients)][1:], x, backend) * (h @ xp.matrix_transpose(z))
         own = tuple(row_products(xp.matrix_transpose(m), y, backend) for m, y in ((w, s), (p, h)))
         return _plus(carry, [(w @ k, p @ z)]), _own(own, k, z)
 
     def other_view(carry: Any, k: Array, z: Array) -> tuple[Any, tuple[Array, Array]]:
         ds, dh, inner = _adjoint(
-            call, row_pairs(s, k, backend), row_pairs(h, z, backend), views[1:], blocks[1:], backend
+            coefficients, row_pairs(s, k, backend), row_pairs(h, z, backend), views[1:], blocks[1:], backend
         )
         ds, dh = (xp.reshape(x, (*x.shape[:-2], rows, k.shape[-2], x.shape[-1])) for x in (ds, dh))
         own = xp.sum(ds * s[..., :, None, :], axis=-3), xp.sum(dh * h[..., :, None, :], axis=-3)
@@ -138,7 +137,7 @@ def _adjoint(
     return ds[0], dh[0], [own, *((dk[0], dz[0]) for dk, dz in inner)]
 
 
-def _zeros(views: Sequence[View], backend: Backend) -> tuple[Any, ...]:
+def _zeros(views: Sequence[Side], backend: Backend) -> tuple[Any, ...]:
     """An empty compensated sum for every array of the views."""
     return tuple(tuple(zero_sum(tuple(x.shape), x.dtype, x, backend) for x in view) for view in views)
 
@@ -160,11 +159,10 @@ def _polynomial(coefficients: Sequence[float], x: Array, backend: Backend) -> Ar
     return result
 
 
-def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
-    rows: list[Any] = [a.shape[-2] for a in arrays[: call.views + 1]]  # type: ignore[union-attr]
-    scores = prod([min(32, n) for n in rows])
-    return max(1, int(backend.workspace // (8 * scores)))
+def at_a_time(operands: Operands) -> int:
+    """How many problems to compute at a time, so that blocks keep a side of 32 rows, or all that there are."""
+    scores = prod([min(32, n) for n in operands.lengths])
+    return max(1, int(operands.backend.workspace // (8 * scores)))
 
 
 def blocks_of(

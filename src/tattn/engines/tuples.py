@@ -11,8 +11,8 @@ follow by the product rule. Symbols as in docs/notation.md.
 Values have a column of ones, so that one product gives sums and normaliser, and with −r beside g another gives w − r. Where scores
 are known to be small, weights are eˣ and the normaliser divides g; otherwise a running maximum is subtracted.
 
-With `offsets` row i of the query sees the rows j ≤ i + offset of a view, and with `window` none of them but the last so many.
-`exact_causal` cuts a call into some of those.
+With `Limits` row i of the query sees the rows j ≤ i + offset of a view, and with a window none of them but the last so many.
+`causal_tuples` cuts a call into some of those.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from math import prod
 from operator import mul
 from typing import Any, NamedTuple
 
-from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, unpack, with_leading
+from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, with_leading
 from ..backends import Array, Backend
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.scaling import channel_units
+from ..operands import Gradients, Operands, Upstream
 
 # Scores of at most this size need no maximum subtracted if neither entries nor products of values are larger than this, nor
 # their largest smaller than its reciprocal: sums of weights and values then stay in the range of float32.
@@ -39,13 +40,14 @@ _SHARED = 1 << 22
 _NEVER = 1 << 30
 
 
-class ExactCall(NamedTuple):
-    """What the computation depends on besides arrays; hashable."""
+class Limits(NamedTuple):
+    """Row i of the query sees the rows j ≤ i + offset of each view, and none of them but the last `window`; None for all."""
 
-    scale: float
-    views: int
     offsets: tuple[int, ...] | None = None
     window: tuple[int, ...] | None = None
+
+
+ALL = Limits()
 
 
 class Rows(NamedTuple):
@@ -88,12 +90,16 @@ class _Pass(NamedTuple):
 State = tuple[Array, Array | None]
 
 
-def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """Output (..., n, dv), lse (..., n, 1), and lse again as what the adjoint needs."""
-    q, _, _, masks, _ = unpack(call.views, arrays)
+def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
+    """Output (..., n, dv) and lse (..., n, 1)."""
+    backend = operands.backend
     xp = backend.xp
-    at, views, run = _prepared(call, backend, arrays)
-    masked = [(view, block) for view, block, mask in zip(views, run.blocks[2:], masks, strict=True) if mask is not None]
+    at, views, run = _prepared(operands, limits)
+    masked = [
+        (view, block)
+        for view, block, mask in zip(views, run.blocks[2:], operands.masks, strict=True)
+        if mask is not None
+    ]
 
     def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
         s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
@@ -116,15 +122,16 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
         lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
         return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
 
-    _, (out, lse) = backend.share_rows(body, None, (q, at), run.blocks[0], run.fewest)
-    return out, lse, lse
+    _, (out, lse) = backend.share_rows(body, None, (operands.query, at), run.blocks[0], run.fewest)
+    return out, lse
 
 
-def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, limits: Limits = ALL) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
-    q, keys, values, masks, columns = unpack(call.views, arrays)
+    backend, q = operands.backend, operands.query
     xp = backend.xp
-    at, views, run = _prepared(call, backend, arrays)
+    columns = (out, lse, *upstream)
+    at, views, run = _prepared(operands, limits)
     dtype = views[0].keys.dtype
 
     def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
@@ -146,10 +153,10 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     for more in others:
         grads = _plus(grads, more)
     d_keys, d_values = [], []
-    for (dk, dv), unit, k, v, mask in zip(grads, run.units[1:], keys, values, masks, strict=True):
+    for (dk, dv), unit, (k, v, mask) in zip(grads, run.units[1:], operands.views, strict=True):
         d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
         d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
-    return dq, *d_keys, *d_values
+    return Gradients(dq, tuple(d_keys), tuple(d_values))
 
 
 def scaled_keys(
@@ -160,10 +167,9 @@ def scaled_keys(
     return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
 
 
-def leading_limit(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side, so that blocks keep a side of 32 rows, or all that there are."""
-    rows: list[Any] = [a.shape[-2] for a in arrays[: call.views + 1]]  # type: ignore[union-attr]
-    return max(1, int(backend.cache // (4 * prod([min(32, n) for n in rows]))))
+def at_a_time(operands: Operands) -> int:
+    """How many problems to compute at a time, so that blocks keep a side of 32 rows, or all that there are."""
+    return max(1, int(operands.backend.cache // (4 * prod([min(32, n) for n in operands.lengths]))))
 
 
 def block_sizes(leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend) -> tuple[int, ...]:
@@ -189,45 +195,42 @@ def _power(number: float) -> int:
     return 1 << max(0, int(number * (1 + 1e-9)).bit_length() - 1)
 
 
-def _prepared(
-    call: ExactCall, backend: Backend, arrays: Sequence[Array | None]
-) -> tuple[Array | None, list[Rows], _Pass]:
+def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Rows], _Pass]:
     """Places of query rows (n, 1), the views, and what blocks share."""
+    backend, q, keys, masks = operands.backend, operands.query, operands.keys, operands.masks
     xp = backend.xp
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    dtype, device = backend.compute_dtype(q.dtype), backend.device(q)
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    bounded = backend.reads and small(call.scale, q, keys, values, masks, backend)
-    units: Sequence[Any] = [call.scale, *(1.0 for _ in keys)]
+    dtype, device, leading = operands.dtype, backend.device(q), operands.leading
+    bounded = backend.reads and small(operands)
+    units: Sequence[Any] = [operands.scale, *(1.0 for _ in keys)]
     if not bounded:
-        units = channel_units(q, keys, masks, call.scale, backend)
+        units = channel_units(q, keys, masks, operands.scale, backend)
     scaled = scaled_keys(keys, units[1:], masks, backend)
-    blocks = block_sizes(leading, [a.shape[-2] for a in (q, *keys)], dtype, backend)
-    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod([k.shape[-2] for k in keys])))
+    blocks = block_sizes(leading, operands.lengths, dtype, backend)
+    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod(operands.lengths[1:])))
     run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory())
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
 
-    limited = call.offsets is not None or any(m is not None for m in masks)
+    limited = limits.offsets is not None or any(m is not None for m in masks)
     views = []
-    for i, (k, v, mask) in enumerate(zip(scaled, values, masks, strict=True)):
+    for i, (k, v, mask) in enumerate(zip(scaled, operands.values, masks, strict=True)):
         v = backend.cast(clean(v, mask, backend), dtype)
         one = xp.ones((*v.shape[:-1], 1), dtype=dtype, device=device)
         first = last = None
         if limited:
             first = (
-                places(k, call.offsets[i])
-                if call.offsets
+                places(k, limits.offsets[i])
+                if limits.offsets
                 else xp.zeros((k.shape[-2], 1), dtype=xp.int32, device=device)
             )
-            if call.window:
-                last = first + (call.window[i] or _NEVER)
+            if limits.window:
+                last = first + (limits.window[i] or _NEVER)
         if mask is not None:
             one = xp.broadcast_to(backend.cast(mask, dtype), (*broadcast_leading(v, mask), *one.shape[-2:]))
             first = xp.where(mask, first, _NEVER)
         views.append(Rows(_by_columns(k, backend), _by_columns(xp.concat([v, one], axis=-1), backend), first, last))
-    return places(q, 0) if call.offsets else None, views, run
+    return places(q, 0) if limits.offsets else None, views, run
 
 
 def _by_columns(x: Array, backend: Backend) -> Array:
@@ -235,19 +238,14 @@ def _by_columns(x: Array, backend: Backend) -> Array:
     return backend.xp.matrix_transpose(transposed(x, backend))
 
 
-def small(
-    scale: float,
-    q: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    masks: Sequence[Array | None],
-    backend: Backend,
-) -> bool:
+def small(operands: Operands) -> bool:
     """Whether no score is large, by Hölder's inequality, and neither entries nor products of values are far from one."""
+    backend, q, scale = operands.backend, operands.query, operands.scale
     xp = backend.xp
-    rows = [q, *(clean(x, m, backend) for x, m in zip((*keys, *values), (*masks, *masks), strict=True))]
+    masked = zip((*operands.keys, *operands.values), (*operands.masks, *operands.masks), strict=True)
+    rows = [q, *(clean(x, m, backend) for x, m in masked)]
     sizes = [float(xp.max(xp.abs(x))) for x in rows]
-    views = len(keys) + 1
+    views = len(operands.views) + 1
     if not all(1 / _LARGE <= x <= _LARGE for x in (scale, *sizes[:views], prod(sizes[views:]))):
         return False
     if scale * q.shape[-1] * prod(sizes[:views]) <= _REACH:

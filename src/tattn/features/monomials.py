@@ -28,6 +28,18 @@ from ..backends.base import memoized
 Grading = tuple[int, ...]
 
 
+class Expansion(NamedTuple):
+    """A polynomial of the score as a sum over monomials: c_0 … c_g, and the grading of those that are kept, () for all."""
+
+    coefficients: tuple[float, ...]
+    grading: Grading = ()
+
+    @property
+    def degree(self) -> int:
+        """Degree g."""
+        return len(self.coefficients) - 1
+
+
 def rank(dim: int, degree: int, grading: Grading = ()) -> int:
     """Number of monomials of degree at most `degree` in `dim` channels, C(dim + degree, degree), or those of a pruned basis."""
     return starts(grading, degree)[-1] if grading else comb(dim + degree, degree)

@@ -9,98 +9,140 @@ adjoint. Nothing depends on values read by the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
+from typing import ClassVar
 
-from ..arrays import broadcast_leading, return_rows, rows_together, sum_to_leading, unpack
+from ..arrays import return_rows, rows_together, sum_to_leading
 from ..backends import Array, Backend
 from ..engines.features import key_adjoint, log_normaliser, query_adjoint, read_out, summary
 from ..features.monomials import rank
 from ..features.scaling import channel_tops
+from ..operands import Attended, Gradients, Operands, Upstream
 from . import certificate
-from .bands import BandedCall, Series, View, edges, views_of
+from .bands import Banding, Series, Sorted, edges, sorted_views
+from .gradient_bounds import banded_bounds
 
 
-def forward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Output (..., n, dv), lse (..., n, 1), and the normaliser over pairs and the columns of the certificate, (..., n, ·).
+@dataclass(frozen=True)
+class Banded:
+    """A polynomial for each tuple of norm bands; the certified bound of every query row comes with the answer.
 
-    And for the adjoint, which takes them if it is given them: summaries (..., bands · r, dv + 1), and how rows are sorted.
+    Parameters
+    ----------
+    degree : int
+        Degree of the polynomials.
+    bands : int
+        Norm bands of every view, at most its rows.
+    moment : int
+        Even order t of the moments that bound the error, at most `degree`.
     """
-    q, keys, values, masks, _ = unpack(call.views, arrays)
-    xp = backend.xp
-    query, *views = views_of(call, q, keys, values, masks, backend)
-    series = Series.of(call, [query, *views], q, backend)
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    if call.certify:
-        summaries, sizes = zip(*(certificate.summaries(call, v, backend) for v in views), strict=True)
-        ones = [s[..., -1:] for s in sizes]
-        shares = [certificate.shares(call, v, backend) for v in views]
-        tops = [channel_tops(v, mask, backend) for v, mask in zip(values, masks, strict=True)]
-    else:
-        summaries = tuple(_summaries(call, v, backend) for v in views)
 
-    def bands() -> Iterator[tuple[Array, Array]]:
-        for band, cut in enumerate(edges(q.shape[-2], call.bands)):
-            rows = query.in_band(query.rows, *cut, backend)
-            combined = series.contract(call, 0, band, summaries, backend)
-            if not call.certify:
-                yield read_out(rows, query.by.unit, combined, leading, call.degree, backend)
-                continue
-            moments = certificate.moment_columns(call, series, 0, band, [(0, sizes), (1, ones), (2, ones)], backend)
-            rounding = certificate.roundings(call, series, 0, band, shares, values[0].shape[-1], backend)
-            yield certificate.read_out(call, rows, query.by.unit, combined, moments, rounding, tops, leading, backend)
+    degree: int = 2
+    bands: int = 8
+    moment: int = 2
 
-    out, rest = return_rows(bands(), query.by.order, backend)
-    kept = [xp.reshape(s, (*s.shape[:-3], -1, s.shape[-1])) for s in summaries]
-    return out, log_normaliser(rest[..., :1], keys, backend), rest, *kept, *query.by, *chain(*(v.by for v in views))
+    name: ClassVar[str] = "polynomial"
+    extra: ClassVar[int] = 0
+
+    def forward(self, operands: Operands, certify: bool = False) -> Attended:
+        """Output, lse, and kept: the normaliser over pairs with the columns of the certificate (..., n, ·), the summaries
+        (..., bands · r, dv + 1), and how rows are sorted.
+        """
+        backend, q = operands.backend, operands.query
+        xp = backend.xp
+        call, leading = self._banding(operands), operands.leading
+        query, *views = sorted_views(call, operands)
+        series = Series.of(call, [query, *views], q, backend)
+        if certify:
+            summaries, sizes = zip(*(certificate.summaries(call, v, backend) for v in views), strict=True)
+            ones = [s[..., -1:] for s in sizes]
+            shares = [certificate.shares(call, v, backend) for v in views]
+            tops = [channel_tops(v, mask, backend) for _, v, mask in operands.views]
+        else:
+            summaries = tuple(_summaries(call, v, backend) for v in views)
+
+        def bands() -> Iterator[tuple[Array, Array]]:
+            value_dim = operands.values[0].shape[-1]
+            for band, cut in enumerate(edges(q.shape[-2], call.bands)):
+                rows = query.in_band(query.rows, *cut, backend)
+                combined = series.contract(call, 0, band, summaries, backend)
+                if not certify:
+                    yield read_out(rows, query.by.unit, combined, leading, call.degree, backend)
+                    continue
+                moments = certificate.moment_columns(call, series, 0, band, [(0, sizes), (1, ones), (2, ones)], backend)
+                rounding = certificate.roundings(call, series, 0, band, shares, value_dim, backend)
+                yield certificate.read_out(
+                    call, rows, query.by.unit, combined, moments, rounding, tops, leading, backend
+                )
+
+        out, columns = return_rows(bands(), query.by.order, backend)
+        kept = [xp.reshape(s, (*s.shape[:-3], -1, s.shape[-1])) for s in summaries]
+        sortings = chain(query.by, *(v.by for v in views))
+        lse = log_normaliser(columns[..., :1], operands.keys, backend)
+        return Attended(out, lse, (columns, *kept, *sortings))
+
+    def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
+        """The exact derivative of `forward` for fixed bands, in the dtype of the computation."""
+        backend, q = operands.backend, operands.query
+        xp = backend.xp
+        call, m = self._banding(operands), len(operands.views)
+        columns, *known = attended.kept
+        query, *views = sorted_views(call, operands, known[m:])
+        series = Series.of(call, [query, *views], q, backend)
+        summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in known[:m]]
+        summaries = summaries or [_summaries(call, v, backend) for v in views]
+        of_rows = (attended.out, columns[..., :1], *upstream)
+        of_query = [query.rows, *(rows_together(x, backend) for x in of_rows)]
+        upstreams = []
+
+        def bands_of_query() -> Iterator[tuple[Array]]:
+            for band, cut in enumerate(edges(q.shape[-2], call.bands)):
+                combined = series.contract(call, 0, band, summaries, backend)
+                rows, *own = (query.in_band(x, *cut, backend) for x in of_query)
+                found, dq = query_adjoint(rows, query.by.unit, combined, own, operands.leading, call.degree, backend)
+                upstreams.append(found)
+                yield (dq,)
+
+        (dq,) = return_rows(bands_of_query(), query.by.order, backend)
+        stacked = xp.stack(upstreams, axis=-3)
+
+        def bands_of_keys(number: int) -> Iterator[tuple[Array, Array]]:
+            view, n = views[number], operands.keys[number].shape[-2]
+            tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
+            for band, cut in enumerate(edges(n, call.bands)):
+                own = series.contract(call, number + 1, band, tensors, backend) * (1 / n)
+                yield key_adjoint(*view.band(*cut, backend), view.by.unit, own, call.degree, backend)
+
+        d_keys, d_values = [], []
+        for number, (k, v, _) in enumerate(operands.views):
+            dk, dv = return_rows(bands_of_keys(number), views[number].by.order, backend)
+            d_keys.append(sum_to_leading(dk, k.shape[:-2], backend))
+            d_values.append(sum_to_leading(dv, v.shape[:-2], backend))
+        return Gradients(dq, tuple(d_keys), tuple(d_values))
+
+    def gradient_bounds(
+        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
+    ) -> Gradients:
+        """From the certificate of every row; `attended` has to carry it."""
+        return banded_bounds(self._banding(operands), operands, attended, upstream)
+
+    def row_errors(self, kept: Array) -> Array:
+        """The bound of the error of every row (..., n), from the first of what is kept of a certified call."""
+        return kept[..., certificate.ERROR]
+
+    def at_a_time(self, operands: Operands) -> int:
+        """How many problems to compute at a time, so that their summaries fit in the workspace."""
+        dim, columns = operands.query.shape[-1], operands.values[0].shape[-1] + 1
+        numbers = rank(dim, self.degree) * columns * self.bands * (len(operands.views) + 3)
+        return max(1, int(operands.backend.workspace // numbers))
+
+    def _banding(self, operands: Operands) -> Banding:
+        return Banding(self.degree, self.moment, self.bands, operands.scale, len(operands.views))
 
 
-def backward(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values: the exact derivative of `forward` for fixed bands."""
-    q, keys, values, masks, (out, rest, *kept, grad_out, grad_lse) = unpack(call.views, arrays)
-    xp = backend.xp
-    query, *views = views_of(call, q, keys, values, masks, backend, kept[call.views :])
-    series = Series.of(call, [query, *views], q, backend)
-    summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in kept[: call.views]]
-    summaries = summaries or [_summaries(call, v, backend) for v in views]
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    of_query = [query.rows, *(rows_together(x, backend) for x in (out, rest[..., :1], grad_out, grad_lse))]
-    upstreams = []
-
-    def bands_of_query() -> Iterator[tuple[Array]]:
-        for band, cut in enumerate(edges(q.shape[-2], call.bands)):
-            combined = series.contract(call, 0, band, summaries, backend)
-            rows, *columns = (query.in_band(x, *cut, backend) for x in of_query)
-            upstream, dq = query_adjoint(rows, query.by.unit, combined, columns, leading, call.degree, backend)
-            upstreams.append(upstream)
-            yield (dq,)
-
-    (dq,) = return_rows(bands_of_query(), query.by.order, backend)
-    stacked = xp.stack(upstreams, axis=-3)
-
-    def bands_of_keys(number: int) -> Iterator[tuple[Array, Array]]:
-        view, n = views[number], keys[number].shape[-2]
-        tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
-        for band, cut in enumerate(edges(n, call.bands)):
-            own = series.contract(call, number + 1, band, tensors, backend) * (1 / n)
-            yield key_adjoint(*view.band(*cut, backend), view.by.unit, own, call.degree, backend)
-
-    d_keys, d_values = [], []
-    for number, view in enumerate(views):
-        dk, dv = return_rows(bands_of_keys(number), view.by.order, backend)
-        d_keys.append(sum_to_leading(dk, keys[number].shape[:-2], backend))
-        d_values.append(sum_to_leading(dv, values[number].shape[:-2], backend))
-    return dq, *d_keys, *d_values
-
-
-def leading_limit(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
-    """How many problems to compute side by side, so that their summaries fit in the workspace."""
-    dim, columns = arrays[0].shape[-1], arrays[1 + call.views].shape[-1] + 1  # type: ignore[union-attr]
-    numbers = rank(dim, call.degree) * columns * call.bands * (call.views + 3)
-    return max(1, int(backend.workspace // numbers))
-
-
-def _summaries(call: BandedCall, view: View, backend: Backend) -> Array:
+def _summaries(call: Banding, view: Sorted, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1] / n of every band, (..., B, r, dv + 1)."""
     n = view.rows.shape[-2]
     parts = [summary(*view.band(*cut, backend), view.by.unit, call.degree, backend) for cut in edges(n, call.bands)]

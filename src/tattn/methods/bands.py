@@ -22,6 +22,7 @@ from ..backends.base import memoized
 from ..bounds.score_range import balancing_units
 from ..features.monomials import multinomials
 from ..features.scaling import channel_sizes, units_of
+from ..operands import Operands
 
 # Beyond the last range of the grid no polynomial is certified; its κ stands for that and keeps arithmetic finite.
 NO_BOUND = 1e30
@@ -29,15 +30,14 @@ NO_BOUND = 1e30
 BLOCK = 8192
 
 
-class BandedCall(NamedTuple):
-    """What the computation depends on besides arrays; hashable. `certify`: whether bounds come with the answer."""
+class Banding(NamedTuple):
+    """Degree of the polynomials, order of the moments and number of bands, for scores of so many views."""
 
     degree: int
     moment: int
     bands: int
     scale: float
     views: int
-    certify: bool
 
 
 class Sorting(NamedTuple):
@@ -50,7 +50,7 @@ class Sorting(NamedTuple):
     norms: Array  # (..., bands, 1): the largest of each band
 
 
-class View(NamedTuple):
+class Sorted(NamedTuple):
     """One view and how it is sorted: the query has no values."""
 
     rows: Array  # (..., n, d)
@@ -79,7 +79,7 @@ def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
     return tuple(itertools.pairwise(ends))
 
 
-def sortings(call: BandedCall, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
+def sortings(call: Banding, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
     """How norms sort query and keys."""
     xp = backend.xp
     sizes = [channel_sizes(x, mask, backend) for x, mask in zip(rows, masks, strict=True)]
@@ -114,22 +114,15 @@ def _by_size(norm: Array, bands: int, backend: Backend) -> Array:
     return xp.argsort(number, axis=-1, stable=True)[..., None]
 
 
-def views_of(
-    call: BandedCall,
-    q: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    masks: Sequence[Array | None],
-    backend: Backend,
-    known: Sequence[Array] = (),
-) -> list[View]:
+def sorted_views(call: Banding, operands: Operands, known: Sequence[Array] = ()) -> list[Sorted]:
     """Query, and keys with their values; `known`: the arrays of all sortings, if they are."""
+    backend, rows, masks = operands.backend, (operands.query, *operands.keys), (None, *operands.masks)
     width = len(Sorting._fields)
     found = [Sorting(*known[i : i + width]) for i in range(0, len(known), width)]
-    found = found or sortings(call, (q, *keys), (None, *masks), backend)
-    given = ((q, *keys), (None, *values), (None, *masks))
+    found = found or sortings(call, rows, masks, backend)
+    given = (rows, (None, *operands.values), masks)
     together = ([None if x is None else rows_together(x, backend) for x in arrays] for arrays in given)
-    return [View(*view) for view in zip(*together, found, strict=True)]
+    return [Sorted(*view) for view in zip(*together, found, strict=True)]
 
 
 def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:
@@ -158,7 +151,7 @@ class Series(NamedTuple):
     dim: int
 
     @classmethod
-    def of(cls, call: BandedCall, views: Sequence[View], like: Array, backend: Backend) -> Series:
+    def of(cls, call: Banding, views: Sequence[Sorted], like: Array, backend: Backend) -> Series:
         """The polynomials for the norms of the views' bands."""
         xp = backend.xp
         dtype = backend.compute_dtype(like.dtype)
@@ -179,7 +172,7 @@ class Series(NamedTuple):
         chosen = xp.reshape(xp.take(table, flat, axis=0), (*index.shape, call.degree + 4))
         return cls(chosen, reach, like.shape[-1])
 
-    def contract(self, call: BandedCall, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
+    def contract(self, call: Banding, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
         """Coefficients w ∘ Σ c T_1 ∘ T_2 ∘ … over all bands of the other views, for one band of the view `target`: (..., r, k).
 
         `tensors`: (..., B, r, k) of every other view, in the order of the views.
@@ -196,7 +189,7 @@ class Series(NamedTuple):
         return xp.concat(parts, axis=-2) * weights[:, None]
 
 
-def of_band(call: BandedCall, target: int, band: int, array: Array) -> Array:
+def of_band(call: Banding, target: int, band: int, array: Array) -> Array:
     """One band of the view `target` of (..., B, …, B, k): (..., B, …, B, k) with one B less."""
     after = call.views - target
     return array[(Ellipsis, band, *(slice(None),) * after, slice(None))]

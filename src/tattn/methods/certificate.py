@@ -21,19 +21,19 @@ from ..bounds.rounding import LAMBDA, UNIT
 from ..engines.features import block_of, channels, divided, summed_products, with_ones
 from ..features.basis import CHAIN, FEW_CHAINS, Basis
 from ..features.monomials import multinomials, rank
-from .bands import BandedCall, Series, View, edges, level_sizes, multiply_out, of_band
+from .bands import Banding, Series, Sorted, edges, level_sizes, multiply_out, of_band
 
 # Columns of what is kept for the adjoint.
 NORMALISER, ERROR, SPREAD, STEEP, ROUNDING, GROWTH, COLUMNS = range(7)
 
 
-def block_t(call: BandedCall, dim: int) -> slice:
+def block_t(call: Banding, dim: int) -> slice:
     """Where the monomials of degree t stand."""
     sizes = level_sizes(dim, call.moment)
     return slice(sum(sizes[:-1]), sum(sizes))
 
 
-def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Array]:
+def summaries(call: Banding, view: Sorted, backend: Backend) -> tuple[Array, Array]:
     """For every band Φ(k)ᵀ [v, 1] / n, (..., B, r, dv + 1), and Φ_t(k)ᵀ [|v|, 1] / n, (..., B, r_t, dv + 1)."""
     xp = backend.xp
     n, dim = view.rows.shape[-2:]
@@ -63,7 +63,7 @@ def summaries(call: BandedCall, view: View, backend: Backend) -> tuple[Array, Ar
 
 
 def moment_columns(
-    call: BandedCall,
+    call: Banding,
     series: Series,
     target: int,
     band: int,
@@ -103,7 +103,7 @@ class Roundings(NamedTuple):
 
 
 def roundings(
-    call: BandedCall, series: Series, target: int, band: int, shares: Sequence[Array], value_dim: int, backend: Backend
+    call: Banding, series: Series, target: int, band: int, shares: Sequence[Array], value_dim: int, backend: Backend
 ) -> Roundings:
     """The model of `rounding` for a band of the view `target`; `shares`: the weight (..., B, 1, 1) of every other view's bands."""
     xp = backend.xp
@@ -126,7 +126,7 @@ def roundings(
     return Roundings(*(multiply_out(size, shares, backend) * unit for size in sizes))
 
 
-def shares(call: BandedCall, view: View, backend: Backend) -> Array:
+def shares(call: Banding, view: Sorted, backend: Backend) -> Array:
     """Unmasked rows of each band over all rows, (..., B, 1, 1)."""
     xp = backend.xp
     n = view.rows.shape[-2]
@@ -139,7 +139,7 @@ def shares(call: BandedCall, view: View, backend: Backend) -> Array:
 
 
 def read_out(
-    call: BandedCall,
+    call: Banding,
     q: Array,
     unit: Array,
     combined: Array,
@@ -180,7 +180,7 @@ def read_out(
 
 
 def _row_errors(
-    call: BandedCall,
+    call: Banding,
     normaliser: Array,
     sizes: Array,
     weighted: Array,

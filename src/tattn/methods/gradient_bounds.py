@@ -9,14 +9,14 @@ that row from summaries of the query with h as its values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_to_leading, unpack
+from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_to_leading
 from ..backends import Array, Backend
 from ..engines.features import block_of, channels, summed_products
 from ..features.basis import Basis
 from ..features.scaling import channel_sizes, channel_tops
-from .bands import BLOCK, BandedCall, Series, View, edges, views_of
+from ..operands import Attended, Gradients, Operands, Upstream, View
+from .bands import BLOCK, Banding, Series, Sorted, edges, sorted_views
 from .certificate import (
     ERROR,
     GROWTH,
@@ -35,34 +35,24 @@ from .certificate import (
 _SLACK = 1 + 1e-3
 
 
-class StatedCall(NamedTuple):
-    """(error, grad_error) that hold for every row alike; hashable."""
-
-    scale: float
-    stated: tuple[float, float]
-    views: int
-
-
-def stated_bounds(call: StatedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """From what holds for every row alike; `arrays` ends with the gradients of the output and of lse."""
+def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, float]) -> Gradients:
+    """From (error, grad_error) that hold for every row alike."""
+    backend = operands.backend
     xp = backend.xp
-    q, keys, values, masks, (grad_out, grad_lse) = unpack(call.views, arrays)
-    dtype = backend.compute_dtype(q.dtype)
-    leading = broadcast_leading(q, *keys, *values, *masks)
-    masked = list(zip(keys, values, masks, strict=True))
-    key_tops = [channel_tops(k, mask, backend) for k, _, mask in masked]
-    value_tops = [channel_tops(v, mask, backend) for _, v, mask in masked]
-    size = xp.abs(backend.cast(grad_out, dtype))
+    q, dtype, leading = operands.query, operands.dtype, operands.leading
+    key_tops = [channel_tops(k, mask, backend) for k, _, mask in operands.views]
+    value_tops = [channel_tops(v, mask, backend) for _, v, mask in operands.views]
+    size = xp.abs(backend.cast(upstream.out, dtype))
     # |w − r| is at most twice the first term and once the second.
-    weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True) + xp.abs(backend.cast(grad_lse, dtype))
+    weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True) + xp.abs(backend.cast(upstream.lse, dtype))
     total, total_out = (over_rows(xp.sum, x, backend) for x in (weight, size))
-    error, steep = call.stated[0], call.scale * call.stated[1]
+    error, steep = stated[0], operands.scale * stated[1]
     bounds = [(steep * weight * prod_of(key_tops), q)]
     query_top = channel_tops(q, None, backend)
-    for number, (k, _, mask) in enumerate(masked):
+    for number, (k, _, mask) in enumerate(operands.views):
         others = prod_of([query_top, *key_tops[:number], *key_tops[number + 1 :]])
         bounds.append((_rows_alike(steep * total * others, mask, k, backend), k))
-    for number, (_, v, mask) in enumerate(masked):
+    for number, (_, v, mask) in enumerate(operands.views):
         others = prod_of([error * total_out, *value_tops[:number], *value_tops[number + 1 :]])
         bounds.append((_rows_alike(others, mask, v, backend), v))
     results = []
@@ -70,7 +60,7 @@ def stated_bounds(call: StatedCall, backend: Backend, arrays: Sequence[Array | N
         # Infinity times nothing.
         bound = xp.where(xp.isnan(bound), xp.inf, bound)
         results.append(sum_to_leading(xp.broadcast_to(bound, (*leading, *like.shape[-2:])), like.shape[:-2], backend))
-    return tuple(results)
+    return Gradients.of(results)
 
 
 def _rows_alike(bound: Array, mask: Array | None, like: Array, backend: Backend) -> Array:
@@ -79,36 +69,39 @@ def _rows_alike(bound: Array, mask: Array | None, like: Array, backend: Backend)
     return clean(backend.xp.broadcast_to(bound, shape), mask, backend)
 
 
-def banded_bounds(call: BandedCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """From the certificate of every row; takes what the adjoint takes."""
+def banded_bounds(call: Banding, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
+    """From the certificate of every row."""
+    backend = operands.backend
     xp = backend.xp
-    q, keys, values, masks, (out, rest, grad_out, grad_lse) = unpack(call.views, arrays)
-    query, *views = views_of(call, q, keys, values, masks, backend)
-    series = Series.of(call, [query, *views], q, backend)
-    sizes = [channel_sizes(v, mask, backend) for v, mask in zip(values, masks, strict=True)]
+    query, *views = sorted_views(call, operands)
+    series = Series.of(call, [query, *views], operands.query, backend)
+    sizes = [channel_sizes(v, mask, backend) for _, v, mask in operands.views]
     value_tops = [top for top, _ in sizes]
-    rms = [_rms_products(*z, backend) for z in zip(keys, values, masks, value_tops, views, strict=True)]
-    per_row = (out, rest, grad_out, grad_lse)
+    rms = [_rms_products(own, top, v, backend) for own, top, v in zip(operands.views, value_tops, views, strict=True)]
+    per_row = (attended.out, attended.kept[0], *upstream)
     of_query = _query_bound(call, views, value_tops, rms, per_row, backend)
     weights = _weights(value_tops, per_row, backend)
-    top = over_rows(xp.max, xp.abs(backend.cast(grad_out, weights.dtype)), backend)
+    top = over_rows(xp.max, xp.abs(backend.cast(upstream.out, weights.dtype)), backend)
     of_views = [
         _view_bounds(call, number, query, views, series, sizes, rms, weights, top, backend)
         for number in range(call.views)
     ]
     safe = in_range([query.by.tops, *(v.by.tops for v in views), *value_tops, top], call.scale, backend)
     bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
-    return tuple(
-        sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
-        for b, like in zip(bounds, (q, *keys, *values), strict=True)
+    targets = (operands.query, *operands.keys, *operands.values)
+    return Gradients.of(
+        [
+            sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
+            for b, like in zip(bounds, targets, strict=True)
+        ]
     )
 
 
-def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view: View, backend: Backend) -> Array:
+def _rms_products(own: View, value_top: Array, view: Sorted, backend: Backend) -> Array:
     """Root mean squares of u_je a_jc over the rows of a view, (..., dv, d)."""
     xp = backend.xp
-    dtype = backend.compute_dtype(k.dtype)
-    n = k.shape[-2]
+    k, v, _ = own
+    dtype, n = backend.compute_dtype(k.dtype), k.shape[-2]
     tops = (view.by.tops, value_top)
     inverses = [xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0) for t in tops]
 
@@ -116,15 +109,14 @@ def _rms_products(k: Array, v: Array, mask: Array | None, value_top: Array, view
         a, u = (backend.cast(clean(x, mask, backend), dtype) * i for x, i in zip((k, v), inverses, strict=True))
         return total + xp.matrix_transpose(u * u) @ (a * a), ()
 
-    leading = broadcast_leading(k, v, mask)
-    start = xp.zeros((*leading, v.shape[-1], k.shape[-1]), dtype=dtype, device=backend.device(k))
-    total, _ = backend.scan_rows(body, start, (k, v, mask), BLOCK)
+    start = xp.zeros((*own.leading, v.shape[-1], k.shape[-1]), dtype=dtype, device=backend.device(k))
+    total, _ = backend.scan_rows(body, start, own, BLOCK)
     return xp.sqrt(total * (_SLACK / n)) * xp.matrix_transpose(value_top) * view.by.tops
 
 
 def _query_bound(
-    call: BandedCall,
-    views: Sequence[View],
+    call: Banding,
+    views: Sequence[Sorted],
     value_tops: Sequence[Array],
     rms: Sequence[Array],
     per_row: Sequence[Array],
@@ -193,10 +185,10 @@ _SUMS = ((0, 0), (1, 0), (1, 2), (2, 1), (2, 3))
 
 
 def _view_bounds(
-    call: BandedCall,
+    call: Banding,
     number: int,
-    query: View,
-    views: Sequence[View],
+    query: Sorted,
+    views: Sequence[Sorted],
     series: Series,
     sizes: Sequence[tuple[Array, Array]],
     rms: Sequence[Array],
@@ -270,7 +262,7 @@ def _view_bounds(
     return of_keys, of_values
 
 
-def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) -> Array:
+def _moments(call: Banding, view: Sorted, z: Array | None, backend: Backend) -> Array:
     """Φ_t(x)ᵀ z of every band, (..., B, r_t, k), for z (..., n, k) in the order of the bands; a column of ones if not given."""
     xp = backend.xp
     n, dim = view.rows.shape[-2:]
@@ -298,7 +290,7 @@ def _moments(call: BandedCall, view: View, z: Array | None, backend: Backend) ->
     return xp.stack(sums, axis=-3)
 
 
-def _weighted_squares(query: View, weights: Array, backend: Backend) -> Array:
+def _weighted_squares(query: Sorted, weights: Array, backend: Backend) -> Array:
     """Σ_i h_i q_ic² for weights (..., n, k): (..., k, d)."""
     xp = backend.xp
     inverse = xp.where(query.by.tops > 0, 1 / xp.where(query.by.tops > 0, query.by.tops, 1.0), 0.0)

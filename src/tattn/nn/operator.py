@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..checks import checked_inputs
+from ..methods import backward, forward
 from ..methods.certificate import COLUMNS, ERROR
 from ..planning.choice import Work, work_of
 from ..plans import Plan, plan_of_fields
@@ -75,7 +76,7 @@ _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"
 def _forward(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
     """Output (..., n, dv), and what the adjoint needs (..., n, 1), or with the certificate."""
     work = _work(query, keys, values, masks, plan, certify)
-    out, _, rest = BACKEND.run(work.forward, work.call, work.arrays)[:3]
+    out, _, rest = BACKEND.run(forward, work.call, work.arrays)[:3]
     return out.contiguous(), rest.contiguous()
 
 
@@ -97,7 +98,7 @@ def _backward(
     """Gradients of query, keys and values."""
     work = _work(query, keys, values, masks, plan, certify)
     residuals = (out, rest, grad, torch.zeros_like(rest[..., :1]))
-    return [g.contiguous() for g in BACKEND.run(work.backward, work.call, (*work.arrays, *residuals))]
+    return [g.contiguous() for g in BACKEND.run(backward, work.call, (*work.arrays, *residuals))]
 
 
 @_backward.register_fake

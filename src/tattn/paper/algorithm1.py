@@ -14,6 +14,7 @@ is kept as Uᵀ, (..., r, rows), and T_μ as T_μᵀ, (..., r (dv + 1), d_μ).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import exp, inf, prod, sqrt
 from typing import NamedTuple
 
@@ -22,9 +23,9 @@ from ..arrays import broadcast_leading, channel_pairs, in_parts, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
 from ..bounds.rounding import LAMBDA, UNIT, computed_in
-from ..engines.features import LowRankCall, add, channels, weights, with_ones, zero_sum
+from ..engines.features import add, channels, weights, with_ones, zero_sum
 from ..features.basis import CHAIN, FEW_CHAINS, read, row_products
-from ..features.monomials import features, rank
+from ..features.monomials import Expansion, features, rank
 from ..features.scaling import channel_units
 
 
@@ -98,7 +99,7 @@ def factors(call: Algorithm1Call, backend: Backend, arrays: Sequence[Array]) -> 
     """(T1ᵀ, T2ᵀ, T3ᵀ), each (..., r (dv + 1), d_μ), scale included: the gradient is T1 (T2 ⊘ T3)ᵀ."""
     q, a, b, u, v, a1, a2, a3, target = arrays
     units = channel_units(q, [a, b], [None, None], call.scale, backend)
-    w = weights(LowRankCall(call.coefficients, call.scale, 2), q, backend)
+    w = weights(Expansion(call.coefficients), q, backend)
     t2, s2 = _key_side(a, u, a2, units[1], call.degree, backend)
     t3, s3 = _key_side(b, v, a3, units[2], call.degree, backend)
     t1 = _query_side(call, q, a1, target, units[0], w, s2 * s3, backend)
@@ -109,7 +110,7 @@ def gradient(call: Algorithm1Call, backend: Backend, arrays: Sequence[Array]) ->
     """dLoss/dX, (..., d1, d2 d3), a few problems at a time."""
     columns = rank(arrays[0].shape[-1], call.degree) * (arrays[3].shape[-1] + 1)
     limit = max(1, int(backend.workspace // (columns * sum(a.shape[-1] for a in arrays[5:8]))))
-    return in_parts(_gradient, limit, (None,), call, backend, arrays)
+    return in_parts(partial(_gradient, call, backend), limit, (None,), backend, arrays)
 
 
 def _gradient(call: Algorithm1Call, backend: Backend, arrays: Sequence[Array]) -> tuple[Array]:

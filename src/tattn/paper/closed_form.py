@@ -11,13 +11,15 @@ where row i of p (A2 ⊗ A3) is Σ_j A2_j ⊗ (Σ_k p_ijk A3_k). Scores exist fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 from ..arrays import broadcast_leading, in_parts, row_pairs
 from ..backends import Array, Backend
-from ..engines import tuples as exact
+from ..engines import tuples
 from ..features.scaling import channel_units
+from ..operands import Operands, View
 
 
 class ClosedFormCall(NamedTuple):
@@ -29,15 +31,20 @@ class ClosedFormCall(NamedTuple):
 
 def gradient(call: ClosedFormCall, backend: Backend, arrays: Sequence[Array]) -> tuple[Array]:
     """dLoss/dX, (..., d1, d2 d3), from (q, a, b, u, v, A1, A2, A3, target), a few problems at a time."""
-    limit = exact.leading_limit(exact.ExactCall(call.scale, 2), backend, arrays)
-    return in_parts(_gradient, limit, (None,), call, backend, arrays)
+    limit = tuples.at_a_time(_operands(call, backend, arrays))
+    return in_parts(partial(_gradient, call, backend), limit, (None,), backend, arrays)
+
+
+def _operands(call: ClosedFormCall, backend: Backend, arrays: Sequence[Array]) -> Operands:
+    q, a, b, u, v, *_ = arrays
+    return Operands(backend, q, (View(a, u), View(b, v)), call.scale)
 
 
 def _gradient(call: ClosedFormCall, backend: Backend, arrays: Sequence[Array]) -> tuple[Array]:
     q, a, b, u, v, a1, a2, a3, target = arrays
     xp = backend.xp
     leading = broadcast_leading(*arrays)
-    o, lse, _ = exact.forward(exact.ExactCall(call.scale, 2), backend, (q, a, b, u, v, None, None))
+    o, lse = tuples.forward(_operands(call, backend, arrays))
     c = target if call.upstream else o - target
     r = xp.sum(c * o, axis=-1, keepdims=True)
     units = channel_units(q, [a, b], [None, None], call.scale, backend)

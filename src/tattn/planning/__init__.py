@@ -9,7 +9,7 @@ from typing import Any
 
 from ..approximation.pruning import HIGHER
 from ..backends import Array
-from ..bounds.rounding import lowrank_errors, lowrank_rounding
+from ..bounds.rounding import USUAL_VALUE_DIM, lowrank_errors, lowrank_rounding
 from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges
 from ..checks import (
     Inputs,
@@ -25,7 +25,7 @@ from ..checks import (
     whole,
 )
 from ..features.monomials import rank as rank_of
-from ..plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
+from ..plans import Plan, Shape, plan_of, si, spread
 from .sampling import Estimate, estimate
 from .selection import MAX_RANK, check_rank, choose
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf, prod
 from typing import Any, NamedTuple
@@ -10,21 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..approximation.pruning import sums_of, weights_of
-from ..arrays import in_parts, sum_to_leading, unpack
-from ..backends import Array, Backend
+from ..backends import Array
 from ..bounds.rounding import exact_errors
 from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite, warn_caller
-from ..engines import causal_features as lowrank_causal
-from ..engines import causal_tuples as exact_causal
-from ..engines import features as lowrank
-from ..engines import scorewise
-from ..engines import tuples as exact
-from ..methods import banded
-from ..methods import recomputed as hybrid
-from ..methods.bands import BandedCall
-from ..methods.certificate import ERROR
-from ..methods.gradient_bounds import StatedCall, banded_bounds, stated_bounds
+from ..methods import Call, Recomputed, forward
+from ..methods import gradient_bounds as bounds_of_gradients
 from ..plans import Plan
 from . import banded_candidates, measured, plan_inputs
 from .sampling import sampled_errors
@@ -41,9 +31,7 @@ _LONG = 1e16
 class Work(NamedTuple):
     """What to compute, and its result where finding out has computed it already."""
 
-    forward: Callable[..., tuple[Array, ...]]
-    backward: Callable[..., tuple[Array, ...]]
-    call: Any
+    call: Call
     arrays: tuple[Array | None, ...]
     plan: Plan
     result: tuple[Array, ...] | None = None
@@ -82,10 +70,10 @@ def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bo
     backend = inputs.backend
     work = work_of(inputs, candidate, certify=True)
     values = backend.values_of(inputs.arrays)
-    found = backend.run(work.forward, work.call, values)
+    found = backend.run(forward, work.call, values)
     if backend.records(inputs.arrays):
         work = work._replace(call=work.call._replace(certify=certify))
-    row_errors: np.ndarray = backend.to_numpy(found[2][..., ERROR])
+    row_errors: np.ndarray = backend.to_numpy(work.call.method.row_errors(found[2]))
     over: np.ndarray = ~(row_errors <= tol)
     share = float(over.mean())
     name = f"degree {candidate.degree} in {candidate.bands} norm bands"
@@ -123,7 +111,7 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
     least = _flops(instead_of) if instead_of else inf
     best = None
     candidates = [c for c in banded_candidates(inputs, scale) if _banded_work(c, inputs) <= least / 2]
-    errors = sampled_errors(inputs, [_banded_call(c, certify=True) for c in candidates])
+    errors = sampled_errors(inputs, [_call(inputs, c, certify=True) for c in candidates])
     for candidate, found in zip(candidates, errors, strict=False):
         over = float((~(found <= tol)).mean())
         cost = _banded_work(candidate, inputs) + over * candidate.flops_exact
@@ -142,7 +130,7 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
 def _hybrid_work(
     inputs: Inputs,
     work: Work,
-    plan: Plan,
+    candidate: Plan,
     row_errors: np.ndarray,
     most: int,
     values: tuple[Array | None, ...],
@@ -151,7 +139,7 @@ def _hybrid_work(
     """The banded polynomial with the `most` worst rows of every problem recomputed."""
     backend = inputs.backend
     errors = exact_errors(
-        measured(inputs, plan.scale).bound, dim=inputs.dim, views=inputs.views, value_dim=inputs.value_dim,
+        measured(inputs, candidate.scale).bound, dim=inputs.dim, views=inputs.views, value_dim=inputs.value_dim,
         lengths=sum(inputs.lengths), dtype=inputs.dtype,
     )  # fmt: skip
     # The worst rows of every problem, as many as the problem with most of them needs.
@@ -159,14 +147,12 @@ def _hybrid_work(
     place = most + np.broadcast_to(np.arange(row_errors.shape[-1]), row_errors.shape).copy()
     np.put_along_axis(place, chosen, np.broadcast_to(np.arange(most), chosen.shape), axis=-1)
     index = tuple(backend.indices(x[..., None], inputs.arrays[0]) for x in (chosen, place))
-    call = hybrid.HybridCall(work.call, exact.ExactCall(plan.scale, inputs.views), *errors)
+    call = work.call._replace(method=Recomputed(work.call.method, errors))
     return Work(
-        _hybrid_forward,
-        _hybrid_backward,
         call,
         (*inputs.arrays, *index),
-        replace(plan, recomputed=most / inputs.lengths[0]),
-        backend.run(_hybrid_forward, call, (*values, *index, *found[:3])),
+        replace(candidate, recomputed=most / inputs.lengths[0]),
+        backend.run(forward, call, (*values, *index, *found[:3])),
     )
 
 
@@ -227,133 +213,25 @@ def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
 
 
 def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
-    """Forward, backward and what they depend on, for a plan."""
-    views = inputs.views
-    if plan.method == "exact" and plan.causal:
-        call = exact_causal.CausalCall(plan.scale, views, plan.window)
-        return Work(_exact_causal_forward, _exact_causal_backward, call, inputs.arrays, plan)
-    if plan.method == "exact":
-        return Work(_exact_forward, _exact_backward, exact.ExactCall(plan.scale, views), inputs.arrays, plan)
-    if plan.series == "banded":
-        return Work(_banded_forward, _banded_backward, _banded_call(plan, certify), inputs.arrays, plan)
-    low = lowrank.LowRankCall(plan.coefficients, plan.scale, views, plan.grading)
-    if plan.causal:
-        return Work(_lowrank_causal_forward, _lowrank_causal_backward, low, inputs.arrays, plan)
-    if plan.by_scores(inputs.lengths, inputs.value_dim):
-        return Work(_scorewise_forward, _scorewise_backward, low, inputs.arrays, plan)
-    return Work(_lowrank_forward, _lowrank_backward, low, inputs.arrays, plan)
+    """What to compute for a plan."""
+    return Work(_call(inputs, plan, certify), inputs.arrays, plan)
 
 
-def _banded_call(plan: Plan, certify: bool) -> BandedCall:
-    return BandedCall(plan.degree, plan.moment, plan.bands, plan.scale, plan.order - 1, certify)
+def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
+    return Call(plan.algorithm, inputs.views, plan.scale, inputs.order, certify)
 
 
 def gradient_bounds(
-    work: Work, inputs: Inputs, out: Array, rest: Array, grad_out: Array, grad_lse: Array
+    work: Work, inputs: Inputs, out: Array, kept: Array, grad_out: Array, grad_lse: Array
 ) -> tuple[Array, ...]:
     """Bounds of the errors of all gradients, in their shapes."""
     backend, plan = inputs.backend, work.plan
     arrays = backend.values_of(work.arrays)
-    out, rest, grad_out, grad_lse = backend.values_of((out, rest, grad_out, grad_lse))
-    if plan.series != "banded":
-        stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
-        call = StatedCall(plan.scale, stated, inputs.views)
-        return backend.run(stated_bounds, call, (*arrays, grad_out, grad_lse))  # type: ignore[no-any-return]
-    recomputes = isinstance(work.call, hybrid.HybridCall)
-    banded_call = work.call.banded if recomputes else work.call
-    call = banded_call._replace(certify=True)
-    call = work.call._replace(banded=call) if recomputes else call
-    if not banded_call.certify:
-        rest = backend.run(work.forward, call, arrays)[2]
-    bounds = _hybrid_bounds if recomputes else _banded_bounds
-    return backend.run(bounds, call, (*arrays, out, rest, grad_out, grad_lse))  # type: ignore[no-any-return]
-
-
-def _forward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    limit = module.leading_limit(call, backend, arrays)
-    results = in_parts(module.forward, limit, (None, None, None), call, backend, arrays)
-    # What the adjoint can do without is kept where it is smaller than what the adjoint gets anyway.
-    kept, inputs = (sum(prod(a.shape) for a in x if a is not None) for x in (results[3:], arrays))
-    return results if kept <= inputs else results[:3]
-
-
-def _backward(module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    q, keys, values, *_ = unpack(call.views, arrays)
-    limit = module.leading_limit(call, backend, arrays)
-    targets = (q, *keys, *values)
-    grads = in_parts(module.backward, limit, targets, call, backend, arrays)
-    # A mask may have leading dimensions that its rows lack; and narrow dtypes only now that all sums are over.
-    return tuple(
-        backend.cast(sum_to_leading(g, t.shape[:-2], backend), q.dtype) for g, t in zip(grads, targets, strict=True)
-    )
-
-
-def _bounds(function: Any, module: Any, call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    q, keys, values, *_ = unpack(call.views, arrays)
-    limit = module.leading_limit(call, backend, arrays)
-    return in_parts(function, limit, (q, *keys, *values), call, backend, arrays)
-
-
-# Named functions, since backends cache what they compile by function.
-def _exact_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(exact, call, backend, arrays)
-
-
-def _exact_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(exact, call, backend, arrays)
-
-
-def _exact_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(exact_causal, call, backend, arrays)
-
-
-def _exact_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(exact_causal, call, backend, arrays)
-
-
-def _lowrank_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(lowrank, call, backend, arrays)
-
-
-def _lowrank_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(lowrank, call, backend, arrays)
-
-
-def _scorewise_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(scorewise, call, backend, arrays)
-
-
-def _scorewise_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(scorewise, call, backend, arrays)
-
-
-def _lowrank_causal_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(lowrank_causal, call, backend, arrays)
-
-
-def _lowrank_causal_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(lowrank_causal, call, backend, arrays)
-
-
-def _banded_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(banded, call, backend, arrays)
-
-
-def _banded_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(banded, call, backend, arrays)
-
-
-def _banded_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _bounds(banded_bounds, banded, call, backend, arrays)
-
-
-def _hybrid_bounds(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _bounds(hybrid.gradient_bounds, hybrid, call, backend, arrays)
-
-
-def _hybrid_forward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _forward(hybrid, call, backend, arrays)
-
-
-def _hybrid_backward(call: Any, backend: Backend, arrays: Sequence[Array | None]) -> Any:
-    return _backward(hybrid, call, backend, arrays)
+    out, kept, grad_out, grad_lse = backend.values_of((out, kept, grad_out, grad_lse))
+    call = work.call._replace(certify=True)
+    if plan.certified:
+        call = call._replace(stated=(plan.error, plan.grad_error))
+    if plan.series == "banded" and not work.call.certify:
+        kept = backend.run(forward, call, arrays)[2]
+    bounds: tuple[Array, ...] = backend.run(bounds_of_gradients, call, (*arrays, out, kept, grad_out, grad_lse))
+    return bounds

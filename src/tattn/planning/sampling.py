@@ -18,11 +18,8 @@ from ..backends import Array, Backend
 from ..backends.numpy import BACKEND as numpy_backend
 from ..bounds.score_range import RangeCall, ranges
 from ..checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
-from ..engines import tuples as exact
 from ..features.monomials import rank as rank_of
-from ..methods import banded
-from ..methods.bands import BandedCall
-from ..methods.certificate import ERROR
+from ..methods import Call, Exact, forward
 
 _QUERIES, _PAIRS = 64, 1 << 18
 # How often a pruned basis that was chosen may turn out too small.
@@ -168,7 +165,7 @@ def measure_error(
     if inputs.order.causal:
         arrays = _each_with_its_keys(inputs, arrays, chosen)
     dtype = backend.compute_dtype(query.dtype)
-    truth, _, _ = backend.run(exact.forward, exact.ExactCall(number, inputs.views), arrays)
+    truth, *_ = backend.run(forward, Call(Exact(), inputs.views, number), arrays)
     if inputs.order.causal:
         truth = truth[..., 0, :]
     size: Array = 1.0
@@ -198,7 +195,7 @@ def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: 
     return tuple(apart)
 
 
-def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> Iterator[np.ndarray]:
+def sampled_errors(inputs: Inputs, calls: Sequence[Call]) -> Iterator[np.ndarray]:
     """Bounds of some rows, (problems, rows) for each call, as if sampled rows were all there are."""
     m = inputs.views
     rng = np.random.default_rng(0)
@@ -217,7 +214,8 @@ def sampled_errors(inputs: Inputs, calls: Sequence[BandedCall]) -> Iterator[np.n
         taken = _rows_of(array, rows[0 if i == 0 else 1 + (i - 1) % m], problems, inputs=inputs, backend=inputs.backend)
         arrays.append(taken > 0 if i > 2 * m else taken if inputs.dtype == "float64" else taken.astype(np.float32))
     for call in calls:
-        yield numpy_backend.run(banded.forward, call, arrays)[2][..., ERROR]
+        kept: np.ndarray = numpy_backend.run(forward, call, arrays)[2]
+        yield np.asarray(call.method.row_errors(kept))
 
 
 class Sample(NamedTuple):

@@ -13,11 +13,11 @@ from ..approximation.exponential import Polynomial, smallest
 from ..approximation.exponential import minimax as minimax_polynomial
 from ..approximation.exponential import taylor as taylor_polynomial
 from ..approximation.pruning import HIGHER, Pruned, dropped, smallest_pruned, sums_of, worthwhile
-from ..bounds.rounding import exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
+from ..bounds.rounding import USUAL_VALUE_DIM, exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
 from ..checks import PlanError, warn_caller, whole
 from ..engines.spans import span_of
 from ..features.monomials import rank as rank_of
-from ..plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si
+from ..plans import Plan, Shape, plan_of, si
 
 MAX_RANK = 1 << 18
 # Operations that take longer than to look for a pruned basis.

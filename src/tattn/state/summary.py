@@ -23,7 +23,7 @@ from ..checks import (
     checked_sums,
     checked_views,
 )
-from ..engines.features import LowRankCall
+from ..features.monomials import Expansion
 from ..plans import Plan, plan_of_fields
 from . import sums as summaries
 
@@ -262,7 +262,7 @@ class Summary:
         checked_sums("rests", self.rests, **expected, like=self.sums)
         return backend
 
-    def _reading(self, query: Array) -> tuple[Backend, LowRankCall, tuple[Array, ...]]:
+    def _reading(self, query: Array) -> tuple[Backend, summaries.SumCall, tuple[Array, ...]]:
         self._checked()
         backend = checked_reader(query, self.sums, self.plan.dim, self.plan.dtype)
         return backend, call_of(self.plan), (query, *self.sums)
@@ -423,9 +423,9 @@ def check_same_plan(plan: Plan, other: Plan) -> None:
             raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
 
 
-def call_of(plan: Plan) -> LowRankCall:
+def call_of(plan: Plan) -> summaries.SumCall:
     """What `summaries` computes for a plan."""
-    return LowRankCall(plan.coefficients, plan.scale, plan.order - 1, plan.grading)
+    return summaries.SumCall(Expansion(plan.coefficients, plan.grading), plan.scale, plan.order - 1)
 
 
 def _expected(plan: Plan) -> dict[str, Any]:
@@ -438,7 +438,7 @@ def _of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:
     return Summary(plan, sums, rests)
 
 
-def _sums(rows: Sequence[Array | None], call: LowRankCall, backend: Backend) -> tuple[Array, Array, Array]:
+def _sums(rows: Sequence[Array | None], call: summaries.SumCall, backend: Backend) -> tuple[Array, Array, Array]:
     """`summaries.sum_rows` of one view, differentiable where the library is."""
     return backend.differentiable(summaries.sum_rows, summaries.sum_rows_backward, call, rows)
 

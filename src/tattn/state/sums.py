@@ -1,6 +1,6 @@
 """Summaries as plain sums that add up in any order: of rows, of each other, their read-out and its adjoint.
 
-The polynomial method (`lowrank`) knows of a view nothing but its summary A = Φ(a)ᵀ [u, 1], a sum over rows:
+The polynomial method (`features`) knows of a view nothing but its summary A = Φ(a)ᵀ [u, 1], a sum over rows:
 
     N = Φ(q) (w · A ∘ B),   o = N[:, :-1] / N[:, -1],   lse = log N[:, -1].
 
@@ -15,22 +15,22 @@ For sums of different rows to add up, three things differ from a call that sees 
   the rests keep long streams from drifting.
 
 Query rows that come after the rows of some sums, and see of the views' further rows those up to their own, start from the sums:
-`lowrank_causal` with these units.
+`causal_features` with these units.
 
-Arrays only; symbols as in `lowrank`.
+Arrays only; symbols as in `engines.features`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import log, log2
-from typing import Any
+from typing import NamedTuple
 
 from ..arrays import broadcast_leading, in_parts, prod_of, sum_of, sum_to_leading
 from ..backends import Array, Backend
-from ..engines import causal_features as lowrank_causal
+from ..engines import causal_features
 from ..engines.features import (
-    LowRankCall,
     key_adjoint,
     log_normaliser,
     problems,
@@ -40,70 +40,83 @@ from ..engines.features import (
     weights,
 )
 from ..features.basis import Basis
+from ..features.monomials import Expansion
+from ..operands import Attended, Operands, Upstream
+
+
+class SumCall(NamedTuple):
+    """What sums depend on besides arrays: the polynomial and its monomials, the factor of the scores, and views; hashable."""
+
+    expansion: Expansion
+    scale: float
+    views: int
+
 
 # log2 of eps over the smallest normal number.
 _RANGE = {"float32": 103, "float64": 970}
 
 
-def units(call: LowRankCall) -> tuple[float, float]:
+def units(call: SumCall) -> tuple[float, float]:
     """The factors of a query's channels and of those of keys; over all views their product is the scale."""
     of_keys = 2.0 ** round(log2(call.scale) / (call.views + 1))
     return call.scale / of_keys**call.views, of_keys
 
 
-def largest(call: LowRankCall, dtype: str) -> float:
+def largest(call: SumCall, dtype: str) -> float:
     """The largest |entry|, times its unit, that is computed with: m of them to the power g times what underflows is below eps."""
-    return float(2.0 ** (_RANGE[dtype] / (call.views * call.degree)))
+    return float(2.0 ** (_RANGE[dtype] / (call.views * call.expansion.degree)))
 
 
-def sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def sum_rows(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Φ(k)ᵀ [v, 1] (..., r, dv + 1) of one view, nothing (..., 1, 1), and the rest of the sums (..., r, dv + 1)."""
-    return in_parts(_sum_rows, _limit(call, backend, arrays), (None, None, None), call, backend, arrays)
+    return in_parts(partial(_sum_rows, call, backend), _limit(call, backend, arrays), (None,) * 3, backend, arrays)
 
 
-def sum_rows_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def sum_rows_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of keys and values of one view, for one of its sums: linear in the sums, hence no rounding's rest in it."""
     k, v, *_ = arrays
-    grads = in_parts(_sum_rows_backward, _limit(call, backend, arrays), (k, v), call, backend, arrays)
+    grads = in_parts(partial(_sum_rows_backward, call, backend), _limit(call, backend, arrays), (k, v), backend, arrays)
     return tuple(backend.cast(g, k.dtype) for g in grads)  # type: ignore[union-attr]
 
 
-def read(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), lse (..., n, 1) and the normaliser over a power of two (..., n, 1), from query and sums."""
-    return in_parts(_read, _limit(call, backend, arrays), (None, None, None), call, backend, arrays)
+    return in_parts(partial(_read, call, backend), _limit(call, backend, arrays), (None,) * 3, backend, arrays)
 
 
-def read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query and of every view's sums, each in its own shape: the exact derivative of `read`."""
     inputs = arrays[: 1 + call.views]
-    grads = in_parts(_read_backward, _limit(call, backend, arrays), inputs, call, backend, arrays)
+    grads = in_parts(partial(_read_backward, call, backend), _limit(call, backend, arrays), inputs, backend, arrays)
     return tuple(backend.cast(g, x.dtype) for g, x in zip(grads, inputs, strict=True))  # type: ignore[union-attr]
 
 
-def read_causal(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """`read` of rows that come after those of the sums, aligned at the end: each sees these, and keys up to its own row.
 
     From query, keys, values, sums and masks (..., n_μ, 1); no fewer keys than queries.
     """
-    query, _, _, sums, _, _ = _continued(call, arrays)
-    if not query.shape[-2]:
-        return read(call, backend, (query, *sums))
-    limit = lowrank_causal.leading_limit(call, backend, arrays)
-    return in_parts(_read_causal, limit, (None, None, None), call, backend, arrays)
+    operands, _ = _continued(call, backend, arrays)
+    if not operands.query.shape[-2]:
+        return read(call, backend, (operands.query, *operands.extra))
+    limit = causal_features.at_a_time(operands, call.expansion)
+    return in_parts(partial(_read_causal, call, backend), limit, (None,) * 3, backend, arrays)
 
 
-def read_causal_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def read_causal_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query, keys, values and sums, each in its own shape: the exact derivative of `read_causal`."""
-    query, keys, values, sums, _, columns = _continued(call, arrays)
+    operands, columns = _continued(call, backend, arrays)
+    query, sums, others = operands.query, operands.extra, (*operands.keys, *operands.values)
     if not query.shape[-2]:
         dq, *d_sums = read_backward(call, backend, (query, *sums, *columns))
-        return dq, *(backend.xp.zeros_like(x) for x in (*keys, *values)), *d_sums
-    inputs = (query, *keys, *values, *sums)
-    limit = lowrank_causal.leading_limit(call, backend, arrays)
-    grads = in_parts(_read_causal_backward, limit, inputs, call, backend, arrays)
-    return tuple(
-        backend.cast(sum_to_leading(g, x.shape[:-2], backend), x.dtype) for g, x in zip(grads, inputs, strict=True)
-    )
+        return dq, *(backend.xp.zeros_like(x) for x in others), *d_sums
+    inputs = (query, *others, *sums)
+    limit = causal_features.at_a_time(operands, call.expansion)
+    found = in_parts(partial(_read_causal_backward, call, backend), limit, inputs, backend, arrays)
+    grads = [
+        backend.cast(sum_to_leading(g, x.shape[:-2], backend), x.dtype) for g, x in zip(found, inputs, strict=True)
+    ]
+    return tuple(grads)
 
 
 def add_up(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, Array]:
@@ -119,40 +132,42 @@ def add_up(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, A
     return total, rest - (after - before)
 
 
-def _sum_rows(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def _sum_rows(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     k, v, mask = arrays
-    basis = Basis.of(k.shape[-1], call.degree, v.shape[-1] + 1, call.grading)  # type: ignore[union-attr]
+    basis = Basis.of(k.shape[-1], call.expansion.degree, v.shape[-1] + 1, call.expansion.grading)  # type: ignore[union-attr]
     _, unit = units(call)
     total, lost = summed_rows(lambda rows: _in_range(call, rows * unit, backend), k, v, mask, basis, backend)
     return total, backend.xp.zeros((*total.shape[:-2], 1, 1), dtype=total.dtype, device=backend.device(k)), -lost
 
 
-def _sum_rows_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def _sum_rows_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     k, v, mask, _, _, g, _ = arrays
-    return key_adjoint(k, v, mask, units(call)[1], g, call.degree, backend, call.grading)
+    return key_adjoint(k, v, mask, units(call)[1], g, call.expansion.degree, backend, call.expansion.grading)
 
 
-def _read(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+def _read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     q, *sums = arrays
     unit, _ = units(call)
     powers = _powers(sums, backend)
-    combined = weights(call, q, backend) * prod_of(_scaled(sums, powers, backend))
+    combined = weights(call.expansion, q, backend) * prod_of(_scaled(sums, powers, backend))
     wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
     wide = _in_range(call, wide * unit, backend)
     leading = broadcast_leading(*arrays)
-    out, normaliser = read_out(wide, 1.0, combined, leading, call.degree, backend, call.grading)
+    out, normaliser = read_out(wide, 1.0, combined, leading, call.expansion.degree, backend, call.expansion.grading)
     return out, log_normaliser(normaliser, (), backend) + sum_of(powers) * log(2.0), normaliser
 
 
-def _read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+def _read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     q, *sums = arrays[: 1 + call.views]
     columns = arrays[1 + call.views :]
     powers = _powers(sums, backend)
     scaled = _scaled(sums, powers, backend)
-    w = weights(call, q, backend)
+    w = weights(call.expansion, q, backend)
     leading = broadcast_leading(q, *sums)
     unit, combined = units(call)[0], w * prod_of(scaled)
-    upstream, dq = query_adjoint(q, unit, combined, columns, leading, call.degree, backend, call.grading)
+    upstream, dq = query_adjoint(
+        q, unit, combined, columns, leading, call.expansion.degree, backend, call.expansion.grading
+    )
     d_sums = []
     for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
         others = [s for other, s in enumerate(scaled) if other != view]
@@ -161,38 +176,43 @@ def _read_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array |
     return dq, *d_sums
 
 
-def _read_causal(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    q, keys, values, sums, masks, _ = _continued(call, arrays)
-    start, powers = _start(call, keys, sums, backend)
-    dtype = backend.compute_dtype(q.dtype)
+def _read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    operands, _ = _continued(call, backend, arrays)
+    start, powers = _start(call, operands.keys, operands.extra, backend)
+    dtype = operands.dtype
     q, *keys = (
-        _in_range(call, backend.cast(x, dtype) * unit, backend) for x, unit in zip((q, *keys), start.units, strict=True)
+        _in_range(call, backend.cast(x, dtype) * unit, backend)
+        for x, unit in zip((operands.query, *operands.keys), start.units, strict=True)
     )
     start = start._replace(units=(1.0,) * (1 + call.views))
-    out, normaliser = lowrank_causal.read_rows(call, backend, (q, *keys, *values, *masks), start)
+    views = tuple(view._replace(keys=k) for view, k in zip(operands.views, keys, strict=True))
+    out, normaliser = causal_features.read_rows(operands._replace(query=q, views=views), call.expansion, start)
     return out, log_normaliser(normaliser, (), backend) + sum_of(powers) * log(2.0), normaliser
 
 
-def _read_causal_backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    q, keys, values, sums, masks, columns = _continued(call, arrays)
-    start, _ = _start(call, keys, sums, backend)
-    return lowrank_causal.backward(call, backend, (q, *keys, *values, *masks, *columns), start)
+def _read_causal_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    operands, (out, normaliser, *upstream) = _continued(call, backend, arrays)
+    start, _ = _start(call, operands.keys, operands.extra, backend)
+    attended = Attended(out, None, (normaliser,))
+    grads, d_sums = causal_features.backward(operands, call.expansion, attended, Upstream(*upstream), start)
+    return *grads.flat(), *d_sums
 
 
-def _continued(call: LowRankCall, arrays: Sequence[Array | None]) -> tuple[Any, Any, Any, Any, Any, Any]:
-    """Query, keys, values, sums, masks, and what follows."""
-    m, rest = call.views, arrays[1:]
-    return arrays[0], rest[:m], rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m : 4 * m], rest[4 * m :]
+def _continued(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Operands, tuple[Array, ...]]:
+    """Operands with the sums besides, which come before the masks as all that has gradients does; and what follows."""
+    m = call.views
+    rows, sums, behind = arrays[: 1 + 2 * m], arrays[1 + 2 * m : 1 + 3 * m], arrays[1 + 3 * m :]
+    return Operands.of(backend, (*rows, *behind[:m], *sums, *behind[m:]), m, call.scale, extra=m)
 
 
 def _start(
-    call: LowRankCall, keys: Sequence[Array], sums: Sequence[Array], backend: Backend
-) -> tuple[lowrank_causal.Start, list[Array]]:
+    call: SumCall, keys: Sequence[Array], sums: Sequence[Array], backend: Backend
+) -> tuple[causal_features.Start, list[Array]]:
     """The sums as what further rows start from, and log2 of what sums of every view are divided by, (..., 1, 1)."""
     of_query, of_keys = units(call)
     powers = _powers(sums, backend, [k.shape[-2] for k in keys])
     shares = [_times_power(backend.xp.ones_like(p), -p, backend) for p in powers]
-    return lowrank_causal.Start((of_query, *[of_keys] * call.views), shares, sums), powers
+    return causal_features.Start((of_query, *[of_keys] * call.views), shares, sums), powers
 
 
 def _powers(sums: Sequence[Array], backend: Backend, more: Sequence[int] | None = None) -> list[Array]:
@@ -211,12 +231,12 @@ def _times_power(x: Array, power: Array, backend: Backend) -> Array:
     return x * backend.xp.pow(backend.xp.full_like(power, 2.0), power)
 
 
-def _in_range(call: LowRankCall, x: Array, backend: Backend) -> Array:
+def _in_range(call: SumCall, x: Array, backend: Backend) -> Array:
     """The entries in their units, NaN for those that arithmetic would not hold the powers of."""
     xp = backend.xp
     return xp.where(xp.abs(x) <= largest(call, backend.dtype_name(x.dtype)), x, xp.nan)
 
 
-def _limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
+def _limit(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
     """How many problems to take side by side; `arrays` begin with rows (..., n, d) and what has dv or dv + 1 columns."""
-    return problems(call, arrays[0].shape[-1], arrays[1].shape[-1] + 1, backend)  # type: ignore[union-attr]
+    return problems(call.expansion, call.views, arrays[0].shape[-1], arrays[1].shape[-1] + 1, backend)  # type: ignore[union-attr]

@@ -1,0 +1,44 @@
+"""The exact method: softmax by its definition, streamed over all tuples of keys that a row sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..backends import Array
+from ..engines import causal_tuples, tuples
+from ..operands import Attended, Gradients, Operands, Upstream
+from .gradient_bounds import stated_bounds
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Attention by its definition: n Π n_μ scores, linear memory, no error but rounding."""
+
+    name: ClassVar[str] = "exact"
+    extra: ClassVar[int] = 0
+
+    def forward(self, operands: Operands, certify: bool = False) -> Attended:
+        """Output, and lse, which is what the adjoint needs."""
+        forward = causal_tuples.forward if operands.order.causal else tuples.forward
+        out, lse = forward(operands)
+        return Attended(out, lse, (lse,))
+
+    def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
+        """The exact derivative, in the dtype of the computation."""
+        backward = causal_tuples.backward if operands.order.causal else tuples.backward
+        return backward(operands, attended.out, attended.kept[0], upstream)
+
+    def gradient_bounds(
+        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
+    ) -> Gradients:
+        """From what is stated for all rows."""
+        return stated_bounds(operands, upstream, stated)
+
+    def row_errors(self, kept: Array) -> None:
+        """None: one error is stated for all rows."""
+        return
+
+    def at_a_time(self, operands: Operands) -> int:
+        """How many problems to compute at a time."""
+        return tuples.at_a_time(operands)

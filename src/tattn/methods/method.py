@@ -1,0 +1,105 @@
+"""What a method of computing attention is, and the functions that a library compiles and differentiates for all of them.
+
+A method is a frozen value without arrays: with what else does not change from call to call (`Call`) it is the static argument
+of a compiler. Arrays are flat here, as libraries bind gradients, and have names from here on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, prod
+from typing import ClassVar, NamedTuple, Protocol
+
+from ..arrays import in_parts, sum_to_leading
+from ..backends import Array, Backend
+from ..operands import Attended, Gradients, Operands, Order, Upstream
+
+
+class Method(Protocol):
+    """A way to compute attention, its gradient, and bounds of the errors of both; frozen, hashable, free of arrays."""
+
+    name: ClassVar[str]  # "exact" or "polynomial"
+    extra: ClassVar[int]  # arrays that it takes besides query, keys, values and masks
+
+    def forward(self, operands: Operands, certify: bool = False) -> Attended:
+        """Output, lse and what the adjoint needs; and the bound of every row, if it `certify`-es and finds one on the way."""
+
+    def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
+        """The exact derivative of `forward`, in the dtype of the computation."""
+
+    def gradient_bounds(
+        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
+    ) -> Gradients:
+        """Bounds of the errors of all gradients, where (error, grad_error) are `stated` for all rows alike."""
+
+    def row_errors(self, kept: Array) -> Array | None:
+        """The bound of the error of every row (..., n) that came with the answer; None where one is stated for all rows."""
+
+    def at_a_time(self, operands: Operands) -> int:
+        """How many problems to compute at a time."""
+
+
+class Call(NamedTuple):
+    """All that a computation depends on besides arrays; hashable. `stated`: (error, grad_error) of all rows, for bounds."""
+
+    method: Method
+    views: int
+    scale: float
+    order: Order = Order()
+    certify: bool = False
+    stated: tuple[float, float] = (inf, inf)
+
+    def operands(
+        self, backend: Backend, arrays: Sequence[Array | None], extra: int | None = None
+    ) -> tuple[Operands, tuple[Array, ...]]:
+        """Query, views and what the method takes besides out of flat arrays; and what follows."""
+        extra = self.method.extra if extra is None else extra
+        return Operands.of(backend, arrays, self.views, self.scale, self.order, extra)
+
+
+def forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Output (..., n, dv), lse (..., n, 1), and what the adjoint needs besides."""
+    extra = len(arrays) - 1 - 3 * call.views
+
+    def attend(part: Sequence[Array | None]) -> tuple[Array, ...]:
+        out, lse, kept = call.method.forward(call.operands(backend, part, extra)[0], call.certify)
+        return out, lse, *kept
+
+    limit = call.method.at_a_time(call.operands(backend, arrays, extra)[0])
+    results = in_parts(attend, limit, (None, None, None), backend, arrays)
+    # What the adjoint can do without is kept where it is smaller than what the adjoint gets anyway.
+    kept, inputs = (sum(prod(a.shape) for a in x if a is not None) for x in (results[3:], arrays))
+    return results if kept <= inputs else results[:3]
+
+
+def backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of query, keys and values, in their shapes and dtype, from the arrays of `forward`, its output, what it kept and
+    the gradients of output and lse.
+    """
+
+    def adjoint(part: Sequence[Array | None]) -> tuple[Array, ...]:
+        operands, (out, *kept, grad_out, grad_lse) = call.operands(backend, part)
+        attended, upstream = Attended(out, None, tuple(kept)), Upstream(grad_out, grad_lse)
+        return call.method.backward(operands, attended, upstream).flat()
+
+    operands, _ = call.operands(backend, arrays)
+    targets = (operands.query, *operands.keys, *operands.values)
+    grads = in_parts(adjoint, call.method.at_a_time(operands), targets, backend, arrays)
+    # A mask may have leading dimensions that its rows lack; and narrow dtypes only now that all sums are over.
+    return tuple(
+        backend.cast(sum_to_leading(g, t.shape[:-2], backend), operands.query.dtype)
+        for g, t in zip(grads, targets, strict=True)
+    )
+
+
+def gradient_bounds(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Bounds of the errors of all gradients in their shapes, from what `backward` takes, the first of what was kept alone."""
+
+    def bounds(part: Sequence[Array | None]) -> tuple[Array, ...]:
+        operands, (out, kept, grad_out, grad_lse) = call.operands(backend, part)
+        attended, upstream = Attended(out, None, (kept,)), Upstream(grad_out, grad_lse)
+        return call.method.gradient_bounds(operands, attended, upstream, call.stated).flat()
+
+    operands, _ = call.operands(backend, arrays)
+    targets = (operands.query, *operands.keys, *operands.values)
+    return in_parts(bounds, call.method.at_a_time(operands), targets, backend, arrays)

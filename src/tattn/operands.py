@@ -1,0 +1,141 @@
+"""The arrays of a call by their names, and what is computed of them.
+
+They are one flat sequence only where a library binds gradients or compiles: `Operands.of` reads it and `Operands.flat` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .arrays import broadcast_leading
+from .backends import Array, Backend
+
+
+class Order(NamedTuple):
+    """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them."""
+
+    causal: bool = False
+    window: tuple[int, ...] | None = None
+
+
+class View(NamedTuple):
+    """One view: keys (..., n, d), values (..., n, dv), and a mask (..., n, 1), True where to attend, or None."""
+
+    keys: Array
+    values: Array
+    mask: Array | None = None
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The leading dimensions that its arrays have together."""
+        return broadcast_leading(*self)
+
+    def rows(self, start: int, stop: int) -> View:
+        """Some of its rows, one after another."""
+        return View(*(None if x is None else x[..., start:stop, :] for x in self))
+
+
+class Operands(NamedTuple):
+    """What attention is computed of: query (..., n, d) and views, the factor of the scores, and what a row sees.
+
+    `extra` are arrays that a method takes besides.
+    """
+
+    backend: Backend
+    query: Array
+    views: tuple[View, ...]
+    scale: float
+    order: Order = Order()
+    extra: tuple[Array, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        backend: Backend,
+        arrays: Sequence[Array | None],
+        views: int,
+        scale: float,
+        order: Order = Order(),  # noqa: B008
+        extra: int = 0,
+    ) -> tuple[Operands, tuple[Array, ...]]:
+        """Operands out of query, keys, values, masks and so many `extra` arrays; and what follows those."""
+        query, *rest = arrays
+        keys, values, masks = (rest[i * views : (i + 1) * views] for i in range(3))
+        behind = tuple(rest[3 * views :])
+        found = tuple(View(*view) for view in zip(keys, values, masks, strict=True))
+        return cls(backend, query, found, scale, order, behind[:extra]), behind[extra:]
+
+    def with_arrays(self, arrays: Sequence[Array | None]) -> tuple[Operands, tuple[Array, ...]]:
+        """The same of other arrays, one after another; and what follows them."""
+        return Operands.of(self.backend, arrays, len(self.views), self.scale, self.order, len(self.extra))
+
+    def flat(self) -> tuple[Array | None, ...]:
+        """Query, keys, values, masks, and what there is besides."""
+        return (self.query, *self.keys, *self.values, *self.masks, *self.extra)
+
+    @property
+    def keys(self) -> tuple[Array, ...]:
+        """The keys of every view."""
+        return tuple(v.keys for v in self.views)
+
+    @property
+    def values(self) -> tuple[Array, ...]:
+        """The values of every view."""
+        return tuple(v.values for v in self.views)
+
+    @property
+    def masks(self) -> tuple[Array | None, ...]:
+        """The masks of every view."""
+        return tuple(v.mask for v in self.views)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The leading dimensions that all arrays have together."""
+        return broadcast_leading(self.query, *self.keys, *self.values, *self.masks)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the computation."""
+        return self.backend.compute_dtype(self.query.dtype)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of the query and of every view, (n, n_1, …)."""
+        return tuple(a.shape[-2] for a in (self.query, *self.keys))
+
+
+class Attended(NamedTuple):
+    """Output (..., n, dv), log-sum-exp (..., n, 1), and what the adjoint and the certificate need besides.
+
+    The first of `kept` has a row for each of the query's. The adjoint has no need of `lse`, which is None for it.
+    """
+
+    out: Array
+    lse: Array | None
+    kept: tuple[Array, ...]
+
+
+class Upstream(NamedTuple):
+    """Gradients of the output (..., n, dv) and of the log-sum-exp (..., n, 1)."""
+
+    out: Array
+    lse: Array
+
+
+class Gradients(NamedTuple):
+    """Gradients of the query, and of keys and values of every view, or bounds of their errors."""
+
+    query: Array
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @classmethod
+    def of(cls, flat: Sequence[Array]) -> Gradients:
+        """From one after another."""
+        m = len(flat) // 2
+        return cls(flat[0], tuple(flat[1 : m + 1]), tuple(flat[m + 1 :]))
+
+    def flat(self) -> tuple[Array, ...]:
+        """One after another."""
+        return (self.query, *self.keys, *self.values)
