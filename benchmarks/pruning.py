@@ -22,6 +22,7 @@ from tattn.demo.encoder import heads
 from tattn.evidence.tables import markdown
 from tattn.features.monomials import features, multinomials, rank
 from tattn.planning import plan_inputs
+from tattn.planning.selection import Wish
 
 LAYERS = (0, 3, 5)
 TOLERANCES = (3e-2, 1e-2, 3e-3)
@@ -66,9 +67,8 @@ def of_head(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> list[dict[str, Any]]
         row: dict[str, Any] = {"tol": tol}
         for name, gradients in KINDS.items():
             try:
-                plan = plan_inputs(
-                    inputs, scale=1 / q.shape[1], tol=tol, method="polynomial", bound="estimated", gradients=gradients
-                )
+                wish = Wish(tol, "polynomial", gradients=gradients)
+                plan = plan_inputs(inputs, 1 / q.shape[1], wish, "estimated")
             except tattn.PlanError:
                 continue
             row[name] = (plan, *measured(q, k, v, plan))
@@ -136,7 +136,7 @@ def _certified() -> str:
     inputs = checked_inputs(q, [a, b], [u, v], None)
     lines = []
     for name, gradients in KINDS.items():
-        plan = plan_inputs(inputs, scale=0.5, tol=1e-2, method="polynomial", gradients=gradients)
+        plan = plan_inputs(inputs, 0.5, Wish(1e-2, "polynomial", gradients=gradients))
         out = tattn.tensor_attention(q, [a, b], [u, v], plan=plan, scale=0.5)
         true, _ = tattn.measure_error(q, [a, b], [u, v], out, rows=SAMPLED, scale=0.5)
         lines.append([name, f"{plan.degree}, {plan.rank:,}", f"{plan.error:.1e}", f"{true:.1e}"])

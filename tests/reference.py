@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from tattn.plans import plan_of_facts
 
 LETTERS = "abcd"
 
@@ -104,3 +106,8 @@ def value_sizes(values: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]
         v = np.abs(np.asarray(v, np.float64))
         size = size * (v if mask is None else np.where(mask[..., None], v, 0)).max(axis=-2, keepdims=True)
     return size
+
+
+def changed(plan: Any, **facts: Any) -> Any:
+    """The plan with some of its attributes changed."""
+    return plan_of_facts(plan.facts() | facts)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from math import factorial, prod
 from typing import Any
 
 import numpy as np
 import pytest
+from reference import changed
 
 import tattn
 from tattn.backends import backend_of
@@ -45,7 +45,7 @@ def pruned_plan(degree: int, grading: tuple[int, ...], views: int, **more: Any) 
     full = tattn.plan_for(
         n=7, dim=len(grading), bound=0.5, order=views + 1, dtype="float64", degree=degree, series="taylor", **more
     )
-    return replace(full, grading=grading, rank=len(kept(degree, grading)))
+    return changed(full, grading=grading, rank=len(kept(degree, grading)))
 
 
 def truncated(plan: tattn.Plan, *, derivative: int | None = None) -> Any:
@@ -260,4 +260,4 @@ def test_a_pruned_plan_says_what_it_leaves_out_and_never_goes_by_scores(monkeypa
     monkeypatch.undo()
     plan = pruned_plan(3, (1, 2, 3, 1), 2)
     assert f"3, {plan.rank} of 35" in str(plan)
-    assert replace(plan, grading=(), rank=35).by_scores((3, 3, 3), 4) and not plan.by_scores((3, 3, 3), 4)
+    assert changed(plan, grading=(), rank=35).by_scores((3, 3, 3), 4) and not plan.by_scores((3, 3, 3), 4)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from math import factorial, prod
 from typing import Any
 
 import numpy as np
 import pytest
-from reference import dense
+from reference import changed, dense
 
 import tattn
 from tattn.approximation.pruning import Shells, dropped, smallest_pruned, sums_of, weights_of
@@ -111,7 +110,7 @@ def test_other_data_is_checked_for_what_the_basis_leaves_out() -> None:
     query, keys = query[:, ::-1], [k[:, ::-1] for k in keys]
     with pytest.raises(tattn.PlanError, match="plan leaves out monomials of channels that count"):
         tattn.tensor_attention(query, keys, values, plan=plan)
-    tattn.tensor_attention(query, keys, values, plan=replace(plan, grading=(), sizes=(), rank=20349))
+    tattn.tensor_attention(query, keys, values, plan=changed(plan, grading=(), sizes=(), rank=20349))
 
 
 def test_attention_without_a_plan_is_pruned_too(library: Any) -> None:

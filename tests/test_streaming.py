@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.polynomial.polynomial import polyval
-from reference import dense, value_sizes
+from reference import changed, dense, value_sizes
 from test_attention import Call, draw
 
 import tattn
@@ -118,7 +118,7 @@ def test_any_pieces_in_any_order_are_the_whole_call(library: Any, case: dict[str
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_dtype_device_and_library_are_kept(library: Any, dtype: str) -> None:
-    call, plan = draw(2), replace(SINGLE, dtype=dtype)
+    call, plan = draw(2), changed(SINGLE, dtype=dtype)
     query, keys, values = library.arrays(
         call.query.astype(dtype), [k.astype(dtype) for k in call.keys], [v.astype(dtype) for v in call.values]
     )
@@ -137,7 +137,7 @@ def test_dtype_device_and_library_are_kept(library: Any, dtype: str) -> None:
 def test_narrow_dtypes_sum_in_float32() -> None:
     call = draw(2)
     query, *rest = [a.astype(np.float16) for a in (call.query, *call.keys, *call.values)]
-    plan = replace(SINGLE, dtype="float16")
+    plan = changed(SINGLE, dtype="float16")
     summary, to_rows = tattn.summarize_vjp(rest[:2], rest[2:], plan)
     assert summary.sums[0].dtype == np.float32
     (out, lse), to_summary = summary.attend_vjp(query, return_lse=True)
@@ -254,7 +254,7 @@ def test_a_query_may_have_no_rows(library: Any) -> None:
 def test_counts_beyond_the_dtype_of_their_product(library: Any) -> None:
     """A summary doubled 44 times: in float32 the product of three counts would be beyond 10^38."""
     call = draw(3)
-    plan = replace(PLANS[3], dtype="float32")
+    plan = changed(PLANS[3], dtype="float32")
     query, keys, values = library.arrays(
         call.query.astype("f4"), [k.astype("f4") for k in call.keys], [v.astype("f4") for v in call.values]
     )
@@ -513,7 +513,7 @@ def test_ten_thousand_chunks_do_not_drift(library: Any) -> None:
     # Independent of the library: the sums of all chunks side by side, added one after another.
     naive = np.cumsum(tattn.summarize([keys], [values], plan).sums[0], axis=0)[-1]
     truth = tattn.summarize(
-        [keys.reshape(-1, 2).astype("f8")], [values.reshape(-1, 1).astype("f8")], replace(plan, dtype="float64")
+        [keys.reshape(-1, 2).astype("f8")], [values.reshape(-1, 1).astype("f8")], changed(plan, dtype="float64")
     ).sums[0]
     # A chunk's own sums are off by a unit or two, at random.
     drift = np.abs(value_of(library, summary)[0] / truth - 1).max()
@@ -565,7 +565,7 @@ def test_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_file_keeps_everything(library: Any, dtype: str, tmp_path: Any) -> None:
-    call, plan = draw(2), replace(PLANS[2], dtype=dtype)
+    call, plan = draw(2), changed(PLANS[2], dtype=dtype)
     query, keys, values = library.arrays(
         call.query.astype(dtype), [k.astype(dtype) for k in call.keys], [v.astype(dtype) for v in call.values]
     )
@@ -677,10 +677,10 @@ def refuse(error: type, match: str, function: Any, *arguments: Any, **options: A
         ("degree", tattn.plan_for(n=9, dim=3, bound=1.0, degree=3, dtype="float64"), "4 and 3"),
         ("bound", tattn.plan_for(n=9, dim=3, bound=1.5, degree=4, dtype="float64"), "1.0 and 1.5"),
         ("series", tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, dtype="float64", series="taylor"), "minimax and taylor"),
-        ("scale", replace(PLANS[2], scale=0.5), "0.333.* and 0.5"),
-        ("order", replace(PLANS[2], order=4), "3 and 4"),
-        ("dtype", replace(PLANS[2], dtype="float32"), "float64 and float32"),
-        ("coefficients", replace(PLANS[2], coefficients=(1.0, 1.0, 0.5, 0.1, 0.1)), "0.1, 0.1"),
+        ("scale", changed(PLANS[2], scale=0.5), "0.333.* and 0.5"),
+        ("order", changed(PLANS[2], order=4), "3 and 4"),
+        ("dtype", changed(PLANS[2], dtype="float32"), "float64 and float32"),
+        ("coefficients", changed(PLANS[2], coefficients=(1.0, 1.0, 0.5, 0.1, 0.1)), "0.1, 0.1"),
     ],
     ids=str,
 )  # fmt: skip

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from . import distributed, nn
-from . import paper as training
+from . import distributed, nn, paper
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
-from .paper import products
+from .methods import Banded, Exact, Polynomial
 from .planning import plan, plan_for
 from .planning.sampling import measure_error
 from .plans import Plan
@@ -16,20 +15,22 @@ from .state.summary import Summary, summarize, summarize_vjp
 __version__ = "0.1.0"
 
 __all__ = [
+    "Banded",
     "DecodingState",
+    "Exact",
     "Plan",
     "PlanError",
+    "Polynomial",
     "Summary",
     "__version__",
     "distributed",
     "measure_error",
     "nn",
+    "paper",
     "plan",
     "plan_for",
-    "products",
     "summarize",
     "summarize_vjp",
     "tensor_attention",
     "tensor_attention_vjp",
-    "training",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from . import __version__
 from .checks import METHODS, SERIES
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "plan":
             planned = plan_for(**given)
-            print(strict_json(asdict(planned)) if as_json else planned)
+            print(strict_json(planned.facts()) if as_json else planned)
         elif command == "demo":
             from .demo import run
 

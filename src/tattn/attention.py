@@ -12,6 +12,7 @@ from .methods import backward, forward
 from .operands import Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, work_of
+from .planning.selection import Wish
 from .plans import Plan
 
 Pullback = Callable[..., Any]
@@ -191,7 +192,7 @@ def tensor_attention_vjp(
             return grads
         known = work
         if _unplanned(inputs, method, plan):
-            known = work._replace(plan=plan_inputs(inputs, scale=work.plan.scale, tol=tol, method=method))
+            known = work._replace(plan=plan_inputs(inputs, work.plan.scale, Wish(tol, method)))
         return grads, tuple(Gradients.of(gradient_bounds(known, inputs, computed, kept[0], grad_out, grad_lse)))
 
     return returned, pullback
@@ -260,7 +261,7 @@ def _prepare(
             "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
         )
     if inputs.traced:
-        return inputs, work_of(inputs, plan_inputs(inputs, scale=number, tol=tol, method=method), certify)
+        return inputs, work_of(inputs, plan_inputs(inputs, number, Wish(tol, method)), certify)
     if _unplanned(inputs, method, plan) and not certify and not told:
         return inputs, work_of(inputs, exact_plan(inputs, number))
     return inputs, chosen_work(inputs, number, tol, method, certify)

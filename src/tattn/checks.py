@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite
+from math import inf, isfinite, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .backends import Array, Backend, backend_of
 from .operands import Order
+from .problem import Problem
 
 METHODS = ("auto", "polynomial", "exact")
 SERIES = ("minimax", "taylor", "banded")
@@ -35,6 +36,11 @@ class Inputs(NamedTuple):
     leading: tuple[int, ...]
     traced: bool
     order: Order
+
+    def problem(self, scale: float) -> Problem:
+        """What a plan needs to know of them."""
+        batch = prod(self.leading)
+        return Problem(self.views, self.dim, self.value_dim, self.dtype, self.lengths, batch, scale, self.order)
 
 
 def checked_inputs(

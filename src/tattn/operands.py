@@ -19,6 +19,9 @@ class Order(NamedTuple):
     window: tuple[int, ...] | None = None
 
 
+EVERY_ROW = Order()
+
+
 class View(NamedTuple):
     """One view: keys (..., n, d), values (..., n, dv), and a mask (..., n, 1), True where to attend, or None."""
 
@@ -46,7 +49,7 @@ class Operands(NamedTuple):
     query: Array
     views: tuple[View, ...]
     scale: float
-    order: Order = Order()
+    order: Order = EVERY_ROW
     extra: tuple[Array, ...] = ()
 
     @classmethod
@@ -56,7 +59,7 @@ class Operands(NamedTuple):
         arrays: Sequence[Array | None],
         views: int,
         scale: float,
-        order: Order = Order(),  # noqa: B008
+        order: Order = EVERY_ROW,
         extra: int = 0,
     ) -> tuple[Operands, tuple[Array, ...]]:
         """Operands out of query, keys, values, masks and so many `extra` arrays; and what follows those."""

@@ -1,22 +1,36 @@
-"""What a plan says, and what the methods cost."""
+"""What a plan says."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import inf, isfinite, prod
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import Any
 
-from .engines.spans import span_of
 from .features.monomials import Grading
 from .features.monomials import rank as rank_of
-from .methods import Banded, Exact, Method, Polynomial
+from .methods import Banded, Exact, Method, Polynomial, Recomputed
 from .operands import Order
+from .problem import Cost, Guarantee, Problem, ScoreRange
 
-_ALL = Order()
-# Bytes of a block of rows on a processor, of the library that makes the largest.
-_WORKSPACE = 8 << 20
+# The attributes of a plan, in the order in which they are written and compared.
+FACTS = (
+    "method", "series", "degree", "rank", "bound", "source", "certified", "error", "grad_error", "scale", "dim", "order", "dtype",
+    "coefficients", "delta", "delta_prime", "lowest_mean", "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial",
+    "bytes_exact", "bytes_polynomial", "reason", "bands", "moment", "recomputed", "causal", "window", "grading", "sizes", "workers",
+    "bytes_sent", "seconds", "seconds_gradient",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A plan's rows over workers: how many, what each sends, and seconds for a call and for one with its gradient."""
+
+    workers: int = 1
+    bytes_sent: float = 0.0
+    seconds: float = inf
+    seconds_gradient: float = inf
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,16 @@ class Plan:
 
     Attributes
     ----------
+    problem : Problem
+        The call that it was made for: shapes, dtype, scale, what a row sees.
+    algorithm : Exact, Polynomial, Banded or Recomputed
+        The method as a value; `method`, `series`, `degree`, `coefficients` and the like tell of it.
+    scores : ScoreRange
+        What is known of the scores: `bound`, `lowest_mean`, `source`.
+    guarantee : Guarantee
+        What is promised: `error`, `grad_error`, `certified`.
+    exact, polynomial : Cost
+        Operations and bytes of the exact method, and of the polynomial that is taken or was compared with it.
     method : {"polynomial", "exact"}
     series : {"minimax", "taylor", "fitted", "banded"} or None
         Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
@@ -93,49 +117,164 @@ class Plan:
         for, one after the other, and nothing for latency. Infinite where a rate was not given.
     """
 
-    method: str
-    series: str | None
-    degree: int
-    rank: int
-    bound: float
-    source: str
-    certified: bool
-    error: float
-    grad_error: float
-    scale: float
-    dim: int
-    order: int
-    dtype: str
-    coefficients: tuple[float, ...]
-    lowest_mean: float
-    lengths: tuple[int, ...]
-    value_dim: int
-    leading: int
-    flops_exact: float
-    flops_polynomial: float
-    bytes_exact: float
-    bytes_polynomial: float
+    problem: Problem
+    algorithm: Method
+    scores: ScoreRange
+    guarantee: Guarantee
+    exact: Cost
+    polynomial: Cost
     reason: str
-    bands: int = 0
-    moment: int = 0
-    recomputed: float = 0.0
-    causal: bool = False
-    window: tuple[int, ...] | None = None
-    grading: Grading = ()
     sizes: tuple[float, ...] = ()
-    workers: int = 1
-    bytes_sent: float = 0.0
-    seconds: float = inf
-    seconds_gradient: float = inf
+    spread: Spread = Spread()
 
     @property
-    def algorithm(self) -> Method:
-        """The method as a value."""
-        if self.method == "exact":
-            return Exact()
-        if self.series == "banded":
-            return Banded(self.degree, self.bands, self.moment)
-        return Polynomial(self.coefficients, self.bound, self.grading)
+    def method(self) -> str:
+        return self.algorithm.name
+
+    @property
+    def _banded(self) -> Banded | None:
+        """The method in norm bands, if it is one."""
+        inner = self.algorithm.inner if isinstance(self.algorithm, Recomputed) else self.algorithm
+        return inner if isinstance(inner, Banded) else None
+
+    @property
+    def _polynomial(self) -> Polynomial | None:
+        return self.algorithm if isinstance(self.algorithm, Polynomial) else None
+
+    @property
+    def series(self) -> str | None:
+        return "banded" if self._banded else self._polynomial.series if self._polynomial else None
+
+    @property
+    def degree(self) -> int:
+        found = self._banded or self._polynomial
+        return found.degree if found else 0
+
+    @property
+    def rank(self) -> int:
+        if self._polynomial:
+            return self._polynomial.rank(self.dim)
+        return rank_of(self.dim, self._banded.degree) if self._banded else 0
+
+    @property
+    def bound(self) -> float:
+        return self.scores.bound
+
+    @property
+    def source(self) -> str:
+        return self.scores.source
+
+    @property
+    def lowest_mean(self) -> float:
+        return self.scores.lowest_mean
+
+    @property
+    def certified(self) -> bool:
+        return self.guarantee.certified
+
+    @property
+    def error(self) -> float:
+        return self.guarantee.error
+
+    @property
+    def grad_error(self) -> float:
+        return self.guarantee.grad_error
+
+    @property
+    def scale(self) -> float:
+        return self.problem.scale
+
+    @property
+    def dim(self) -> int:
+        return self.problem.dim
+
+    @property
+    def order(self) -> int:
+        return self.problem.views + 1
+
+    @property
+    def dtype(self) -> str:
+        return self.problem.dtype
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.problem.lengths
+
+    @property
+    def value_dim(self) -> int:
+        return self.problem.value_dim
+
+    @property
+    def leading(self) -> int:
+        return self.problem.batch
+
+    @property
+    def causal(self) -> bool:
+        return self.problem.order.causal
+
+    @property
+    def window(self) -> tuple[int, ...] | None:
+        return self.problem.order.window
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return self._polynomial.coefficients if self._polynomial else ()
+
+    @property
+    def delta(self) -> float:
+        return self._polynomial.delta if self._polynomial else inf
+
+    @property
+    def delta_prime(self) -> float:
+        return self._polynomial.delta_prime if self._polynomial else inf
+
+    @property
+    def grading(self) -> Grading:
+        return self._polynomial.grading if self._polynomial else ()
+
+    @property
+    def bands(self) -> int:
+        return self._banded.bands if self._banded else 0
+
+    @property
+    def moment(self) -> int:
+        return self._banded.moment if self._banded else 0
+
+    @property
+    def recomputed(self) -> float:
+        return self.algorithm.share if isinstance(self.algorithm, Recomputed) else 0.0
+
+    @property
+    def flops_exact(self) -> float:
+        return self.exact.flops
+
+    @property
+    def flops_polynomial(self) -> float:
+        return self.polynomial.flops
+
+    @property
+    def bytes_exact(self) -> float:
+        return self.exact.bytes
+
+    @property
+    def bytes_polynomial(self) -> float:
+        return self.polynomial.bytes
+
+    @property
+    def workers(self) -> int:
+        return self.spread.workers
+
+    @property
+    def bytes_sent(self) -> float:
+        return self.spread.bytes_sent
+
+    @property
+    def seconds(self) -> float:
+        return self.spread.seconds
+
+    @property
+    def seconds_gradient(self) -> float:
+        return self.spread.seconds_gradient
 
     def by_scores(self, lengths: Sequence[int], value_dim: int) -> bool:
         """Whether a call computes the polynomial of each score, and no features.
@@ -167,6 +306,10 @@ class Plan:
             raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
         method = self.algorithm
         return isinstance(method, Polynomial) and not self.causal and method.by_scores(lengths, self.dim, value_dim)
+
+    def facts(self) -> dict[str, Any]:
+        """All attributes that are numbers, words or tuples of them, by name: what files and messages hold of a plan."""
+        return {name: getattr(self, name) for name in FACTS}
 
     def __str__(self) -> str:
         banded = self.series == "banded"
@@ -213,68 +356,6 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a plan needs to know of a call: lengths (n, n_1, …, n_m), and how many problems side by side."""
-
-    views: int
-    dim: int
-    value_dim: int
-    dtype: str
-    lengths: tuple[int, ...]
-    leading: int
-    order: Order = _ALL
-
-    def polynomial_cost(self, rank: int) -> tuple[float, float]:
-        """Operations and bytes of the polynomial method."""
-        itemsize = 8 if self.dtype == "float64" else 4
-        rows = sum(self.lengths) * self.leading
-        flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
-        # Summaries with what rounding took, their product and its copies; of many problems in parts, or one by one.
-        one = itemsize * rank * (self.value_dim + 1) * (2 * self.views + 6)
-        together = max(1, min(self.leading, 8 * _WORKSPACE // one))
-        features = float(itemsize * (rank + self.value_dim + 1) * together)
-        block = min(max(_WORKSPACE, 1024 * features), 4 * _WORKSPACE, max(self.lengths) * 2 * features)
-        # What a row needs besides is made for some thousand rows at once.
-        beside = itemsize * (self.dim + 3.0 * (self.value_dim + 1)) * together * min(4096, *self.lengths)
-        memory = max(one, min(one * self.leading, 8 * _WORKSPACE)) + self._normaliser() + block + beside
-        if self.order.causal:
-            # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
-            span, several = span_of(self.views), self.views > 1
-            inside = 2.0 * span * (self.views * (self.value_dim + 1) if several else 1)
-            flops += (
-                self.lengths[0] * self.leading * rank * (inside + 2.0 * several * self.views * (self.value_dim + 1))
-            )
-            memory += max(min(span * one, 32 << 20), 2 * one) + (8 << 20)
-        return flops, memory
-
-    def banding_cost(self, rank: int, moments: int, bands: int) -> float:
-        """Operations that bands and their certificate add: combined summaries, columns of moments, sorted rows."""
-        rows = sum(self.lengths) * self.leading
-        combined = 2.0 * float(bands) ** (self.views + 1) * rank * (self.value_dim + 1) * self.leading
-        return combined + rows * (2.0 * moments * (self.value_dim + 3) + 32 * (self.dim + self.value_dim))
-
-    def exact_cost(self) -> tuple[float, float]:
-        """Operations and bytes of the exact method; an exponential counts as 16."""
-        flops = self._scores() * self.leading * (2.0 * self.dim + 2.0 * self.value_dim + 16)
-        return flops, self._normaliser() + _WORKSPACE
-
-    def _normaliser(self) -> float:
-        """Bytes of the normaliser of every row and its logarithm."""
-        return 2.0 * (8 if self.dtype == "float64" else 4) * self.lengths[0] * self.leading
-
-    def _scores(self) -> float:
-        """Scores of a problem, those that the order of rows leaves out not counted."""
-        n, *lengths = self.lengths
-        if not self.order.causal:
-            return float(prod(self.lengths))
-        windows = self.order.window or lengths
-        # The mean over rows, at the middles of 64 parts.
-        rows = [(part + 0.5) / 64 * n for part in range(64)]
-        seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
-        return float(sum(seen)) / 64 * n
-
-
 def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | None) -> Plan:
     """The plan with what it sends and how long it takes on so many workers; rates are bytes and operations a second of each."""
     # Sums with their rests as float64: docs/scaling.md.
@@ -286,76 +367,53 @@ def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | Non
         operations += sum(plan.lengths[1:]) * plan.leading * plan.rank * (2.0 * (plan.value_dim + 1) + 1)
     computing = inf if flops is None else operations / workers / flops
     sending = 0.0 if workers == 1 else inf if bandwidth is None else sent / bandwidth
-    return replace(
-        plan,
-        flops_polynomial=operations,
-        workers=workers,
-        bytes_sent=sent,
-        seconds=computing + sending,
-        seconds_gradient=3 * computing + 2 * sending,
-    )
-
-
-def plan_of(
-    shape: Shape,
-    scale: float,
-    method: str,
-    series: str | None,
-    source: str,
-    bound: float,
-    lowest_mean: float,
-    error: float,
-    grad_error: float,
-    reason: str,
-    coefficients: tuple[float, ...],
-    rank: int,
-    grading: Grading = (),
-    sizes: tuple[float, ...] = (),
-) -> Plan:
-    """A plan with its costs; `rank` is that of the polynomial it was compared with, if any."""
-    flops, memory = shape.polynomial_cost(rank) if rank else (inf, inf)
-    flops_exact, bytes_exact = shape.exact_cost()
-    polynomial = method == "polynomial"
-    return Plan(
-        method=method,
-        series=series,
-        degree=len(coefficients) - 1 if polynomial else 0,
-        rank=rank if polynomial else 0,
-        bound=bound,
-        source=source,
-        certified=source != "estimate" and isfinite(error),
-        error=error,
-        grad_error=grad_error,
-        scale=scale,
-        dim=shape.dim,
-        order=shape.views + 1,
-        dtype=shape.dtype,
-        coefficients=coefficients,
-        lowest_mean=lowest_mean,
-        lengths=shape.lengths,
-        value_dim=shape.value_dim,
-        leading=shape.leading,
-        flops_exact=flops_exact,
-        flops_polynomial=flops,
-        bytes_exact=bytes_exact,
-        bytes_polynomial=memory,
-        reason=reason,
-        causal=shape.order.causal,
-        window=shape.order.window,
-        grading=grading,
-        sizes=sizes,
-    )
+    shared = Spread(workers, sent, computing + sending, 3 * computing + 2 * sending)
+    return replace(plan, polynomial=plan.polynomial._replace(flops=operations), spread=shared)
 
 
 def plan_text(plan: Plan) -> str:
     """A plan in JSON, as Python reads it: with infinities."""
-    return json.dumps(asdict(plan))
+    return json.dumps(plan.facts())
 
 
-def plan_of_fields(fields: Mapping[str, Any]) -> Plan:
-    """A plan from its fields as JSON has them, lists for tuples."""
-    made: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return Plan(**made)
+def plan_of_facts(facts: Mapping[str, Any]) -> Plan:
+    """A plan from its facts as JSON has them, lists for tuples."""
+    given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    f = {name: given.pop(name) for name in FACTS}
+    if given:
+        raise ValueError(f"a plan has no {', '.join(given)}")
+    order = Order(f["causal"], f["window"])
+    problem = Problem(
+        f["order"] - 1, f["dim"], f["value_dim"], f["dtype"], f["lengths"], f["leading"], f["scale"], order
+    )
+    return Plan(
+        problem=problem,
+        algorithm=_algorithm(f, problem),
+        scores=ScoreRange(f["bound"], f["lowest_mean"], f["source"]),
+        guarantee=Guarantee(f["error"], f["grad_error"], f["certified"]),
+        exact=Cost(f["flops_exact"], f["bytes_exact"]),
+        polynomial=Cost(f["flops_polynomial"], f["bytes_polynomial"]),
+        reason=f["reason"],
+        sizes=f["sizes"],
+        spread=Spread(f["workers"], f["bytes_sent"], f["seconds"], f["seconds_gradient"]),
+    )
+
+
+def _algorithm(f: Mapping[str, Any], problem: Problem) -> Method:
+    """The method that facts tell of."""
+    if f["method"] == "exact":
+        return Exact()
+    if f["method"] != "polynomial":
+        raise ValueError(f"method of a plan should be 'polynomial' or 'exact', got {f['method']!r}")
+    if f["series"] == "banded":
+        inner = Banded(f["degree"], f["bands"], f["moment"])
+        # What the exact rows round is known to the call that chose them.
+        return Recomputed(inner, (inf, inf), f["recomputed"]) if f["recomputed"] else inner
+    found = Polynomial(f["series"], f["coefficients"], f["bound"], f["delta"], f["delta_prime"], f["grading"])
+    for name, own in (("degree", found.degree), ("rank", found.rank(problem.dim))):
+        if f[name] != own:
+            raise ValueError(f"{name} of a plan should be {own} for its coefficients, got {f[name]}")
+    return found
 
 
 def strict_json(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from reference import changed
 
 import tattn
 from tattn.distributed import plan as group_plan
@@ -31,17 +31,17 @@ def call(odd: bool, what: str) -> Any:
             )
         elif what == "dtype":
             q, keys, values = q.double(), [k.double() for k in keys], [v.double() for v in values]
-            options = {"plan": replace(PLAN, dtype="float64")}
+            options = {"plan": changed(PLAN, dtype="float64")}
         elif what == "value_dim":
             values = [v[:, :1] for v in values]
         elif what == "views":
-            keys, values, options = keys[:1], values[:1], {"plan": replace(PLAN, order=2)}
+            keys, values, options = keys[:1], values[:1], {"plan": changed(PLAN, order=2)}
         elif what == "degree":
             options = {"plan": tattn.plan_for(n=9, dim=3, bound=1.0, degree=3)}
         elif what == "bound":
             options = {"plan": tattn.plan_for(n=9, dim=3, bound=0.9, degree=4)}
         elif what == "coefficients":
-            options = {"plan": replace(PLAN, coefficients=(1.0, 1.0, 0.5, 0.1, 0.1))}
+            options = {"plan": changed(PLAN, coefficients=(1.0, 1.0, 0.5, 0.1, 0.1))}
         elif what == "no plan":
             options = {}
         elif what == "leading":

@@ -19,6 +19,8 @@ from .threads import MOST_THREADS, SHARING, Memory
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])
 REMEMBERED = 256
+# Bytes of a block of rows on a processor, of the library that makes the largest.
+LARGEST_WORKSPACE = 8 << 20
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
 
 

@@ -14,7 +14,7 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import inf, isfinite, isnan
+from math import ceil, inf, isfinite, isnan, log2
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +94,13 @@ def _log_norms(sums: np.ndarray, largest: np.ndarray, views: int) -> dict[float,
     top = largest[..., 0]
     found = {p: np.log(sums[..., i, :]) / p + top for i, p in enumerate(_wanted(views))}
     return found | {inf: top}
+
+
+def rounded_up(size: float) -> float:
+    """To the next power of 2^(1/16), so that polynomials, and what is compiled with them, are found again."""
+    if not isfinite(size) or size <= 0:
+        return size
+    return float(2.0 ** (ceil(16 * log2(size) + 1e-9) / 16))
 
 
 def largest_entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> list[float]:

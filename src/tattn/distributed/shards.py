@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, prod
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from ..checks import Inputs, checked_finite, checked_inputs
 from ..operands import Operands
 from ..planning import plan_found
 from ..planning.choice import check_ranges
-from ..plans import Plan, Shape
+from ..planning.selection import Wish
+from ..plans import Plan
+from ..problem import Problem
 from .agreement import Group, agree, all_reduce, facts
 from .promise import promised_plan
 
@@ -58,7 +61,7 @@ def agreed(
         found = _ranges(inputs, number, group)
         if plan is None:
             checked_finite(found.largest, inputs.views)
-            plan = plan_found(_shape(inputs, group), found, scale=number, tol=tol, method="polynomial", degree=degree)
+            plan = plan_found(_problem(inputs, number, group), found, Wish(tol, "polynomial", degree))
         else:
             check_ranges(plan, found, inputs.views)
     return plan  # type: ignore[no-any-return]
@@ -117,12 +120,12 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
     return found._replace(bound=bound, lowest_mean=-lowest, sizes=tuple(sizes))
 
 
-def _shape(inputs: Inputs, group: Group) -> Shape:
-    """The shape of the call with the rows of all ranks."""
+def _problem(inputs: Inputs, scale: float, group: Group) -> Problem:
+    """The problem with the rows of all ranks."""
     like = inputs.arrays[0]
     lengths = torch.tensor(inputs.lengths, dtype=torch.float64, device=like.device)  # type: ignore[union-attr]
     total = tuple(max(1, int(n)) for n in all_reduce(lengths, "sum", group).tolist())
-    return Shape(inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, total, prod(inputs.leading), inputs.order)
+    return replace(inputs.problem(scale), lengths=total)
 
 
 def packed(sums: Sequence[Tensor], rests: Sequence[Tensor] = ()) -> Tensor:

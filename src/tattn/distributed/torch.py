@@ -116,7 +116,8 @@ def tensor_attention(
         plan = agreed(given, group, causal, scale, tol, plan, bound, None, check)
         used = plan
         if causal:
-            keys, values, used = widened(keys), widened(values), replace(plan, dtype=computed_in(plan.dtype))
+            keys, values = widened(keys), widened(values)
+            used = replace(plan, problem=replace(plan.problem, dtype=computed_in(plan.dtype)))
         local = summarize(keys, values, used, key_masks=key_masks)
         flat = packed(local.sums, local.rests)
         flat = _OverRanks.apply("before" if causal else "all", group, flat)  # type: ignore[no-untyped-call]

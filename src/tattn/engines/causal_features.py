@@ -29,6 +29,7 @@ from ..features.basis import CHAIN, Basis
 from ..features.monomials import Expansion, rank
 from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
+from ..problem import Cost, Problem
 from . import features
 from .features import (
     Sum,
@@ -129,6 +130,17 @@ def backward(
     # Of what every query row sees.
     behind = tuple(xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True))
     return _with_heads(setting, behind, Gradients.of(found), operands.views), behind if start else ()
+
+
+def cost(problem: Problem, rank: int) -> Cost:
+    """Operations and bytes of a polynomial of this rank, where rows see those before them."""
+    flops, memory = features.cost(problem, rank)
+    # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
+    span, several, columns = span_of(problem.views), problem.views > 1, problem.value_dim + 1
+    inside = 2.0 * span * (problem.views * columns if several else 1)
+    flops += problem.lengths[0] * problem.batch * rank * (inside + 2.0 * several * problem.views * columns)
+    one = features.bytes_of_sums(problem, rank)
+    return Cost(flops, memory + max(min(span * one, 32 << 20), 2 * one) + (8 << 20))
 
 
 def at_a_time(operands: Operands, expansion: Expansion) -> int:

@@ -24,11 +24,12 @@ from math import log, prod
 
 from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, with_leading
 from ..backends import Array, Backend
-from ..backends.base import block_rows
+from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..features.basis import CHAIN, FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.monomials import Expansion, Grading, degrees, multinomials, rank
 from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream
+from ..problem import Cost, Problem
 
 # Blocks of rows that are worth a thread.
 FEWEST_BLOCKS = 4
@@ -257,6 +258,25 @@ def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend
     r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
     inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
     return side_by_side(g, -r, backend, inverse)
+
+
+def cost(problem: Problem, rank: int) -> Cost:
+    """Operations and bytes of a polynomial of this rank, for all rows."""
+    columns, itemsize, batch = problem.value_dim + 1, problem.itemsize, problem.batch
+    flops = problem.rows * rank * (2.0 * columns + 1)
+    one = bytes_of_sums(problem, rank)
+    together = max(1, min(batch, 8 * LARGEST_WORKSPACE // one))
+    features = float(itemsize * (rank + columns) * together)
+    block = min(max(LARGEST_WORKSPACE, 1024 * features), 4 * LARGEST_WORKSPACE, max(problem.lengths) * 2 * features)
+    # What a row needs besides is made for some thousand rows at once; then there is the normaliser, and its logarithm.
+    beside = itemsize * (problem.dim + 3.0 * columns) * together * min(4096, *problem.lengths)
+    normaliser = 2.0 * itemsize * problem.lengths[0] * batch
+    return Cost(flops, max(one, min(one * batch, 8 * LARGEST_WORKSPACE)) + normaliser + block + beside)
+
+
+def bytes_of_sums(problem: Problem, rank: int) -> int:
+    """Bytes of the summaries of one problem with what rounding took, their product and its copies."""
+    return problem.itemsize * rank * (problem.value_dim + 1) * (2 * problem.views + 6)
 
 
 def at_a_time(operands: Operands, expansion: Expansion) -> int:

@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 
 from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, with_leading
 from ..backends import Array, Backend
+from ..backends.base import LARGEST_WORKSPACE
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.scaling import channel_units
 from ..operands import Gradients, Operands, Upstream
+from ..problem import Cost, Problem
 
 # Scores of at most this size need no maximum subtracted if neither entries nor products of values are larger than this, nor
 # their largest smaller than its reciprocal: sums of weights and values then stay in the range of float32.
@@ -165,6 +167,25 @@ def scaled_keys(
     """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
     dtype = backend.compute_dtype(keys[0].dtype)
     return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
+
+
+def cost(problem: Problem) -> Cost:
+    """Operations and bytes; an exponential counts as 16."""
+    flops = _scores(problem) * problem.batch * (2.0 * problem.dim + 2.0 * problem.value_dim + 16)
+    # The normaliser of every row and its logarithm, and a block.
+    return Cost(flops, 2.0 * problem.itemsize * problem.lengths[0] * problem.batch + LARGEST_WORKSPACE)
+
+
+def _scores(problem: Problem) -> float:
+    """Scores of a problem, those that the order of rows leaves out not counted."""
+    n, *lengths = problem.lengths
+    if not problem.order.causal:
+        return float(prod(problem.lengths))
+    windows = problem.order.window or lengths
+    # The mean over rows, at the middles of 64 parts.
+    rows = [(part + 0.5) / 64 * n for part in range(64)]
+    seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
+    return float(sum(seen)) / 64 * n
 
 
 def at_a_time(operands: Operands) -> int:

@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 from typing import ClassVar
 
 from ..arrays import return_rows, rows_together, sum_to_leading
 from ..backends import Array, Backend
+from ..engines import features
 from ..engines.features import key_adjoint, log_normaliser, query_adjoint, read_out, summary
 from ..features.monomials import rank
 from ..features.scaling import channel_tops
 from ..operands import Attended, Gradients, Operands, Upstream
+from ..problem import Cost, Guarantee, Problem, ScoreRange
 from . import certificate
 from .bands import Banding, Series, Sorted, edges, sorted_views
 from .gradient_bounds import banded_bounds
@@ -131,6 +134,18 @@ class Banded:
     def row_errors(self, kept: Array) -> Array:
         """The bound of the error of every row (..., n), from the first of what is kept of a certified call."""
         return kept[..., certificate.ERROR]
+
+    def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
+        """Certified, by bounds that come with the answer."""
+        return Guarantee(inf, inf, True)
+
+    def cost(self, problem: Problem) -> Cost:
+        """That of one polynomial, combined summaries, columns of moments, and sorted rows."""
+        r, columns = rank(problem.dim, self.degree), problem.value_dim + 1
+        flops, memory = features.cost(problem, r)
+        combined = 2.0 * float(self.bands) ** (problem.views + 1) * r * columns * problem.batch
+        moments = 2.0 * rank(problem.dim, self.moment) * (columns + 2)
+        return Cost(flops + combined + problem.rows * (moments + 32 * (problem.dim + problem.value_dim)), memory)
 
     def at_a_time(self, operands: Operands) -> int:
         """How many problems to compute at a time, so that their summaries fit in the workspace."""

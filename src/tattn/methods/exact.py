@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import ClassVar
 
 from ..backends import Array
+from ..bounds.rounding import exact_errors
 from ..engines import causal_tuples, tuples
 from ..operands import Attended, Gradients, Operands, Upstream
+from ..problem import Cost, Guarantee, Problem, ScoreRange
 from .gradient_bounds import stated_bounds
 
 
@@ -38,6 +41,18 @@ class Exact:
     def row_errors(self, kept: Array) -> None:
         """None: one error is stated for all rows."""
         return
+
+    def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
+        """Rounding alone."""
+        errors = exact_errors(
+            scores.bound, dim=problem.dim, views=problem.views, value_dim=problem.value_dim,
+            lengths=sum(problem.lengths), dtype=problem.dtype,
+        )  # fmt: skip
+        return Guarantee(*errors, isfinite(errors[0]))
+
+    def cost(self, problem: Problem) -> Cost:
+        """N Π n_μ scores, of those that a row sees."""
+        return tuples.cost(problem)
 
     def at_a_time(self, operands: Operands) -> int:
         """How many problems to compute at a time."""

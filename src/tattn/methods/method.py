@@ -12,7 +12,8 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from ..arrays import in_parts, sum_to_leading
 from ..backends import Array, Backend
-from ..operands import Attended, Gradients, Operands, Order, Upstream
+from ..operands import EVERY_ROW, Attended, Gradients, Operands, Order, Upstream
+from ..problem import Cost, Guarantee, Problem, ScoreRange
 
 
 class Method(Protocol):
@@ -35,6 +36,12 @@ class Method(Protocol):
     def row_errors(self, kept: Array) -> Array | None:
         """The bound of the error of every row (..., n) that came with the answer; None where one is stated for all rows."""
 
+    def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
+        """What is promised of the answer before anything is computed."""
+
+    def cost(self, problem: Problem) -> Cost:
+        """Operations and bytes of a forward call."""
+
     def at_a_time(self, operands: Operands) -> int:
         """How many problems to compute at a time."""
 
@@ -45,7 +52,7 @@ class Call(NamedTuple):
     method: Method
     views: int
     scale: float
-    order: Order = Order()
+    order: Order = EVERY_ROW
     certify: bool = False
     stated: tuple[float, float] = (inf, inf)
 

@@ -4,30 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, isfinite, prod
 from typing import ClassVar
 
+from ..approximation.exponential import Polynomial as Approximation
+from ..approximation.exponential import minimax, taylor
+from ..approximation.pruning import dropped, sums_of
 from ..backends import Array
-from ..bounds.rounding import USUAL_VALUE_DIM, scores_round_less
+from ..bounds.rounding import USUAL_VALUE_DIM, least_normaliser, lowrank_errors, lowrank_rounding, scores_round_less
+from ..bounds.score_range import rounded_up
 from ..engines import causal_features, features, scorewise
+from ..engines.spans import span_of
 from ..features.monomials import Expansion, Grading, rank
 from ..operands import Attended, Gradients, Operands, Upstream
+from ..problem import Cost, Guarantee, Problem, ScoreRange
 from .gradient_bounds import stated_bounds
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """One polynomial c_0 + c_1 x + … for all scores, which lie within ±bound; of a pruned basis, with its grading.
+    """One polynomial P of all scores, which are within ±bound: c_0 + c_1 x + …; of a pruned basis, with its grading.
 
     It is computed through features, or score by score where scores are fewer and round no more: by the shapes of a call alone.
+
+    Parameters
+    ----------
+    series : {"minimax", "taylor", "fitted"}
+        Where the coefficients come from; `of_series` makes the first two.
+    coefficients : tuple of float
+    bound : float
+    delta, delta_prime : float
+        |P / exp − 1| and |P′ / exp − 1| are at most this on [−bound, bound]; infinite where nobody knows.
+    grading : tuple of int
+        As in `Plan`.
     """
 
+    series: str
     coefficients: tuple[float, ...]
     bound: float
+    delta: float = inf
+    delta_prime: float = inf
     grading: Grading = ()
 
     name: ClassVar[str] = "polynomial"
     extra: ClassVar[int] = 0
+
+    @classmethod
+    def of_series(cls, series: str, degree: int, bound: float, grading: Grading = ()) -> Polynomial:
+        """The polynomial of this degree that is best on [−bound, bound], or Taylor's."""
+        found = minimax(degree, bound) if series == "minimax" else taylor(degree, bound)
+        return cls.of(series, found, grading)
+
+    @classmethod
+    def of(cls, series: str, found: Approximation, grading: Grading = ()) -> Polynomial:
+        """An approximation of exp as a method."""
+        return cls(series, found.coefficients, found.bound, found.delta, found.delta_prime, grading)
 
     @property
     def degree(self) -> int:
@@ -76,6 +107,41 @@ class Polynomial:
         """None: one error is stated for all rows."""
         return
 
+    def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
+        """From its distance to exp, what a pruned basis lacks for channels of these sizes, and rounding."""
+        error, grad_error = inf, inf
+        if self.delta < 1:
+            rho = lowrank_rounding(
+                self.coefficients, self.bound, scores.lowest_mean, delta=self.delta, dim=problem.dim,
+                rank=self.rank(problem.dim), views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM),
+                dtype=problem.dtype, span=span_of(problem.views) if problem.order.causal else 0,
+            )  # fmt: skip
+            lost = self._dropped(scores)
+            error, grad_error = lowrank_errors(self.delta, self.delta_prime, *rho, lost)
+        return Guarantee(error, grad_error, isfinite(error))
+
+    def _dropped(self, scores: ScoreRange) -> tuple[float, float]:
+        """What the monomials that a pruned basis lacks add up to in P and P′, relative to the normaliser."""
+        if not self.grading:
+            return 0.0, 0.0
+        least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
+        if not least > 0:
+            return inf, inf
+        lost, lost_prime = dropped(self.coefficients, self.grading, self.sums(scores))
+        return lost / least, lost_prime / least
+
+    def sums(self, scores: ScoreRange) -> tuple[float, ...]:
+        """What the channels of each weight of a pruned basis add up to, rounded up so that plans are found again."""
+        return tuple(map(rounded_up, sums_of(self.grading, scores.sizes))) if self.grading else ()
+
+    def rank(self, dim: int) -> int:
+        """How many monomials of so many channels there are."""
+        return rank(dim, self.degree, self.grading)
+
+    def cost(self, problem: Problem) -> Cost:
+        """Of products with all monomials."""
+        return cost_of(problem, self.rank(problem.dim))
+
     def at_a_time(self, operands: Operands) -> int:
         """How many problems to compute at a time."""
         if operands.order.causal:
@@ -86,3 +152,10 @@ class Polynomial:
 
     def _by_scores(self, operands: Operands) -> bool:
         return self.by_scores(operands.lengths, operands.query.shape[-1], operands.values[0].shape[-1])
+
+
+def cost_of(problem: Problem, rank: int) -> Cost:
+    """What a polynomial of this rank costs."""
+    if problem.order.causal:
+        return causal_features.cost(problem, rank)
+    return features.cost(problem, rank)

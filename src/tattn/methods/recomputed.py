@@ -14,17 +14,19 @@ from ..arrays import broadcast_leading, gather_rows, sum_to_leading
 from ..backends import Array, Backend
 from ..engines import tuples
 from ..operands import Attended, Gradients, Operands, Upstream
+from ..problem import Cost, Guarantee, Problem, ScoreRange
+from .banded import Banded
 from .certificate import ERROR
 from .gradient_bounds import stated_bounds
-from .method import Method
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Some rows exactly, and all others by `inner`, norm bands; `errors` are (error, grad_error) of the exact ones."""
+    """A share of the rows exactly, and all others by `inner`, norm bands; `errors` are (error, grad_error) of the exact ones."""
 
-    inner: Method
+    inner: Banded
     errors: tuple[float, float]
+    share: float
 
     name: ClassVar[str] = "polynomial"
     extra: ClassVar[int] = 2
@@ -74,6 +76,15 @@ class Recomputed:
     def row_errors(self, kept: Array) -> Array | None:
         """The bound of the error of every row (..., n), from what is kept of a certified call."""
         return self.inner.row_errors(kept)
+
+    def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
+        """That of the banded polynomial, by bounds that come with the answer."""
+        return self.inner.guarantee(problem, scores)
+
+    def cost(self, problem: Problem) -> Cost:
+        """That of the banded polynomial, and a share of the exact scores."""
+        inner, exact = self.inner.cost(problem), tuples.cost(problem)
+        return Cost(inner.flops + self.share * exact.flops, max(inner.bytes, exact.bytes))
 
     def at_a_time(self, operands: Operands) -> int:
         """How many problems to compute at a time."""

@@ -20,7 +20,7 @@ from ..checks import checked_inputs
 from ..methods import backward, forward
 from ..methods.certificate import COLUMNS, ERROR
 from ..planning.choice import Work, work_of
-from ..plans import Plan, plan_of_fields
+from ..plans import Plan, plan_of_facts
 
 
 def planned_attention(
@@ -58,7 +58,7 @@ _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=256)
 def plan_of_text(text: str) -> Plan:
     """What `plan_text` wrote."""
-    return plan_of_fields(json.loads(text))
+    return plan_of_facts(json.loads(text))
 
 
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:

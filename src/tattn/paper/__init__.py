@@ -20,9 +20,22 @@ from ..checks import (
     positive,
 )
 from ..plans import Plan
-from . import algorithm1, closed_form
+from . import algorithm1, closed_form, products
 from .errors import SizesCall, sizes
 from .planning import PRODUCTS, GradientChoice
+
+__all__ = [
+    "GradientFactors",
+    "LossGradient",
+    "TrainingProblem",
+    "WeightGradients",
+    "exact_gradient",
+    "loss",
+    "loss_gradient",
+    "loss_gradient_factors",
+    "products",
+    "weight_gradients",
+]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,9 @@ from ..bounds.rounding import computed_in, exact_errors
 from ..checks import Inputs, PlanError
 from ..features.monomials import rank as rank_of
 from ..planning import plan_inputs
-from ..planning.selection import MAX_RANK
+from ..planning.selection import MAX_RANK, Wish
 from ..plans import Plan
+from ..problem import Cost
 from . import algorithm1
 from .errors import Sizes, gradient_error
 
@@ -34,7 +35,7 @@ class GradientChoice(NamedTuple):
 
     def plan(self, method: str) -> tuple[float, Plan]:
         """(certified error, plan), or PlanError."""
-        exact = plan_inputs(self.inputs, scale=self.scale, tol=1.0, method="exact")
+        exact = plan_inputs(self.inputs, self.scale, Wish(1.0, "exact"))
         exact_error = self.exact_error(exact)
         degrees = [g for g in range(1, _MAX_DEGREE + 1) if rank_of(exact.dim, g) <= MAX_RANK]
         best = None
@@ -45,7 +46,7 @@ class GradientChoice(NamedTuple):
         flops_exact, flops = self.exact_flops(), inf if best is None else self.flops(best.degree)
         if best is not None and (method == "polynomial" or flops < flops_exact or exact_error > self.eps):
             error, reason = self.error(best, exact), f"degree {best.degree} reaches eps={self.eps:g}"
-            made = plan_inputs(self.inputs, scale=self.scale, tol=1.0, method="polynomial", degree=best.degree)
+            made = plan_inputs(self.inputs, self.scale, Wish(1.0, "polynomial", best.degree))
         elif exact_error <= self.eps:
             cheaper = "no affordable degree reaches eps" if best is None else "exact takes fewer operations"
             error, made, reason = exact_error, exact, "exact was asked for" if method == "exact" else cheaper
@@ -58,8 +59,8 @@ class GradientChoice(NamedTuple):
         # Factors of one problem at a time, and a block.
         memory = 8.0 * made.rank * (made.value_dim + 1) * sum(self.widths) + made.bytes_exact
         return error, replace(
-            made, reason=reason, leading=self.problems, flops_exact=flops_exact, flops_polynomial=flops,
-            bytes_polynomial=memory,
+            made, reason=reason, problem=replace(made.problem, batch=self.problems),
+            exact=made.exact._replace(flops=flops_exact), polynomial=Cost(flops, memory),
         )  # fmt: skip
 
     def error(self, polynomial: Polynomial, plan: Plan) -> float:

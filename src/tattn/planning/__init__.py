@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, prod
+from math import inf
 from typing import Any
 
 from ..approximation.pruning import HIGHER
@@ -25,9 +25,16 @@ from ..checks import (
     whole,
 )
 from ..features.monomials import rank as rank_of
-from ..plans import Plan, Shape, plan_of, si, spread
+from ..methods import Banded, Exact, Polynomial
+from ..plans import Plan, si, spread
+from ..problem import Guarantee, Problem, ScoreRange
 from .sampling import Estimate, estimate
-from .selection import MAX_RANK, check_rank, choose
+from .selection import MAX_RANK, Wish, check_rank, choose, plan_with
+
+# Methods that can be asked for as values.
+_VALUES = (Exact, Polynomial, Banded)
+# Scores of which nothing is known.
+_ANY = ScoreRange(inf, -inf, "promise")
 
 # The largest rank that is tried in bands before it is known whether that will do.
 _BANDED_RANK = 1 << 13
@@ -42,7 +49,7 @@ def plan(
     *,
     scale: float | None = None,
     tol: float = 1e-3,
-    method: str = "auto",
+    method: str | Exact | Polynomial | Banded = "auto",
     degree: int | None = None,
     bound: float | str | None = None,
     series: str = "minimax",
@@ -60,7 +67,8 @@ def plan(
     query, keys, values, scale, tol, key_masks, causal, window
         As in `tensor_attention`, which takes the plan with the same `causal` and `window`. Only shapes are read of
         `values`, and finiteness.
-    method : {"auto", "polynomial", "exact"}
+    method : {"auto", "polynomial", "exact"}, or a tattn.Exact, tattn.Polynomial or tattn.Banded
+        A value says all that `degree`, `bound`, `series`, `bands` and `moment` would, and none of them goes with it.
     degree : int, optional
         Forces the polynomial method at this degree, whatever error that gives.
     bound : float or "estimated", optional
@@ -102,13 +110,14 @@ def plan(
     ('polynomial', True)
     """
     inputs = checked_inputs(query, keys, values, key_masks, causal, window)
+    if isinstance(method, _VALUES):
+        number = checked_options(scale, inputs.dim, tol, "auto")
+        return _of_method(method, inputs.problem(number), degree=degree, bound=bound, series=series)
     number = checked_options(scale, inputs.dim, tol, method)
-    if checked_series(series) == "banded":
-        return _asked_banded(_shape_of(inputs), number, method, bound, degree, bands, moment)
-    return plan_inputs(
-        inputs, scale=number, tol=tol, method=method, degree=degree, bound=bound, series=series,
-        gradients=true_or_false("gradients", gradients),
-    )  # fmt: skip
+    wish = Wish(tol, method, degree, checked_series(series), true_or_false("gradients", gradients))
+    if series == "banded":
+        return _asked_banded(inputs.problem(number), wish, bound, bands, moment)
+    return plan_inputs(inputs, number, wish, bound)
 
 
 def plan_for(
@@ -121,7 +130,7 @@ def plan_for(
     dtype: str = "float32",
     scale: float | None = None,
     value_dim: int | None = None,
-    method: str = "auto",
+    method: str | Exact | Polynomial | Banded = "auto",
     degree: int | None = None,
     series: str = "minimax",
     bands: int = 8,
@@ -179,16 +188,18 @@ def plan_for(
     lengths = checked_lengths(n, order)
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
-    number = checked_options(scale, dim, tol, method)
+    number = checked_options(scale, dim, tol, "auto" if isinstance(method, _VALUES) else method)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
-    shape = Shape(order - 1, dim, value_dim, dtype, lengths, 1, checked_order(causal, window, lengths))
+    seen = checked_order(causal, window, lengths)
+    problem = Problem(order - 1, dim, value_dim, dtype, lengths, 1, number, seen)
     if bandwidth is not None and workers is None:
         raise ValueError(f"bandwidth should come with workers, got {bandwidth} alone")
-    if checked_series(series) == "banded":
-        made = _asked_banded(shape, number, method, bound, degree, bands, moment)
+    if isinstance(method, _VALUES):
+        made = _of_method(method, problem, degree=degree, bound=bound, series=series)
+    elif checked_series(series) == "banded":
+        made = _asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
     else:
-        promised = positive("bound", bound)
-        made = choose(shape, number, tol, method, degree, series, "promise", promised, -promised)
+        made = choose(problem, _promised(bound), Wish(tol, method, degree, series))
     if workers is None and flops is None:
         return made
     count = 1 if workers is None else whole("workers", workers, 1)
@@ -201,67 +212,45 @@ def plan_for(
     return spread(made, count, *rates)
 
 
-def plan_inputs(
-    inputs: Inputs,
-    *,
-    scale: float,
-    tol: float,
-    method: str,
-    degree: int | None = None,
-    bound: float | str | None = None,
-    series: str = "minimax",
-    gradients: bool | None = True,
-) -> Plan:
-    """`plan` for arrays that were checked; any series but "banded", and None in `gradients` for no pruned basis."""
-    shape = _shape_of(inputs)
+def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | None = None) -> Plan:
+    """`plan` for arrays that were checked; any series but "banded"."""
+    problem = inputs.problem(scale)
     if isinstance(bound, str) and bound != "estimated":
         raise TypeError(f"bound should be a number or 'estimated', got the str {bound!r}")
     if bound is not None and not isinstance(bound, str):
-        promised = positive("bound", bound)
-        return choose(shape, scale, tol, method, degree, series, "promise", promised, -promised)
+        return choose(problem, _promised(bound), wish)
     if inputs.traced:
-        if (method == "exact" or inputs.order.window is not None) and bound is None:
-            return choose(shape, scale, tol, method, degree, series, "promise", inf, -inf)
+        if (wish.method == "exact" or inputs.order.window is not None) and bound is None:
+            return choose(problem, _ANY, wish)
         raise PlanError("the arrays are traced and their range cannot be read: give a bound of your own, bound=...")
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
-    if bound is not None and method != "exact":
-        if series != "minimax":
-            raise ValueError(f"series has no use with bound='estimated', which fits its own polynomial; got {series!r}")
+    if bound is not None and wish.method != "exact":
+        if wish.series != "minimax":
+            raise ValueError(
+                f"series has no use with bound='estimated', which fits its own polynomial; got {wish.series!r}"
+            )
         if inputs.order.causal:
             raise ValueError(
                 "bound='estimated' samples all pairs and has no use with causal=True: give a bound, or none"
             )
-        return _estimated(inputs, shape, scale, tol, method, degree, found, gradients)
-    return plan_found(
-        shape, found, scale=scale, tol=tol, method=method, degree=degree, series=series, gradients=gradients
-    )
+        return _estimated(inputs, problem, found, wish)
+    return plan_found(problem, found, wish)
 
 
-def plan_found(
-    shape: Shape,
-    found: Ranges,
-    *,
-    scale: float,
-    tol: float,
-    method: str,
-    degree: int | None = None,
-    series: str = "minimax",
-    gradients: bool | None = True,
-) -> Plan:
+def plan_found(problem: Problem, found: Ranges, wish: Wish) -> Plan:
     """A certified plan for the ranges that were found on data."""
     # The mean is allowed a margin, so that the plan holds for the same rows in another order or library. It is that over
     # all pairs, and says nothing of some of them.
-    lowest_mean = -inf if shape.order.causal else found.lowest_mean - 0.02 * found.bound
-    sizes = () if gradients is None else found.sizes
-    return choose(shape, scale, tol, method, degree, series, "data", found.bound, lowest_mean, sizes, gradients is True)
+    lowest_mean = -inf if problem.order.causal else found.lowest_mean - 0.02 * found.bound
+    return choose(problem, ScoreRange(found.bound, lowest_mean, "data", found.sizes), wish)
 
 
 def exact_plan(inputs: Inputs, scale: float) -> Plan:
     """A plan for the exact method that says nothing of its error, for which nothing but that all is finite is looked at."""
     call = RangeCall(scale, inputs.views)
     checked_finite(largest_entries(call, inputs.backend, inputs.backend.values_of(inputs.arrays)), inputs.views)
-    return choose(_shape_of(inputs), scale, inf, "exact", None, "minimax", "promise", inf, -inf)
+    return choose(inputs.problem(scale), _ANY, Wish(inf, "exact"))
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
@@ -269,127 +258,124 @@ def measured(inputs: Inputs, scale: float) -> Ranges:
     return ranges(RangeCall(scale, inputs.views), inputs.backend, inputs.backend.values_of(inputs.arrays))
 
 
-def banded_candidates(inputs: Inputs, scale: float) -> list[Plan]:
+def _promised(bound: Any) -> ScoreRange:
+    promised = positive("bound", bound)
+    return ScoreRange(promised, -promised, "promise")
+
+
+def banded_candidates(problem: Problem) -> list[Plan]:
     """Banded plans to try, the cheapest first."""
-    if inputs.order.causal:
-        return []
-    shape = _shape_of(inputs)
-    shortest = min(shape.lengths)
+    shortest = min(problem.lengths)
     bands = 8 if shortest < 1 << 14 else 12
-    if shortest < 2 * bands:
+    if problem.order.causal or shortest < 2 * bands:
         return []
     tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
-    return [_banded(shape, scale, g, bands, t) for g, t in tried if rank_of(shape.dim, g) <= _BANDED_RANK]
+    return [_banded(problem, Banded(g, bands, t)) for g, t in tried if rank_of(problem.dim, g) <= _BANDED_RANK]
 
 
-def _asked_banded(
-    shape: Shape, scale: float, method: str, bound: Any, degree: int | None, bands: int, moment: int
-) -> Plan:
+def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_use: Any) -> Plan:
+    """A plan for a method that was given as a value, which has what other options would say."""
+    for name, value in without_use.items():
+        if value not in (None, "minimax"):
+            raise ValueError(f"{name} has no use with a method that is a value, got {name}={value!r} and {method!r}")
+    reason = f"{type(method).__name__} was asked for"
+    if isinstance(method, Banded):
+        return replace(_banded(problem, method), reason=reason)
+    if isinstance(method, Exact):
+        return plan_with(method, problem, _ANY, reason)
+    if problem.order.window is not None:
+        raise ValueError("window belongs to the exact method, got it with a Polynomial")
+    check_rank(problem, method.degree)
+    return plan_with(method, problem, _promised(method.bound), reason)
+
+
+def _asked_banded(problem: Problem, wish: Wish, bound: Any, bands: int, moment: int) -> Plan:
     """A banded plan, with what it does not go together with refused."""
     if bound is not None:
         raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {bound!r}")
-    if shape.order.causal:
+    if wish.method == "exact":
+        raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
+    return _banded(problem, Banded(2 if wish.degree is None else wish.degree, bands, moment))
+
+
+def _banded(problem: Problem, method: Banded) -> Plan:
+    """A plan whose error comes with the answer."""
+    if problem.order.causal:
         raise ValueError(
             "series 'banded' sorts rows by norm and has no use where their order counts, got it with causal=True"
         )
-    if method == "exact":
-        raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
-    return _banded(shape, scale, 2 if degree is None else degree, bands, moment)
-
-
-def _banded(shape: Shape, scale: float, degree: int, bands: int, moment: int) -> Plan:
-    """A plan whose error comes with the answer."""
-    degree, bands, moment = whole("degree", degree, 1), whole("bands", bands, 1), whole("moment", moment, 2)
-    if bands > min(shape.lengths):
-        raise ValueError(f"bands should be at most the rows of every view, {min(shape.lengths)}, got {bands}")
+    names = (("degree", 1), ("bands", 1), ("moment", 2))
+    degree, bands, moment = (whole(name, getattr(method, name), least) for name, least in names)
+    if bands > min(problem.lengths):
+        raise ValueError(f"bands should be at most the rows of every view, {min(problem.lengths)}, got {bands}")
     if moment % 2:
         raise ValueError(f"moment should be even, got {moment}")
     if moment > degree:
         raise ValueError(f"moment should be at most the degree {degree}, got {moment}: moments are sums of monomials")
-    check_rank(shape, degree)
-    rank = rank_of(shape.dim, degree)
-    made = plan_of(
-        shape, scale, "polynomial", "banded", "answer", inf, -inf, inf, inf, "banded was asked for",
-        (0.0,) * (degree + 1), rank,
-    )  # fmt: skip
-    flops = made.flops_polynomial + shape.banding_cost(rank, rank_of(shape.dim, moment), bands)
-    return replace(made, coefficients=(), certified=True, bands=bands, moment=moment, flops_polynomial=flops)
+    check_rank(problem, degree)
+    scores = ScoreRange(inf, -inf, "answer")
+    return plan_with(Banded(degree, bands, moment), problem, scores, "banded was asked for")
 
 
-def _shape_of(inputs: Inputs) -> Shape:
-    return Shape(
-        inputs.views, inputs.dim, inputs.value_dim, inputs.dtype, inputs.lengths, prod(inputs.leading), inputs.order
-    )
-
-
-def _estimated(
-    inputs: Inputs,
-    shape: Shape,
-    scale: float,
-    tol: float,
-    method: str,
-    degree: int | None,
-    found: Ranges,
-    gradients: bool | None,
-) -> Plan:
+def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> Plan:
     """A plan from sampled scores; never certified."""
+    tol, degree = wish.tol, wish.degree
     if degree is not None:
         degree = whole("degree", degree, 1)
-        check_rank(shape, degree)
+        check_rank(problem, degree)
 
     def rank_with(sampled: Estimate) -> int:
-        return sampled.pruned.rank if sampled.pruned else rank_of(shape.dim, len(sampled.coefficients) - 1)
+        return sampled.pruned.rank if sampled.pruned else rank_of(problem.dim, len(sampled.coefficients) - 1)
 
     def rounding_of(sampled: Estimate) -> tuple[float, float]:
         rho, rho_prime = lowrank_rounding(
-            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=shape.dim, rank=rank_with(sampled),
-            views=shape.views, value_dim=max(shape.value_dim, USUAL_VALUE_DIM), dtype=shape.dtype,
+            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=problem.dim, rank=rank_with(sampled),
+            views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM), dtype=problem.dtype,
         )  # fmt: skip
         return lowrank_errors(0.0, 0.0, rho, rho_prime)
 
     def exact(reason: str) -> Plan:
-        made = choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
-        return replace(made, reason=reason)
+        scores = ScoreRange(found.bound, found.lowest_mean, "data")
+        return replace(choose(problem, scores, Wish(tol, "exact")), reason=reason)
 
-    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
+    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(problem.dim, g) <= MAX_RANK]
     if degree is None and not affordable:
-        if method == "polynomial":
+        if wish.method == "polynomial":
             raise PlanError(
-                f"degree 1 at dim {shape.dim} has rank {rank_of(shape.dim, 1):,}, beyond the largest rank of {MAX_RANK:,}. Use "
-                f"method='exact' ({si(shape.exact_cost()[0])}flop)"
+                f"degree 1 at dim {problem.dim} has rank {rank_of(problem.dim, 1):,}, beyond the largest rank of {MAX_RANK:,}. "
+                f"Use method='exact' ({si(Exact().cost(problem).flops)}flop)"
             )
         return exact("no degree has a rank that a plan accepts")
     if degree is not None:
-        sampled = estimate(inputs, scale, tol, [degree])
+        sampled = estimate(inputs, problem.scale, tol, [degree])
     else:
         higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1)
+        most = 0 if wish.gradients is None else MAX_RANK
         sampled = estimate(
-            inputs,
-            scale,
-            tol,
-            affordable,
-            higher,
-            0 if gradients is None else MAX_RANK,
-            gradients is True,
+            inputs, problem.scale, tol, affordable, higher, most, wish.gradients is True,
             lambda found: rounding_of(found)[0],
-        )
-    rank = rank_with(sampled)
-    if sampled.error < inf:
+        )  # fmt: skip
+    error, grad_error = sampled.error, sampled.grad_error
+    if error < inf:
         rounding, grad_rounding = rounding_of(sampled)
-        sampled = sampled._replace(error=sampled.error + rounding, grad_error=sampled.grad_error + grad_rounding)
-    asked = f"degree {degree} was asked for" if degree is not None else f"estimated to meet tol={tol:g}"
-    plan = plan_of(
-        shape, scale, "polynomial", "fitted", "estimate", sampled.bound, found.lowest_mean, sampled.error,
-        sampled.grad_error, asked, sampled.coefficients, rank, sampled.pruned.grading if sampled.pruned else (),
-    )  # fmt: skip
-    if degree is None and sampled.error > tol:
-        if method == "polynomial":
+        error, grad_error = error + rounding, grad_error + grad_rounding
+    grading = sampled.pruned.grading if sampled.pruned else ()
+    method = Polynomial("fitted", sampled.coefficients, sampled.bound, grading=grading)
+    plan = plan_with(
+        method,
+        problem,
+        ScoreRange(sampled.bound, found.lowest_mean, "estimate"),
+        f"degree {degree} was asked for" if degree is not None else f"estimated to meet tol={tol:g}",
+        Guarantee(error, grad_error, False),
+    )
+    if degree is None and error > tol:
+        if wish.method == "polynomial":
             raise PlanError(
                 f"the polynomial method is estimated not to meet tol={tol:g}: sampled scores reach {sampled.bound:.4g}, and "
-                f"degree {plan.degree}, rank {rank:,}, gives {sampled.error:.2g}. Use method='exact' "
+                f"degree {plan.degree}, rank {plan.rank:,}, gives {error:.2g}. Use method='exact' "
                 f"({si(plan.flops_exact)}flop), a larger tol or degree=..."
             )
         return exact(f"no polynomial is estimated to meet tol={tol:g}")
-    if method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
+    if wish.method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
         return exact("exact takes fewer operations than the polynomial that was estimated to do")
     return plan

@@ -10,14 +10,15 @@ import numpy as np
 
 from ..approximation.pruning import sums_of, weights_of
 from ..backends import Array
-from ..bounds.rounding import exact_errors
 from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite, warn_caller
-from ..methods import Call, Recomputed, forward
+from ..methods import Banded, Call, Exact, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
 from ..plans import Plan
+from ..problem import ScoreRange
 from . import banded_candidates, measured, plan_inputs
 from .sampling import sampled_errors
+from .selection import Wish
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
 MOST_RECOMPUTED = 0.05
@@ -57,7 +58,7 @@ def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bo
     try:
         # Data call for another pruned basis each time, and so for another program.
         pruning = None if inputs.backend.compiles else True
-        plan = plan_inputs(inputs, scale=scale, tol=tol, method=method, gradients=pruning)
+        plan = plan_inputs(inputs, scale, Wish(tol, method, gradients=pruning))
     except PlanError as cannot:
         refused = cannot
     if method == "exact" and plan:
@@ -110,7 +111,7 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
     """The banded plan that is cheapest with the rows it leaves, on samples; None if none is worth a trial."""
     least = _flops(instead_of) if instead_of else inf
     best = None
-    candidates = [c for c in banded_candidates(inputs, scale) if _banded_work(c, inputs) <= least / 2]
+    candidates = [c for c in banded_candidates(inputs.problem(scale)) if _banded_work(c, inputs) <= least / 2]
     errors = sampled_errors(inputs, [_call(inputs, c, certify=True) for c in candidates])
     for candidate, found in zip(candidates, errors, strict=False):
         over = float((~(found <= tol)).mean())
@@ -138,20 +139,21 @@ def _hybrid_work(
 ) -> Work:
     """The banded polynomial with the `most` worst rows of every problem recomputed."""
     backend = inputs.backend
-    errors = exact_errors(
-        measured(inputs, candidate.scale).bound, dim=inputs.dim, views=inputs.views, value_dim=inputs.value_dim,
-        lengths=sum(inputs.lengths), dtype=inputs.dtype,
-    )  # fmt: skip
+    bound = measured(inputs, candidate.scale).bound
+    errors = Exact().guarantee(candidate.problem, ScoreRange(bound, -bound, "data"))
     # The worst rows of every problem, as many as the problem with most of them needs.
     chosen = np.argsort(-row_errors, axis=-1, kind="stable")[..., :most]
     place = most + np.broadcast_to(np.arange(row_errors.shape[-1]), row_errors.shape).copy()
     np.put_along_axis(place, chosen, np.broadcast_to(np.arange(most), chosen.shape), axis=-1)
     index = tuple(backend.indices(x[..., None], inputs.arrays[0]) for x in (chosen, place))
-    call = work.call._replace(method=Recomputed(work.call.method, errors))
+    inner = work.call.method
+    assert isinstance(inner, Banded)
+    method = Recomputed(inner, (errors.error, errors.grad_error), most / inputs.lengths[0])
+    call = work.call._replace(method=method)
     return Work(
         call,
         (*inputs.arrays, *index),
-        replace(candidate, recomputed=most / inputs.lengths[0]),
+        replace(candidate, algorithm=method),
         backend.run(forward, call, (*values, *index, *found[:3])),
     )
 
@@ -218,7 +220,11 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
 
 
 def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
-    return Call(plan.algorithm, inputs.views, plan.scale, inputs.order, certify)
+    method = plan.algorithm
+    if isinstance(method, Recomputed):
+        # The rows that were recomputed are those of another call.
+        method = method.inner
+    return Call(method, inputs.views, plan.scale, inputs.order, certify)
 
 
 def gradient_bounds(

@@ -1,23 +1,25 @@
-"""Which polynomial, or none, for scores of a known range: the smallest that is certified to do, if it takes less than exactly.
+"""Choose a method by numbers alone: the polynomial of least degree that meets `tol`, or the exact method if that is cheaper.
 
-The choice for a shape by numbers alone, with the words that explain it; where the numbers come from is `planning`.
+Where the numbers come from is `planning`; the words that explain a choice are here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, inf, isfinite, log2
+from math import inf, isfinite
+from typing import NamedTuple
 
-from ..approximation.exponential import Polynomial, smallest
-from ..approximation.exponential import minimax as minimax_polynomial
-from ..approximation.exponential import taylor as taylor_polynomial
-from ..approximation.pruning import HIGHER, Pruned, dropped, smallest_pruned, sums_of, worthwhile
-from ..bounds.rounding import USUAL_VALUE_DIM, exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
+from ..approximation.exponential import Polynomial as Approximation
+from ..approximation.exponential import smallest
+from ..approximation.pruning import HIGHER, Pruned, smallest_pruned, worthwhile
+from ..bounds.rounding import lowrank_errors
+from ..bounds.score_range import rounded_up
 from ..checks import PlanError, warn_caller, whole
-from ..engines.spans import span_of
 from ..features.monomials import rank as rank_of
-from ..plans import Plan, Shape, plan_of, si
+from ..methods import Exact, Method, Polynomial
+from ..methods.polynomial import cost_of
+from ..plans import Plan, si
+from ..problem import Cost, Guarantee, Problem, ScoreRange
 
 MAX_RANK = 1 << 18
 # Operations that take longer than to look for a pruned basis.
@@ -25,212 +27,176 @@ _WORTH_PRUNING = 2e8
 _MAX_DEGREE = 40
 
 
-def choose(
-    shape: Shape,
-    scale: float,
-    tol: float,
-    method: str,
-    degree: int | None,
-    series: str,
-    source: str,
-    bound: float,
-    lowest_mean: float,
-    sizes: tuple[float, ...] = (),
-    gradients: bool = True,
-) -> Plan:
-    """The plan for scores within `bound` whose row means are at least `lowest_mean`; `sizes` of the channels if known."""
-    if degree is not None:
-        degree = whole("degree", degree, 1)
-        if method == "exact":
+class Wish(NamedTuple):
+    """What a caller asks of a plan. `gradients`: whether those of a pruned basis are held to `tol`, None for no pruned basis."""
+
+    tol: float
+    method: str = "auto"
+    degree: int | None = None
+    series: str = "minimax"
+    gradients: bool | None = True
+
+
+def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
+    """The plan for scores of this range."""
+    if wish.degree is not None:
+        wish = wish._replace(degree=whole("degree", wish.degree, 1))
+        if wish.method == "exact":
             raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
-        check_rank(shape, degree)
-    rounded = _round_up(bound) if source == "data" else bound
-    windows = shape.order.window is not None
-    if windows and (method == "polynomial" or degree is not None):
-        raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
-    if windows:
-        method = "exact"
+        check_rank(problem, wish.degree)  # type: ignore[arg-type]
+    # What a plan for data serves, so that plans are found again.
+    served = scores._replace(bound=rounded_up(scores.bound)) if scores.source == "data" else scores
+    if problem.order.window is not None:
+        if wish.method == "polynomial" or wish.degree is not None:
+            raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
+        return _exact(problem, served, "windows are exact")
+    if wish.degree is not None:
+        return _of_degree(problem, served, wish.series, wish.degree)
+    if wish.method == "exact":
+        return _exact(problem, served, "exact was asked for")
 
-    def plan_with(polynomial: Polynomial, reason: str, pruned: Pruned | None = None) -> Plan:
-        error, grad_error = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
-        grading, sums = (pruned.grading, _rounded_sums(pruned, sizes)) if pruned else ((), ())
-        rank = pruned.rank if pruned else rank_of(shape.dim, polynomial.degree)
-        return plan_of(
-            shape, scale, "polynomial", series, source, rounded, lowest_mean, error, grad_error, reason,
-            polynomial.coefficients, rank, grading, sums,
-        )  # fmt: skip
-
-    def exact_plan(reason: str, rank: int) -> Plan:
-        error, grad_error = exact_errors(
-            rounded, dim=shape.dim, views=shape.views, value_dim=shape.value_dim, lengths=sum(shape.lengths),
-            dtype=shape.dtype,
-        )  # fmt: skip
-        return plan_of(
-            shape, scale, "exact", None, source, rounded, lowest_mean, error, grad_error, reason, (), rank
-        )  # fmt: skip
-
-    if degree is not None:
-        fitted = _series(series, degree, rounded) if isfinite(rounded) else None
-        if fitted is None or not any(fitted.coefficients):
-            raise PlanError(f"scores may reach {rounded:.4g}, where no polynomial of degree {degree} resembles exp")
-        return plan_with(fitted, f"degree {degree} was asked for")
-    if method == "exact":
-        return exact_plan("windows are exact" if windows else "exact was asked for", 0)
-
-    best = _smallest(shape, rounded, lowest_mean, tol, series) if isfinite(rounded) else None
-    needed = best.degree if best else _needed_degree(rounded, tol, series)
-    worth = _WORTH_PRUNING if method == "auto" else 0.0
-    pruned = (
-        _pruned(shape, rounded, lowest_mean, tol, series, needed, sizes, gradients, worth) if needed and sizes else None
-    )
-    if pruned:
-        best = _series(series, pruned.degree, rounded)
-    problem = _why_not(shape, bound, tol, needed)
-    if method == "polynomial":
+    best, needed = _candidate(problem, served, wish)
+    why_not = _why_not(problem, scores.bound, wish.tol, needed)
+    if wish.method == "polynomial":
         if best is None:
             raise PlanError(
-                f"the polynomial method cannot meet tol={tol:g}: {problem}. Use method='exact' "
-                f"({si(shape.exact_cost()[0])}flop), a larger tol, a smaller scale or inputs of smaller norm, "
+                f"the polynomial method cannot meet tol={wish.tol:g}: {why_not}. Use method='exact' "
+                f"({si(Exact().cost(problem).flops)}flop), a larger tol, a smaller scale or inputs of smaller norm, "
                 "degree=... to take what error a degree gives, or bound='estimated'"
             )
-        return plan_with(best, "polynomial was asked for", pruned)
+        return plan_with(best, problem, served, "polynomial was asked for")
     if best is None:
-        rank = 0 if needed is None else rank_of(shape.dim, needed)
-        plan = exact_plan(f"no polynomial meets tol={tol:g}: {problem}", rank)
-        if plan.error > tol:
+        rank = 0 if needed is None else rank_of(problem.dim, needed)
+        plan = _exact(problem, served, f"no polynomial meets tol={wish.tol:g}: {why_not}", rank)
+        if plan.error > wish.tol:
             warn_caller(
-                f"tol={tol:g} cannot be met in {shape.dtype}: rounding of scores up to {rounded:.4g} leaves an error of "
-                f"up to {plan.error:.2g} with the exact method, which is taken"
+                f"tol={wish.tol:g} cannot be met in {problem.dtype}: rounding of scores up to {served.bound:.4g} leaves an "
+                f"error of up to {plan.error:.2g} with the exact method, which is taken"
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan
-    rank = pruned.rank if pruned else rank_of(shape.dim, best.degree)
-    ratio = shape.exact_cost()[0] / shape.polynomial_cost(rank)[0]
+    ratio = Exact().cost(problem).flops / best.cost(problem).flops
     if ratio <= 1:
-        return exact_plan(f"exact takes {1 / ratio:.3g} times fewer operations than degree {best.degree}", rank)
-    kind = f"degree {best.degree}, pruned," if pruned else f"degree {best.degree}"
-    return plan_with(best, f"{kind} meets tol={tol:g} with {ratio:.3g} times fewer operations than exact", pruned)
+        reason = f"exact takes {1 / ratio:.3g} times fewer operations than degree {best.degree}"
+        return _exact(problem, served, reason, best.rank(problem.dim))
+    kind = f"degree {best.degree}, pruned," if best.grading else f"degree {best.degree}"
+    reason = f"{kind} meets tol={wish.tol:g} with {ratio:.3g} times fewer operations than exact"
+    return plan_with(best, problem, served, reason)
 
 
-def _series(series: str, degree: int, bound: float) -> Polynomial:
-    return minimax_polynomial(degree, bound) if series == "minimax" else taylor_polynomial(degree, bound)
-
-
-def _polynomial_errors(
-    shape: Shape,
-    polynomial: Polynomial,
-    lowest_mean: float,
-    pruned: Pruned | None = None,
-    sizes: Sequence[float] = (),
-) -> tuple[float, float]:
-    """(error, grad_error) of a polynomial for this shape, or of what a pruned basis keeps of it for channels of these sizes."""
-    if not polynomial.delta < 1:
-        return inf, inf
-    theta = 0.0, 0.0
-    if pruned:
-        least = least_normaliser(polynomial.delta, polynomial.bound, lowest_mean)
-        lost = dropped(polynomial.coefficients, pruned.grading, _rounded_sums(pruned, sizes))
-        theta = (lost[0] / least, lost[1] / least) if least > 0 else (inf, inf)
-    rho, rho_prime = lowrank_rounding(
-        polynomial.coefficients,
-        polynomial.bound,
-        lowest_mean,
-        delta=polynomial.delta,
-        dim=shape.dim,
-        rank=pruned.rank if pruned else rank_of(shape.dim, polynomial.degree),
-        views=shape.views,
-        value_dim=max(shape.value_dim, USUAL_VALUE_DIM),
-        dtype=shape.dtype,
-        span=span_of(shape.views) if shape.order.causal else 0,
+def plan_with(
+    method: Method, problem: Problem, scores: ScoreRange, reason: str, guarantee: Guarantee | None = None
+) -> Plan:
+    """A plan for this method, with what it promises unless that is known better."""
+    polynomial = isinstance(method, Polynomial)
+    return Plan(
+        problem=problem,
+        algorithm=method,
+        scores=scores._replace(sizes=()),
+        guarantee=method.guarantee(problem, scores) if guarantee is None else guarantee,
+        exact=Exact().cost(problem),
+        polynomial=Cost.unknown() if isinstance(method, Exact) else method.cost(problem),
+        reason=reason,
+        sizes=method.sums(scores) if polynomial and scores.sizes else (),  # type: ignore[attr-defined]
     )
-    return lowrank_errors(polynomial.delta, polynomial.delta_prime, rho, rho_prime, theta)
 
 
-def _pruned(
-    shape: Shape,
-    bound: float,
-    lowest_mean: float,
-    tol: float,
-    series: str,
-    needed: int,
-    sizes: Sequence[float],
-    gradients: bool,
-    worth: float,
-) -> Pruned | None:
+def _exact(problem: Problem, scores: ScoreRange, reason: str, rank: int = 0) -> Plan:
+    """The exact method; `rank` is that of the polynomial it was compared with, if any."""
+    plan = plan_with(Exact(), problem, scores, reason)
+    return replace(plan, polynomial=cost_of(problem, rank)) if rank else plan
+
+
+def _of_degree(problem: Problem, scores: ScoreRange, series: str, degree: int) -> Plan:
+    """The polynomial of a degree that was asked for, whatever its error."""
+    found = Polynomial.of_series(series, degree, scores.bound) if isfinite(scores.bound) else None
+    if found is None or not any(found.coefficients):
+        raise PlanError(f"scores may reach {scores.bound:.4g}, where no polynomial of degree {degree} resembles exp")
+    return plan_with(found, problem, scores, f"degree {degree} was asked for")
+
+
+def _candidate(problem: Problem, scores: ScoreRange, wish: Wish) -> tuple[Polynomial | None, int | None]:
+    """The smallest polynomial that is certified to meet `tol`, and the degree it takes before any rounding; None without one."""
+    if not isfinite(scores.bound):
+        return None, None
+    found = _smallest(problem, scores, wish)
+    needed = found.degree if found else _needed_degree(scores.bound, wish)
+    pruned = _pruned(problem, scores, wish, needed) if needed and scores.sizes and wish.gradients is not None else None
+    return pruned or found, needed
+
+
+def _pruned(problem: Problem, scores: ScoreRange, wish: Wish, needed: int) -> Polynomial | None:
     """The smallest pruned basis that meets `tol` and is worth its shorter runs; None for the whole one, or for little work.
 
     Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for:
     channels that add little to the scores would have none, and training could not wake them.
     """
-    whole = rank_of(shape.dim, needed)
-    if not all(map(isfinite, sizes)) or min(shape.exact_cost()[0], shape.polynomial_cost(whole)[0]) < worth:
+    whole = rank_of(problem.dim, needed)
+    worth = _WORTH_PRUNING if wish.method == "auto" else 0.0
+    work = min(Exact().cost(problem).flops, cost_of(problem, whole).flops)
+    if not all(map(isfinite, scores.sizes)) or work < worth:
         return None
-    error, grad_error = _polynomial_errors(shape, _series(series, needed, bound), lowest_mean)
+    error, grad_error, _ = Polynomial.of_series(wish.series, needed, scores.bound).guarantee(problem, scores)
     if not error > 0 or not isfinite(error):
         return None
-    allowed = max(grad_error, grad_error / error * tol) if gradients else inf
+    allowed = max(grad_error, grad_error / error * wish.tol) if wish.gradients else inf
+
+    def of(pruned: Pruned) -> Polynomial:
+        return Polynomial.of_series(wish.series, pruned.degree, scores.bound, pruned.grading)
 
     def accept(pruned: Pruned) -> bool:
-        polynomial = _series(series, pruned.degree, bound)
-        found, found_grad = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
-        return found <= tol and found_grad <= allowed
+        found, found_grad, _ = of(pruned).guarantee(problem, scores)
+        return found <= wish.tol and found_grad <= allowed
 
-    below = min(MAX_RANK + 1, worthwhile(whole, shape.value_dim))
-    return smallest_pruned(sizes, range(needed, needed + HIGHER + 1), below, accept)
-
-
-def _rounded_sums(pruned: Pruned, sizes: Sequence[float]) -> tuple[float, ...]:
-    """What the channels of each weight add up to, rounded up so that plans are found again."""
-    return tuple(map(_round_up, sums_of(pruned.grading, sizes)))
+    below = min(MAX_RANK + 1, worthwhile(whole, problem.value_dim))
+    best = smallest_pruned(scores.sizes, range(needed, needed + HIGHER + 1), below, accept)
+    return of(best) if best else None
 
 
-def _smallest(shape: Shape, bound: float, lowest_mean: float, tol: float, series: str) -> Polynomial | None:
+def _smallest(problem: Problem, scores: ScoreRange, wish: Wish) -> Polynomial | None:
     """The polynomial of least degree that meets `tol` at a rank that can be afforded."""
-    affordable = max((g for g in range(1, _MAX_DEGREE + 1) if rank_of(shape.dim, g) <= MAX_RANK), default=0)
+    affordable = max((g for g in range(1, _MAX_DEGREE + 1) if rank_of(problem.dim, g) <= MAX_RANK), default=0)
 
-    def accept(polynomial: Polynomial) -> bool:
-        return polynomial.degree >= 1 and _polynomial_errors(shape, polynomial, lowest_mean)[0] <= tol
+    def accept(found: Approximation) -> bool:
+        if found.degree < 1:
+            return False
+        return Polynomial.of(wish.series, found).guarantee(problem, scores).error <= wish.tol
 
-    return smallest(bound, accept, series=series, max_degree=affordable) if affordable else None  # type: ignore[arg-type]
-
-
-def _needed_degree(bound: float, tol: float, series: str) -> int | None:
-    """The least degree whose polynomial would meet `tol` in exact arithmetic, whatever its rank."""
-    if not isfinite(bound):
+    if not affordable:
         return None
-
-    def accept(polynomial: Polynomial) -> bool:
-        return polynomial.degree >= 1 and lowrank_errors(polynomial.delta, 0.0, 0.0, 0.0)[0] <= tol
-
-    found = smallest(bound, accept, series=series, max_degree=_MAX_DEGREE)  # type: ignore[arg-type]
-    return None if found is None else found.degree
+    best = smallest(scores.bound, accept, series=wish.series, max_degree=affordable)  # type: ignore[arg-type]
+    return None if best is None else Polynomial.of(wish.series, best)
 
 
-def _why_not(shape: Shape, bound: float, tol: float, needed: int | None) -> str:
+def _needed_degree(bound: float, wish: Wish) -> int | None:
+    """The least degree whose polynomial would meet `tol` in exact arithmetic, whatever its rank."""
+
+    def accept(found: Approximation) -> bool:
+        return found.degree >= 1 and lowrank_errors(found.delta, 0.0, 0.0, 0.0)[0] <= wish.tol
+
+    best = smallest(bound, accept, series=wish.series, max_degree=_MAX_DEGREE)  # type: ignore[arg-type]
+    return None if best is None else best.degree
+
+
+def _why_not(problem: Problem, bound: float, tol: float, needed: int | None) -> str:
     """What stands against the polynomial method, in words."""
     where = f"scores may reach {bound:.4g}"
     if needed is None:
-        return f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {rank_of(shape.dim, _MAX_DEGREE):,}"
-    rank = rank_of(shape.dim, needed)
-    take = f"{where}, which takes degree {needed} and rank {rank:,} at dim {shape.dim}"
+        return (
+            f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {rank_of(problem.dim, _MAX_DEGREE):,}"
+        )
+    rank = rank_of(problem.dim, needed)
+    take = f"{where}, which takes degree {needed} and rank {rank:,} at dim {problem.dim}"
     if rank > MAX_RANK:
         return f"{take}, beyond the largest rank of {MAX_RANK:,}"
-    return f"{take}, where rounding in {shape.dtype} exceeds tol"
+    return f"{take}, where rounding in {problem.dtype} exceeds tol"
 
 
-def check_rank(shape: Shape, degree: int) -> None:
+def check_rank(problem: Problem, degree: int) -> None:
     """Refuse a degree whose rank is beyond `MAX_RANK`."""
-    rank = rank_of(shape.dim, degree)
+    rank = rank_of(problem.dim, degree)
     if rank > MAX_RANK:
-        memory = shape.polynomial_cost(rank)[1]
         raise ValueError(
-            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {si(memory)}B of memory, "
-            f"beyond the largest rank of {MAX_RANK:,}"
+            f"degree {degree} at dim {problem.dim} has rank {rank:,} and would take {si(cost_of(problem, rank).bytes)}B of "
+            f"memory, beyond the largest rank of {MAX_RANK:,}"
         )
-
-
-def _round_up(bound: float) -> float:
-    """To the next power of 2^(1/16), so that polynomials, and what is compiled with them, are found again."""
-    if not isfinite(bound) or bound <= 0:
-        return bound
-    return float(2.0 ** (ceil(16 * log2(bound) + 1e-9) / 16))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 from zipfile import BadZipFile
 
@@ -24,7 +24,7 @@ from ..checks import (
     checked_views,
 )
 from ..features.monomials import Expansion
-from ..plans import Plan, plan_of_fields
+from ..plans import FACTS, Plan, plan_of_facts
 from . import sums as summaries
 
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
@@ -32,7 +32,7 @@ _DESCRIPTIVE = {
     "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
     "workers", "bytes_sent", "seconds", "seconds_gradient",
 }  # fmt: skip
-AGREEING = tuple(f.name for f in fields(Plan) if f.name not in _DESCRIPTIVE)
+AGREEING = tuple(name for name in FACTS if name not in _DESCRIPTIVE)
 _FORMAT, _VERSION = "tattn.Summary", 1
 _PIECE = 1 << 18
 
@@ -225,7 +225,7 @@ class Summary:
         for name, of_views in (("sums", self.sums), ("rests", self.rests)):
             for i, a in enumerate(backend.values_of(of_views)):
                 arrays[f"{name}_{i}"] = backend.to_numpy(a)
-        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": asdict(self.plan)})
+        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": self.plan.facts()})
         part = f"{os.fspath(path)}.part"
         with open(part, "wb") as file:
             np.savez(file, about=np.array(about), **arrays)
@@ -515,7 +515,7 @@ def _loaded(path: str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
                 raise ValueError("it holds something else")
             version = about["version"]
             if version == _VERSION:
-                plan = plan_of_fields(about["plan"])
+                plan = plan_of_facts(about["plan"])
                 arrays = [file[f"{name}_{i}"] for name in ("sums", "rests") for i in range(plan.order - 1)]
     except (BadZipFile, EOFError, KeyError, TypeError, ValueError, AttributeError) as found:
         raise ValueError(f"{where}, is not or is damaged: {found}") from None

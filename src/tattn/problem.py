@@ -1,0 +1,64 @@
+"""A call in numbers: its shapes, what is known of its scores, what is promised of the answer, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .operands import EVERY_ROW, Order
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan needs to know of a call: lengths (n, n_1, …, n_m), and how many such problems side by side, the batch."""
+
+    views: int
+    dim: int
+    value_dim: int
+    dtype: str
+    lengths: tuple[int, ...]
+    batch: int
+    scale: float
+    order: Order = EVERY_ROW
+
+    @property
+    def rows(self) -> int:
+        """Rows of query and views, of all problems."""
+        return sum(self.lengths) * self.batch
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the computation."""
+        return 8 if self.dtype == "float64" else 4
+
+
+class ScoreRange(NamedTuple):
+    """Largest |score| possible, smallest mean score of a query row, where they come from, and the sizes of channels if known.
+
+    The size of a channel is scale · max|q_c| · Π_μ max|keys_μ,c|. Sources are those of `Plan.source`.
+    """
+
+    bound: float
+    lowest_mean: float
+    source: str
+    sizes: tuple[float, ...] = ()
+
+
+class Guarantee(NamedTuple):
+    """Error of output and of gradients, as `Plan` has them, and whether they are bounds."""
+
+    error: float
+    grad_error: float
+    certified: bool
+
+
+class Cost(NamedTuple):
+    """Operations and bytes of a forward call, about."""
+
+    flops: float
+    bytes: float
+
+    @classmethod
+    def unknown(cls) -> Cost:
+        """Of what was not looked at."""
+        return cls(float("inf"), float("inf"))
