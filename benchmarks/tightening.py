@@ -1,6 +1,6 @@
 """What each way to tighten the bound of the norm bands is worth on heads of a trained encoder.
 
-    python benchmarks/tightening.py [--out FOLDER] [--quick]
+    python -m benchmarks.tightening [--out FOLDER] [--quick]
 
 The bound is computed from scores, in float64 and without rounding, for sampled query rows; the library gets the same from
 moments. Layers 0, 3 and 5, the text "reference", 2,048 tokens.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tattn.demo.encoder import heads
+from evidence.demo.encoder import heads
 from tattn.exponential import DEFAULT_GRID, crowded_table
 
 LAYERS = (0, 3, 5)

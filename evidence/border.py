@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..exponential import least_error, smallest
-from ..monomials import rank
-from ..planning import plan_for
-from ..selection import MAX_RANK
+from tattn.exponential import least_error, smallest
+from tattn.monomials import rank
+from tattn.planning import plan_for
+from tattn.selection import MAX_RANK
+
 from .plots import COLOURS, legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where
 
