@@ -118,6 +118,16 @@ class TorchBackend(Backend):
     def device(self, array: Array) -> Any:
         return array.device
 
+    def devices(self) -> list[str]:
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or not torch.accelerator.is_available():
+            return ["cpu"]
+        kind = accelerator.type
+        # Not every kind has names.
+        name_of = getattr(torch.get_device_module(kind), "get_device_name", None)
+        found = range(torch.accelerator.device_count())
+        return ["cpu", *(f"{kind}:{i} ({name_of(i)})" if name_of else f"{kind}:{i}" for i in found)]
+
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         # The rounding bounds assume full products and no autocast.
         device = arrays[0].device.type  # type: ignore[union-attr]

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..attention import tensor_attention, tensor_attention_vjp
-from ..planning import plan
-from ..plans import strict_json
+from tattn.attention import tensor_attention, tensor_attention_vjp
+from tattn.planning import plan
+from tattn.plans import strict_json
+
+from ..plots import drawing, save_plot
 
 # Two ordinary heads of the first, middle and last layer, and the one whose scores reach furthest.
 HEADS = ((0, 0), (0, 11), (2, 3), (3, 5), (5, 0), (0, 5))
@@ -192,8 +194,7 @@ def _time(seconds: float) -> str:
 
 def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     """Error of output and of the query's gradient against degree, a line for each head."""
-    pyplot = drawing()
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = drawing().subplots(1, 3, figsize=(13, 4), layout="constrained")
     for row in results:
         degrees = [d["degree"] for d in row["degrees"]]
         label = f"layer {row['head'][0]}, head {row['head'][1]} (scores ±{row['sampled_range']:.1f})"
@@ -215,20 +216,7 @@ def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     for a in axes:
         a.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def drawing() -> Any:
-    """pyplot, without a screen; ModuleNotFoundError says what to install."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the demo needs matplotlib: pip install 'tattn[demo]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    save_plot(figure, path, dpi=150)
 
 
 @contextmanager
@@ -240,7 +228,7 @@ def progress(total: int, name: str, quiet: bool) -> Iterator[Callable[[int, int]
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the demo needs tqdm: pip install 'tattn[demo]'") from error
+        raise ModuleNotFoundError("the demo needs tqdm: pip install --group demo") from error
     with tqdm(total=total, desc=name) as bar:
 
         def advance(done: int, total: int) -> None:
