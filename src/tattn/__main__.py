@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from . import __version__
 from .checks import METHODS, SERIES
