@@ -40,7 +40,9 @@ class Inputs(NamedTuple):
     def problem(self, scale: float) -> Problem:
         """What a plan needs to know of them."""
         batch = prod(self.leading)
-        return Problem(self.views, self.dim, self.value_dim, self.dtype, self.lengths, batch, scale, self.order)
+        return Problem(
+            self.views, self.dim, self.value_dim, self.dtype, self.lengths, batch, scale, self.order, self.backend.chain
+        )
 
 
 def checked_inputs(

@@ -19,7 +19,7 @@ FACTS = (
     "method", "series", "degree", "rank", "bound", "source", "certified", "error", "grad_error", "scale", "dim", "order", "dtype",
     "coefficients", "delta", "delta_prime", "lowest_mean", "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial",
     "bytes_exact", "bytes_polynomial", "reason", "bands", "moment", "recomputed", "causal", "window", "grading", "sizes", "workers",
-    "bytes_sent", "seconds", "seconds_gradient",
+    "bytes_sent", "seconds", "seconds_gradient", "chain",
 )  # fmt: skip
 
 
@@ -112,6 +112,8 @@ class Plan:
     sizes : tuple of float
         Of a pruned basis with source "data": for each ω in ascending order the largest Σ_c scale · max|q_c| · Π_μ max|keys_μ,c|,
         over the channels with ω_c = ω, that the plan serves; other data is checked for them.
+    chain : int
+        Terms in the longest chain of additions that `error` and `grad_error` count with; kernels with longer ones are not used.
     seconds, seconds_gradient : float
         Estimates for a forward call, and for one with its gradient: operations and bytes at the rates that the plan was asked
         for, one after the other, and nothing for latency. Infinite where a rate was not given.
@@ -130,6 +132,10 @@ class Plan:
     @property
     def method(self) -> str:
         return self.algorithm.name
+
+    @property
+    def chain(self) -> int:
+        return self.problem.chain
 
     @property
     def _banded(self) -> Banded | None:
@@ -384,7 +390,7 @@ def plan_of_facts(facts: Mapping[str, Any]) -> Plan:
         raise ValueError(f"a plan has no {', '.join(given)}")
     order = Order(f["causal"], f["window"])
     problem = Problem(
-        f["order"] - 1, f["dim"], f["value_dim"], f["dtype"], f["lengths"], f["leading"], f["scale"], order
+        f["order"] - 1, f["dim"], f["value_dim"], f["dtype"], f["lengths"], f["leading"], f["scale"], order, f["chain"]
     )
     return Plan(
         problem=problem,

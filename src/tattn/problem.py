@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .backends.kernels import CHAIN
 from .operands import EVERY_ROW, Order
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan needs to know of a call: lengths (n, n_1, …, n_m), and how many such problems side by side, the batch."""
+    """What a plan needs to know of a call: lengths (n, n_1, …, n_m), and how many such problems side by side, the batch.
+
+    `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.kernels`).
+    """
 
     views: int
     dim: int
@@ -20,6 +24,7 @@ class Problem:
     batch: int
     scale: float
     order: Order = EVERY_ROW
+    chain: int = CHAIN
 
     @property
     def rows(self) -> int:

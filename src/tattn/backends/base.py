@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial, wraps
 from itertools import pairwise
 from threading import Event, Lock
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import array_api_compat
 import numpy as np
 
+from .kernels import CHAIN, Kernel
 from .threads import MOST_THREADS, SHARING, Memory
 
 Array = Any
@@ -46,6 +48,8 @@ class Backend:
         Rows of a block, at most; an accelerator wants many, as every operation is a launch. Above 32,768 it has no effect.
     reads : bool
         Whether values can be read at once: they are there, on the host, and nothing records or traces the call.
+    kernels : tuple of Kernel
+        Operations that compiled code computes (`tattn.backends.kernels`).
     """
 
     name = "array API"
@@ -56,6 +60,7 @@ class Backend:
     cache = 512 << 10
     most_rows = 1 << 12
     reads = False
+    kernels: tuple[Kernel, ...] = ()
 
     def __init__(self, xp: ModuleType | None = None) -> None:
         self._xp = xp
@@ -64,6 +69,23 @@ class Backend:
     def xp(self) -> Any:
         """The array API namespace."""
         return self._xp
+
+    @property
+    def chain(self) -> int:
+        """Terms in the longest chain of additions of its operations."""
+        return max(CHAIN, *(k.chain for k in self.kernels)) if self.kernels else CHAIN
+
+    def within(self, chain: int) -> Backend:
+        """The same backend with no kernel whose chains of additions are longer."""
+        if self.chain <= chain:
+            return self
+        limited = copy(self)
+        limited.kernels = tuple(k for k in self.kernels if k.chain <= chain)
+        return limited
+
+    def kernel(self, operation: str, *given: Any) -> Callable[..., Any] | None:
+        """The kernel for an operation on what is given, or None."""
+        return next((k.function for k in self.kernels if k.operation == operation and k.takes(*given)), None)
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         """The backend to compute on these arrays with; gradients or devices may ask for another."""

@@ -39,6 +39,7 @@ from .features import (
     divided,
     key_adjoint,
     log_normaliser,
+    scaled_gradient,
     summary,
     weights,
     with_ones,
@@ -69,6 +70,9 @@ def read_rows(operands: Operands, expansion: Expansion, start: Start | None = No
     backend = operands.backend
     setting, block = _setting(operands, expansion, start)
     sums, views = _split(setting, operands, start)
+    kernel = backend.kernel("prefix_read", setting, sums, (operands.query, *views))
+    if kernel is not None:
+        return divided(kernel(setting, sums, (operands.query, *views)), setting.leading, backend)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         # The last block may be short of whole spans.
@@ -94,6 +98,10 @@ def backward(
     columns = (attended.out, *attended.kept, *upstream)
     setting, block = _setting(operands, expansion, start)
     sums, views = _split(setting, operands, start)
+    kernel = backend.kernel("prefix_pull", setting, sums, (q, *views))
+    if kernel is not None:
+        found, behind = kernel(setting, sums, (q, *views), scaled_gradient(*columns, backend))
+        return _with_sums(setting, operands, found, behind, start)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
     inner = -(-blocks // segments)
@@ -127,8 +135,15 @@ def backward(
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, targets, strict=True)
     ]
-    # Of what every query row sees.
-    behind = tuple(xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True))
+    return _with_sums(setting, operands, found, [g for g, _ in carry], start)
+
+
+def _with_sums(
+    setting: Setting, operands: Operands, found: Sequence[Array], sums: Sequence[Array], start: Start | None
+) -> tuple[Gradients, tuple[Array, ...]]:
+    """All gradients from those of the rows one after another, and of the sums (..., dv + 1, r) that every query row sees."""
+    xp = setting.backend.xp
+    behind = tuple(xp.matrix_transpose(g) * share for g, share in zip(sums, setting.shares, strict=True))
     return _with_heads(setting, behind, Gradients.of(found), operands.views), behind if start else ()
 
 

@@ -85,6 +85,10 @@ def summary(
     k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend, grading: Grading = ()
 ) -> Array:
     """Φ(k)ᵀ [v, 1], (..., r, dv + 1)."""
+    kernel = backend.kernel("moments", k, v, mask, unit, degree, grading)
+    if kernel is not None:
+        result: Array = kernel(k, v, mask, unit, degree, grading)
+        return result
     basis = Basis.of(k.shape[-1], degree, v.shape[-1] + 1, grading)
     return summed_rows(lambda rows: rows * unit, k, v, mask, basis, backend)[0]
 

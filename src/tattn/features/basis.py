@@ -24,9 +24,9 @@ import numpy as np
 from ..arrays import broadcast_leading, swap_outer, transposed
 from ..backends import Array, Backend
 from ..backends.base import memoized
+from ..backends.kernels import CHAIN
 from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
 
-CHAIN = 128
 # Chains that are added one after the other, at most: `rounding` counts so many additions.
 FEW_CHAINS = 32
 # With more, products with all monomials are wide enough by themselves; measured on processors with NumPy and torch.

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from ..arrays import in_parts, sum_to_leading
 from ..backends import Array, Backend
+from ..backends.kernels import CHAIN
 from ..operands import EVERY_ROW, Attended, Gradients, Operands, Order, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 
@@ -47,13 +48,18 @@ class Method(Protocol):
 
 
 class Call(NamedTuple):
-    """All that a computation depends on besides arrays; hashable. `stated`: (error, grad_error) of all rows, for bounds."""
+    """All that a computation depends on besides arrays; hashable.
+
+    `certify`: whether bounds come with the answer; `chain`: terms of the longest chain of additions that the plan counts with;
+    `stated`: (error, grad_error) of all rows, for bounds.
+    """
 
     method: Method
     views: int
     scale: float
     order: Order = EVERY_ROW
     certify: bool = False
+    chain: int = CHAIN
     stated: tuple[float, float] = (inf, inf)
 
     def operands(
@@ -61,7 +67,7 @@ class Call(NamedTuple):
     ) -> tuple[Operands, tuple[Array, ...]]:
         """Query, views and what the method takes besides out of flat arrays; and what follows."""
         extra = self.method.extra if extra is None else extra
-        return Operands.of(backend, arrays, self.views, self.scale, self.order, extra)
+        return Operands.of(backend.within(self.chain), arrays, self.views, self.scale, self.order, extra)
 
 
 def forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:

@@ -224,7 +224,7 @@ def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
     if isinstance(method, Recomputed):
         # The rows that were recomputed are those of another call.
         method = method.inner
-    return Call(method, inputs.views, plan.scale, inputs.order, certify)
+    return Call(method, inputs.views, plan.scale, inputs.order, certify, plan.problem.chain)
 
 
 def gradient_bounds(

@@ -425,7 +425,8 @@ def check_same_plan(plan: Plan, other: Plan) -> None:
 
 def call_of(plan: Plan) -> summaries.SumCall:
     """What `summaries` computes for a plan."""
-    return summaries.SumCall(Expansion(plan.coefficients, plan.grading), plan.scale, plan.order - 1)
+    expansion = Expansion(plan.coefficients, plan.grading)
+    return summaries.SumCall(expansion, plan.scale, plan.order - 1, plan.chain)
 
 
 def _expected(plan: Plan) -> dict[str, Any]:

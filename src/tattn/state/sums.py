@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from ..arrays import broadcast_leading, in_parts, prod_of, sum_of, sum_to_leading
 from ..backends import Array, Backend
+from ..backends.kernels import CHAIN
 from ..engines import causal_features
 from ..engines.features import (
     key_adjoint,
@@ -50,6 +51,7 @@ class SumCall(NamedTuple):
     expansion: Expansion
     scale: float
     views: int
+    chain: int = CHAIN
 
 
 # log2 of eps over the smallest normal number.
@@ -202,7 +204,8 @@ def _continued(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) 
     """Operands with the sums besides, which come before the masks as all that has gradients does; and what follows."""
     m = call.views
     rows, sums, behind = arrays[: 1 + 2 * m], arrays[1 + 2 * m : 1 + 3 * m], arrays[1 + 3 * m :]
-    return Operands.of(backend, (*rows, *behind[:m], *sums, *behind[m:]), m, call.scale, extra=m)
+    flat = (*rows, *behind[:m], *sums, *behind[m:])
+    return Operands.of(backend.within(call.chain), flat, m, call.scale, extra=m)
 
 
 def _start(
