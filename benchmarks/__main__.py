@@ -74,7 +74,10 @@ def _commit() -> str:
     try:
         commit, changes = (
             subprocess.run(["git", *command], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "src", "benchmarks"])
+            for command in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "src", "benchmarks", "evidence"],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,7 +1,7 @@
 """What norm bands cost beside a single polynomial, and what they do for a million rows with heavy tails.
 
-    python benchmarks/bands.py cost [--out FOLDER] [--quick]
-    python benchmarks/bands.py tails [--out FOLDER] [--quick]
+    python -m benchmarks.bands cost [--out FOLDER] [--quick]
+    python -m benchmarks.bands tails [--out FOLDER] [--quick]
 
 NumPy, float32, one thread. Processor time, the best of runs that take turns.
 """
@@ -14,29 +14,18 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import tattn
+from evidence.apart import reset_peak, resident_bytes
+
+from .turns import seconds
 
 DIM, DEGREE, BANDS = 8, 4, 8
-
-
-def seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Least processor time of each, run in turns."""
-    times: list[list[float]] = []
-    for _ in range(repeats):
-        times.append([])
-        for function in functions:
-            start = time.process_time()
-            function()
-            times[-1].append(time.process_time() - start)
-    return [min(t) for t in zip(*times, strict=True)]
 
 
 def cost(quick: bool) -> str:
@@ -107,14 +96,15 @@ def tails(quick: bool) -> str:
             u, v, g = (rng.standard_normal((n, DIM)).astype(np.float32) for _ in range(3))
             scale = 0.25 / float(np.prod([np.sqrt((x**2).mean()) for x in (q, a, b)]) * np.sqrt(DIM))
             plan = tattn.plan(q, [a, b], [u, v], series="banded", degree=DEGREE, bands=12, moment=4, scale=scale)
-            before = resident()
+            reset_peak()
+            before = resident_bytes("VmRSS")
             start = time.process_time()
             (out, error), pullback = tattn.tensor_attention_vjp(q, [a, b], [u, v], plan=plan, return_error=True)
             forward = time.process_time() - start
             gradients = pullback(g)
             both = time.process_time() - start
             kept = sum(x.nbytes for x in (out, error, gradients[0], *gradients[1], *gradients[2]))
-            memory = max(0, peak() - before - kept)
+            memory = max(0, resident_bytes("VmHWM") - before - kept)
             del gradients, pullback
             # A tighter answer for comparison; the exact method would take n² scores for every row.
             some = slice(0, 1 << 14)
@@ -132,18 +122,6 @@ def tails(quick: bool) -> str:
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
-
-
-def peak() -> int:
-    """Most memory held so far, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
-
-
-def resident() -> int:
-    """Memory held now, in bytes; forgets what was held before."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> None:

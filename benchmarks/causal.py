@@ -1,7 +1,7 @@
 """What causal attention costs beside attention to all rows, and decoding token by token beside the causal call.
 
-    python benchmarks/causal.py cost [--library numpy|torch] [--quick]
-    python benchmarks/causal.py decoding [--tokens 100000] [--quick]
+    python -m benchmarks.causal cost [--library numpy|torch] [--quick]
+    python -m benchmarks.causal decoding [--tokens 100000] [--quick]
 
 float32, one thread. Processor time, the best of runs that take turns.
 """
@@ -24,6 +24,8 @@ import numpy as np
 
 import tattn
 
+from .turns import seconds
+
 # Views, channels, degree, channels of the values, rows.
 SHAPES = (
     (1, 8, 4, 8, 16384),
@@ -33,18 +35,6 @@ SHAPES = (
     (2, 8, 7, 8, 1024),
     (3, 8, 3, 8, 768),
 )
-
-
-def seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Least processor time of each, run in turns."""
-    times: list[list[float]] = []
-    for _ in range(repeats):
-        times.append([])
-        for function in functions:
-            start = time.process_time()
-            function()
-            times[-1].append(time.process_time() - start)
-    return [min(t) for t in zip(*times, strict=True)]
 
 
 def cost(library: str, quick: bool) -> None:

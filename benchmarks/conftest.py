@@ -7,13 +7,12 @@ libraries read when they are loaded.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 from typing import Any
 
 import pytest
 
-from tattn.evidence.machine import description
+from evidence.machine import description
 
 from .libraries import NAMES, Library, make_library
 from .measure import Measure
@@ -32,13 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What tells kinds of machines apart, in place of what tells machines apart."""
     machine_info.clear()
-    machine_info.update(description())
-    del machine_info["threads"], machine_info["matplotlib"]
-    for package in ("jax", "cupy-cuda13x", "simplicial-attention", "performer-pytorch", "pytest-benchmark"):
-        try:
-            machine_info[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            machine_info[package] = "not installed"
+    rivals = ("simplicial-attention", "performer-pytorch")
+    machine_info.update(description("torch", "jax", "cupy-cuda13x", *rivals, "pytest-benchmark"))
+    del machine_info["threads"]
     machine_info["commit"] = os.environ.get(COMMIT, "unknown")
     machine_info["quick"] = config.getoption("quick")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tattn.evidence.plots import COLOURS, legend_below, panels, style
-from tattn.evidence.tables import Table, column, distinct, where
+from evidence.plots import COLOURS, legend_below, panels, style
+from evidence.tables import Table, column, distinct, where
 
 from .goals import LIMITS, passes, ratio
 

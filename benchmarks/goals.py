@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-from tattn.evidence.growth import overtaking
-from tattn.evidence.tables import Row, Table, column, distinct, where
+from evidence.growth import overtaking
+from evidence.tables import Row, Table, column, distinct, where
 
 # dv → largest ratio of forward and gradient to nine bare products, d = 8, degree 4, one thread; NumPy and torch.
 LIMITS = {8: 1.5, 64: 1.3}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tattn
-from tattn.evidence.apart import reset_peak, resident_bytes
+from evidence.apart import reset_peak, resident_bytes
 
 Array = Any
 Function = Callable[..., Array]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from math import isinf
 
+from evidence.growth import fit
+from evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
 from tattn import plan_for
-from tattn.evidence.growth import fit
-from tattn.evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
 from tattn.plans import si
 
 from .goals import LONGEST, LONGEST_JUDGED, STORED, breaks_even, passes, ratio, speedups

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.polynomial.polynomial import polyder, polyval
 
-from tattn.evidence.apart import stored
+from evidence.apart import stored
 from tattn.plans import Plan
 
 # Distinct rows; shorter calls have as many as rows.

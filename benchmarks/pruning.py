@@ -1,6 +1,6 @@
 """What a basis pruned by weighted degree saves on heads of a trained encoder.
 
-    python benchmarks/pruning.py [--out FOLDER] [--quick]
+    python -m benchmarks.pruning [--out FOLDER] [--quick]
 
 Layers 0, 3 and 5, the text "reference", d = 32; plans with bound="estimated". Errors are those of eight query rows against the
 exact method in float64, relative as `tol` is; times are of one thread if OMP_NUM_THREADS=1 says so, forward and with the gradient.
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 import tattn
+from evidence.demo.encoder import heads
+from evidence.tables import markdown
 from tattn.backends.numpy import BACKEND
 from tattn.checks import checked_inputs
-from tattn.demo.encoder import heads
-from tattn.evidence.tables import markdown
 from tattn.features.monomials import features, multinomials, rank
 from tattn.planning import plan_inputs
 

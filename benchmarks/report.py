@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tattn.evidence.plots import save_plot
-from tattn.evidence.tables import Row, Table, load, save
+from evidence.plots import save_plot
+from evidence.tables import Row, Table, load, save
 
 from .figures import figures
 from .goals import goals

@@ -1,6 +1,6 @@
 """Rows spread over 1, 2 and 4 processes of this machine, beside the model of docs/scaling.md.
 
-    python benchmarks/scaling.py [--rows 200000] [--processes 1 2 4] [--out docs/scaling]
+    python -m benchmarks.scaling [--rows 200000] [--processes 1 2 4] [--out docs/scaling]
 
 Forward and gradient of torch by gloo, one thread a process, started by torchrun. Writes measured.csv and measured.md; the error
 of the output against one process stands beside the time.
@@ -9,7 +9,6 @@ of the output against one process stands beside the time.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -24,12 +23,14 @@ from typing import Any
 import numpy as np
 
 import tattn
-from tattn.evidence.machine import description
+from evidence.machine import description
+from evidence.tables import Table, save
 
 DIM = VALUE_DIM = 8
 DEGREE = 4
 REPEATS = 9
 COMPARED = 256
+_ROOT = Path(__file__).parent.parent
 
 
 def worker(rows: int, kept: Path) -> None:
@@ -84,14 +85,14 @@ def measured(rows: int, processes: int, folder: Path) -> dict[str, Any]:
     """What the processes say, and the rows of the output that are compared."""
     kept = folder / f"{processes}.npy"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__,
-         "--rows", str(rows), "--worker", str(kept)],
-        check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+         "-m", "benchmarks.scaling", "--rows", str(rows), "--worker", str(kept)],
+        check=True, capture_output=True, text=True, cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "out": np.load(kept)}
 
 
-def page(table: list[dict[str, Any]], rows: int, machine: dict[str, Any]) -> str:
+def page(table: Table, rows: int, machine: dict[str, Any]) -> str:
     """The table in words."""
     lines = [
         "| processes | rows of each | processor time of each, s | share of one process's | 1/p | from start to end, s | model, s | "
@@ -125,14 +126,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "scaling")
+    parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "scaling")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         worker(given.rows, given.worker)
         return
-    machine = description()
-    table: list[dict[str, Any]] = []
+    machine = description("torch")
+    table: Table = []
     alone: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory() as folder:
         for processes in given.processes:
@@ -154,10 +155,7 @@ def main() -> None:
             )
             print(table[-1], flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    with (given.out / "measured.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    save(table, given.out / "measured.csv")
     (given.out / "measured.md").write_text(page(table, given.rows, machine), encoding="utf-8")
 
 

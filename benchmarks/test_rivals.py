@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tattn
-from tattn.evidence.apart import stored
+from evidence.apart import stored
 
 from .goals import LONGEST, LONGEST_JUDGED
 from .libraries import Function, Library, Run

@@ -1,6 +1,6 @@
 """What each way to tighten the bound of the norm bands is worth on heads of a trained encoder.
 
-    python benchmarks/tightening.py [--out FOLDER] [--quick]
+    python -m benchmarks.tightening [--out FOLDER] [--quick]
 
 The bound is computed from scores, in float64 and without rounding, for sampled query rows; the library gets the same from
 moments. Layers 0, 3 and 5, the text "reference", 2,048 tokens.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from evidence.demo.encoder import heads
 from tattn.approximation.exponential import DEFAULT_GRID, crowded_table
-from tattn.demo.encoder import heads
 
 LAYERS = (0, 3, 5)
 GRID = np.asarray(DEFAULT_GRID)

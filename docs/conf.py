@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import re
+import sys
+from collections.abc import Callable
 from math import ceil, inf, log2
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,15 @@ from typing import Any
 from docutils import nodes
 
 import tattn
-from tattn.__main__ import main
+from tattn.__main__ import main as tattn_main
 from tattn.approximation.exponential import minimax
 from tattn.features.monomials import rank
 from tattn.planning.selection import MAX_RANK
 from tattn.plans import si
+
+# Beside this folder, and no part of what is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from evidence.__main__ import main as evidence_main
 
 project = "tattn"
 version = release = tattn.__version__
@@ -57,21 +63,22 @@ html_show_copyright = False
 _GENERATED = Path(__file__).parent / "_generated"
 
 
-def _help(*arguments: str) -> str:
-    """What ``python -m tattn … --help`` prints."""
+def _help(main: Callable[[list[str]], int], *arguments: str) -> str:
+    """What a command line prints with ``--help`` behind some arguments."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([*arguments, "--help"])
     return text.getvalue()
 
 
-def _commands() -> str:
-    """The help of the command line and of each of its commands."""
+def _commands(package: str, main: Callable[[list[str]], int]) -> str:
+    """The help of the command line of a package, and of each of its commands."""
     os.environ["COLUMNS"] = "88"
-    top = _help()
+    top = _help(main)
     names = re.search(r"\{([\w,]+)\}", top)
     assert names
-    parts = [("python -m tattn", top), *((f"python -m tattn {name}", _help(name)) for name in names[1].split(","))]
+    called = f"python -m {package}"
+    parts = [(called, top), *((f"{called} {name}", _help(main, name)) for name in names[1].split(","))]
     return "\n".join(f"## {title}\n\n```text\n{text.rstrip()}\n```\n" for title, text in parts)
 
 
@@ -155,7 +162,8 @@ def _generate() -> None:
     """Write the pages' parts that are computed: only where they changed, so that builds stay incremental."""
     _GENERATED.mkdir(exist_ok=True)
     for name, text in {
-        "commands": _commands(),
+        "commands": _commands("tattn", tattn_main),
+        "commands-evidence": _commands("evidence", evidence_main),
         "ranks": _ranks(),
         "degrees": _degrees(),
         "reach": _reach(),

@@ -1,6 +1,6 @@
 """Attention to pairs in place of `nn.MultiheadAttention`, in a small encoder of characters that fills in what is masked.
 
-The text is the reference that ships with Python (`pydoc_data.topics`). `python examples/drop_in.py` trains the same encoder with
+The text is the reference that ships with Python (`pydoc_data.topics`). `python -m examples.drop_in` trains the same encoder with
 both and measures loss, time and memory, also at lengths where n² and n³ hurt, and writes tables, plots and a page into
 docs/examples; with --quick it takes a minute, learns nothing, and writes into build/examples.
 """
@@ -17,15 +17,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import shared
 import torch
 from torch import Tensor, nn
-from transformer_block import Block
 
 import tattn
-from tattn.evidence.plots import panels, style
-from tattn.evidence.tables import Table, column, distinct, markdown, seconds, where
+from evidence.plots import panels, style
+from evidence.tables import Table, column, distinct, markdown, seconds, where
 from tattn.plans import si
+
+from . import shared
+from .transformer_block import Block
 
 NAME = "drop_in"
 EMBED, HEADS, LAYERS, ROWS = 64, 8, 2, 256
@@ -147,7 +148,7 @@ def lengths(given: argparse.Namespace, watch: shared.Watch) -> Table:
     rows = []
     cases = [(name, n) for name in LAYERS_AT_LENGTH for n in ((1024, 2048) if given.quick else (1024, 4096, 16384))]
     for name, n in watch(cases, "lengths"):
-        command = [sys.executable, __file__, "--measure", name, str(n)]
+        command = [sys.executable, "-m", "examples.drop_in", "--measure", name, str(n)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         layer = LAYERS_AT_LENGTH[name]()
         plan = layer.plan_for(n) if isinstance(layer, tattn.nn.TensorAttention) else None

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tattn.evidence.plots import save_plot
-from tattn.evidence.tables import Table, load, save
+from evidence.plots import save_plot
+from evidence.tables import Table, load, save
 
 try:
     from tqdm import tqdm
@@ -61,7 +61,7 @@ def run(
 
 def written(name: str, tables: dict[str, Table], page: Callable[..., str]) -> str:
     """The page of an example, with where it comes from and links to its tables."""
-    made = f"<!-- Made by `python examples/{name}.py` from the tables beside it. Changes made by hand are lost. -->"
+    made = f"<!-- Made by `python -m examples.{name}` from the tables beside it. Changes made by hand are lost. -->"
     links = ", ".join(f"[{part}]({name}-{part}.csv)" for part in tables)
     text = page(tables).replace("\n\n", f"\n\n{made}\n\n", 1)
     return f"{text}\nTables: {links}.\n"

@@ -4,7 +4,7 @@ Real data that Python packages bring along: images of handwritten digits (scikit
 itself), the yearly number of sunspots since 1700 (statsmodels). Each source gives one bit: is the digit odd, is the text code, did
 the sun grow more active? The text says which of the other two is asked for: the digit's if it is code, the sun's if it is prose.
 
-`python examples/three_modalities.py` trains a layer of tensor cross-attention, and one of ordinary attention on all rows put one
+`python -m examples.three_modalities` trains a layer of tensor cross-attention, and one of ordinary attention on all rows put one
 after another, and writes tables, a plot and a page into docs/examples; with --quick, which learns nothing, into build/examples.
 """
 
@@ -20,13 +20,14 @@ from collections.abc import Callable
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
-import shared
 import torch
 from torch import Tensor, nn
 
 import tattn
-from tattn.evidence.plots import panels, style
-from tattn.evidence.tables import Table, column, distinct, markdown, seconds, where
+from evidence.plots import panels, style
+from evidence.tables import Table, column, distinct, markdown, seconds, where
+
+from . import shared
 
 NAME = "three_modalities"
 WIDTH, HEADS = 32, 4

@@ -1,7 +1,7 @@
 """Is there a pair j, k with x_i + x_j + x_k ≡ 0 mod M? Attention to pairs learns it, attention to single rows does not.
 
 Match3 of Sanford, Hsu and Telgarsky ("Representational strengths and limitations of transformers", 2023), label by label for
-every position of a sequence. `python examples/triple_detection.py` trains, measures and writes tables, plots and a page into
+every position of a sequence. `python -m examples.triple_detection` trains, measures and writes tables, plots and a page into
 docs/examples; with --quick it takes a minute, learns nothing, and writes into build/examples.
 """
 
@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import shared
 import torch
 from torch import Tensor, nn
 
 import tattn
+from evidence.plots import panels, style
+from evidence.tables import Table, column, distinct, markdown, seconds, short, where
 from tattn.approximation.exponential import minimax
-from tattn.evidence.plots import panels, style
-from tattn.evidence.tables import Table, column, distinct, markdown, seconds, short, where
+
+from . import shared
 
 NAME = "triple_detection"
 MODULUS, LENGTH = 97, 12

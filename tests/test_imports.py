@@ -55,3 +55,11 @@ def test_imports_point_downwards(module):
     for file in [alone] if alone.exists() else sorted((SOURCE / module).rglob("*.py")):
         # A package may import from itself, and anything knows the version.
         assert imported(file) - {module, "__version__"} <= below, file.name
+
+
+def test_the_package_knows_nothing_of_what_stays_in_the_checkout():
+    outside = {package.parent.name for package in ROOT.glob("*/__init__.py")}
+    assert outside >= {"benchmarks", "evidence", "examples"}
+    statement = re.compile(rf"^\s*(from|import) ({'|'.join(outside)})\b", re.MULTILINE)
+    for file in SOURCE.rglob("*.py"):
+        assert not statement.search(file.read_text(encoding="utf-8")), file.name

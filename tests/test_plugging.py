@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import subprocess
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import tattn
+from tattn.backends import Backend, seen
 
 LIBRARIES = ("array_api_strict", "cupy", "jax", "scipy", "torch")
 
@@ -214,3 +220,82 @@ def test_a_call_brings_no_other_array_library(ours):
         print(sorted((sys.modules.keys() - before) & {others!r}))
     """
     assert run(code) == ["[]"]
+
+
+def test_a_command_that_plans_brings_no_array_library():
+    code = f"""
+        import sys
+        from tattn.__main__ import main
+
+        main(["plan", "--n=1000", "--dim=4", "--bound=1"])
+        print(sorted(sys.modules.keys() & set({LIBRARIES!r})))
+    """
+    assert run(code)[-1] == "[]"
+
+
+def test_every_backend_is_looked_for():
+    files = {file.stem for file in Path(seen.__file__).parent.glob("*.py")}
+    assert files - set(seen.LIBRARIES) == {"__init__", "base", "seen", "threads"}
+    assert set(seen.LIBRARIES) <= files
+
+
+@pytest.mark.parametrize("module", seen.LIBRARIES)
+def test_what_is_seen_of_a_library(module):
+    found = seen.library(module)
+    assert found.installed == (find_spec(module) is not None)
+    if not found.installed:
+        assert str(found) == f"{module}: not installed"
+        return
+    if module == "cupy" and found.problem:
+        pytest.skip(found.problem)
+    assert found.problem == ""
+    assert found.version == metadata.version(metadata.packages_distributions()[module][0])
+    assert str(found).startswith(f"{module} {found.version}: {found.devices[0]}")
+    if module in ("numpy", "torch"):
+        assert found.devices[0] == "cpu"
+        assert found.threads >= 1
+
+
+def test_libraries_that_cannot_be_used_say_why_and_the_others_are_reported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13:\\n no such file')\n", encoding="utf-8")
+    # A folder that is no package.
+    (tmp_path / "cupy").mkdir()
+    plug_in(tmp_path, "plug:BACKEND")
+    (tmp_path / "otherlib.py").write_text("ones = 1 / 0\n", encoding="utf-8")
+    code = """
+        from tattn.__main__ import main
+
+        assert main(["info"]) == 0
+    """
+    lines = run(code, tmp_path)
+    assert lines[0].startswith(f"tattn {tattn.__version__}, Python {platform.python_version()}, ")
+    told = {line.split()[0].rstrip(":"): line for line in lines[2:]}
+    assert set(told) == {*seen.LIBRARIES, "otherlib"}
+    assert told["numpy"].startswith(f"numpy {np.__version__}: cpu; ")
+    assert told["torch"].endswith(": cannot be used: OSError: libcudart.so.13: no such file")
+    assert "cupy: cannot be used: ImportError: " in told["cupy"]
+    assert told["otherlib"] == "otherlib: cannot be used: ZeroDivisionError: division by zero"
+
+
+def test_a_library_plugged_in_is_seen(site):
+    plug_in(site, "plug:BACKEND")
+    code = """
+        from tattn.__main__ import main
+
+        main(["info", "--json"])
+    """
+    found = json.loads(run(code, site)[-1])
+    assert (found["tattn"], found["cores"] >= 1) == (tattn.__version__, True)
+    other = found["libraries"][-1]
+    assert (other["module"], other["installed"], other["problem"]) == ("otherlib", True, "")
+    assert "CPU_DEVICE" in other["devices"][0]
+
+
+def test_a_library_whose_products_are_wrong_cannot_be_used(monkeypatch):
+    def wrong(shape):
+        return np.full(shape, 1.5, np.float32)
+
+    backend = Backend(SimpleNamespace(ones=wrong, float32=np.float32, astype=lambda x, dtype: x.astype(dtype)))
+    monkeypatch.setattr(backend, "devices", lambda: ["cpu"])
+    monkeypatch.setattr(seen, "_by_module", lambda module: backend)
+    assert seen.library("numpy").problem == "ArithmeticError: the product of two matrices of ones is wrong"

@@ -1,8 +1,10 @@
-"""`python -m tattn plan …`, `… demo …`, `… bands …` and `… evidence …`."""
+"""`python -m tattn plan …` and `… info`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,8 +13,10 @@ from . import __version__
 from .checks import METHODS, SERIES
 from .planning import plan_for
 from .plans import strict_json
+from .terminal import command
 
 
+@command("python -m tattn")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -37,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--degree", type=int, help="force the polynomial method at this degree")
     plan.add_argument("--method", choices=METHODS, default="auto")
     plan.add_argument("--series", choices=SERIES, default="minimax")
-    plan.add_argument("--bands", type=int, default=8, help="norm bands of each view (default: %(default)s)")
-    plan.add_argument("--moment", type=int, default=2, help="moment that bounds their error (default: %(default)s)")
+    plan.add_argument("--bands", type=int, help="norm bands of each view, with --series banded (default: 8)")
+    plan.add_argument("--moment", type=int, help="moment that bounds their error, with --series banded (default: 2)")
     plan.add_argument("--causal", action="store_true", help="a row sees keys up to its own row")
     plan.add_argument("--window", type=int, nargs="+", help="and of those the last so many of each view")
     plan.add_argument("--workers", type=int, help="processes or machines with a share of the rows each")
@@ -46,27 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--flops", type=float, help="operations a second that a worker reaches")
     plan.add_argument("--json", action="store_true", help="for programs")
 
-    demo = commands.add_parser("demo", help="attention heads of a trained encoder on a real text")
-    demo.add_argument("--tokens", type=int, default=8192, help="rows of every head (default: %(default)s)")
-    demo.add_argument("--text", choices=("reference", "library"), default="reference", help="default: %(default)s")
-    demo.add_argument(
-        "--plot", default="tattn-demo.png", metavar="FILE", help="where to save the plot (default: %(default)s)"
-    )
-    demo.add_argument("--json", action="store_true", help="for programs, and no progress bar")
-
-    bands = commands.add_parser("bands", help="the bound that comes with the answer, on every head of the encoder")
-    bands.add_argument("--tokens", type=int, default=2048, help="rows of every head (default: %(default)s)")
-    bands.add_argument("--out", default="docs/bands", metavar="FOLDER", help="where to write (default: %(default)s)")
-    bands.add_argument("--quiet", dest="json", action="store_true", help="no progress bar")
-
-    evidence = commands.add_parser("evidence", help="tables, plots and a page on what the paper claims")
-    evidence.add_argument(
-        "--out", metavar="FOLDER", help="where to write (default: docs/evidence, or build/evidence with --quick)"
-    )
-    evidence.add_argument("--quick", action="store_true", help="small sizes, under a minute: to see that it runs")
-    evidence.add_argument(
-        "--only", metavar="PART", nargs="+", default=(), help="growth, quality, stability, border, heads, learning"
-    )
+    info = commands.add_parser("info", help="which array libraries are installed and work, and what they see")
+    info.add_argument("--json", action="store_true", help="for programs")
 
     given = vars(parser.parse_args(arguments))
     command, as_json = given.pop("command"), given.pop("json", False)
@@ -76,22 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "plan":
             planned = plan_for(**given)
             print(strict_json(asdict(planned)) if as_json else planned)
-        elif command == "demo":
-            from .demo import run
-
-            run(as_json=as_json, **given)
-        elif command == "bands":
-            from .demo.bands import run as run_bands
-
-            run_bands(quiet=as_json, **given)
         else:
-            from .evidence import run as run_evidence
-
-            run_evidence(**given)
+            _info(as_json)
     except (ImportError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _info(as_json: bool) -> None:
+    """Print what `tattn` can run on here."""
+    # Only who asks has all libraries imported.
+    from .backends import seen
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    about = {"tattn": __version__, "python": platform.python_version(), "cores": cores}
+    if as_json:
+        print(strict_json({**about, "libraries": [asdict(library) for library in seen.libraries()]}))
+        return
+    print(f"tattn {__version__}, Python {about['python']}, {cores} core{'s' * (cores != 1)}\n")
+    for library in seen.libraries():
+        print(library, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from math import inf, isfinite, prod
 from typing import Any
 
 from .bounds.rounding import scores_round_less
-from .checks import Order
+from .checks import Order, checked_kind, whole
 from .engines.spans import span_of
 from .features.monomials import Grading
 from .features.monomials import rank as rank_of
@@ -17,6 +17,8 @@ from .features.monomials import rank as rank_of
 _ALL = Order()
 # Value channels that a plan made from numbers alone allows for in its rounding.
 USUAL_VALUE_DIM = 128
+# More than any plan has, so that a number that is damaged is not computed with.
+_MOST_DEGREE, _MOST_WEIGHT = 4096, 256
 # Bytes of a block of rows on a processor, of the library that makes the largest.
 _WORKSPACE = 8 << 20
 
@@ -130,6 +132,11 @@ class Plan:
     seconds: float = inf
     seconds_gradient: float = inf
 
+    def __post_init__(self) -> None:
+        contradiction = _contradiction(self)
+        if contradiction:
+            raise ValueError(f"plan's {contradiction}")
+
     def by_scores(self, lengths: Sequence[int], value_dim: int) -> bool:
         """Whether a call computes the polynomial of each score, and no features.
 
@@ -146,8 +153,8 @@ class Plan:
 
         Raises
         ------
-        ValueError
-            Unless there are as many lengths as the plan has views, and one.
+        TypeError, ValueError
+            For what are no numbers of rows or channels, by name; unless there are as many lengths as the plan has views, and one.
 
         Examples
         --------
@@ -156,12 +163,15 @@ class Plan:
         >>> plan.by_scores((12, 12, 12), 16), plan.by_scores((1000, 1000, 1000), 16)
         (True, False)
         """
+        checked_kind("lengths", lengths, Sequence, "a sequence of whole numbers")
         if len(lengths) != self.order:
-            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
+            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {len(lengths)}")
+        lengths = [whole(f"lengths[{i}]", n, 1) for i, n in enumerate(lengths)]
+        value_dim = whole("value_dim", value_dim, 1)
         if self.method != "polynomial" or self.series == "banded" or self.causal or self.grading:
             return False
         by_features = sum(lengths) * self.rank * (2.0 * (value_dim + 1) + 1)
-        by_scores = prod(lengths) * (2.0 * self.dim + 2.0 * value_dim + 4.0 * self.degree)
+        by_scores = prod(map(float, lengths)) * (2.0 * self.dim + 2.0 * value_dim + 4.0 * self.degree)
         return by_scores < by_features and scores_round_less(
             self.coefficients, self.bound, dim=self.dim, rank=self.rank, value_dim=max(value_dim, USUAL_VALUE_DIM),
             lengths=lengths,
@@ -224,9 +234,11 @@ class Shape:
     leading: int
     order: Order = _ALL
 
-    def polynomial_cost(self, rank: int) -> tuple[float, float]:
+    def polynomial_cost(self, rank: float) -> tuple[float, float]:
         """Operations and bytes of the polynomial method."""
         itemsize = 8 if self.dtype == "float64" else 4
+        # Ranks that nobody can afford are beyond all floats.
+        rank = float(rank) if rank < 1 << 1000 else inf
         rows = sum(self.lengths) * self.leading
         flops = rows * rank * (2.0 * (self.value_dim + 1) + 1)
         # Summaries with what rounding took, their product and its copies; of many problems in parts, or one by one.
@@ -250,7 +262,7 @@ class Shape:
     def banding_cost(self, rank: int, moments: int, bands: int) -> float:
         """Operations that bands and their certificate add: combined summaries, columns of moments, sorted rows."""
         rows = sum(self.lengths) * self.leading
-        combined = 2.0 * float(bands) ** (self.views + 1) * rank * (self.value_dim + 1) * self.leading
+        combined = 2.0 * float(bands ** (self.views + 1)) * rank * (self.value_dim + 1) * self.leading
         return combined + rows * (2.0 * moments * (self.value_dim + 3) + 32 * (self.dim + self.value_dim))
 
     def exact_cost(self) -> tuple[float, float]:
@@ -266,7 +278,7 @@ class Shape:
         """Scores of a problem, those that the order of rows leaves out not counted."""
         n, *lengths = self.lengths
         if not self.order.causal:
-            return float(prod(self.lengths))
+            return prod(map(float, self.lengths))
         windows = self.order.window or lengths
         # The mean over rows, at the middles of 64 parts.
         rows = [(part + 0.5) / 64 * n for part in range(64)]
@@ -310,19 +322,26 @@ def plan_of(
     rank: int,
     grading: Grading = (),
     sizes: tuple[float, ...] = (),
+    bands: tuple[int, int, int] | None = None,
 ) -> Plan:
-    """A plan with its costs; `rank` is that of the polynomial it was compared with, if any."""
+    """A plan with its costs; `rank` is that of the polynomial it was compared with, if any.
+
+    Norm bands come as (degree, bands, moment), with no coefficients.
+    """
     flops, memory = shape.polynomial_cost(rank) if rank else (inf, inf)
     flops_exact, bytes_exact = shape.exact_cost()
     polynomial = method == "polynomial"
+    if bands:
+        flops += shape.banding_cost(rank, rank_of(shape.dim, bands[2]), bands[1])
+    degree, *banding = bands or (len(coefficients) - 1 if polynomial else 0, 0, 0)
     return Plan(
         method=method,
         series=series,
-        degree=len(coefficients) - 1 if polynomial else 0,
+        degree=degree,
         rank=rank if polynomial else 0,
         bound=bound,
         source=source,
-        certified=source != "estimate" and isfinite(error),
+        certified=bands is not None or (source != "estimate" and isfinite(error)),
         error=error,
         grad_error=grad_error,
         scale=scale,
@@ -339,6 +358,8 @@ def plan_of(
         bytes_exact=bytes_exact,
         bytes_polynomial=memory,
         reason=reason,
+        bands=banding[0],
+        moment=banding[1],
         causal=shape.order.causal,
         window=shape.order.window,
         grading=grading,
@@ -346,15 +367,69 @@ def plan_of(
     )
 
 
+def _contradiction(plan: Plan) -> str:
+    """Which field of a plan contradicts the others or itself, what it should be and what it is; nothing if none does."""
+    polynomial, banded = plan.method == "polynomial", plan.series == "banded"
+    named = polynomial and not banded
+    for name, allowed in (
+        ("method", ("polynomial", "exact")),
+        ("series", ("minimax", "taylor", "fitted", "banded") if polynomial else (None,)),
+        ("source", ("answer",) if banded else ("data", "promise", "estimate")),
+        ("dtype", ("float64", "float32", "float16", "bfloat16")),
+    ):
+        found = getattr(plan, name)
+        if not isinstance(found, (str, type(None))) or found not in allowed:
+            return f"{name} should be {' or '.join(map(repr, allowed))}, got {found!r}"
+    for name, least, used in (
+        ("order", 2, True), ("dim", 1, True), ("degree", 1, polynomial), ("rank", 1, polynomial), ("bands", 1, banded),
+        ("moment", 2, banded),
+    ):  # fmt: skip
+        found = getattr(plan, name)
+        # Under a compiler it may be a symbol of a number.
+        if not hasattr(found, "__index__") or isinstance(found, bool) or (found < least if used else found != 0):
+            wanted = f"a whole number of at least {least}" if used else "0"
+            return f"{name} should be {wanted} for method {plan.method!r} and series {plan.series!r}, got {found!r}"
+    for name, lowest in (("scale", 0.0), ("bound", 0.0), ("error", 0.0), ("grad_error", 0.0), ("lowest_mean", -inf)):
+        found = getattr(plan, name)
+        if not isinstance(found, (int, float)) or not found >= lowest:
+            return f"{name} should be a number{'' if lowest else ' of at least 0'}, got {found!r}"
+    if not 0 < plan.scale < inf:
+        return f"scale should be finite and above 0, got {plan.scale!r}"
+    sure = plan.source != "estimate" and (banded or isfinite(plan.error))
+    for name, values in (
+        ("certified", (True, False) if sure else (False,)),
+        ("causal", (False,) if banded else (True, False)),
+    ):
+        found = getattr(plan, name)
+        if not isinstance(found, bool) or found not in values:
+            return f"{name} should be {' or '.join(map(str, values))} for source {plan.source!r}, got {found!r}"
+    terms, weights, windows = (
+        plan.degree + 1 if named else 0,
+        plan.dim if named and plan.grading else 0,
+        plan.window or (),
+    )
+    sums = len(set(plan.grading)) if plan.source == "data" and isinstance(plan.grading, tuple) else 0
+    views = plan.order - 1 if plan.window is not None and plan.causal and not polynomial else 0
+    for name, given, count in (
+        ("coefficients", plan.coefficients, terms), ("grading", plan.grading, weights), ("sizes", plan.sizes, sums),
+        ("window", windows, views),
+    ):  # fmt: skip
+        if not isinstance(given, tuple) or len(given) != count or not all(isinstance(x, (int, float)) for x in given):
+            return f"{name} should be a tuple of {count} numbers for the other fields of the plan, got {given!r}"
+    if not all(map(isfinite, plan.coefficients)):
+        return f"coefficients should be finite, got {plan.coefficients}"
+    if any(not 1 <= w <= _MOST_WEIGHT or w != int(w) for w in plan.grading):
+        return f"grading should be of whole numbers from 1 to {_MOST_WEIGHT}, got {plan.grading}"
+    if banded and (plan.moment % 2 or plan.moment > plan.degree):
+        return f"moment should be even and at most the degree {plan.degree}, got {plan.moment}"
+    if polynomial and (plan.degree > _MOST_DEGREE or plan.rank != rank_of(plan.dim, plan.degree, plan.grading)):
+        return f"rank should be the number of monomials for dim {plan.dim} and degree {plan.degree}, got {plan.rank}"
+    return ""
+
+
 def plan_text(plan: Plan) -> str:
     """A plan in JSON, as Python reads it: with infinities."""
     return json.dumps(asdict(plan))
-
-
-def plan_of_fields(fields: Mapping[str, Any]) -> Plan:
-    """A plan from its fields as JSON has them, lists for tuples."""
-    made: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return Plan(**made)
 
 
 def strict_json(value: Any) -> str:

@@ -25,6 +25,12 @@ class CupyBackend(Backend):
         else:
             cupy.matmul(left, right, out=target)
 
+    def devices(self) -> list[str]:
+        runtime = cupy.cuda.runtime
+        return [
+            f"cuda:{i} ({runtime.getDeviceProperties(i)['name'].decode()})" for i in range(runtime.getDeviceCount())
+        ]
+
     def to_numpy(self, array: Array) -> np.ndarray:
         host: np.ndarray = cupy.asnumpy(array)
         return host

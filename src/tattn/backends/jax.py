@@ -30,6 +30,11 @@ class JaxBackend(Backend):
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         return any(isinstance(a, jax.core.Tracer) for a in arrays)
 
+    def devices(self) -> list[str]:
+        # Those of the CPU as well, where another platform is the default.
+        found = dict.fromkeys((*jax.devices(), *jax.devices("cpu")))
+        return [f"{d.platform}:{d.id}" + f" ({d.device_kind})" * (d.device_kind != d.platform) for d in found]
+
     def cast(self, array: Array, dtype: Any) -> Array:
         return array.astype(dtype)
 

@@ -4,8 +4,9 @@ Relative to the normaliser, a sum of N terms carries the roundings of its terms,
 degree t, and those of the additions. Additions run in chains of `CHAIN`; their roundings are taken as independent,
 so a chain of k contributes at most λ √k units in the last place, λ = 4 (Higham and Mary, "A new approach to
 probabilistic rounding error analysis", 2019; λ = 4 leaves a chance of 7e-4 for a single chain at its worst case, and
-results mix many). Everything else is counted at its worst. This is a model of the arithmetic and not a theorem about
-it; the tests hold it against corners, constant rows and cancelling scores.
+results mix many). Equal terms are not independent: a chain of them loses up to k/4 units, and views that are alike lose
+them alike, so that theirs add up. The larger of the two counts. Everything else is counted at its worst. This is a model of
+the arithmetic and not a theorem about it; the tests hold it against corners, constant rows, equal views and cancelling scores.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ..features.basis import CHAIN, FEW_CHAINS
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
+# Units that a chain of equal terms loses for each: half of one, of the sum so far, in the half of the chain that is added last.
+ALIKE = 0.25
 # Terms in a chain of additions of the exact method, at most.
 EXACT_CHAIN = 1024
 
@@ -24,6 +27,20 @@ EXACT_CHAIN = 1024
 def computed_in(dtype: str) -> str:
     """The dtype that a call with inputs of `dtype` computes in."""
     return "float64" if dtype == "float64" else "float32"
+
+
+def chains(views: int, others: float, span: int = 0) -> float:
+    """Units that sums over the rows of so many views lose, and so many `others` additions; with prefixes in spans, if any."""
+    # A chain, and what adds up chains in a block. Prefixes: two chains in a span, one over the spans of a block and a few single
+    # additions; where terms are equal, those of a prefix and those of rows that all see lose as much as the worse of the two.
+    apart = CHAIN + FEW_CHAINS + (CHAIN + 3 * span if span else 0)
+    alike = CHAIN + max(FEW_CHAINS, 3 * span)
+    return sqrt(max(LAMBDA**2 * apart * views, (ALIKE * alike * views) ** 2) + LAMBDA**2 * others)
+
+
+def chain(terms: float) -> float:
+    """Units that a sum of so many terms loses, one added after the other."""
+    return max(LAMBDA * sqrt(terms), ALIKE * terms)
 
 
 def lowrank_rounding(
@@ -65,15 +82,15 @@ def scores_round_less(
     # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over one view
     # after the other, gradients of keys also over all pairs, in chains and what adds them up.
     score = views + 4 + min(dim, LAMBDA * sqrt(dim))
-    chain = sum(min(CHAIN, n) for n in lengths[1:])
-    pairs = prod(lengths) / min(lengths)
-    longest = max(chain, min(CHAIN, pairs) + pairs / CHAIN)
+    terms = sum(min(CHAIN, n) for n in lengths[1:])
+    pairs = prod(map(float, lengths)) / min(lengths)
+    longest = max(terms, min(CHAIN, pairs) + pairs / CHAIN)
     head = 2 * views + 5
     plain, steep = _of_sums(
         coefficients,
         bound,
-        lambda t: t * score + head + LAMBDA * sqrt(chain),
-        lambda t: (t - 1) * score + head + LAMBDA * (sqrt(longest) + sqrt(value_dim + 1)) + 2,
+        lambda t: t * score + head + chain(terms),
+        lambda t: (t - 1) * score + head + chain(longest) + chain(value_dim + 1) + 2,
     )
     allowed, allowed_steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
     return plain <= allowed and steep <= allowed_steep
@@ -83,13 +100,11 @@ def _of_features(
     coefficients: Sequence[float], bound: float, dim: int, rank: int, views: int, value_dim: int, span: int = 0
 ) -> tuple[float, float]:
     """`_of_sums` over features."""
-    # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
-    # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
-    prefixes = views * (CHAIN + 3 * span) + span if span else 0
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + FEW_CHAINS * views + prefixes) + 4
+    # In the read-out a chain, what adds up chains, and channels; for prefixes one over the rows of a span.
+    lost = chains(views, CHAIN + rank / CHAIN + dim + span, span) + 4
 
     def count(t: int) -> float:
-        return (views + 1) * (t + 2) + chains
+        return (views + 1) * (t + 2) + lost
 
     slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 4
     return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
@@ -127,8 +142,11 @@ def exact_errors(
     """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows."""
     unit = UNIT[computed_in(dtype)]
     scores = (views + 2 + min(dim, LAMBDA * sqrt(dim))) * bound
-    # Chains of at most `EXACT_CHAIN` tuples or query rows in a block; sums of blocks are added, one for every 16 rows of a view or
-    # more, and some within those. The normaliser is one more channel, and the sum of w − r one of dv + 1 terms.
-    rho = unit * (scores + 8 + LAMBDA * sqrt(EXACT_CHAIN * views + lengths / 16))
+    # Chains of at most `EXACT_CHAIN` tuples or query rows in a block, whose terms may be equal; sums of blocks are added, one for
+    # every 16 rows of a view or more, and some within those. The normaliser is one more channel, and the sum of w − r one of
+    # dv + 1 terms.
+    added = lengths / 16
+    sums = max(LAMBDA * sqrt(EXACT_CHAIN * views + added), ALIKE * EXACT_CHAIN + LAMBDA * sqrt(added))
+    rho = unit * (scores + views + 6 + sums)
     rho_prime = rho + unit * LAMBDA * sqrt(value_dim + 1)
     return lowrank_errors(0.0, 0.0, rho, rho_prime)

@@ -20,11 +20,13 @@ the rows of a span; memory O(b r dv), in the adjoint O(r dv √n) and copies of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from ..arrays import broadcast_leading, clean, unpack
 from ..backends import Array, Backend
+from ..features.balance import balanced_values, with_one, with_powers
 from ..features.basis import CHAIN, Basis
 from ..features.monomials import rank
 from ..features.scaling import channel_units
@@ -44,6 +46,10 @@ from .features import (
 )
 from .features import leading_limit as limit_of_sums
 from .spans import Setting, Spans, adjoint, numerator, span_of
+from .spoiled import Sight, backward_apart, forward_apart
+
+# log2 of monomials whose products with values are numbers.
+_LARGEST = {"float32": 96, "float64": 900}
 
 
 class Start(NamedTuple):
@@ -67,7 +73,18 @@ def read_rows(
     call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
 ) -> tuple[Array, Array]:
     """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
+    arrays, start, _ = _balanced(call, arrays, backend, start)
     setting, block = _setting(call, arrays, backend, start)
+    compute = partial(_read_rows, call, setting, block, start)
+    out, normaliser = forward_apart(compute, _sight(call, setting), backend, arrays)
+    return out, normaliser
+
+
+def _read_rows(
+    call: LowRankCall, setting: Setting, block: int, start: Start | None, arrays: Sequence[Array | None]
+) -> tuple[Array, Array]:
+    """`read_rows` of rows that hold numbers."""
+    backend = setting.backend
     sums, views = _split(setting, arrays, call.views, start)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
@@ -88,10 +105,25 @@ def backward(
     call: LowRankCall, backend: Backend, arrays: Sequence[Array | None], start: Start | None = None
 ) -> tuple[Array, ...]:
     """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
+    arrays, start, powers = _balanced(call, arrays, backend, start)
+    setting, block = _setting(call, arrays, backend, start)
+    compute = partial(_backward, call, setting, block, start, powers)
+    return backward_apart(compute, _sight(call, setting), 0.0, backend, arrays)
+
+
+def _backward(
+    call: LowRankCall,
+    setting: Setting,
+    block: int,
+    start: Start | None,
+    powers: Sequence[Array],
+    arrays: Sequence[Array | None],
+) -> tuple[Array, ...]:
+    """`backward` of rows that hold numbers."""
+    backend = setting.backend
     q, keys, values, masks, columns = unpack(call.views, arrays)
     xp = backend.xp
     n, m = q.shape[-2], call.views
-    setting, block = _setting(call, arrays, backend, start)
     sums, views = _split(setting, arrays, m, start)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
@@ -128,7 +160,19 @@ def backward(
     ]
     # Of what every query row sees.
     upstream = [xp.matrix_transpose(g) * share for (g, _), share in zip(carry, setting.shares, strict=True)]
-    return *_with_heads(setting, upstream, found, keys, values, masks), *(upstream if start else ())
+    dq, *both = _with_heads(setting, upstream, found, keys, values, masks)
+    of_sums: Sequence[Array] = (
+        () if start is None else with_powers(upstream, [with_one(p, backend) for p in powers], backend)
+    )
+    return dq, *both[:m], *with_powers(both[m:], powers, backend), *of_sums
+
+
+def _balanced(
+    call: LowRankCall, arrays: Sequence[Array | None], backend: Backend, start: Start | None
+) -> tuple[list[Array | None], Start | None, list[Array]]:
+    """`balanced_values` of a call and of what it starts from."""
+    found, sums, powers = balanced_values(call.views, arrays, backend, start.sums if start else ())
+    return found, start._replace(sums=sums) if start else None, powers
 
 
 def leading_limit(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
@@ -150,7 +194,7 @@ def _setting(
 ) -> tuple[Setting, int]:
     """What blocks share, and the rows of a block: some spans, whose prefixes fit in the workspace."""
     q, keys, values, masks, _ = unpack(call.views, arrays)
-    units = start.units if start else channel_units(q, keys, masks, call.scale, backend)
+    units = start.units if start else channel_units(q, keys, masks, call.scale, backend, causal=True)
     w = weights(call, q, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     itemsize = backend.itemsize(w.dtype)
@@ -167,6 +211,12 @@ def _setting(
     spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     return Setting(call.degree, call.grading, w, units, shares, span, tile, leading, backend), span * spans
+
+
+def _sight(call: LowRankCall, setting: Setting) -> Sight:
+    """What query rows see, and how large an entry may be for its monomials to be numbers."""
+    most = 2.0 ** (_LARGEST[setting.backend.dtype_name(setting.w.dtype)] / call.degree)
+    return Sight(call.views, None, [most / unit for unit in setting.units])
 
 
 def _split(

@@ -10,11 +10,14 @@ to the keys that some row of it sees, of which `exact` leaves out those that the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from math import inf
 from typing import NamedTuple
 
 from ..arrays import in_parts, unpack
 from ..backends import Array, Backend
 from . import tuples as exact
+from .spoiled import Sight, backward_apart, forward_apart
 
 # Rows in a run of prefixes, at least, and runs, at most: some 10 % more pairs than are seen. Fewer where loops are unrolled.
 _RUN, _RUNS, _UNROLLED_RUNS = 32, 16, 4
@@ -30,21 +33,36 @@ class CausalCall(NamedTuple):
 
 def forward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), lse (..., n, 1), and lse again as what the adjoint needs."""
+    out, lse = forward_apart(partial(_forward, call, backend), _sight(call), backend, arrays)
+    return out, lse, lse
+
+
+def backward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    return backward_apart(partial(_backward, call, backend), _sight(call), -inf, backend, arrays)
+
+
+def _sight(call: CausalCall) -> Sight:
+    """What query rows see; every finite entry is a number."""
+    return Sight(call.views, call.window, [inf] * (1 + call.views))
+
+
+def _forward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array]:
+    """Output and lse of rows that hold numbers."""
     n, shifts = _aligned(call, arrays)
     if _windowed(call, n, shifts):
         folding = _Folding.of(call, n, arrays)
         whole = folding.call(call)
         limit = exact.leading_limit(whole, backend, arrays)
         out, lse, _ = in_parts(exact.forward, limit, (None,) * 3, whole, backend, folding.folded(call, arrays, backend))
-        out, lse = folding.rows(out, backend), folding.rows(lse, backend)
-        return out, lse, lse
+        return folding.rows(out, backend), folding.rows(lse, backend)
     parts = [exact.forward(*_run(call, shifts, cut, backend, arrays))[:2] for cut in _runs(n, backend)]
     out, lse = (_joined(list(pieces), backend) for pieces in zip(*parts, strict=True))
-    return out, lse, lse
+    return out, lse
 
 
-def backward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+def _backward(call: CausalCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """`backward` of rows that hold numbers."""
     n, shifts = _aligned(call, arrays)
     m = call.views
     if _windowed(call, n, shifts):

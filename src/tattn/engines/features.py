@@ -23,9 +23,10 @@ from collections.abc import Callable, Sequence
 from math import log, prod
 from typing import NamedTuple
 
-from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, unpack, with_leading
+from ..arrays import broadcast_leading, clean, sum_to_leading, unpack, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
+from ..features.balance import prod_in_range
 from ..features.basis import CHAIN, FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.monomials import Grading, degrees, multinomials, rank
 from ..features.scaling import channel_units
@@ -60,7 +61,7 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
     q, keys, values, masks, _ = unpack(call.views, arrays)
     units = channel_units(q, keys, masks, call.scale, backend)
     summaries = _summaries(call, units, keys, values, masks, backend)
-    combined = weights(call, q, backend) * prod_of(summaries)
+    combined = weights(call, q, backend) * prod_in_range(summaries, backend)
     leading = broadcast_leading(q, *keys, *values, *masks)
     out, normaliser = read_out(q, units[0], combined, leading, call.degree, backend, call.grading)
     return out, log_normaliser(normaliser, keys, backend), normaliser, *summaries
@@ -88,12 +89,12 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     summaries = known or _summaries(call, units, keys, values, masks, backend)
     columns = (out, normaliser, grad_out, grad_lse)
     leading = broadcast_leading(q, *keys, *values, *masks)
-    combined = w * prod_of(summaries)
+    combined = w * prod_in_range(summaries, backend)
     upstream, dq = query_adjoint(q, units[0], combined, columns, leading, call.degree, backend, call.grading)
     d_keys, d_values = [], []
     for view, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
         others = [s for other, s in enumerate(summaries) if other != view]
-        own = w * prod_of([upstream, *others]) * (1 / k.shape[-2])
+        own = w * prod_in_range([upstream, *others], backend) * (1 / k.shape[-2])
         dk, dv = key_adjoint(k, v, mask, units[view + 1], own, call.degree, backend, call.grading)
         d_keys.append(dk)
         d_values.append(dv)

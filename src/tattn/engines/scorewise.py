@@ -18,6 +18,7 @@ from typing import Any
 
 from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading, unpack
 from ..backends import Array, Backend
+from ..features.balance import balanced_values, with_powers
 from ..features.basis import CHAIN, row_products
 from ..features.scaling import channel_units
 from .features import LowRankCall, add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
@@ -31,6 +32,7 @@ View = tuple[Array, Array]
 
 def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Output (..., n, dv), log of the normaliser (..., n, 1), and the normaliser over the number of pairs (..., n, 1)."""
+    arrays, _, _ = balanced_values(call.views, arrays, backend)
     q, keys, *_ = unpack(call.views, arrays)
     leading, unit, views, blocks = _prepared(call, backend, arrays)
 
@@ -45,6 +47,7 @@ def forward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None])
 
 def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    arrays, _, powers = balanced_values(call.views, arrays, backend)
     q, keys, _, masks, columns = unpack(call.views, arrays)
     _, unit, views, blocks = _prepared(call, backend, arrays)
 
@@ -63,7 +66,7 @@ def backward(call: LowRankCall, backend: Backend, arrays: Sequence[Array | None]
     ):
         d_keys.append(sum_to_leading(dk * u, k.shape[:-2], backend))
         d_values.append(clean(dz[..., :-1] * (1 / k.shape[-2]), mask, backend))
-    return dq, *d_keys, *d_values
+    return dq, *d_keys, *with_powers(d_values, powers, backend)
 
 
 def _prepared(

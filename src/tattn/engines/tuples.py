@@ -26,6 +26,7 @@ from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transpos
 from ..backends import Array, Backend
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
+from ..features.balance import balanced_values, with_powers
 from ..features.scaling import channel_units
 
 # Scores of at most this size need no maximum subtracted if neither entries nor products of values are larger than this, nor
@@ -90,6 +91,7 @@ State = tuple[Array, Array | None]
 
 def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """Output (..., n, dv), lse (..., n, 1), and lse again as what the adjoint needs."""
+    arrays, _, _ = balanced_values(call.views, arrays, backend)
     q, _, _, masks, _ = unpack(call.views, arrays)
     xp = backend.xp
     at, views, run = _prepared(call, backend, arrays)
@@ -122,6 +124,7 @@ def forward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -
 
 def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    arrays, _, powers = balanced_values(call.views, arrays, backend)
     q, keys, values, masks, columns = unpack(call.views, arrays)
     xp = backend.xp
     at, views, run = _prepared(call, backend, arrays)
@@ -149,7 +152,7 @@ def backward(call: ExactCall, backend: Backend, arrays: Sequence[Array | None]) 
     for (dk, dv), unit, k, v, mask in zip(grads, run.units[1:], keys, values, masks, strict=True):
         d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
         d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
-    return dq, *d_keys, *d_values
+    return dq, *d_keys, *with_powers(d_values, powers, backend)
 
 
 def scaled_keys(

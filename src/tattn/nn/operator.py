@@ -19,7 +19,8 @@ from ..backends.torch import BACKEND
 from ..checks import checked_inputs
 from ..methods.certificate import COLUMNS, ERROR
 from ..planning.choice import Work, work_of
-from ..plans import Plan, plan_of_fields
+from ..plans import Plan
+from ..stored import plan_of_fields
 
 
 def planned_attention(

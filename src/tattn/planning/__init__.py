@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, prod
+from math import inf, isqrt, prod
 from typing import Any
 
+from ..approximation.exponential import MAX_DEGREE
 from ..approximation.pruning import HIGHER
 from ..backends import Array
 from ..bounds.rounding import lowrank_errors, lowrank_rounding
 from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges
 from ..checks import (
+    MAX_ORDER,
     Inputs,
     PlanError,
+    checked_dtype,
     checked_finite,
     checked_inputs,
     checked_lengths,
     checked_options,
     checked_order,
     checked_series,
+    described,
     positive,
+    shown,
     true_or_false,
     whole,
 )
 from ..features.monomials import rank as rank_of
 from ..plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si, spread
 from .sampling import Estimate, estimate
-from .selection import MAX_RANK, check_rank, choose
+from .selection import affordable_degrees, beyond, check_rank, choose, largest_rank
 
 # The largest rank that is tried in bands before it is known whether that will do.
 _BANDED_RANK = 1 << 13
+# Tuples of norm bands, each with a polynomial of its own.
+_MAX_TUPLES = 1 << 26
+# Views of a banded call, each a dimension of one array beside those of the call.
+_MAX_BANDED_ORDER = 32
 # Fits to samples gain nothing beyond.
 _MOST_ESTIMATED = 12
 
@@ -46,8 +55,8 @@ def plan(
     degree: int | None = None,
     bound: float | str | None = None,
     series: str = "minimax",
-    bands: int = 8,
-    moment: int = 2,
+    bands: int | None = None,
+    moment: int | None = None,
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
@@ -73,9 +82,9 @@ def plan(
         Taylor is there for comparison with the paper. "banded" reads no value and needs no `bound`: ranges are found on
         the device, band by band, and the certified error comes with the answer (``return_error=True``). `degree` is 2
         if not given.
-    bands, moment : int
-        Of "banded": norm bands of every view, at most its rows; even order t of the moments, at most
-        `degree`.
+    bands, moment : int, optional
+        Of "banded" alone: norm bands of every view, at most its rows, 8 if not given; even order t of the moments, at most
+        `degree`, 2 if not given.
     gradients : bool
         Where channels add very different amounts to the scores fewer monomials will do (`Plan.grading`), unless a degree or a
         number for `bound` is given. By default their gradients are held to what those of all monomials would be if their error
@@ -103,11 +112,12 @@ def plan(
     """
     inputs = checked_inputs(query, keys, values, key_masks, causal, window)
     number = checked_options(scale, inputs.dim, tol, method)
-    if checked_series(series) == "banded":
+    gradients = true_or_false("gradients", gradients)
+    if _is_banded(series, bands, moment):
         return _asked_banded(_shape_of(inputs), number, method, bound, degree, bands, moment)
     return plan_inputs(
         inputs, scale=number, tol=tol, method=method, degree=degree, bound=bound, series=series,
-        gradients=true_or_false("gradients", gradients),
+        gradients=gradients,
     )  # fmt: skip
 
 
@@ -124,8 +134,8 @@ def plan_for(
     method: str = "auto",
     degree: int | None = None,
     series: str = "minimax",
-    bands: int = 8,
-    moment: int = 2,
+    bands: int | None = None,
+    moment: int | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
     workers: int | None = None,
@@ -175,16 +185,15 @@ def plan_for(
     >>> spread.bytes_sent < 1e6, spread.seconds < 1
     (True, True)
     """
-    order, dim = whole("order", order, 2), whole("dim", dim, 1)
+    order, dim = whole("order", order, 2, MAX_ORDER), whole("dim", dim, 1)
     lengths = checked_lengths(n, order)
-    if dtype not in ("float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+    dtype = checked_dtype(dtype)
     number = checked_options(scale, dim, tol, method)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
     shape = Shape(order - 1, dim, value_dim, dtype, lengths, 1, checked_order(causal, window, lengths))
     if bandwidth is not None and workers is None:
-        raise ValueError(f"bandwidth should come with workers, got {bandwidth} alone")
-    if checked_series(series) == "banded":
+        raise ValueError(f"bandwidth should come with workers, got {positive('bandwidth', bandwidth)} alone")
+    if _is_banded(series, bands, moment):
         made = _asked_banded(shape, number, method, bound, degree, bands, moment)
     else:
         promised = positive("bound", bound)
@@ -214,6 +223,9 @@ def plan_inputs(
 ) -> Plan:
     """`plan` for arrays that were checked; any series but "banded", and None in `gradients` for no pruned basis."""
     shape = _shape_of(inputs)
+    if degree is not None:
+        # Before any value is read.
+        check_rank(shape, whole("degree", degree, 1, MAX_DEGREE))
     if isinstance(bound, str) and bound != "estimated":
         raise TypeError(f"bound should be a number or 'estimated', got the str {bound!r}")
     if bound is not None and not isinstance(bound, str):
@@ -225,7 +237,9 @@ def plan_inputs(
         raise PlanError("the arrays are traced and their range cannot be read: give a bound of your own, bound=...")
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
-    if bound is not None and method != "exact":
+    if bound is not None:
+        if method == "exact":
+            raise ValueError("bound='estimated' samples scores for a polynomial and has no use with method 'exact'")
         if series != "minimax":
             raise ValueError(f"series has no use with bound='estimated', which fits its own polynomial; got {series!r}")
         if inputs.order.causal:
@@ -276,30 +290,63 @@ def banded_candidates(inputs: Inputs, scale: float) -> list[Plan]:
     shape = _shape_of(inputs)
     shortest = min(shape.lengths)
     bands = 8 if shortest < 1 << 14 else 12
-    if shortest < 2 * bands:
+    if shortest < 2 * bands or not bands_fit(bands, shape.views + 1):
         return []
     tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
     return [_banded(shape, scale, g, bands, t) for g, t in tried if rank_of(shape.dim, g) <= _BANDED_RANK]
 
 
+def _is_banded(series: Any, bands: Any, moment: Any) -> bool:
+    """Whether the series is "banded"; ValueError for what belongs to it and to no other."""
+    if checked_series(series) == "banded":
+        return True
+    for name, value in (("bands", bands), ("moment", moment)):
+        if value is not None:
+            raise ValueError(f"{name} should come with series 'banded', got it with series {series!r}")
+    return False
+
+
 def _asked_banded(
-    shape: Shape, scale: float, method: str, bound: Any, degree: int | None, bands: int, moment: int
+    shape: Shape,
+    scale: float,
+    method: str,
+    bound: Any,
+    degree: int | None,
+    bands: int | None,
+    moment: int | None,
 ) -> Plan:
     """A banded plan, with what it does not go together with refused."""
     if bound is not None:
-        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {bound!r}")
+        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {described(bound)}")
     if shape.order.causal:
         raise ValueError(
             "series 'banded' sorts rows by norm and has no use where their order counts, got it with causal=True"
         )
     if method == "exact":
         raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
-    return _banded(shape, scale, 2 if degree is None else degree, bands, moment)
+    degree, bands, moment = (
+        usual if given is None else given for given, usual in ((degree, 2), (bands, 8), (moment, 2))
+    )
+    return _banded(shape, scale, degree, bands, moment)
+
+
+def bands_fit(bands: int, order: int) -> bool:
+    """Whether a plan accepts so many norm bands of every view."""
+    return order <= _MAX_BANDED_ORDER and bands**order <= _MAX_TUPLES
 
 
 def _banded(shape: Shape, scale: float, degree: int, bands: int, moment: int) -> Plan:
     """A plan whose error comes with the answer."""
-    degree, bands, moment = whole("degree", degree, 1), whole("bands", bands, 1), whole("moment", moment, 2)
+    order = shape.views + 1
+    if order > _MAX_BANDED_ORDER:
+        raise ValueError(f"order should be at most {_MAX_BANDED_ORDER} with series 'banded', got {order}")
+    degree, bands, moment = whole("degree", degree, 1, MAX_DEGREE), whole("bands", bands, 1), whole("moment", moment, 2)
+    if not bands_fit(bands, order):
+        most = max(b for b in range(1, isqrt(_MAX_TUPLES) + 1) if bands_fit(b, order))
+        raise ValueError(
+            f"bands should be at most {most:,} for order {order}, got {shown(bands)}: each tuple of bands has a polynomial "
+            "of its own"
+        )
     if bands > min(shape.lengths):
         raise ValueError(f"bands should be at most the rows of every view, {min(shape.lengths)}, got {bands}")
     if moment % 2:
@@ -308,12 +355,10 @@ def _banded(shape: Shape, scale: float, degree: int, bands: int, moment: int) ->
         raise ValueError(f"moment should be at most the degree {degree}, got {moment}: moments are sums of monomials")
     check_rank(shape, degree)
     rank = rank_of(shape.dim, degree)
-    made = plan_of(
-        shape, scale, "polynomial", "banded", "answer", inf, -inf, inf, inf, "banded was asked for",
-        (0.0,) * (degree + 1), rank,
+    return plan_of(
+        shape, scale, "polynomial", "banded", "answer", inf, -inf, inf, inf, "banded was asked for", (), rank,
+        bands=(degree, bands, moment),
     )  # fmt: skip
-    flops = made.flops_polynomial + shape.banding_cost(rank, rank_of(shape.dim, moment), bands)
-    return replace(made, coefficients=(), certified=True, bands=bands, moment=moment, flops_polynomial=flops)
 
 
 def _shape_of(inputs: Inputs) -> Shape:
@@ -333,9 +378,6 @@ def _estimated(
     gradients: bool | None,
 ) -> Plan:
     """A plan from sampled scores; never certified."""
-    if degree is not None:
-        degree = whole("degree", degree, 1)
-        check_rank(shape, degree)
 
     def rank_with(sampled: Estimate) -> int:
         return sampled.pruned.rank if sampled.pruned else rank_of(shape.dim, len(sampled.coefficients) - 1)
@@ -351,12 +393,12 @@ def _estimated(
         made = choose(shape, scale, tol, "exact", None, "minimax", "data", found.bound, found.lowest_mean)
         return replace(made, reason=reason)
 
-    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(shape.dim, g) <= MAX_RANK]
+    affordable = affordable_degrees(shape.dim, _MOST_ESTIMATED)
     if degree is None and not affordable:
         if method == "polynomial":
             raise PlanError(
-                f"degree 1 at dim {shape.dim} has rank {rank_of(shape.dim, 1):,}, beyond the largest rank of {MAX_RANK:,}. Use "
-                f"method='exact' ({si(shape.exact_cost()[0])}flop)"
+                f"degree 1 at dim {shape.dim} has rank {rank_of(shape.dim, 1):,}, {beyond(shape.dim)}. Use method='exact' "
+                f"({si(shape.exact_cost()[0])}flop)"
             )
         return exact("no degree has a rank that a plan accepts")
     if degree is not None:
@@ -369,7 +411,7 @@ def _estimated(
             tol,
             affordable,
             higher,
-            0 if gradients is None else MAX_RANK,
+            0 if gradients is None else largest_rank(shape.dim),
             gradients is True,
             lambda found: rounding_of(found)[0],
         )

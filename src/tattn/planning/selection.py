@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil, inf, isfinite, log2
 
-from ..approximation.exponential import Polynomial, smallest
+from ..approximation.exponential import MAX_DEGREE, Polynomial, smallest
 from ..approximation.exponential import minimax as minimax_polynomial
 from ..approximation.exponential import taylor as taylor_polynomial
 from ..approximation.pruning import HIGHER, Pruned, dropped, smallest_pruned, sums_of, worthwhile
 from ..bounds.rounding import exact_errors, least_normaliser, lowrank_errors, lowrank_rounding
-from ..checks import PlanError, warn_caller, whole
+from ..checks import PlanError, shown, warn_caller, whole
 from ..engines.spans import span_of
 from ..features.monomials import rank as rank_of
 from ..plans import USUAL_VALUE_DIM, Plan, Shape, plan_of, si
 
 MAX_RANK = 1 << 18
+# Exponents of all monomials in all channels, which are a table.
+_MAX_EXPONENTS = 1 << 28
 # Operations that take longer than to look for a pruned basis.
 _WORTH_PRUNING = 2e8
 _MAX_DEGREE = 40
@@ -40,11 +42,13 @@ def choose(
 ) -> Plan:
     """The plan for scores within `bound` whose row means are at least `lowest_mean`; `sizes` of the channels if known."""
     if degree is not None:
-        degree = whole("degree", degree, 1)
+        degree = whole("degree", degree, 1, MAX_DEGREE)
         if method == "exact":
             raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
         check_rank(shape, degree)
     rounded = _round_up(bound) if source == "data" else bound
+    if method == "exact" and series != "minimax":
+        raise ValueError(f"series belongs to the polynomial method, got {series!r} with method 'exact'")
     windows = shape.order.window is not None
     if windows and (method == "polynomial" or degree is not None):
         raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
@@ -175,7 +179,7 @@ def _pruned(
         found, found_grad = _polynomial_errors(shape, polynomial, lowest_mean, pruned, sizes)
         return found <= tol and found_grad <= allowed
 
-    below = min(MAX_RANK + 1, worthwhile(whole, shape.value_dim))
+    below = min(largest_rank(shape.dim) + 1, worthwhile(whole, shape.value_dim))
     return smallest_pruned(sizes, range(needed, needed + HIGHER + 1), below, accept)
 
 
@@ -186,7 +190,7 @@ def _rounded_sums(pruned: Pruned, sizes: Sequence[float]) -> tuple[float, ...]:
 
 def _smallest(shape: Shape, bound: float, lowest_mean: float, tol: float, series: str) -> Polynomial | None:
     """The polynomial of least degree that meets `tol` at a rank that can be afforded."""
-    affordable = max((g for g in range(1, _MAX_DEGREE + 1) if rank_of(shape.dim, g) <= MAX_RANK), default=0)
+    affordable = max(affordable_degrees(shape.dim, _MAX_DEGREE), default=0)
 
     def accept(polynomial: Polynomial) -> bool:
         return polynomial.degree >= 1 and _polynomial_errors(shape, polynomial, lowest_mean)[0] <= tol
@@ -210,23 +214,39 @@ def _why_not(shape: Shape, bound: float, tol: float, needed: int | None) -> str:
     """What stands against the polynomial method, in words."""
     where = f"scores may reach {bound:.4g}"
     if needed is None:
-        return f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {rank_of(shape.dim, _MAX_DEGREE):,}"
+        return f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {shown(rank_of(shape.dim, _MAX_DEGREE), ',')}"
     rank = rank_of(shape.dim, needed)
-    take = f"{where}, which takes degree {needed} and rank {rank:,} at dim {shape.dim}"
-    if rank > MAX_RANK:
-        return f"{take}, beyond the largest rank of {MAX_RANK:,}"
+    take = f"{where}, which takes degree {needed} and rank {shown(rank, ',')} at dim {shape.dim}"
+    if rank > largest_rank(shape.dim):
+        return f"{take}, {beyond(shape.dim)}"
     return f"{take}, where rounding in {shape.dtype} exceeds tol"
 
 
+def largest_rank(dim: int) -> int:
+    """The largest rank that a plan accepts for so many channels."""
+    return min(MAX_RANK, _MAX_EXPONENTS // dim)
+
+
+def affordable_degrees(dim: int, most: int) -> list[int]:
+    """The degrees from 1 to `most` whose ranks a plan accepts."""
+    return [g for g in range(1, most + 1) if rank_of(dim, g) <= largest_rank(dim)]
+
+
 def check_rank(shape: Shape, degree: int) -> None:
-    """Refuse a degree whose rank is beyond `MAX_RANK`."""
+    """Refuse a degree whose rank no plan accepts."""
     rank = rank_of(shape.dim, degree)
-    if rank > MAX_RANK:
+    if rank > largest_rank(shape.dim):
         memory = shape.polynomial_cost(rank)[1]
         raise ValueError(
-            f"degree {degree} at dim {shape.dim} has rank {rank:,} and would take {si(memory)}B of memory, "
-            f"beyond the largest rank of {MAX_RANK:,}"
+            f"degree {degree} at dim {shape.dim} has rank {shown(rank, ',')} and would take {si(memory)}B of memory, "
+            f"{beyond(shape.dim)}"
         )
+
+
+def beyond(dim: int) -> str:
+    """What a rank is beyond, in words."""
+    largest = largest_rank(dim)
+    return f"beyond the largest rank of {largest:,}" + (f" for {dim:,} channels" if largest < MAX_RANK else "")
 
 
 def _round_up(bound: float) -> float:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..attention import tensor_attention
-from ..paper import TrainingProblem, exact_gradient, loss, loss_gradient, weight_gradients
-from ..planning import plan
+from tattn.attention import tensor_attention
+from tattn.paper import TrainingProblem, exact_gradient, loss, loss_gradient, weight_gradients
+from tattn.planning import plan
+
 from .plots import panels, style
 from .tables import Table, column, distinct, markdown, short, where
 

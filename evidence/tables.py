@@ -12,12 +12,12 @@ Row = dict[str, Any]
 Table = list[Row]
 
 
-def save(table: Table, path: Path) -> None:
-    """Write a table; numbers with six digits."""
+def save(table: Table, path: Path, digits: int = 6) -> None:
+    """Write a table, numbers with so many digits."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+        writer.writerows({k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
 
 
 def load(path: Path) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .tables import Table, markdown, seconds
 
-_COMMAND = "python -m tattn evidence"
+_COMMAND = "python -m evidence measure"
 _INTRO = """\
 # Evidence
 

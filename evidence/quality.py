@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..attention import tensor_attention_vjp
-from ..planning import plan
+from tattn.attention import tensor_attention_vjp
+from tattn.planning import plan
+
 from .plots import legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where
 

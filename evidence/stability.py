@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..approximation.exponential import minimax
-from ..attention import tensor_attention
-from ..planning import plan
+from tattn.approximation.exponential import minimax
+from tattn.attention import tensor_attention
+from tattn.planning import plan
+
 from .plots import legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import __version__
+from tattn import __version__
+
 from .tables import Row
 
 
-def description() -> Row:
-    """Processor, cores and versions."""
+def description(*packages: str) -> Row:
+    """Processor, cores and versions, of some packages as well."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "cpu": _processor(),
@@ -25,8 +26,7 @@ def description() -> Row:
         "tattn": __version__,
         "numpy": np.__version__,
         "blas": f"{blas.get('name', '')} {blas.get('version', '')}".strip(),
-        "torch": _version("torch"),
-        "matplotlib": _version("matplotlib"),
+        **{package: _version(package) for package in packages},
     }
 
 

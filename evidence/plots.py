@@ -20,14 +20,21 @@ def style(i: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def panels(columns: int, rows: int = 1, height: float = 3.7, **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes, (rows, columns), with grids."""
-    import matplotlib
-
+def drawing() -> Any:
+    """pyplot, without a screen; ModuleNotFoundError says what to install."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install --group demo") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
+    return pyplot
+
+
+def panels(columns: int, rows: int = 1, height: float = 3.7, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes, (rows, columns), with grids."""
+    figure, axes = drawing().subplots(
         rows, columns, figsize=(4.4 * columns, height * rows), layout="constrained", squeeze=False, **options
     )
     for a in axes.flat:
@@ -42,9 +49,7 @@ def legend_below(figure: Any, axis: Any, columns: int = 4) -> None:
     )
 
 
-def save_plot(figure: Any, path: Path) -> None:
+def save_plot(figure: Any, path: Path, dpi: int = 100) -> None:
     """Write a PNG and forget the figure."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    drawing().close(figure)

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..approximation.exponential import least_error, smallest
-from ..features.monomials import rank
-from ..planning import plan_for
-from ..planning.selection import MAX_RANK
+from tattn.approximation.exponential import least_error, smallest
+from tattn.features.monomials import rank
+from tattn.planning import plan_for
+from tattn.planning.selection import MAX_RANK
+
 from .plots import COLOURS, legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where
 

@@ -1,6 +1,6 @@
 """Time and memory of one computation, in a process of its own with one thread.
 
-    python -m tattn.evidence.apart < specification.json
+    python -m evidence.apart < specification.json
 
 Memory is what is held at the peak beyond inputs and outputs, counted twice: by tracemalloc, to which NumPy reports its
 arrays, and by the resident set of the process where Linux tells its peak (which sees the BLAS, too, and pages that
@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attention import tensor_attention_vjp
-from ..paper import TrainingProblem, exact_gradient, loss_gradient
-from ..planning import plan
-from ..planning.sampling import measure_error
-from ..plans import Plan
+from tattn.attention import tensor_attention_vjp
+from tattn.paper import TrainingProblem, exact_gradient, loss_gradient
+from tattn.planning import plan
+from tattn.planning.sampling import measure_error
+from tattn.plans import Plan
+
 from .tables import Row
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -36,10 +37,11 @@ _COMPARED = 256
 def measured_apart(specification: Row) -> Row:
     """`measured` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tattn.evidence.apart"],
+        [sys.executable, "-m", "evidence.apart"],
         input=json.dumps(specification),
         capture_output=True,
         text=True,
+        cwd=Path(__file__).parents[1],
         env={**os.environ, **ONE_THREAD},
         check=False,
     )

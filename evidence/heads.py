@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import checked_inputs
-from ..demo import encoder
-from ..features.monomials import rank
-from ..planning import measured, plan
-from ..planning.selection import MAX_RANK
+from tattn.checks import checked_inputs
+from tattn.features.monomials import rank
+from tattn.planning import measured, plan
+from tattn.planning.selection import MAX_RANK
+
 from .border import needed
+from .demo import encoder
 from .plots import panels, style
 from .tables import Row, Table, column, distinct, listed, markdown, short, where
 
@@ -156,7 +157,7 @@ def words(tables: dict[str, Table]) -> str:
     heads_title = [*(f"degree {g}, estimated" for g in _DEGREES), "half of the heads, certified", "all, certified"]
     third = log(tokens) ** (1 / 3)
     return f"""\
-{per_text} heads of the trained sentence encoder all-MiniLM-L6-v2 (that of `python -m tattn demo`), each for
+{per_text} heads of the trained sentence encoder all-MiniLM-L6-v2 (that of `python -m evidence demo`), each for
 {listed(texts)}, two texts that come with Python, {tokens:,} tokens each: query q, keys (k, k), values (v, v), d = {dim},
 scale 1/d. The heads were trained for ordinary attention; as tensor attention they stand in for heads that nobody has
 trained yet, with entries of real size.

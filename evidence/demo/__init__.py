@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..attention import tensor_attention, tensor_attention_vjp
-from ..planning import plan
-from ..plans import strict_json
+from tattn.attention import tensor_attention, tensor_attention_vjp
+from tattn.planning import plan
+from tattn.plans import strict_json
+from tattn.terminal import writable_file
+
+from ..plots import drawing, save_plot
 
 # Two ordinary heads of the first, middle and last layer, and the one whose scores reach furthest.
 HEADS = ((0, 0), (0, 11), (2, 3), (3, 5), (5, 0), (0, 5))
@@ -43,7 +46,10 @@ def run(*, tokens: int = 8192, text: str = "reference", plot: str = "tattn-demo.
     from .encoder import heads
 
     # What is missing is said before minutes are spent.
-    drawing()
+    formats = drawing().figure().canvas.get_supported_filetypes()
+    if Path(plot).suffix[1:].lower() not in {"", *formats}:
+        raise ValueError(f"plot should end in one of {', '.join(formats)}, got {str(plot)!r}")
+    writable_file("plot", plot)
     if tokens < 2 * PREFIX:
         raise ValueError(f"tokens should be at least {2 * PREFIX}, got {tokens}")
     steps = len(HEADS) * (len(DEGREES) + len(BANDED) + 1)
@@ -192,8 +198,7 @@ def _time(seconds: float) -> str:
 
 def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     """Error of output and of the query's gradient against degree, a line for each head."""
-    pyplot = drawing()
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = drawing().subplots(1, 3, figsize=(13, 4), layout="constrained")
     for row in results:
         degrees = [d["degree"] for d in row["degrees"]]
         label = f"layer {row['head'][0]}, head {row['head'][1]} (scores ±{row['sampled_range']:.1f})"
@@ -215,20 +220,7 @@ def _save_plot(results: list[dict[str, Any]], path: Path) -> None:
     for a in axes:
         a.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def drawing() -> Any:
-    """pyplot, without a screen; ModuleNotFoundError says what to install."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the demo needs matplotlib: pip install 'tattn[demo]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    save_plot(figure, path, dpi=150)
 
 
 @contextmanager
@@ -240,7 +232,7 @@ def progress(total: int, name: str, quiet: bool) -> Iterator[Callable[[int, int]
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the demo needs tqdm: pip install 'tattn[demo]'") from error
+        raise ModuleNotFoundError("the demo needs tqdm: pip install --group demo") from error
     with tqdm(total=total, desc=name) as bar:
 
         def advance(done: int, total: int) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tattn.terminal import writable_folder
+
 from . import border, growth, heads, learning, quality, stability
 from .machine import description
 from .page import page
-from .plots import save_plot
+from .plots import drawing, save_plot
 from .tables import Table, load, save
 
 
@@ -61,15 +63,14 @@ def run(*, out: str | None = None, quick: bool = False, only: Sequence[str] = ()
     if unknown:
         raise ValueError(f"parts are {', '.join(part.name for part in PARTS)}; got {', '.join(unknown)}")
     chosen = [part for part in PARTS if not only or part.name in only]
+    drawing()
     try:
-        import matplotlib  # noqa: F401
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"evidence needs {error.name}: pip install 'tattn[demo]'") from error
+        raise ModuleNotFoundError(f"evidence needs {error.name}: pip install --group demo") from error
     if any(part.name == "heads" for part in chosen):
         heads.check()
-    folder = Path(out or ("build/evidence" if quick else "docs/evidence"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder("out", out or ("build/evidence" if quick else "docs/evidence"))
     for part in chosen:
 
         def watch(items: Iterable[Any], name: str = part.name) -> Iterable[Any]:
@@ -79,7 +80,12 @@ def run(*, out: str | None = None, quick: bool = False, only: Sequence[str] = ()
         start = sum(os.times()[:4])
         for name, table in part.measure(quick, watch).items():
             save(table, folder / f"{name}.csv")
-        about = {"part": part.name, "quick": quick, "seconds": sum(os.times()[:4]) - start, **description()}
+        about = {
+            "part": part.name,
+            "quick": quick,
+            "seconds": sum(os.times()[:4]) - start,
+            **description("torch", "matplotlib"),
+        }
         save([about], folder / f"machine-{part.name}.csv")
     write(folder, plot=[part.name for part in chosen])
     print(folder / "index.md")
