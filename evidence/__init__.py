@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tattn.terminal import writable_folder
+
 from . import border, growth, heads, learning, quality, stability
 from .machine import description
 from .page import page
@@ -68,8 +70,7 @@ def run(*, out: str | None = None, quick: bool = False, only: Sequence[str] = ()
         raise ModuleNotFoundError(f"evidence needs {error.name}: pip install --group demo") from error
     if any(part.name == "heads" for part in chosen):
         heads.check()
-    folder = Path(out or ("build/evidence" if quick else "docs/evidence"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder("out", out or ("build/evidence" if quick else "docs/evidence"))
     for part in chosen:
 
         def watch(items: Iterable[Any], name: str = part.name) -> Iterable[Any]:

@@ -6,7 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tattn.terminal import command
 
+
+@command("python -m evidence")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -37,24 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     given = vars(parser.parse_args(arguments))
-    command = given.pop("command")
-    try:
-        # Each imports its own.
-        if command == "measure":
-            from . import run
+    task = given.pop("command")
+    # Each imports its own.
+    if task == "measure":
+        from . import run
 
-            run(**given)
-        elif command == "demo":
-            from .demo import run as run_demo
+        run(**given)
+    elif task == "demo":
+        from .demo import run as run_demo
 
-            run_demo(as_json=given.pop("json"), **given)
-        else:
-            from .demo.bands import run as run_bands
+        run_demo(as_json=given.pop("json"), **given)
+    else:
+        from .demo.bands import run as run_bands
 
-            run_bands(**given)
-    except (ImportError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        run_bands(**given)
     return 0
 
 

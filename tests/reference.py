@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tattn.plans import plan_of_facts
+from tattn.stored import plan_of_facts
 
 LETTERS = "abcd"
 

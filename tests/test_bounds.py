@@ -194,3 +194,33 @@ def test_float32_sums_of_one_number_stay_within_the_rounding_model(value: float,
     # All scores are equal, so softmax is uniform.
     exact = values[0].astype(float).mean(0) * values[1].astype(float).mean(0)
     assert (np.abs(out - exact) <= plan.error * value_sizes(values)[0]).all()
+
+
+@pytest.mark.parametrize("views", [1, 3, 8, 16, 24])
+@pytest.mark.parametrize(("n", "key", "score"), [(128, 0.5, 1e-3), (128, 0.99, 1.0), (4096, 0.99, -0.5)])
+def test_views_that_are_alike_stay_within_the_rounding_model(views: int, n: int, key: float, score: float) -> None:
+    """Equal views round alike, so that what their sums lose adds up over the views."""
+    rng = np.random.default_rng(views)
+    query, keys = np.full((16, 1), score, np.float32), [np.full((n, 1), key, np.float32)] * views
+    bound = abs(score) * float(np.float32(key)) ** views
+    for promise in ({"bound": bound * 1.01}, {}):
+        channels = np.append(np.float32(1.97527), rng.uniform(1, 2, 31).astype(np.float32))
+        values = [np.broadcast_to(channels, (n, 32)).copy()] * views
+        plan = tattn.plan(query, keys, values, scale=1.0, degree=4, **promise)
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+        _, _, dvalues = pullback(np.ones_like(out))
+        exact = channels.astype(float)
+        # The scores of all tuples are equal.
+        assert (np.abs(out / exact**views - 1) <= plan.error).all()
+        assert (np.abs(dvalues[0] * n / (16 * exact ** (views - 1)) - 1) <= plan.error).all()
+
+
+def test_exact_sums_of_one_number_stay_within_the_rounding_model() -> None:
+    n = 4096
+    query, keys = np.full((64, 1), 1e-3, np.float32), [np.full((n, 1), 0.5, np.float32)]
+    for seed in range(8):
+        channels = np.random.default_rng(seed).uniform(1, 2, 8).astype(np.float32)
+        values = [np.broadcast_to(channels, (n, 8)).copy()]
+        plan = tattn.plan(query, keys, values, scale=1.0, method="exact")
+        out = tattn.tensor_attention(query, keys, values, plan=plan)
+        assert (np.abs(out / channels.astype(float) - 1) <= plan.error).all()

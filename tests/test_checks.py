@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import permutations
 from math import comb, inf, nan
 from typing import Any
@@ -25,6 +26,7 @@ from tattn.planning import selection
 Q, A, B, U, V = np.random.default_rng(0).uniform(-1, 1, (5, 6, 4))
 ROWS, DIM = Q.shape
 MASK = np.ones(ROWS, bool)
+SWAPPED = Q.astype(Q.dtype.newbyteorder(">" if sys.byteorder == "little" else "<"))
 ARRAYS = {"query": Q, "keys": [A, B], "values": [U, V]}
 
 
@@ -108,6 +110,9 @@ ARRAY_CASES = [
     case("None", TypeError, "keys[0]", "an array", "NoneType", keys=[None, B]),
     case("None", TypeError, "values[0]", "an array", "NoneType", values=[None, V]),
     case("None", TypeError, "values[1]", "an array", "NoneType", values=[U, None]),
+    case("byte order", TypeError, "query", "an array", r"another byte order .*'>f8'.*astype\('float64'\)", query=SWAPPED),
+    case("byte order", TypeError, "keys[1]", "an array", "another byte order", keys=[A, SWAPPED]),
+    case("byte order", TypeError, "values[0]", "an array", "another byte order", values=[SWAPPED, V]),
     case("matrix", TypeError, "query", "an array", r"np\.matrix", query=Q.view(np.matrix)),
     case("matrix", TypeError, "keys[0]", "an array", r"np\.matrix", keys=[A.view(np.matrix), B]),
     case("matrix", TypeError, "values[1]", "an array", r"np\.matrix", values=[U, V.view(np.matrix)]),
@@ -139,6 +144,10 @@ ARRAY_CASES = [
     case("rank 1", ValueError, "query", "at least two dimensions", r"\(4,\)", query=Q[0]),
     case("rank 1", ValueError, "keys[1]", "at least two dimensions", r"\(4,\)", keys=[A, B[0]]),
     case("rank 1", ValueError, "values[0]", "at least two dimensions", r"\(4,\)", values=[U[0], V]),
+    case("many", ValueError, "query", "at most 24 dimensions", "42", query=Q[(None,) * 40]),
+    case("many", ValueError, "keys[1]", "at most 24 dimensions", "25", keys=[A, B[(None,) * 23]]),
+    case("many", ValueError, "values[0]", "at most 24 dimensions", "64", values=[U[(None,) * 62], V]),
+    case("many", ValueError, "key_masks[0]", "at most 24 dimensions", "64", key_masks=[MASK[(None,) * 63], None]),
     case("no rows", ValueError, "query", "no dimension of length 0", r"\(0, 4\)", query=Q[:0]),
     case("no channels", ValueError, "query", "no dimension of length 0", r"\(6, 0\)", query=Q[:, :0]),
     case("no problems", ValueError, "query", "of length 0", r"\(0, 6, 4\)", query=np.zeros((0, ROWS, DIM))),
@@ -221,6 +230,32 @@ def test_tol_and_method(function, changes, error, message, nothing_read):
     refuse(function, error, message, **ARRAYS, **changes)
 
 
+@pytest.mark.parametrize("given", ["no", None, 1, 0.0, np.array(True), [True]], ids=by_type)
+@pytest.mark.parametrize("name", ["return_lse", "return_error", "return_plan"])
+@pytest.mark.parametrize("function", ATTENTION, ids=by_name)
+def test_flags(function, name, given, nothing_read):
+    refuse(function, TypeError, f"^{name} should be True or False, got {by_type(given)}$", **ARRAYS, **{name: given})
+
+
+@pytest.mark.parametrize("order", [{}, {"causal": True}, {"window": (3, 2)}], ids=str)
+@pytest.mark.parametrize("options", [{"method": "exact"}, {"degree": 2}], ids=str)
+def test_as_many_dimensions_as_are_allowed(library, options, order):
+    """24 in all: what computes has room for those that it adds."""
+    if "degree" in options and "window" in order:
+        pytest.skip("windows are exact")
+    plan = tattn.plan(**ARRAYS, **options, **order, bound=4.0)
+    expected = tattn.tensor_attention(**ARRAYS, **order, plan=plan)
+    query, keys, values = library.arrays(np.stack([Q] * 3)[(None,) * 21], [A[(None,) * 22], B], [U, V])
+    (out, error), pullback = tattn.tensor_attention_vjp(query, keys, values, **order, plan=plan, return_error=True)
+    leading = (1,) * 21 + (3,)
+    assert out.shape == (*leading, ROWS, DIM)
+    assert error.shape == (*leading, ROWS)
+    np.testing.assert_allclose(library.numpy(out)[(0,) * 21], np.stack([expected] * 3), rtol=1e-12, atol=1e-12)
+    grads, bounds = pullback(out, return_error=True)
+    assert grads[0].shape == bounds[0].shape == query.shape
+    assert tattn.measure_error(query, keys, values, out, **order)[0] <= plan.error
+
+
 @pytest.mark.parametrize("scalar", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_scale_and_tol_may_be_numpy_scalars(method, scalar):
@@ -290,6 +325,40 @@ def test_mixed_devices(argument, nothing_read):
     named[name][place] = xp.asarray(named[name][place], device=there)
     message = rf"^{re.escape(argument)} should be on the query's device .*CPU_DEVICE.*, got .*device1"
     refuse(tattn.tensor_attention, ValueError, message, query, **named)
+
+
+@pytest.mark.parametrize("theirs", ["torch", "jax"])
+def test_summaries_of_another_library(theirs):
+    """On a device of the same name."""
+    other = make_library(theirs)
+    plan = tattn.plan_for(**NUMBERS_ALONE, degree=2, dtype="float64")
+    summary, to_rows = tattn.summarize_vjp([A, B], [U, V], plan)
+    message = rf" should be an array of NumPy, like the summary, got one of {TITLES[theirs]}"
+    sums = other.arrays(list(summary.sums))
+    refuse(summary.attend, TypeError, f"^query{message}", other.array(Q))
+    refuse(summary.attend_vjp, TypeError, f"^query{message}", other.array(Q))
+    refuse(to_rows, TypeError, rf"^dsums\[0\]{message}", sums)
+    refuse(tattn.Summary(plan, summary.sums, tuple(sums)).attend, TypeError, rf"^rests\[0\]{message}", Q)
+    refuse(summary.update, TypeError, rf"^keys\[1\]{message}", [A, other.array(B)], [U, V])
+    state = tattn.DecodingState(plan, summary)
+    refuse(
+        state.step, TypeError, rf"^keys\[0\]{message}", other.array(Q[:1]), other.arrays([A[:1], B[:1]]), [U[:1], V[:1]]
+    )
+
+
+def test_devices_of_traced_tensors(nothing_read):
+    """Of which all is known but the values."""
+    torch = make_library("torch")
+    query, keys, values = torch.arrays(Q, [A, B], [U, V])
+    keys[1] = keys[1].to("meta")
+    refuse(
+        tattn.tensor_attention,
+        ValueError,
+        r"^keys\[1\] should be on the query's device cpu, got meta",
+        query,
+        keys,
+        values,
+    )
 
 
 TWO_JAX_DEVICES = """
@@ -458,6 +527,22 @@ def test_options_of_an_estimated_plan(changes, no_forward):
     refuse(tattn.plan, ValueError, f"^{name} should be .*, got", **ARRAYS, **changes, bound="estimated")
 
 
+@pytest.mark.parametrize("series", ["minimax", "taylor"])
+@pytest.mark.parametrize(("name", "given"), [("bands", "x"), ("bands", 4), ("moment", 2), ("moment", nan)])
+def test_what_belongs_to_bands_alone(name, given, series, nothing_read):
+    message = f"^{name} should come with series 'banded', got it with series '{series}'"
+    refuse(tattn.plan, ValueError, message, **ARRAYS, series=series, **{name: given})
+    refuse(tattn.plan_for, ValueError, message, **NUMBERS_ALONE, series=series, **{name: given})
+
+
+def test_what_belongs_to_a_polynomial_alone(no_forward):
+    message = "^series belongs to the polynomial method, got 'taylor' with method 'exact'"
+    refuse(tattn.plan, ValueError, message, **ARRAYS, series="taylor", method="exact")
+    refuse(tattn.plan_for, ValueError, message, **NUMBERS_ALONE, series="taylor", method="exact")
+    message = "^bound='estimated' .* has no use with method 'exact'"
+    refuse(tattn.plan, ValueError, message, **ARRAYS, bound="estimated", method="exact")
+
+
 NUMBERS_ALONE = {"n": 1000, "dim": 4, "bound": 1.0}
 
 
@@ -512,6 +597,63 @@ def test_a_rank_too_large_names_rank_and_bytes(bound, no_forward):
     message = rf"degree 10 at dim 64 has rank {rank:,} and would take [\d.]+ [TP]B .*rank of {limit:,}"
     refuse(tattn.plan, ValueError, message, array, [array, array], degree=10, bound=bound)
     refuse(tattn.plan_for, ValueError, message, n=5, dim=64, bound=1.0, degree=10)
+
+
+# Plans that contradict themselves.
+
+SMALL_CHANNELS = np.random.default_rng(0).uniform(-1, 1, (3, 400, 8)) * np.exp(-np.arange(8.0))
+SOUND = {
+    "polynomial": tattn.plan_for(n=9, dim=3, bound=1.0, degree=3, dtype="float64"),
+    "exact": tattn.plan_for(n=9, dim=3, bound=1.0, method="exact", dtype="float64"),
+    "banded": tattn.plan_for(n=9, dim=3, series="banded", degree=3, bands=2, dtype="float64"),
+    "windows": tattn.plan_for(n=9, dim=3, bound=1.0, window=(2, 3)),
+    "pruned": tattn.plan(*SMALL_CHANNELS[:1], list(SMALL_CHANNELS[1:]), method="polynomial", scale=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes"),
+    [
+        ("polynomial", {"method": "bogus"}), ("polynomial", {"method": None}), ("polynomial", {"method": "exact"}),
+        ("polynomial", {"series": "chebyshev"}), ("polynomial", {"series": None}), ("polynomial", {"series": "banded"}),
+        ("polynomial", {"source": "rumour"}), ("polynomial", {"source": "answer"}), ("polynomial", {"dtype": "int8"}),
+        ("polynomial", {"dtype": np.float32}), ("polynomial", {"degree": 4}), ("polynomial", {"degree": 3.0}),
+        ("polynomial", {"degree": True}), ("polynomial", {"degree": 1 << 70}), ("polynomial", {"rank": 19}),
+        ("polynomial", {"rank": "20"}), ("polynomial", {"dim": 4}), ("polynomial", {"dim": 0}), ("polynomial", {"order": 1}),
+        ("polynomial", {"scale": 0.0}), ("polynomial", {"scale": nan}), ("polynomial", {"scale": inf}),
+        ("polynomial", {"scale": "1"}), ("polynomial", {"bound": nan}), ("polynomial", {"bound": -1.0}),
+        ("polynomial", {"bound": None}), ("polynomial", {"error": nan}), ("polynomial", {"error": -1e-9}),
+        ("polynomial", {"error": inf}), ("polynomial", {"grad_error": nan}), ("polynomial", {"lowest_mean": nan}),
+        ("polynomial", {"certified": 1}), ("polynomial", {"source": "estimate"}), ("polynomial", {"causal": "yes"}),
+        ("polynomial", {"coefficients": ()}), ("polynomial", {"coefficients": [1.0] * 4}),
+        ("polynomial", {"coefficients": (1.0, 1.0, nan, 0.1)}), ("polynomial", {"coefficients": (1.0, 1.0, "x", 0.1)}),
+        ("polynomial", {"bands": 2}), ("polynomial", {"moment": 2}), ("polynomial", {"window": (2, 2), "causal": True}),
+        ("polynomial", {"grading": (1, 2)}), ("polynomial", {"grading": (1, 1, 0)}), ("polynomial", {"grading": (1, 1, 10**9)}),
+        ("polynomial", {"grading": (1, 1, 2)}), ("polynomial", {"sizes": (1.0,)}),
+        ("exact", {"method": "polynomial"}), ("exact", {"degree": 2}), ("exact", {"rank": 4}), ("exact", {"series": "minimax"}),
+        ("exact", {"coefficients": (1.0,)}), ("exact", {"bands": 1}), ("exact", {"window": (2, 2)}),
+        ("banded", {"bands": 0}), ("banded", {"moment": 3}), ("banded", {"moment": 4}), ("banded", {"source": "promise"}),
+        ("banded", {"causal": True}), ("banded", {"coefficients": (1.0,) * 4}), ("banded", {"rank": 10}),
+        ("windows", {"causal": False}), ("windows", {"window": (2,)}), ("windows", {"window": [2, 3]}),
+        ("windows", {"window": (2, "x")}),
+        ("pruned", {"grading": ()}), ("pruned", {"sizes": ()}), ("pruned", {"sizes": ("x",) * len(SOUND["pruned"].sizes)}),
+        ("pruned", {"rank": SOUND["pruned"].rank + 1}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_that_contradicts_itself(plan, changes):
+    with pytest.raises(ValueError, match=r"^plan's \w+ should be .*, got ") as caught:
+        replace(SOUND[plan], **changes)
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+
+
+def test_sound_plans_may_be_changed_where_nothing_contradicts():
+    assert SOUND["pruned"].grading
+    assert SOUND["pruned"].sizes
+    for plan in SOUND.values():
+        assert replace(plan, reason="mine", lengths=(2, 2, 2)) != plan
+    replace(SOUND["polynomial"], dtype="float16", scale=2, coefficients=(1, 1.0, 0.5, np.float64(0.1)))
 
 
 # Plans that do not fit the call.
@@ -720,6 +862,23 @@ def test_gradients_of_narrow_outputs():
 )
 def test_answers_to_check(changes, error, message, nothing_read):
     refuse(measure_error, error, message, **ARRAYS, **changes)
+
+
+@pytest.mark.parametrize(("entry", "word"), [(nan, "NaN"), (inf, "infinity"), (-inf, "infinity")])
+@pytest.mark.parametrize("row", range(ROWS))
+def test_answers_that_are_not_finite(library, row, entry, word):
+    """Whether the row is drawn or not."""
+    query, keys, values, out = library.arrays(Q, [A, B], [U, V], np.where(np.arange(ROWS)[:, None] == row, entry, U))
+    refuse(
+        tattn.measure_error,
+        ValueError,
+        f"^out should hold finite numbers, got {word}",
+        query,
+        keys,
+        values,
+        out,
+        rows=3,
+    )
 
 
 def test_answers_of_another_library(nothing_read):

@@ -207,3 +207,25 @@ def test_the_command_line_measures_what_it_is_asked_for(tmp_path, capsys):
     assert [line.startswith("python -m evidence: ") for line in errors] == [True, True]
     assert all("tokens should be at least" in line or "pip install --group demo" in line for line in errors)
     assert not list(tmp_path.iterdir())
+
+
+@PLOTS
+def test_places_that_cannot_be_written_to_are_refused_before_work_starts(tmp_path, monkeypatch):
+    from evidence import demo
+    from evidence.demo import bands, encoder
+
+    def work(*_, **__):
+        pytest.fail("work has started")
+
+    monkeypatch.setattr(encoder, "heads", work)
+    monkeypatch.setattr(border, "measure", work)
+    (tmp_path / "file").write_text("as it was")
+    inside = str(tmp_path / "file" / "x")
+    with pytest.raises(ValueError, match=r"^out should be a folder that can be written to, got "):
+        run(out=inside, quick=True, only=["border"])
+    with pytest.raises(ValueError, match=r"^out should be a folder that can be written to, got "):
+        bands.run(out=inside)
+    with pytest.raises(ValueError, match=r"^plot should be a file that can be written, got "):
+        demo.run(plot=inside)
+    with pytest.raises(ValueError, match=r"^plot should end in one of .*png.*, got 'plot.docx'$"):
+        demo.run(plot="plot.docx")

@@ -484,6 +484,22 @@ def test_the_plan_is_that_of_the_bound() -> None:
     assert hash(config) == hash(AttentionConfig(64, 8)) and config == pickle.loads(pickle.dumps(config))
 
 
+def test_layers_of_many_views() -> None:
+    for order, most in ((3, 8), (12, 4), (27, 1)):
+        plans = plans_of(AttentionConfig(8, 2, order=order, bound=None, degree=2), "float32")
+        assert [plan.bands for plan in plans] == list(range(1, most + 1))
+    with pytest.raises(ValueError, match=r"^order should be at most 32 with series 'banded', got 40$"):
+        AttentionConfig(8, 2, order=40, bound=None, degree=2).plan()
+    with pytest.raises(ValueError, match=r"^order should be at most 64, got 1000000000$"):
+        AttentionConfig(8, 2, order=10**9)
+    with pytest.raises(ValueError, match=r"^embed_dim should be at most 9,.* got about 10\^400$"):
+        AttentionConfig(10**400, 1)
+    with pytest.raises(
+        tattn.PlanError, match=r"cannot be built: degree should be at most 100, got 2000\. What would do"
+    ):
+        AttentionConfig(1, 1, degree=2000).plan()
+
+
 def test_the_table_in_the_guide() -> None:
     text = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]

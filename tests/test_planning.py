@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tracemalloc
 from dataclasses import FrozenInstanceError
 from math import inf
@@ -19,7 +20,7 @@ import tattn
 from tattn.__main__ import main
 from tattn.bounds.score_range import exponents
 from tattn.checks import checked_inputs
-from tattn.planning import measured
+from tattn.planning import banded_candidates, measured
 
 
 def draw(
@@ -438,3 +439,92 @@ def test_an_estimate_from_masked_rows_alone_is_none() -> None:
     assert tattn.plan(query, keys, key_masks=[mask, mask], bound="estimated", tol=1e-2).method == "exact"
     with pytest.raises(tattn.PlanError, match="estimated not to meet"):
         tattn.plan(query, keys, key_masks=[mask, mask], bound="estimated", tol=1e-2, method="polynomial")
+
+
+# Huge numbers.
+
+HUGE = (10**3, 10**5, 10**9, 2**63 - 1, 2**63, 10**120, 10**400, 10**5000)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"n": 10**120}, r"^n should be at most 9,223,372,036,854,775,807, got about 10\^120$"),
+        ({"n": -(10**5000)}, r"^n should be at least 1, got about -10\^5000$"),
+        ({"n": [5, 10**19, 5]}, r"^n\[1\] should be at most 9,"),
+        ({"dim": 10**400}, r"^dim should be at most 9,223,372,036,854,775,807, got about 10\^400$"),
+        ({"dim": 10**18, "method": "polynomial"}, r"takes degree 5 and rank about 10\^88 at dim"),
+        (
+            {"dim": 10**5, "degree": 1},
+            r"^degree 1 at dim 100000 has rank 100,001 .* rank of 2,684 for 100,000 channels$",
+        ),
+        ({"order": 400}, r"^order should be at most 64, got 400$"),
+        ({"order": 10**9}, r"^order should be at most 64, got 1000000000$"),
+        ({"dim": 1, "degree": 2000}, r"^degree should be at most 100, got 2000$"),
+        ({"dim": 1, "degree": 200_000, "series": "taylor"}, r"^degree should be at most 100, got 200000$"),
+        ({"dim": 1, "degree": 2000, "series": "banded"}, r"^degree should be at most 100, got 2000$"),
+        (
+            {"n": 10**9, "bands": 10**6, "series": "banded"},
+            r"^bands should be at most 406 for order 3, got 1000000: each",
+        ),
+        ({"order": 12, "series": "banded"}, r"^bands should be at most 4 for order 12, got 8: each tuple of bands"),
+        ({"order": 40, "series": "banded"}, r"^order should be at most 32 with series 'banded', got 40$"),
+        ({"moment": 10**30, "series": "banded"}, r"^moment should be at most 9,.* got about 10\^30$"),
+        ({"value_dim": 10**400}, r"^value_dim should be at most 9,"),
+        ({"workers": 10**400}, r"^workers should be at most 9,"),
+        ({"window": (5, 10**20)}, r"^window\[1\] should be at most 9,"),
+        ({"tol": 10**5000}, r"^tol should be finite and above 0, got about 10\^5000$"),
+    ],
+)
+def test_huge_numbers_are_refused_by_name_at_once(options: dict[str, Any], match: str) -> None:
+    bound = None if options.get("series") == "banded" else 1.0
+    start = time.process_time()
+    with pytest.raises(ValueError, match=match):
+        tattn.plan_for(**{"n": 1000, "dim": 4, "bound": bound, **options})
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.filterwarnings("ignore:tol=0.001 cannot be met in float32")
+@pytest.mark.parametrize("name", ["n", "dim", "order", "value_dim", "degree", "bands", "moment", "workers", "window"])
+def test_a_huge_number_gives_a_plan_or_is_refused(name: str) -> None:
+    for number in HUGE:
+        for options in (
+            {"bound": 1.0},
+            {"bound": 1.0, "method": "exact"},
+            {"bound": 9.0, "dtype": "float64", "causal": True},
+            {"series": "banded", "degree": number, "dim": 1},
+        ):
+            value = (number, number) if name == "window" else number
+            start = time.process_time()
+            try:
+                made = tattn.plan_for(**{"n": 1000, "dim": 4, **options, name: value})
+            except ValueError:
+                pass
+            else:
+                assert "rows" in str(made)
+            assert time.process_time() - start < 1
+
+
+def test_more_channels_than_a_table_of_exponents_has_room_for() -> None:
+    query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 3, 100_000))
+    # Unequal channels would have a pruned basis looked for.
+    keys[0][:, 10:] *= 1e-3
+    tracemalloc.start()
+    start = time.process_time()
+    for options in ({"degree": 1}, {"degree": 1, "bound": "estimated"}, {"method": "polynomial"}):
+        with pytest.raises(ValueError, match="beyond the largest rank of 2,684 for 100,000 channels"):
+            tattn.plan(query, keys, **options)
+    assert tattn.plan(query, keys).method == "exact"
+    assert time.process_time() - start < 2
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
+def test_more_views_than_arrays_have_dimensions() -> None:
+    rows = np.ones((2, 1))
+    with pytest.raises(ValueError, match=r"^keys should be at most 63 arrays, got 64$"):
+        tattn.tensor_attention(rows, [rows] * 64, [rows] * 64)
+    # Each tuple of bands would have a polynomial of its own.
+    rows = np.ones((40, 1))
+    tried = [len(banded_candidates(checked_inputs(rows, [rows] * m, None, None), 1.0)) for m in (7, 8)]
+    assert tried == [5, 0]

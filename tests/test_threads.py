@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -212,6 +213,78 @@ def test_what_one_thread_raises_is_raised(backend: Backend, shared: list[int], l
             backend.share_rows(body, 0, (rows,), 10, 10)
     assert shared == [3, 3]
     assert real_threads(backend) == 2
+
+
+def in_a_new_thread(backend: Backend) -> int:
+    """Threads that the library uses for an operation in a thread that is born now."""
+    found: list[int] = []
+    born = threading.Thread(target=lambda: found.append(real_threads(backend)))
+    born.start()
+    born.join()
+    return found[0]
+
+
+def test_an_interrupted_call_waits_for_its_threads(library: Any, backend: Backend, shared: list[int]) -> None:
+    """Ctrl-C, several times: a call ends when its threads have, which is early, and limits are put back then."""
+    rows, inside, blocks, over = library.array(np.zeros((300, 2))), [], [], threading.Event()
+
+    def body(carry: int, block: Any) -> Any:
+        inside.append(threading.current_thread().name)
+        blocks.append(real_threads(backend))
+        if inside[-1].endswith("-0") and len(blocks) < 20:
+            for _ in range(0 if over.is_set() else 5):
+                time.sleep(0.02)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.1)
+        inside.pop()
+        return carry, (block,)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            backend.share_rows(body, 0, (rows,), 1, 10)
+        running = list(inside)
+        over.set()
+        assert running == []
+        assert real_threads(backend) == in_a_new_thread(backend) == 2
+        assert set(blocks) == {1}
+        assert len(blocks) < 20
+        blocks.clear()
+        over.clear()
+    assert shared == [3, 3]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_an_interrupt_while_threads_are_started(
+    library: Any, backend: Backend, shared: list[int], monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """`start` may be interrupted before or after its thread begins: that one is waited for, or does nothing later."""
+    late: list[Any] = []
+    ran: list[str] = []
+
+    class Thread(threading.Thread):
+        def start(self) -> None:
+            if self.name.endswith("-0"):
+                return super().start()
+            if begins:
+                super().start()
+            else:
+                late.append(super().start)
+            raise KeyboardInterrupt
+
+    def body(carry: int, block: Any) -> Any:
+        time.sleep(0.05)
+        ran.append(threading.current_thread().name)
+        return carry, (block,)
+
+    monkeypatch.setattr("tattn.backends.threads.Thread", Thread)
+    with pytest.raises(KeyboardInterrupt):
+        backend.share_rows(body, 0, (library.array(np.zeros((300, 2))),), 1, 10)
+    after = len(ran)
+    assert real_threads(backend) == in_a_new_thread(backend) == 2
+    for start in late:
+        start()
+    time.sleep(0.2)
+    assert len(ran) == after
 
 
 def test_settings_are_those_of_the_caller(library: Any, backend: Backend, shared: list[int]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from tattn.attention import tensor_attention, tensor_attention_vjp
 from tattn.planning import plan
 from tattn.plans import strict_json
+from tattn.terminal import writable_file
 
 from ..plots import drawing, save_plot
 
@@ -45,7 +46,10 @@ def run(*, tokens: int = 8192, text: str = "reference", plot: str = "tattn-demo.
     from .encoder import heads
 
     # What is missing is said before minutes are spent.
-    drawing()
+    formats = drawing().figure().canvas.get_supported_filetypes()
+    if Path(plot).suffix[1:].lower() not in {"", *formats}:
+        raise ValueError(f"plot should end in one of {', '.join(formats)}, got {str(plot)!r}")
+    writable_file("plot", plot)
     if tokens < 2 * PREFIX:
         raise ValueError(f"tokens should be at least {2 * PREFIX}, got {tokens}")
     steps = len(HEADS) * (len(DEGREES) + len(BANDED) + 1)

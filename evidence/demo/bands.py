@@ -10,6 +10,7 @@ import numpy as np
 
 from tattn.attention import tensor_attention_vjp
 from tattn.planning import plan
+from tattn.terminal import writable_folder
 
 from ..plots import drawing, save_plot
 from ..tables import save
@@ -46,7 +47,7 @@ def run(*, tokens: int = 2048, out: str = "docs/bands", texts: tuple[str, ...] =
     drawing()
     if tokens < 64:
         raise ValueError(f"tokens should be at least 64, got {tokens}")
-    folder = Path(out)
+    folder = writable_folder("out", out)
     rows: list[dict[str, Any]] = []
     with progress(len(texts) * LAYERS * HEADS, "heads", quiet) as advance:
         for text in texts:
@@ -57,7 +58,6 @@ def run(*, tokens: int = 2048, out: str = "docs/bands", texts: tuple[str, ...] =
                     found = _head(q, k, v)
                     rows += [{"text": text, "layer": layer, "head": head, **row} for row in found]
                     advance(len(rows) // len(DEGREES), len(texts) * LAYERS * HEADS)
-    folder.mkdir(parents=True, exist_ok=True)
     save(rows, folder / "heads.csv", digits=4)
     (folder / "summary.md").write_text(_summary(rows, tokens, texts), encoding="utf-8")
     _save_shares(rows, texts, folder / "shares.png")

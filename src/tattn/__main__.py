@@ -13,8 +13,10 @@ from . import __version__
 from .checks import METHODS, SERIES
 from .planning import plan_for
 from .plans import strict_json
+from .terminal import command
 
 
+@command("python -m tattn")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -39,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--degree", type=int, help="force the polynomial method at this degree")
     plan.add_argument("--method", choices=METHODS, default="auto")
     plan.add_argument("--series", choices=SERIES, default="minimax")
-    plan.add_argument("--bands", type=int, default=8, help="norm bands of each view (default: %(default)s)")
-    plan.add_argument("--moment", type=int, default=2, help="moment that bounds their error (default: %(default)s)")
+    plan.add_argument("--bands", type=int, help="norm bands of each view, with --series banded (default: 8)")
+    plan.add_argument("--moment", type=int, help="moment that bounds their error, with --series banded (default: 2)")
     plan.add_argument("--causal", action="store_true", help="a row sees keys up to its own row")
     plan.add_argument("--window", type=int, nargs="+", help="and of those the last so many of each view")
     plan.add_argument("--workers", type=int, help="processes or machines with a share of the rows each")

@@ -49,6 +49,15 @@ def prod_of(arrays: Sequence[Array]) -> Array:
     return result
 
 
+def times_power(x: Array, power: Array, backend: Backend) -> Array:
+    """The array times 2^p for whole numbers p, in two steps: a power may leave the range where the product does not."""
+    xp = backend.xp
+    half = xp.floor(power * 0.5)
+    for part in (half, power - half):
+        x = x * xp.pow(xp.full_like(part, 2.0), part)
+    return x
+
+
 def sum_of(arrays: Sequence[Array]) -> Array:
     """Sum of arrays that broadcast."""
     result = arrays[0]

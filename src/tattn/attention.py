@@ -7,7 +7,7 @@ from math import inf
 from typing import Any
 
 from .backends import Array
-from .checks import Inputs, PlanError, checked_inputs, checked_options, checked_output
+from .checks import Inputs, PlanError, checked_flags, checked_inputs, checked_options, checked_output
 from .methods import backward, forward
 from .operands import Gradients
 from .planning import exact_plan, plan_inputs
@@ -111,8 +111,8 @@ def tensor_attention(
     (1000, 4)
     """
     order = (causal, window)
-    told = return_error, return_plan
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
+    told = return_lse, return_error, return_plan
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, told)
     return _returned(_computed(work, inputs), inputs, work, query, return_lse, return_error, return_plan)[0]
 
 
@@ -172,14 +172,15 @@ def tensor_attention_vjp(
     ((500, 4), 2, 2)
     """
     order = (causal, window)
-    told = return_error, return_plan
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, *told)
+    told = return_lse, return_error, return_plan
+    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, told)
     backend = inputs.backend
     result = _computed(work, inputs)
     computed, lse, *kept = result
     returned, out = _returned(result, inputs, work, query, return_lse, return_error, return_plan)
 
     def pullback(grad_out: Array, grad_lse: Array | None = None, *, return_error: bool = False) -> Any:
+        checked_flags(return_error=return_error)
         checked_output("grad_out", grad_out, out.shape, out, backend)
         if grad_lse is None:
             grad_lse = backend.xp.zeros_like(lse)
@@ -242,13 +243,14 @@ def _prepare(
     plan: Any,
     key_masks: Any,
     order: tuple[Any, Any],
-    certify: bool,
-    told: bool,
+    told: tuple[Any, Any, Any],
 ) -> tuple[Inputs, Work]:
     """Inputs, checked, and what to compute for them."""
+    checked_flags(return_lse=told[0], return_error=told[1], return_plan=told[2])
     if values is None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
     inputs = checked_inputs(query, keys, values, key_masks, *order)
+    certify = bool(told[1])
     if plan is not None and scale is None and isinstance(plan, Plan):
         scale = plan.scale
     number = checked_options(scale, inputs.dim, tol, method)
@@ -262,7 +264,7 @@ def _prepare(
         )
     if inputs.traced:
         return inputs, work_of(inputs, plan_inputs(inputs, number, Wish(tol, method)), certify)
-    if _unplanned(inputs, method, plan) and not certify and not told:
+    if _unplanned(inputs, method, plan) and not certify and not told[2]:
         return inputs, work_of(inputs, exact_plan(inputs, number))
     return inputs, chosen_work(inputs, number, tol, method, certify)
 

@@ -16,7 +16,13 @@ from .problem import Problem
 
 METHODS = ("auto", "polynomial", "exact")
 SERIES = ("minimax", "taylor", "banded")
+# No array has as many rows or channels.
+LARGEST = (1 << 63) - 1
+# Arrays have as many dimensions at most, and norm bands need one for each view.
+MAX_ORDER = 64
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+# What computes adds some dimensions of its own, and NumPy broadcasts arrays of at most 32.
+_MOST_DIMENSIONS = 24
 
 
 class PlanError(ValueError):
@@ -58,6 +64,8 @@ def checked_inputs(
     """The arrays of a call; `values` may be None, and rows none at all if `rowless`. TypeError or ValueError names the argument."""
     backend = checked_array("query", query)
     keys = _sequence("keys", keys)
+    if len(keys) >= MAX_ORDER:
+        raise ValueError(f"keys should be at most {MAX_ORDER - 1} arrays, got {len(keys)}")
     valued = values is not None
     if not valued:
         values = (None,) * len(keys)
@@ -167,17 +175,27 @@ def positive(name: str, value: Any) -> float:
     except OverflowError:
         number = inf
     if not (isfinite(number) and number > 0):
-        raise ValueError(f"{name} should be finite and above 0, got {value}")
+        raise ValueError(f"{name} should be finite and above 0, got {shown(value)}")
     return number
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    """A whole number of at least `least`."""
+def whole(name: str, value: Any, least: int, most: float = LARGEST) -> int:
+    """A whole number of at least `least` and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} should be a whole number, got {type(value).__name__}")
     if value < least:
-        raise ValueError(f"{name} should be at least {least}, got {value}")
+        raise ValueError(f"{name} should be at least {least}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name} should be at most {most:,}, got {shown(value)}")
     return int(value)
+
+
+def shown(number: Any, form: str = "") -> str:
+    """A number for an error, one of very many digits by its size alone."""
+    if not isinstance(number, int) or abs(number) < 10**20:
+        return f"{number:{form}}"
+    # Python refuses to write numbers of thousands of digits.
+    return f"about {'-' * (number < 0)}10^{(abs(number).bit_length() - 1) * 0.30103:.0f}"
 
 
 def true_or_false(name: str, value: Any) -> bool:
@@ -185,6 +203,25 @@ def true_or_false(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} should be True or False, got {type(value).__name__}")
     return bool(value)
+
+
+def checked_flags(**given: Any) -> None:
+    """TypeError that names the first which is no bool."""
+    for name, value in given.items():
+        true_or_false(name, value)
+
+
+def checked_dtype(dtype: Any) -> str:
+    """ValueError if it is not the name of a dtype that is computed in."""
+    if not isinstance(dtype, str) or dtype not in _FLOATS:
+        raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {described(dtype)}")
+    return dtype
+
+
+def checked_kind(name: str, value: Any, kind: type, what: str) -> None:
+    """TypeError unless the value is of this class, which `what` says."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} should be {what}, got {type(value).__name__}")
 
 
 def checked_finite(largest: Sequence[float], views: int) -> None:
@@ -282,7 +319,7 @@ def checked_views(
 
 def checked_reader(query: Any, sums: Sequence[Array], dim: int, dtype: str) -> Backend:
     """The backend of a query that reads a summary with these sums; it may have no rows."""
-    backend = checked_array("query", query)
+    backend = checked_array("sums[0] of the summary", sums[0])
     _planned("query", query, dtype, sums[0], backend, "the summary")
     if query.shape[-1] != dim:
         raise ValueError(f"query should have the plan's dim {dim} for its last, got shape {tuple(query.shape)}")
@@ -305,8 +342,8 @@ def checked_sums(name: str, sums: Any, *, views: int, rank: int, dtype: str, lik
     sums = _sequence(name, sums)
     if len(sums) != views:
         raise ValueError(f"{name} should have one entry for each of the plan's {views} views, got {len(sums)}")
-    backend = checked_array(f"{name}[0]", sums[0])
     first = like[0] if like else sums[0]
+    backend = checked_array("sums[0]" if like else f"{name}[0]", first)
     for i, s in enumerate(sums):
         _planned(f"{name}[{i}]", s, dtype, first, backend, "the summary")
         shape = tuple(s.shape)
@@ -411,14 +448,19 @@ def checked_layer_call(
     return attended, masks
 
 
-def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A dict of arrays with just these names and shapes."""
+def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backend: Backend) -> None:
+    """A dict of floating arrays of a library with just these names and shapes."""
     if not isinstance(params, dict):
         raise TypeError(f"params should be a dict of arrays, got {type(params).__name__}")
     for name, shape in shapes.items():
         if name not in params:
             raise ValueError(f"params should have {name!r}, got {', '.join(map(repr, params))}")
-        checked_array(f"params[{name!r}]", params[name])
+        found = checked_array(f"params[{name!r}]", params[name])
+        if found is not backend:
+            raise TypeError(f"params[{name!r}] should be an array of {backend.name}, got one of {found.name}")
+        dtype = backend.dtype_name(params[name].dtype)
+        if dtype not in _FLOATS:
+            raise TypeError(f"params[{name!r}] should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params[{name!r}] should have shape {shape}, got {tuple(params[name].shape)}")
     for name in params:
@@ -429,14 +471,14 @@ def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]]) -> No
 def checked_method(method: Any) -> str:
     """ValueError if there is no such method."""
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method should be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+        raise ValueError(f"method should be one of {', '.join(map(repr, METHODS))}, got {described(method)}")
     return method
 
 
 def checked_series(series: Any) -> str:
     """ValueError if there is no such series."""
     if not isinstance(series, str) or series not in SERIES:
-        raise ValueError(f"series should be one of {', '.join(map(repr, SERIES))}, got {series!r}")
+        raise ValueError(f"series should be one of {', '.join(map(repr, SERIES))}, got {described(series)}")
     return series
 
 
@@ -500,6 +542,11 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     return tuple(whole(f"shape[{i}]", size, 1) for i, size in enumerate(shape))
 
 
+def described(value: Any) -> str:
+    """The value, or what it is if that may be long."""
+    return repr(value) if value is None or isinstance(value, (str, bool, int, float)) else type(value).__name__
+
+
 def _sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ...]:
     if not isinstance(given, (list, tuple)):
         hint = f"; a single {each} goes in a tuple of one" if hasattr(given, "shape") else ""
@@ -522,7 +569,14 @@ def checked_array(name: str, array: Any) -> Backend:
     refused = backend.why_refused(array)
     if refused:
         raise TypeError(f"{name} should be an array, got {refused}")
+    checked_dimensions(name, array.ndim)
     return backend
+
+
+def checked_dimensions(name: str, count: int) -> None:
+    """ValueError for an array of more dimensions than all libraries can do with."""
+    if count > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} should have at most {_MOST_DIMENSIONS} dimensions, got {count}")
 
 
 def _same_library(name: str, array: Any, backend: Backend, like: str = "query") -> None:
@@ -541,11 +595,11 @@ def _floating(name: str, array: Any, query: Any, backend: Backend, like: str = "
 
 
 def _device(name: str, array: Any, query: Any, backend: Backend, like: str = "the query") -> None:
-    if backend.is_traced([array, query]):
-        return
-    device, expected = backend.device(array), backend.device(query)
-    if device != expected:
-        raise ValueError(f"{name} should be on {like}'s device {expected}, got {device}")
+    device, expected = backend.place(array), backend.place(query)
+    if device != expected and device is not None and expected is not None:
+        raise ValueError(
+            f"{name} should be on {like}'{'' if like.endswith('s') else 's'} device {expected}, got {device}"
+        )
 
 
 def _shape(name: str, array: Any, rowless: bool = False) -> None:

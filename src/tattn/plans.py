@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
+from .checks import checked_kind, whole
 from .features.monomials import Grading
 from .features.monomials import rank as rank_of
-from .methods import Banded, Exact, Method, Polynomial, Recomputed
-from .operands import Order
+from .methods import Banded, Method, Polynomial, Recomputed
 from .problem import Cost, Guarantee, Problem, ScoreRange
 
+# More than any plan has, so that a number that is damaged is not computed with.
+_MOST_DEGREE, _MOST_WEIGHT = 4096, 256
 # The attributes of a plan, in the order in which they are written and compared.
 FACTS = (
     "method", "series", "degree", "rank", "bound", "source", "certified", "error", "grad_error", "scale", "dim", "order", "dtype",
@@ -128,6 +130,11 @@ class Plan:
     reason: str
     sizes: tuple[float, ...] = ()
     spread: Spread = Spread()
+
+    def __post_init__(self) -> None:
+        contradiction = _contradiction(self)
+        if contradiction:
+            raise ValueError(f"plan's {contradiction}")
 
     @property
     def method(self) -> str:
@@ -298,8 +305,8 @@ class Plan:
 
         Raises
         ------
-        ValueError
-            Unless there are as many lengths as the plan has views, and one.
+        TypeError, ValueError
+            For what are no numbers of rows or channels, by name; unless there are as many lengths as the plan has views, and one.
 
         Examples
         --------
@@ -308,8 +315,11 @@ class Plan:
         >>> plan.by_scores((12, 12, 12), 16), plan.by_scores((1000, 1000, 1000), 16)
         (True, False)
         """
+        checked_kind("lengths", lengths, Sequence, "a sequence of whole numbers")
         if len(lengths) != self.order:
-            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
+            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {len(lengths)}")
+        lengths = [whole(f"lengths[{i}]", n, 1) for i, n in enumerate(lengths)]
+        value_dim = whole("value_dim", value_dim, 1)
         method = self.algorithm
         return isinstance(method, Polynomial) and not self.causal and method.by_scores(lengths, self.dim, value_dim)
 
@@ -377,49 +387,69 @@ def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | Non
     return replace(plan, polynomial=plan.polynomial._replace(flops=operations), spread=shared)
 
 
+def _contradiction(plan: Plan) -> str:
+    """Which field of a plan contradicts the others or itself, what it should be and what it is; nothing if none does."""
+    polynomial, banded = plan.method == "polynomial", plan.series == "banded"
+    named = polynomial and not banded
+    for name, allowed in (
+        ("method", ("polynomial", "exact")),
+        ("series", ("minimax", "taylor", "fitted", "banded") if polynomial else (None,)),
+        ("source", ("answer",) if banded else ("data", "promise", "estimate")),
+        ("dtype", ("float64", "float32", "float16", "bfloat16")),
+    ):
+        found = getattr(plan, name)
+        if not isinstance(found, (str, type(None))) or found not in allowed:
+            return f"{name} should be {' or '.join(map(repr, allowed))}, got {found!r}"
+    for name, least, used in (
+        ("order", 2, True), ("dim", 1, True), ("degree", 1, polynomial), ("rank", 1, polynomial), ("bands", 1, banded),
+        ("moment", 2, banded),
+    ):  # fmt: skip
+        found = getattr(plan, name)
+        # Under a compiler it may be a symbol of a number.
+        if not hasattr(found, "__index__") or isinstance(found, bool) or (found < least if used else found != 0):
+            wanted = f"a whole number of at least {least}" if used else "0"
+            return f"{name} should be {wanted} for method {plan.method!r} and series {plan.series!r}, got {found!r}"
+    for name, lowest in (("scale", 0.0), ("bound", 0.0), ("error", 0.0), ("grad_error", 0.0), ("lowest_mean", -inf)):
+        found = getattr(plan, name)
+        if not isinstance(found, (int, float)) or not found >= lowest:
+            return f"{name} should be a number{'' if lowest else ' of at least 0'}, got {found!r}"
+    if not 0 < plan.scale < inf:
+        return f"scale should be finite and above 0, got {plan.scale!r}"
+    sure = plan.source != "estimate" and (banded or isfinite(plan.error))
+    for name, values in (
+        ("certified", (True, False) if sure else (False,)),
+        ("causal", (False,) if banded else (True, False)),
+    ):
+        found = getattr(plan, name)
+        if not isinstance(found, bool) or found not in values:
+            return f"{name} should be {' or '.join(map(str, values))} for source {plan.source!r}, got {found!r}"
+    terms, weights, windows = (
+        plan.degree + 1 if named else 0,
+        plan.dim if named and plan.grading else 0,
+        plan.window or (),
+    )
+    sums = len(set(plan.grading)) if plan.source == "data" and isinstance(plan.grading, tuple) else 0
+    views = plan.order - 1 if plan.window is not None and plan.causal and not polynomial else 0
+    for name, given, count in (
+        ("coefficients", plan.coefficients, terms), ("grading", plan.grading, weights), ("sizes", plan.sizes, sums),
+        ("window", windows, views),
+    ):  # fmt: skip
+        if not isinstance(given, tuple) or len(given) != count or not all(isinstance(x, (int, float)) for x in given):
+            return f"{name} should be a tuple of {count} numbers for the other fields of the plan, got {given!r}"
+    if not all(map(isfinite, plan.coefficients)):
+        return f"coefficients should be finite, got {plan.coefficients}"
+    if any(not 1 <= w <= _MOST_WEIGHT or w != int(w) for w in plan.grading):
+        return f"grading should be of whole numbers from 1 to {_MOST_WEIGHT}, got {plan.grading}"
+    if banded and (plan.moment % 2 or plan.moment > plan.degree):
+        return f"moment should be even and at most the degree {plan.degree}, got {plan.moment}"
+    if polynomial and (plan.degree > _MOST_DEGREE or plan.rank != rank_of(plan.dim, plan.degree, plan.grading)):
+        return f"rank should be the number of monomials for dim {plan.dim} and degree {plan.degree}, got {plan.rank}"
+    return ""
+
+
 def plan_text(plan: Plan) -> str:
     """A plan in JSON, as Python reads it: with infinities."""
     return json.dumps(plan.facts())
-
-
-def plan_of_facts(facts: Mapping[str, Any]) -> Plan:
-    """A plan from its facts as JSON has them, lists for tuples."""
-    given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    f = {name: given.pop(name) for name in FACTS}
-    if given:
-        raise ValueError(f"a plan has no {', '.join(given)}")
-    order = Order(f["causal"], f["window"])
-    problem = Problem(
-        f["order"] - 1, f["dim"], f["value_dim"], f["dtype"], f["lengths"], f["leading"], f["scale"], order, f["chain"]
-    )
-    return Plan(
-        problem=problem,
-        algorithm=_algorithm(f, problem),
-        scores=ScoreRange(f["bound"], f["lowest_mean"], f["source"]),
-        guarantee=Guarantee(f["error"], f["grad_error"], f["certified"]),
-        exact=Cost(f["flops_exact"], f["bytes_exact"]),
-        polynomial=Cost(f["flops_polynomial"], f["bytes_polynomial"]),
-        reason=f["reason"],
-        sizes=f["sizes"],
-        spread=Spread(f["workers"], f["bytes_sent"], f["seconds"], f["seconds_gradient"]),
-    )
-
-
-def _algorithm(f: Mapping[str, Any], problem: Problem) -> Method:
-    """The method that facts tell of."""
-    if f["method"] == "exact":
-        return Exact()
-    if f["method"] != "polynomial":
-        raise ValueError(f"method of a plan should be 'polynomial' or 'exact', got {f['method']!r}")
-    if f["series"] == "banded":
-        inner = Banded(f["degree"], f["bands"], f["moment"])
-        # What the exact rows round is known to the call that chose them.
-        return Recomputed(inner, (inf, inf), f["recomputed"]) if f["recomputed"] else inner
-    found = Polynomial(f["series"], f["coefficients"], f["bound"], f["delta"], f["delta_prime"], f["grading"])
-    for name, own in (("degree", found.degree), ("rank", found.rank(problem.dim))):
-        if f[name] != own:
-            raise ValueError(f"{name} of a plan should be {own} for its coefficients, got {f[name]}")
-    return found
 
 
 def strict_json(value: Any) -> str:

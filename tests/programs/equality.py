@@ -207,9 +207,11 @@ def check_bytes(causal: bool) -> None:
     share = 8 * -(-summaries // (8 * size))
     travels = [("all_to_all_single", share * size)] * 2 if causal else [("all_reduce", summaries)]
     for (check_first, _), (forward, backward) in sent.items():
-        assert forward[check_first:] == travels, forward
-        assert backward == travels, backward
-        assert sum(count for _, count in forward[:check_first]) <= 1024
+        # Over gloo, whose sums end the processes where sizes differ, what ranks agree on comes before every sum.
+        agreed = [check_first or dist.get_backend() != "nccl", dist.get_backend() != "nccl"]
+        for step, first in zip((forward, backward), agreed, strict=True):
+            assert step[first:] == travels, step
+            assert sum(count for _, count in step[:first]) <= 1024
     assert len({str(v) for (first, _), v in sent.items() if first}) == 1
 
 

@@ -17,7 +17,7 @@ PLAN = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
 CAUSAL = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, causal=True)
 
 
-def call(odd: bool, what: str) -> Any:
+def call(odd: bool, what: str, **further: Any) -> Any:
     """A call in which something is wrong if the rank is the odd one."""
     torch.manual_seed(0)
     q, a, b, u, v = torch.rand(5, 6, 3)
@@ -66,7 +66,7 @@ def call(odd: bool, what: str) -> Any:
         options = {}
     elif what in ("not aligned", "more keys", "another plan"):
         options = {"plan": CAUSAL, "causal": True}
-    return tensor_attention(q, keys, values, **options)
+    return tensor_attention(q, keys, values, **options, **further)
 
 
 def good() -> None:
@@ -107,6 +107,9 @@ def main() -> None:
     for what, error, text in everywhere:
         refused(error, text, lambda what=what: call(rank == last, what))
         good()
+        # Sums of gloo end the process where sizes differ: ranks agree without being asked to.
+        refused(error, text, lambda what=what: call(rank == last, what, check=False))
+        good()
     for what, error, text in (
         ("own", ValueError, "values[1] should have as many rows as keys[1], 6"),
         ("list", TypeError, "keys[0] should be an array"),
@@ -121,8 +124,18 @@ def main() -> None:
     ):
         if rank != last:
             error, text = ValueError, f"rank {last} of {size} refused its arguments, and all ranks stop with it"
-        refused(error, text, lambda what=what: call(rank == last, what))
-        good()
+        for check in (True, False):
+            refused(error, text, lambda what=what, check=check: call(rank == last, what, check=check))
+            good()
+
+    # One rank in a backward pass, while the others go on: an error on all of them, and no lasting one.
+    rows = torch.rand(4, 3, requires_grad=True)
+    for options in ({"plan": PLAN}, {"plan": CAUSAL, "causal": True}):
+        for check in (True, False):
+            out = tensor_attention(rows, [rows, rows], [rows, rows], **options, check=check)
+            where = "backward" if rank == last else "forward"
+            refused(ValueError, f"same pass, got {where} on rank {rank}", out.sum().backward if rank == last else good)
+            good()
 
     # The same wrong on all ranks: each says so, and no one waits.
     q = torch.rand(4, 3)
@@ -142,6 +155,9 @@ def main() -> None:
         (tattn.PlanError, "the polynomial method cannot meet tol", {"tol": 1e-9}),
         (tattn.PlanError, "the polynomial method cannot meet tol", {"tol": 1e-9, "bound": 1.0}),
         (TypeError, "group should be a ProcessGroup", {"plan": PLAN, "group": "all"}),
+        (TypeError, "check should be True or False, got str", {"plan": PLAN, "check": "no"}),
+        (TypeError, "return_lse should be True or False, got int", {"plan": PLAN, "return_lse": 1}),
+        (TypeError, "return_plan should be True or False, got NoneType", {"plan": PLAN, "return_plan": None}),
     ]
     for error, text, options in on_all:
         refused(error, text, lambda options=options: tensor_attention(q, [q, q], [q, q], **options))
@@ -149,8 +165,11 @@ def main() -> None:
     # One NaN on one rank.
     poor = q.clone()
     poor[1, 1] = torch.nan if rank == last else 0.0
-    refused(ValueError, "keys[1] should hold finite numbers", lambda: group_plan(q, [q, poor], [q, q]))
-    refused(ValueError, "values[0] should hold finite numbers", lambda: tensor_attention(q, [q, q], [poor, q]))
+    refused(ValueError, "keys[1] should hold finite numbers, got NaN", lambda: group_plan(q, [q, poor], [q, q]))
+    refused(ValueError, "values[0] should hold finite numbers, got NaN", lambda: tensor_attention(q, [q, q], [poor, q]))
+    good()
+    poor[1, 1] = torch.inf if rank == last else 0.0
+    refused(ValueError, "query should hold finite numbers, got infinity", lambda: group_plan(poor, [q, q], [q, q]))
     good()
     # A group without this rank.
     group = dist.new_group([last])

@@ -28,6 +28,9 @@ DEFAULT_GRID: tuple[float, ...] = tuple(2.0 ** (i / 8) for i in range(-48, 41))
 
 _EPS = float(np.finfo(np.float64).eps)
 _LEAST = 2.0**-20  # smaller bounds are raised to it: degree 2 is exact to rounding here
+MAX_DEGREE = 100
+"""Of fits, whose time grows with its cube: where float64 keeps a digit of P(-R), none gains from more."""
+_MOST_NODES = 2048  # of `least_error`, in memory that grows with its square
 _MOST = 300.0  # beyond, e^(2 R) overflows, long after float64 has lost every digit of P(-R) near R = 18
 
 
@@ -83,14 +86,14 @@ def minimax(degree: int, bound: float) -> Polynomial:
     Raises
     ------
     ValueError
-        If `degree` is negative, or `bound` is negative or not finite.
+        If `degree` is negative or above `MAX_DEGREE`, or `bound` is negative or not finite.
 
     Examples
     --------
     >>> minimax(4, 1.0).delta < minimax(4, 1.0).delta_prime < 5.1e-3
     True
     """
-    bound = _checked("degree", degree, bound)
+    bound = _checked("degree", degree, bound, most=MAX_DEGREE)
     if _least_error(degree, bound) < 0.98:  # otherwise 0 is as good, as always beyond R = 20
         coefficients = _relative_fit(degree, bound)
         delta, delta_prime = errors(coefficients, bound)
@@ -108,7 +111,7 @@ def taylor(degree: int, bound: float) -> Polynomial:
     >>> taylor(2, 1.0).coefficients
     (1.0, 1.0, 0.5)
     """
-    bound = _checked("degree", degree, bound)
+    bound = _checked("degree", degree, bound, most=MAX_DEGREE)
     coefficients = tuple(_taylor(degree).tolist())
     return Polynomial(coefficients, bound, *errors(coefficients, bound))
 
@@ -129,14 +132,14 @@ def errors(coefficients: Sequence[float], bound: float) -> tuple[float, float]:
     Raises
     ------
     ValueError
-        If `coefficients` is empty, or `bound` is negative or not finite.
+        If `coefficients` is empty or more than `MAX_DEGREE` + 1, or `bound` is negative or not finite.
 
     Examples
     --------
     >>> errors([1.0], 1.0)[1]
     1.0
     """
-    bound = _checked("len(coefficients)", len(coefficients), bound, least=1)
+    bound = _checked("len(coefficients)", len(coefficients), bound, least=1, most=MAX_DEGREE + 1)
     if bound > _MOST:
         return math.inf, math.inf
     points = _points(16 * len(coefficients) + 80 + int(32 * bound), bound)
@@ -165,14 +168,14 @@ def least_error(degree: int, bound: float) -> float:
     Raises
     ------
     ValueError
-        If `degree` is negative, or `bound` is negative or not finite.
+        If `degree` is negative or above 2048, or `bound` is negative or not finite.
 
     Examples
     --------
     >>> 0.4 * minimax(4, 1.0).delta < least_error(4, 1.0) < minimax(4, 1.0).delta
     True
     """
-    bound, n = _checked("degree", degree, bound), degree + 1
+    bound, n = _checked("degree", degree, bound, most=_MOST_NODES), degree + 1
     r = min(bound, 0.9 * n)
     angle = turn = np.linspace(0, math.pi, n + 1)
     for _ in range(8):
@@ -210,14 +213,14 @@ def smallest(
     Raises
     ------
     ValueError
-        If `bound` is negative or not finite, `max_degree` is negative, or `series` is neither.
+        If `bound` is negative or not finite, `max_degree` is negative or above `MAX_DEGREE`, or `series` is neither.
 
     Examples
     --------
     >>> smallest(1.0, lambda polynomial: polynomial.delta_prime < 1e-3).degree
     5
     """
-    bound = _checked("max_degree", max_degree, bound)
+    bound = _checked("max_degree", max_degree, bound, most=MAX_DEGREE)
     if series not in ("minimax", "taylor"):
         raise ValueError(f"series must be 'minimax' or 'taylor', got {series!r}")
     for degree in range(max_degree + 1):
@@ -247,7 +250,7 @@ def crowded(degree: int, moment: int, bound: float) -> CrowdedPolynomial:
     Raises
     ------
     ValueError
-        If `moment` is odd or below 2, `degree` is below `moment`, or `bound` is negative or not finite.
+        If `moment` is odd or below 2, `degree` is below `moment` or above `MAX_DEGREE`, or `bound` is negative or not finite.
 
     Examples
     --------
@@ -256,7 +259,7 @@ def crowded(degree: int, moment: int, bound: float) -> CrowdedPolynomial:
     """
     if moment < 2 or moment % 2:
         raise ValueError(f"moment must be even and at least 2, got {moment}")
-    bound = _checked("degree", degree, bound, least=moment)
+    bound = _checked("degree", degree, bound, least=moment, most=MAX_DEGREE)
     coefficients = _taylor(degree)
     kappa = kappa_prime = math.inf
     if bound <= _MOST:
@@ -286,10 +289,12 @@ def crowded_table(degree: int, moment: int, grid: tuple[float, ...] = DEFAULT_GR
     return tuple((*fit.coefficients, fit.kappa, fit.kappa_prime) for fit in fits)
 
 
-def _checked(name: str, count: int, bound: float, *, least: int = 0) -> float:
+def _checked(name: str, count: int, bound: float, *, least: int = 0, most: int) -> float:
     """Return the bound in use; ValueError names what is out of range."""
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
+    if count > most:
+        raise ValueError(f"{name} must be at most {most}, got {count}")
     if not 0 <= bound < math.inf:
         raise ValueError(f"bound must be finite and not negative, got {bound}")
     return max(float(bound), _LEAST)

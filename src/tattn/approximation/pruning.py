@@ -27,6 +27,8 @@ _STEEPNESS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4)
 _CAPS = (2, 3, 6)
 # Logarithms of sizes are told apart by quarters of octaves, up to so many octaves.
 _OCTAVES = 12
+# With more channels it takes longer to look for a pruned basis than it saves.
+MOST_CHANNELS = 4096
 # Channels that differ by less have no monomials to spare.
 _UNEQUAL = 8.0
 # A basis less than this share of another one's rank takes less time, too: runs are shorter, and with few columns the whole one
@@ -120,6 +122,8 @@ def smallest_pruned(
 
     What is accepted is taken to be so with more monomials of the same family, too.
     """
+    if len(sizes) > MOST_CHANNELS:
+        return None
     top, least = max(sizes), min(sizes)
     if not least * _UNEQUAL < top:
         return None
@@ -143,19 +147,21 @@ def smallest_pruned(
 def _families(profile: tuple[int, ...], degree: int) -> tuple[tuple[Pruned, ...], ...]:
     """Candidates for channels that are 2^(−profile / 4) of the largest, by family, the largest rank first."""
     found = []
+    sizes = set(profile)
     for unit in _UNITS:
         for cap in _CAPS:
-            gradings: Mapping[Grading, None] = dict.fromkeys(
-                tuple(min(cap * unit, round(unit * (1 + beta * log(2) / 4 * p))) for p in profile)
-                for beta in _STEEPNESS
+            # Channels are many, their sizes few.
+            weights = (
+                {p: min(cap * unit, round(unit * (1 + beta * log(2) / 4 * p))) for p in sizes} for beta in _STEEPNESS
             )
-            kept = [Pruned(_rank(g, degree), degree, g) for g in gradings if max(g) > unit]
+            gradings: Mapping[Grading, None] = dict.fromkeys(tuple(map(of.__getitem__, profile)) for of in weights)
+            kept = [Pruned(graded_rank(g, degree), degree, g) for g in gradings if max(g) > unit]
             if kept and tuple(kept) not in found:
                 found.append(tuple(kept))
     return tuple(found)
 
 
-def _rank(grading: Grading, degree: int) -> int:
+def graded_rank(grading: Grading, degree: int) -> int:
     """`monomials.rank`, for gradings of which most are never used: nothing is remembered."""
     most = degree * min(grading)
     counts = [1] + [0] * most

@@ -103,6 +103,10 @@ class Backend:
         """The devices that the library sees, in words. What it raises says why it cannot be used."""
         return [str(device) for device in self.xp.__array_namespace_info__().devices() if device is not None]
 
+    def place(self, array: Array) -> Any:
+        """`device`, or None where a transformation hides it."""
+        return None if self.is_traced([array]) else self.device(array)
+
     def why_refused(self, array: Array) -> str | None:
         """A reason to refuse this array, or None."""
         return None

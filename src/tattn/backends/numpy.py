@@ -32,6 +32,8 @@ class NumpyBackend(Backend):
             return "a masked array; pass the mask as key_masks"
         if not isinstance(array, np.ndarray):
             return "a NumPy scalar"
+        if not array.dtype.isnative:
+            return f"one in another byte order than this machine's, {array.dtype.str!r}: use array.astype({array.dtype.name!r})"
         return None
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:

@@ -24,20 +24,36 @@ def run_threads(
 ) -> list[Any]:
     """Results of ``alone(task)`` for all tasks, each in a thread of its own, or of ``task()`` here where none can be started.
 
-    ``started(count)`` is called once so many threads have been. What one raises is raised when all have ended.
+    ``started(count)`` is called once so many threads have been. What one raises, and what interrupts this one, however often, is
+    raised when all have ended.
     """
     results: list[Any] = [None] * len(tasks)
     errors: list[BaseException] = []
+    # Not by `join`: a thread whose `join` is interrupted counts as ended from then on, until Python 3.13. Nor by what `start`
+    # returns: it may be interrupted before or after its thread begins.
+    begun, ended, leaving = [False] * len(tasks), [Event() for _ in tasks], Event()
 
     def work(i: int) -> None:
+        # In this order, and `leave` in the other: either this thread does nothing, or it is waited for.
+        begun[i] = True
         try:
-            results[i] = alone(tasks[i])
+            if not leaving.is_set():
+                results[i] = alone(tasks[i])
         except BaseException as error:
             errors.append(error)
             stop.set()
+        finally:
+            ended[i].set()
 
-    threads: list[Thread] = []
+    def leave() -> None:
+        stop.set()
+        leaving.set()
+        for of_thread, end in zip(begun, ended, strict=True):
+            if of_thread:
+                end.wait()
+
     try:
+        count = 0
         for i in range(len(tasks)):
             thread = Thread(target=work, args=(i,), name=f"tattn-{i}")
             try:
@@ -45,27 +61,24 @@ def run_threads(
             except RuntimeError:
                 # At the end of the interpreter, or where there may be no more of them.
                 break
-            threads.append(thread)
-        started(len(threads))
-        for i in range(len(threads), len(tasks)):
+            count += 1
+        started(count)
+        for i in range(count, len(tasks)):
             results[i] = tasks[i]()
+        for end in ended[:count]:
+            end.wait()
     except BaseException:
-        stop.set()
+        _to_the_end(leave)
         raise
-    finally:
-        _join(threads, stop)
     if errors:
         raise errors[0]
     return results
 
 
-def _join(threads: Sequence[Thread], stop: Event) -> None:
-    """Wait for all threads, which end early if that is interrupted."""
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        raise
+def _to_the_end(action: Callable[[], None]) -> None:
+    """Do it, and again from its beginning each time that it is interrupted."""
+    while True:
+        try:
+            return action()
+        except BaseException:
+            continue

@@ -105,7 +105,12 @@ class TorchBackend(Backend):
                 ready.acquire()
             torch.set_num_threads(threads)
 
-        return run_threads(tasks, stop, alone, started)
+        try:
+            return run_threads(tasks, stop, alone, started)
+        except BaseException:
+            # Interrupted before all were here, say.
+            torch.set_num_threads(threads)
+            raise
 
     def cast(self, array: Array, dtype: Any) -> Array:
         return array.to(dtype)
@@ -127,6 +132,9 @@ class TorchBackend(Backend):
         name_of = getattr(torch.get_device_module(kind), "get_device_name", None)
         found = range(torch.accelerator.device_count())
         return ["cpu", *(f"{kind}:{i} ({name_of(i)})" if name_of else f"{kind}:{i}" for i in found)]
+
+    def place(self, array: Array) -> Any:
+        return array.device
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         # The rounding bounds assume full products and no autocast.

@@ -4,8 +4,9 @@ Relative to the normaliser, a sum of N terms carries the roundings of its terms,
 degree t, and those of the additions. Additions run in chains of `CHAIN`; their roundings are taken as independent,
 so a chain of k contributes at most λ √k units in the last place, λ = 4 (Higham and Mary, "A new approach to
 probabilistic rounding error analysis", 2019; λ = 4 leaves a chance of 7e-4 for a single chain at its worst case, and
-results mix many). Everything else is counted at its worst. This is a model of the arithmetic and not a theorem about
-it; the tests hold it against corners, constant rows and cancelling scores.
+results mix many). Equal terms are not independent: a chain of them loses up to k/4 units, and views that are alike lose
+them alike, so that theirs add up. The larger of the two counts. Everything else is counted at its worst. This is a model of
+the arithmetic and not a theorem about it; the tests hold it against corners, constant rows, equal views and cancelling scores.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import exp, inf, prod, sqrt
 
-from ..features.basis import CHAIN, FEW_CHAINS
+from ..backends.kernels import CHAIN
+from ..features.basis import FEW_CHAINS
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
 # Channels of the values that bounds are stated for at least: a plan serves calls with fewer, and with more up to here.
 USUAL_VALUE_DIM = 128
+# Units that a chain of equal terms loses for each: half of one, of the sum so far, in the half of the chain that is added last.
+ALIKE = 0.25
 # Terms in a chain of additions of the exact method, at most.
 EXACT_CHAIN = 1024
 
@@ -26,6 +30,23 @@ EXACT_CHAIN = 1024
 def computed_in(dtype: str) -> str:
     """The dtype that a call with inputs of `dtype` computes in."""
     return "float64" if dtype == "float64" else "float32"
+
+
+def chains(views: int, others: float, span: int = 0, chain: int = CHAIN) -> float:
+    """Units that sums over the rows of so many views lose, and so many `others` additions; with prefixes in spans, if any.
+
+    `chain`: terms that are added one after the other, at most.
+    """
+    # A chain, and what adds up chains in a block. Prefixes: two chains in a span, one over the spans of a block and a few single
+    # additions; where terms are equal, those of a prefix and those of rows that all see lose as much as the worse of the two.
+    apart = chain + FEW_CHAINS + (chain + 3 * span if span else 0)
+    alike = chain + max(FEW_CHAINS, 3 * span)
+    return sqrt(max(LAMBDA**2 * apart * views, (ALIKE * alike * views) ** 2) + LAMBDA**2 * others)
+
+
+def chain(terms: float) -> float:
+    """Units that a sum of so many terms loses, one added after the other."""
+    return max(LAMBDA * sqrt(terms), ALIKE * terms)
 
 
 def lowrank_rounding(
@@ -40,6 +61,7 @@ def lowrank_rounding(
     value_dim: int,
     dtype: str,
     span: int = 0,
+    chain: int = CHAIN,
 ) -> tuple[float, float]:
     """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser; prefixes in spans of so many rows, if any.
 
@@ -49,7 +71,7 @@ def lowrank_rounding(
     least = least_normaliser(delta, bound, lowest_mean)
     if least <= 0:
         return inf, inf
-    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim, span)
+    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim, span, longest=chain)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
 
@@ -67,31 +89,36 @@ def scores_round_less(
     # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over one view
     # after the other, gradients of keys also over all pairs, in chains and what adds them up.
     score = views + 4 + min(dim, LAMBDA * sqrt(dim))
-    chain = sum(min(CHAIN, n) for n in lengths[1:])
-    pairs = prod(lengths) / min(lengths)
-    longest = max(chain, min(CHAIN, pairs) + pairs / CHAIN)
+    terms = sum(min(CHAIN, n) for n in lengths[1:])
+    pairs = prod(map(float, lengths)) / min(lengths)
+    longest = max(terms, min(CHAIN, pairs) + pairs / CHAIN)
     head = 2 * views + 5
     plain, steep = _of_sums(
         coefficients,
         bound,
-        lambda t: t * score + head + LAMBDA * sqrt(chain),
-        lambda t: (t - 1) * score + head + LAMBDA * (sqrt(longest) + sqrt(value_dim + 1)) + 2,
+        lambda t: t * score + head + chain(terms),
+        lambda t: (t - 1) * score + head + chain(longest) + chain(value_dim + 1) + 2,
     )
     allowed, allowed_steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
     return plain <= allowed and steep <= allowed_steep
 
 
 def _of_features(
-    coefficients: Sequence[float], bound: float, dim: int, rank: int, views: int, value_dim: int, span: int = 0
+    coefficients: Sequence[float],
+    bound: float,
+    dim: int,
+    rank: int,
+    views: int,
+    value_dim: int,
+    span: int = 0,
+    longest: int = CHAIN,
 ) -> tuple[float, float]:
-    """`_of_sums` over features."""
-    # A chain in each summary and in the read-out, and what adds up chains in a block, and channels in the read-out.
-    # Prefixes: of every view two chains in a span, one over the spans of a block and a few single additions; one in the read-out.
-    prefixes = views * (CHAIN + 3 * span) + span if span else 0
-    chains = LAMBDA * sqrt(CHAIN * (views + 1) + rank / CHAIN + dim + FEW_CHAINS * views + prefixes) + 4
+    """`_of_sums` over features, `longest`: terms in a chain of additions."""
+    # In the read-out a chain, what adds up chains, and channels; for prefixes one over the rows of a span.
+    lost = chains(views, longest + rank / CHAIN + dim + span, span, longest) + 4
 
     def count(t: int) -> float:
-        return (views + 1) * (t + 2) + chains
+        return (views + 1) * (t + 2) + lost
 
     slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 4
     return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
@@ -129,8 +156,11 @@ def exact_errors(
     """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows."""
     unit = UNIT[computed_in(dtype)]
     scores = (views + 2 + min(dim, LAMBDA * sqrt(dim))) * bound
-    # Chains of at most `EXACT_CHAIN` tuples or query rows in a block; sums of blocks are added, one for every 16 rows of a view or
-    # more, and some within those. The normaliser is one more channel, and the sum of w − r one of dv + 1 terms.
-    rho = unit * (scores + 8 + LAMBDA * sqrt(EXACT_CHAIN * views + lengths / 16))
+    # Chains of at most `EXACT_CHAIN` tuples or query rows in a block, whose terms may be equal; sums of blocks are added, one for
+    # every 16 rows of a view or more, and some within those. The normaliser is one more channel, and the sum of w − r one of
+    # dv + 1 terms.
+    added = lengths / 16
+    sums = max(LAMBDA * sqrt(EXACT_CHAIN * views + added), ALIKE * EXACT_CHAIN + LAMBDA * sqrt(added))
+    rho = unit * (scores + views + 6 + sums)
     rho_prime = rho + unit * LAMBDA * sqrt(value_dim + 1)
     return lowrank_errors(0.0, 0.0, rho, rho_prime)

@@ -20,6 +20,7 @@ Group = Any
 
 # What each process says of its call, in this order: a mapping of these names.
 _OF_CALL = (
+    "pass",
     "number of views",
     "dim",
     "dtype",
@@ -46,6 +47,12 @@ def checked_group(group: Any) -> Group:
     if dist.get_rank(group) < 0:
         raise ValueError("group should have this process for a member")
     return group
+
+
+def sums_may_kill(group: Group) -> bool:
+    """Whether a sum of what is not of one size on all processes ends them, which no handler can prevent: that of gloo does."""
+    # What NCCL sums, it sums behind our back: to look would be to wait for the device.
+    return dist.get_backend(group) != "nccl"
 
 
 def all_reduce(tensor: Tensor, kind: str, group: Group) -> Tensor:
@@ -83,7 +90,7 @@ def _accompanied(group: Group) -> Iterator[None]:
     except RuntimeError as found:
         raise RuntimeError(
             f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} is left alone in a sum over its group: another rank "
-            f"has ended, or did not come within the group's time-out ({found})"
+            f"has ended, or did not come within the group's time-out; the group is of no further use ({found})"
         ) from found
 
 
@@ -92,6 +99,12 @@ def facts(plan: Plan | None, of_call: Mapping[str, Any]) -> dict[str, Any]:
     return {name: of_call[name] for name in _OF_CALL} | {
         f"{name} of the plan": None if plan is None else getattr(plan, name) for name in AGREEING
     }
+
+
+def agree_on_backward(group: Group) -> None:
+    """ValueError on every process if they are not all in a backward pass, where a sum would end them."""
+    if sums_may_kill(group):
+        agree(facts(None, dict.fromkeys(_OF_CALL) | {"pass": "backward"}), group)
 
 
 def agree(said: Mapping[str, Any] | None, group: Group) -> None:

@@ -19,7 +19,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from ..backends import backend_of
 from ..bounds.rounding import computed_in
-from ..checks import Inputs, PlanError, checked_inputs, checked_output, whole
+from ..checks import Inputs, PlanError, checked_flags, checked_inputs, checked_output, whole
 from ..plans import Plan
 from ..state.summary import Summary, row_gradients
 from ..state.summary import summarize as summarize_rows
@@ -80,7 +80,7 @@ def tensor_attention(
     One task for each block of keys and of queries, and one for every `split_every` summaries; r (dv + 1) numbers for each view,
     twice, are what a task sends to the next. Work and memory of a task are those of `tattn.summarize` and `tattn.Summary.attend`.
     """
-    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every)
+    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every, return_lse)
     return call.outputs(return_lse)
 
 
@@ -121,7 +121,7 @@ def tensor_attention_vjp(
     The sums of the gradient of the summary go up a tree as the summaries do. Outputs and gradients that are computed together, by
     ``dask.compute(out, dquery, ...)``, share the summary; it is made again where they are not.
     """
-    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every)
+    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every, return_lse)
     return call.outputs(return_lse), call.gradients
 
 
@@ -129,8 +129,10 @@ class _Call:
     """The arrays of a call in blocks, checked, and its summary as a task."""
 
     def __init__(
-        self, query: Any, keys: Any, values: Any, plan: Any, bound: Any, scale: Any, tol: Any, masks: Any, every: Any
-    ) -> None:
+        self, query: Any, keys: Any, values: Any, plan: Any, bound: Any, scale: Any, tol: Any, masks: Any, every: Any,
+        return_lse: Any,
+    ) -> None:  # fmt: skip
+        checked_flags(return_lse=return_lse)
         self.every = whole("split_every", every, 2)
         self.inputs = checked_inputs(
             _stand_in("query", query), _stand_ins("keys", keys), _stand_ins("values", values),

@@ -18,7 +18,7 @@ from ..nn.operator import plan_of_text
 from ..plans import Plan, plan_text
 from ..state import sums as summaries
 from ..state.summary import call_of, row_gradients, summarize
-from .agreement import all_reduce, checked_group, scan
+from .agreement import agree_on_backward, all_reduce, checked_group, scan
 from .shards import agreed, columns, packed, split, widened
 
 
@@ -139,6 +139,7 @@ def _backward(
         # No rank sums.
         return [dquery.contiguous(), *(torch.zeros_like(x, dtype=query.dtype) for x in (*keys, *values))]
     resolved, flat = _resolve_process_group(group), packed(dsums)
+    agree_on_backward(resolved)
     dsums = split(scan(flat, "behind", resolved) if causal else all_reduce(flat, "sum", resolved), dsums)
     pairs = [row_gradients(rows, g, made, BACKEND) for *rows, g in zip(keys, values, of_masks, dsums, strict=True)]
     dkeys, dvalues = zip(*pairs, strict=True)

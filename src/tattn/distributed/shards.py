@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -13,25 +13,27 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.score_range import RangeCall, Ranges, ranges
-from ..checks import Inputs, checked_finite, checked_inputs
+from ..checks import Inputs, checked_finite, checked_flags, checked_inputs, true_or_false
 from ..operands import Operands
 from ..planning import plan_found
 from ..planning.choice import check_ranges
 from ..planning.selection import Wish
 from ..plans import Plan
 from ..problem import Problem
-from .agreement import Group, agree, all_reduce, facts
+from .agreement import Group, agree, all_reduce, facts, sums_may_kill
 from .promise import promised_plan
 
 
 def agreed(
     given: tuple[Any, Any, Any, Any], group: Group, causal: Any, scale: Any, tol: Any, plan: Any, bound: Any, degree: Any,
-    check: Any, recording: bool | None = None,
+    check: Any, recording: bool | None = None, told: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of all ranks, once they are known to agree and this rank's arrays to fit."""
     refused: Exception | None = None
     said = None
     try:
+        check = true_or_false("check", check)
+        checked_flags(**(told or {}))
         inputs = _checked(given, causal, group)
         plan, number = promised_plan(inputs, plan, bound, scale, tol)
         views = inputs.views
@@ -40,6 +42,7 @@ def agreed(
         said = facts(
             plan,
             {
+                "pass": "forward",
                 "number of views": views,
                 "dim": inputs.dim,
                 "dtype": inputs.dtype,
@@ -53,7 +56,7 @@ def agreed(
         )
     except (TypeError, ValueError) as own:
         refused = own
-    if check:
+    if check is not False or sums_may_kill(group):
         agree(said, group)
     if refused is not None:
         raise refused
@@ -99,9 +102,13 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
     def together(kind: str, arrays: Sequence[Tensor]) -> list[Tensor]:
         flat = torch.cat([a.reshape(-1) for a in arrays]).double()
         if kind == "max":
-            # What is no number is none on all ranks.
-            flat = torch.where(torch.isnan(flat), inf, flat)
-        parts = torch.split(all_reduce(flat, kind, group), [a.numel() for a in arrays])
+            # A maximum with what is no number is one or the other: which are none on some rank travels beside.
+            none = torch.isnan(flat)
+            flat, none = all_reduce(torch.stack([torch.where(none, -inf, flat), none.double()]), kind, group)
+            flat = torch.where(none > 0, torch.nan, flat)
+        else:
+            flat = all_reduce(flat, kind, group)
+        parts = torch.split(flat, [a.numel() for a in arrays])
         return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
 
     # Masks are a rank's own affair, but what they leave is counted in arrays of one shape on all.

@@ -27,7 +27,7 @@ from ..bounds.rounding import computed_in
 from ..plans import Plan
 from ..state import sums as summaries
 from ..state.summary import Summary, call_of, summarize
-from .agreement import Group, all_reduce, checked_group, scan
+from .agreement import Group, agree_on_backward, all_reduce, checked_group, scan
 from .operator import compiled_attention
 from .shards import agreed, columns, packed, split, widened
 
@@ -80,7 +80,9 @@ def tensor_attention(
         As in `tattn.tensor_attention`.
     check : bool
         Whether ranks first tell each other dims, dtype and plan, in one maximum of some sixty numbers that they wait for. Without,
-        only the summaries are summed; ranks that then differ give wrong answers, or wait until the group's time-out.
+        only the summaries are summed; ranks that then differ give wrong answers, or wait until the group's time-out. This is
+        for NCCL, where to wait is to wait for the device. Over gloo, whose sums end the processes where sizes differ, they always
+        do, before the backward pass as well.
 
     Returns
     -------
@@ -113,7 +115,8 @@ def tensor_attention(
         out, lse = compiled_attention(query, keys, values, key_masks, plan, group, scale, check, causal)
     else:
         group = checked_group(group)
-        plan = agreed(given, group, causal, scale, tol, plan, bound, None, check)
+        told = {"return_lse": return_lse, "return_plan": return_plan}
+        plan = agreed(given, group, causal, scale, tol, plan, bound, None, check, told=told)
         used = plan
         if causal:
             keys, values = widened(keys), widened(values)
@@ -189,5 +192,6 @@ class _OverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        agree_on_backward(ctx.group)
         ranks = {"all": "all", "before": "behind", "behind": "before"}[ctx.ranks]
         return None, None, _OverRanks.apply(ranks, ctx.group, grad)  # type: ignore[no-untyped-call]

@@ -20,12 +20,15 @@ the rows of a span; memory O(b r dv), in the adjoint O(r dv √n) and copies of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from ..arrays import clean
 from ..backends import Array, Backend
-from ..features.basis import CHAIN, Basis
+from ..backends.kernels import CHAIN
+from ..features.balance import balanced_values, with_one, with_powers
+from ..features.basis import Basis
 from ..features.monomials import Expansion, rank
 from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
@@ -46,6 +49,10 @@ from .features import (
     zero_sum,
 )
 from .spans import Setting, Spans, adjoint, numerator, span_of
+from .spoiled import Columns, backward_apart, forward_apart
+
+# log2 of monomials whose products with values are numbers.
+_LARGEST = {"float32": 96, "float64": 900}
 
 
 class Start(NamedTuple):
@@ -67,8 +74,15 @@ def forward(operands: Operands, expansion: Expansion) -> Attended:
 
 def read_rows(operands: Operands, expansion: Expansion, start: Start | None = None) -> tuple[Array, Array]:
     """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
-    backend = operands.backend
+    operands, start, _ = _balanced(operands, start)
     setting, block = _setting(operands, expansion, start)
+    compute = partial(_read_rows, setting, block, start)
+    return forward_apart(compute, operands, _limits(setting))
+
+
+def _read_rows(setting: Setting, block: int, start: Start | None, operands: Operands) -> tuple[Array, Array]:
+    """`read_rows` of rows that hold numbers."""
+    backend = setting.backend
     sums, views = _split(setting, operands, start)
     kernel = backend.kernel("prefix_read", setting, sums, (operands.query, *views))
     if kernel is not None:
@@ -92,15 +106,28 @@ def backward(
     operands: Operands, expansion: Expansion, attended: Attended, upstream: Upstream, start: Start | None = None
 ) -> tuple[Gradients, tuple[Array, ...]]:
     """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
-    backend, q = operands.backend, operands.query
+    operands, start, powers = _balanced(operands, start)
+    setting, block = _setting(operands, expansion, start)
+    columns = (attended.out, *attended.kept, *upstream)
+    compute = partial(_backward, setting, block, start)
+    found, behind = backward_apart(compute, operands, columns, 0.0, _limits(setting))
+    found = found._replace(values=with_powers(found.values, powers, setting.backend))
+    of_sums = [with_one(p, setting.backend) for p in powers] if behind else []
+    return found, with_powers(behind, of_sums, setting.backend)
+
+
+def _backward(
+    setting: Setting, block: int, start: Start | None, operands: Operands, columns: Columns
+) -> tuple[Gradients, tuple[Array, ...]]:
+    """`backward` of rows that hold numbers."""
+    backend, q = setting.backend, operands.query
     xp = backend.xp
     n, m = q.shape[-2], len(operands.views)
-    columns = (attended.out, *attended.kept, *upstream)
-    setting, block = _setting(operands, expansion, start)
     sums, views = _split(setting, operands, start)
     kernel = backend.kernel("prefix_pull", setting, sums, (q, *views))
     if kernel is not None:
-        found, behind = kernel(setting, sums, (q, *views), scaled_gradient(*columns, backend))
+        o, l, g, g_lse = columns
+        found, behind = kernel(setting, sums, (q, *views), scaled_gradient(o, l, g, g_lse, backend))
         return _with_sums(setting, operands, found, behind, start)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
@@ -138,6 +165,12 @@ def backward(
     return _with_sums(setting, operands, found, [g for g, _ in carry], start)
 
 
+def _balanced(operands: Operands, start: Start | None) -> tuple[Operands, Start | None, list[Array]]:
+    """`balanced_values` of a call and of what it starts from."""
+    found, sums, powers = balanced_values(operands, start.sums if start else ())
+    return found, start._replace(sums=sums) if start else None, powers
+
+
 def _with_sums(
     setting: Setting, operands: Operands, found: Sequence[Array], sums: Sequence[Array], start: Start | None
 ) -> tuple[Gradients, tuple[Array, ...]]:
@@ -147,9 +180,10 @@ def _with_sums(
     return _with_heads(setting, behind, Gradients.of(found), operands.views), behind if start else ()
 
 
-def cost(problem: Problem, rank: int) -> Cost:
+def cost(problem: Problem, rank: float) -> Cost:
     """Operations and bytes of a polynomial of this rank, where rows see those before them."""
     flops, memory = features.cost(problem, rank)
+    rank = features.as_float(rank)
     # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
     span, several, columns = span_of(problem.views), problem.views > 1, problem.value_dim + 1
     inside = 2.0 * span * (problem.views * columns if several else 1)
@@ -172,7 +206,7 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     """What blocks share, and the rows of a block: some spans, whose prefixes fit in the workspace."""
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
-    units = start.units if start else channel_units(q, keys, operands.masks, operands.scale, backend)
+    units = start.units if start else channel_units(q, keys, operands.masks, operands.scale, backend, causal=True)
     w = weights(expansion, q, backend)
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
@@ -189,6 +223,12 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     return Setting(degree, grading, w, units, shares, span, tile, leading, backend), span * spans
+
+
+def _limits(setting: Setting) -> list[Any]:
+    """How large an entry of query and keys may be for its monomials to be numbers."""
+    most = 2.0 ** (_LARGEST[setting.backend.dtype_name(setting.w.dtype)] / setting.degree)
+    return [most / unit for unit in setting.units]
 
 
 def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[tuple[Sum, ...], list[Array | None]]:

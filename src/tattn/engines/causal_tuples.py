@@ -10,12 +10,14 @@ to the keys that some row of it sees, of which `tuples` leaves out those that th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 from ..arrays import in_parts
 from ..backends import Array, Backend
 from ..operands import Gradients, Operands, Upstream, View
 from . import tuples
+from .spoiled import Columns, backward_apart, forward_apart
 
 # Rows in a run of prefixes, at least, and runs, at most: some 10 % more pairs than are seen. Fewer where loops are unrolled.
 _RUN, _RUNS, _UNROLLED_RUNS = 32, 16, 4
@@ -23,6 +25,11 @@ _RUN, _RUNS, _UNROLLED_RUNS = 32, 16, 4
 
 def forward(operands: Operands) -> tuple[Array, Array]:
     """Output (..., n, dv) and lse (..., n, 1)."""
+    return forward_apart(_forward, operands, _limits(operands))
+
+
+def _forward(operands: Operands) -> tuple[Array, Array]:
+    """`forward` of rows that hold numbers."""
     backend, shifts = operands.backend, _shifts(operands)
     if _windowed(operands):
         folding = _Folding.of(operands)
@@ -40,8 +47,17 @@ def forward(operands: Operands) -> tuple[Array, Array]:
 
 def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    return backward_apart(_backward, operands, (out, lse, *upstream), -inf, _limits(operands))[0]
+
+
+def _limits(operands: Operands) -> list[float]:
+    """Every finite entry is a number."""
+    return [inf] * (1 + len(operands.views))
+
+
+def _backward(operands: Operands, columns: Columns) -> tuple[Gradients, tuple[()]]:
+    """`backward` of rows that hold numbers."""
     backend, shifts = operands.backend, _shifts(operands)
-    columns = (out, lse, *upstream)
     if _windowed(operands):
         folding = _Folding.of(operands)
         folded, of_query = folding.folded(operands, columns)
@@ -60,7 +76,7 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream) -> 
             )
             for gs in (found.keys, found.values)
         )
-        return Gradients(folding.rows(found.query, backend), d_keys, d_values)
+        return Gradients(folding.rows(found.query, backend), d_keys, d_values), ()
     dqs: list[Array] = []
     totals: list[Array] = []
     for start, stop in _runs(operands):
@@ -73,7 +89,7 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream) -> 
             g if not totals else _joined([t + g[..., : t.shape[-2], :], g[..., t.shape[-2] :, :]], backend)
             for t, g in zip(totals or grads, grads, strict=True)
         ]
-    return Gradients.of([_joined(dqs, backend), *totals])
+    return Gradients.of([_joined(dqs, backend), *totals]), ()
 
 
 def _joined(parts: list[Array], backend: Backend) -> Array:

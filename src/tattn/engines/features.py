@@ -20,12 +20,14 @@ compensation, so that rounding does not grow with the number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import log, prod
+from math import inf, log, prod
 
-from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, with_leading
+from ..arrays import broadcast_leading, clean, sum_to_leading, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
-from ..features.basis import CHAIN, FEW_CHAINS, FEW_COLUMNS, Basis
+from ..backends.kernels import CHAIN
+from ..features.balance import prod_in_range
+from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.monomials import Expansion, Grading, degrees, multinomials, rank
 from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream
@@ -41,7 +43,7 @@ def forward(operands: Operands, expansion: Expansion) -> Attended:
     backend, q = operands.backend, operands.query
     units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
     summaries = _summaries(operands, expansion, units)
-    combined = weights(expansion, q, backend) * prod_of(summaries)
+    combined = weights(expansion, q, backend) * prod_in_range(summaries, backend)
     out, normaliser = read_out(q, units[0], combined, operands.leading, expansion.degree, backend, expansion.grading)
     return Attended(out, log_normaliser(normaliser, operands.keys, backend), (normaliser, *summaries))
 
@@ -69,12 +71,12 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     w = weights(expansion, q, backend)
     summaries = known or _summaries(operands, expansion, units)
     columns = (attended.out, normaliser, *upstream)
-    combined = w * prod_of(summaries)
+    combined = w * prod_in_range(summaries, backend)
     of_query, dq = query_adjoint(q, units[0], combined, columns, operands.leading, degree, backend, grading)
     d_keys, d_values = [], []
     for view, (k, v, mask) in enumerate(operands.views):
         others = [s for other, s in enumerate(summaries) if other != view]
-        own = w * prod_of([of_query, *others]) * (1 / k.shape[-2])
+        own = w * prod_in_range([of_query, *others], backend) * (1 / k.shape[-2])
         dk, dv = key_adjoint(k, v, mask, units[view + 1], own, degree, backend, grading)
         d_keys.append(dk)
         d_values.append(dv)
@@ -264,9 +266,14 @@ def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend
     return side_by_side(g, -r, backend, inverse)
 
 
-def cost(problem: Problem, rank: int) -> Cost:
+def as_float(rank: float) -> float:
+    """A rank that may be beyond all floats, as those are that nobody can afford."""
+    return float(rank) if rank < 1 << 1000 else inf
+
+
+def cost(problem: Problem, rank: float) -> Cost:
     """Operations and bytes of a polynomial of this rank, for all rows."""
-    columns, itemsize, batch = problem.value_dim + 1, problem.itemsize, problem.batch
+    columns, itemsize, batch, rank = problem.value_dim + 1, problem.itemsize, problem.batch, as_float(rank)
     flops = problem.rows * rank * (2.0 * columns + 1)
     one = bytes_of_sums(problem, rank)
     together = max(1, min(batch, 8 * LARGEST_WORKSPACE // one))
@@ -278,7 +285,7 @@ def cost(problem: Problem, rank: int) -> Cost:
     return Cost(flops, max(one, min(one * batch, 8 * LARGEST_WORKSPACE)) + normaliser + block + beside)
 
 
-def bytes_of_sums(problem: Problem, rank: int) -> int:
+def bytes_of_sums(problem: Problem, rank: float) -> float:
     """Bytes of the summaries of one problem with what rounding took, their product and its copies."""
     return problem.itemsize * rank * (problem.value_dim + 1) * (2 * problem.views + 6)
 

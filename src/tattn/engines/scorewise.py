@@ -18,7 +18,9 @@ from typing import Any
 
 from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading
 from ..backends import Array, Backend
-from ..features.basis import CHAIN, row_products
+from ..backends.kernels import CHAIN
+from ..features.balance import balanced_values, with_powers
+from ..features.basis import row_products
 from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream
 from .features import add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
@@ -32,6 +34,7 @@ Side = tuple[Array, Array]
 
 def forward(operands: Operands, coefficients: Sequence[float]) -> Attended:
     """Output, lse, and the normaliser over the number of pairs (..., n, 1)."""
+    operands, _, _ = balanced_values(operands)
     backend = operands.backend
     leading, unit, views, blocks = _prepared(operands)
 
@@ -46,6 +49,7 @@ def forward(operands: Operands, coefficients: Sequence[float]) -> Attended:
 
 def backward(operands: Operands, coefficients: Sequence[float], attended: Attended, upstream: Upstream) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    operands, _, powers = balanced_values(operands)
     backend, q = operands.backend, operands.query
     columns = (attended.out, *attended.kept, *upstream)
     _, unit, views, blocks = _prepared(operands)
@@ -63,7 +67,7 @@ def backward(operands: Operands, coefficients: Sequence[float], attended: Attend
     for ((dk, _), (dz, _)), u, (k, _, mask) in zip(grads, unit[1:], operands.views, strict=True):
         d_keys.append(sum_to_leading(dk * u, k.shape[:-2], backend))
         d_values.append(clean(dz[..., :-1] * (1 / k.shape[-2]), mask, backend))
-    return Gradients(dq, tuple(d_keys), tuple(d_values))
+    return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 
 
 def _prepared(operands: Operands) -> tuple[tuple[int, ...], list[Array], list[Side], tuple[int, ...]]:

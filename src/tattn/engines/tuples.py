@@ -27,6 +27,7 @@ from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
+from ..features.balance import balanced_values, with_powers
 from ..features.scaling import channel_units
 from ..operands import Gradients, Operands, Upstream
 from ..problem import Cost, Problem
@@ -94,6 +95,7 @@ State = tuple[Array, Array | None]
 
 def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
     """Output (..., n, dv) and lse (..., n, 1)."""
+    operands, _, _ = balanced_values(operands)
     backend = operands.backend
     xp = backend.xp
     at, views, run = _prepared(operands, limits)
@@ -130,6 +132,7 @@ def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
 
 def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, limits: Limits = ALL) -> Gradients:
     """Gradients of query, keys and values, each in its own shape, in the dtype of the computation."""
+    operands, _, powers = balanced_values(operands)
     backend, q = operands.backend, operands.query
     xp = backend.xp
     columns = (out, lse, *upstream)
@@ -158,7 +161,7 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
     for (dk, dv), unit, (k, v, mask) in zip(grads, run.units[1:], operands.views, strict=True):
         d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
         d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
-    return Gradients(dq, tuple(d_keys), tuple(d_values))
+    return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 
 
 def scaled_keys(
@@ -180,7 +183,7 @@ def _scores(problem: Problem) -> float:
     """Scores of a problem, those that the order of rows leaves out not counted."""
     n, *lengths = problem.lengths
     if not problem.order.causal:
-        return float(prod(problem.lengths))
+        return prod(map(float, problem.lengths))
     windows = problem.order.window or lengths
     # The mean over rows, at the middles of 64 parts.
     rows = [(part + 0.5) / 64 * n for part in range(64)]

@@ -3,22 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import frexp, log2, prod
+from math import frexp, isfinite, log2, prod
 from typing import Any
 
-from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, shared_leading, sum_of
+from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sum_of
 from ..backends import Array, Backend
 
 # Rows that are looked at together, at least.
 _FEWEST = 128
+# log2 of scores that no polynomial serves, by far: a row that gives such scores is beyond what was promised.
+_MOST = 10.0
+# Pieces that a view is cut into for the usual size of its entries, at most.
+_PIECES = 32
 
 
 def channel_units(
-    q: Array, keys: Sequence[Array], masks: Sequence[Array | None], scale: float, backend: Backend
+    q: Array,
+    keys: Sequence[Array],
+    masks: Sequence[Array | None],
+    scale: float,
+    backend: Backend,
+    causal: bool = False,
 ) -> list[Array]:
-    """`units_of` the largest entries of query and keys."""
-    tops = [channel_tops(x, m, backend) for x, m in zip((q, *keys), (None, *masks), strict=True)]
-    return units_of(tops, (q, *keys), scale, backend)
+    """`units_of` the largest entries of query and keys, but for rows that are not finite or beyond what was promised.
+
+    `causal`: such a row of the keys has no say either, since not all query rows see it.
+    """
+    xp = backend.xp
+    rows, present = (q, *keys), (None, *masks)
+    if backend.reads:
+        # Few calls need a second look.
+        tops = [channel_tops(x, m, backend) for x, m in zip(rows, present, strict=True)]
+        if float(xp.max(prod_of(tops))) * scale <= 2.0**_MOST:
+            return units_of(tops, rows, scale, backend)
+    tops = [channel_tops(x, m, backend, True) for x, m in zip(rows, present, strict=True)]
+    if causal:
+        reach = sum_of([xp.log2(top) for top in tops]) + log2(scale)
+        usual = [_usual_tops(x, m, top, backend) for x, m, top in zip(rows[1:], masks, tops[1:], strict=True)]
+        tops[1:] = [xp.where(reach > _MOST, u, top) for u, top in zip(usual, tops[1:], strict=True)]
+    return units_of(_limited_tops(tops, rows, scale, backend), rows, scale, backend)
+
+
+def finite_sizes(rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[tuple[Array, Array]]:
+    """`channel_sizes` of several views, but for rows that are not finite."""
+    if backend.reads:
+        found = [channel_sizes(x, m, backend) for x, m in zip(rows, masks, strict=True)]
+        if isfinite(float(backend.xp.max(sum_of([top for top, _ in found])))):
+            return found
+    return [channel_sizes(x, m, backend, True) for x, m in zip(rows, masks, strict=True)]
+
+
+def _limited_tops(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
+    """The same, and of the query what gives scores that some polynomial serves: rows beyond must not make the others vanish."""
+    xp = backend.xp
+    alike = [max_to_leading(t, tuple(x.shape[:-2]), backend) for t, x in zip(tops, views, strict=True)]
+    power = _MOST - log2(scale) - sum_of([xp.log2(top) for top in shared_leading(alike, backend)[1:]])
+    most = xp.pow(xp.full_like(power, 2.0), power)
+    return [xp.where(tops[0] < most, tops[0], most), *tops[1:]]
+
+
+def _usual_tops(x: Array, mask: Array | None, top: Array, backend: Backend) -> Array:
+    """The median over pieces of a view of the largest |entry| of every channel; `top` where that is 0: (..., 1, d)."""
+    xp = backend.xp
+    *_, n, d = x.shape
+    pieces = min(n, _PIECES)
+    rows = n // pieces
+    size = xp.abs(_counted(x, mask, top.dtype, True, backend))[..., : pieces * rows, :]
+    largest = xp.max(xp.reshape(size, (*size.shape[:-2], pieces, rows, d)), axis=-2)
+    median = xp.sort(largest, axis=-2)[..., (pieces - 1) // 2, :][..., None, :]
+    return xp.where(median > 0, median, top)
 
 
 def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
@@ -63,27 +116,37 @@ def over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Ba
     return backend.scan_rows(body, start, rows, int(max(_FEWEST, backend.cache // row)))[0]
 
 
-def channel_tops(x: Array, mask: Array | None, backend: Backend) -> Array:
-    """The largest |entry| of every channel over all rows, masked ones as 0: (..., 1, d)."""
+def _counted(x: Array, mask: Array | None, dtype: object, finite: bool, backend: Backend) -> Array:
+    """Rows (..., n, d), masked ones as 0, and those that are not `finite` if so asked."""
+    xp = backend.xp
+    x = backend.cast(clean(x, mask, backend), dtype)
+    return xp.where(xp.all(xp.isfinite(x), axis=-1, keepdims=True), x, 0.0) if finite else x
+
+
+def channel_tops(x: Array, mask: Array | None, backend: Backend, finite: bool = False) -> Array:
+    """The largest |entry| of every channel over all rows, masked ones as 0, or over the `finite` ones: (..., 1, d)."""
     xp = backend.xp
     dtype = backend.compute_dtype(x.dtype)
 
     def body(top: Array, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
-        rows = backend.cast(clean(rows, mask, backend), dtype)
+        rows = _counted(rows, mask, dtype, finite, backend)
         return xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
     return over_blocks(body, zero, (x, mask), backend)
 
 
-def channel_sizes(x: Array, mask: Array | None, backend: Backend) -> tuple[Array, Array]:
-    """The largest |entry| of every channel, and its root mean square over all rows, masked ones as 0: (..., 1, d) each."""
+def channel_sizes(x: Array, mask: Array | None, backend: Backend, finite: bool = False) -> tuple[Array, Array]:
+    """The largest |entry| of every channel, and its root mean square over all rows, masked ones as 0: (..., 1, d) each.
+
+    Over the `finite` rows alone, the others as 0, or over all.
+    """
     xp = backend.xp
     dtype = backend.compute_dtype(x.dtype)
 
     def body(carry: tuple[Array, Array], rows: Array, mask: Array | None) -> tuple[tuple[Array, Array], tuple[()]]:
         top, squares = carry
-        rows = backend.cast(clean(rows, mask, backend), dtype)
+        rows = _counted(rows, mask, dtype, finite, backend)
         return (
             xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)),
             squares + over_rows(xp.sum, rows * rows, backend),

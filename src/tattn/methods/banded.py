@@ -143,7 +143,7 @@ class Banded:
         """That of one polynomial, combined summaries, columns of moments, and sorted rows."""
         r, columns = rank(problem.dim, self.degree), problem.value_dim + 1
         flops, memory = features.cost(problem, r)
-        combined = 2.0 * float(self.bands) ** (problem.views + 1) * r * columns * problem.batch
+        combined = 2.0 * float(self.bands ** (problem.views + 1)) * r * columns * problem.batch
         moments = 2.0 * rank(problem.dim, self.moment) * (columns + 2)
         return Cost(flops + combined + problem.rows * (moments + 32 * (problem.dim + problem.value_dim)), memory)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from math import comb, log
+from math import comb, isfinite, log
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,9 @@ from ..arrays import clean, gather_rows, max_to_leading, prod_of, rows_together,
 from ..backends import Array, Backend
 from ..backends.base import memoized
 from ..bounds.score_range import balancing_units
+from ..features.balance import balanced_factors
 from ..features.monomials import multinomials
-from ..features.scaling import channel_sizes, units_of
+from ..features.scaling import finite_sizes, units_of
 from ..operands import Operands
 
 # Beyond the last range of the grid no polynomial is certified; its κ stands for that and keeps arithmetic finite.
@@ -82,7 +83,7 @@ def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
 def sortings(call: Banding, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
     """How norms sort query and keys."""
     xp = backend.xp
-    sizes = [channel_sizes(x, mask, backend) for x, mask in zip(rows, masks, strict=True)]
+    sizes = finite_sizes(rows, masks, backend)
     units = units_of([top for top, _ in sizes], rows, call.scale, backend)
     spreads = [max_to_leading(s, tuple(x.shape[:-2]), backend) for (_, s), x in zip(sizes, rows, strict=True)]
     balances = balancing_units(spreads, backend)
@@ -126,21 +127,27 @@ def sorted_views(call: Banding, operands: Operands, known: Sequence[Array] = ())
 
 
 def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:
-    """An upper bound, but for rounding, of the ℓ_p norm of every row: (..., n, d) → (..., n, 1)."""
+    """An upper bound, but for rounding, of the ℓ_p norm of every row, 0 for one that is not finite: (..., n, d) → (..., n, 1)."""
     xp = backend.xp
     dtype, dim = backend.compute_dtype(x.dtype), x.shape[-1]
     ones = xp.ones((dim, 1), dtype=dtype, device=backend.device(x))
     # What powers lose by underflow.
     lost = dim * float(xp.finfo(dtype).smallest_normal)
 
-    def body(_: None, rows: Array, mask: Array | None) -> tuple[None, tuple[Array]]:
-        size = xp.abs(backend.cast(clean(rows, mask, backend), dtype) * unit)
-        power = prod_of([size] * p)
-        # A product sums a few numbers faster than a sum does.
-        return None, ((power @ ones + lost) ** (1 / p),)
+    def norms(finite: bool) -> Array:
+        def body(_: None, rows: Array, mask: Array | None) -> tuple[None, tuple[Array]]:
+            rows = backend.cast(clean(rows, mask, backend), dtype)
+            # A product sums a few numbers faster than a sum does.
+            norm = (prod_of([xp.abs(rows * unit)] * p) @ ones + lost) ** (1 / p)
+            if finite:
+                # Such a row is NaN in the answer, whatever its band, and no other row is to share its range.
+                norm = xp.where(xp.all(xp.isfinite(rows), axis=-1, keepdims=True), norm, 0.0)
+            return None, (norm,)
 
-    _, (norm,) = backend.scan_rows(body, None, (x, mask), BLOCK)
-    return norm
+        return backend.scan_rows(body, None, (x, mask), BLOCK)[1][0]
+
+    norm = norms(not backend.reads)
+    return norms(True) if backend.reads and not isfinite(float(xp.max(norm))) else norm
 
 
 class Series(NamedTuple):
@@ -179,6 +186,7 @@ class Series(NamedTuple):
         """
         xp = backend.xp
         coefficients = of_band(call, target, band, self.table)
+        tensors = balanced_factors(tensors, backend, axes=2)
         parts = []
         start = 0
         for t, size in enumerate(level_sizes(self.dim, call.degree)):

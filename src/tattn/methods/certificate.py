@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from ..arrays import gather_rows, prod_of, with_leading
 from ..backends import Array, Backend
-from ..bounds.rounding import LAMBDA, UNIT
+from ..backends.kernels import CHAIN
+from ..bounds.rounding import LAMBDA, UNIT, chains
 from ..engines.features import block_of, channels, divided, summed_products, with_ones
-from ..features.basis import CHAIN, FEW_CHAINS, Basis
+from ..features.basis import Basis
 from ..features.monomials import multinomials, rank
 from .bands import Banding, Series, Sorted, edges, level_sizes, multiply_out, of_band
 
@@ -110,17 +111,15 @@ def roundings(
     table = xp.abs(of_band(call, target, band, series.table))
     reach = of_band(call, target, band, series.ranges[..., None])[..., 0]
     m, t0, g = call.views, call.moment, call.degree
-    chains = (
-        LAMBDA * sqrt(CHAIN * (m + 1) + rank(series.dim, g) / CHAIN + series.dim + FEW_CHAINS * m) + 4 + 2 * call.bands
-    )
+    lost = chains(m, CHAIN + rank(series.dim, g) / CHAIN + series.dim) + 4 + 2 * call.bands
     plain = steep = xp.zeros_like(reach)
     for t in range(g + 1):
-        count = (m + 1) * (t + 2) + chains
+        count = (m + 1) * (t + 2) + lost
         size = table[..., t] + (table[..., g + 1] if t == t0 else 0.0)
         plain = plain + size * reach**t * count
         if t:
             steep = steep + t * table[..., t] * reach ** (t - 1) * (count + LAMBDA * sqrt(value_dim + 1) + 4)
-    count = (m + 1) * (t0 + 2) + chains
+    count = (m + 1) * (t0 + 2) + lost
     unit = UNIT["float64" if backend.dtype_name(table.dtype) == "float64" else "float32"]
     sizes = (plain, steep, *(table[..., g + 1 + kind] * reach**t0 * count for kind in (1, 2)))
     return Roundings(*(multiply_out(size, shares, backend) * unit for size in sizes))

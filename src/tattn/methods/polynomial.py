@@ -76,7 +76,7 @@ class Polynomial:
             return False
         r = rank(dim, self.degree)
         by_features = sum(lengths) * r * (2.0 * (value_dim + 1) + 1)
-        by_scores = prod(lengths) * (2.0 * dim + 2.0 * value_dim + 4.0 * self.degree)
+        by_scores = prod(map(float, lengths)) * (2.0 * dim + 2.0 * value_dim + 4.0 * self.degree)
         return by_scores < by_features and scores_round_less(
             self.coefficients, self.bound, dim=dim, rank=r, value_dim=max(value_dim, USUAL_VALUE_DIM), lengths=lengths
         )
@@ -114,7 +114,7 @@ class Polynomial:
             rho = lowrank_rounding(
                 self.coefficients, self.bound, scores.lowest_mean, delta=self.delta, dim=problem.dim,
                 rank=self.rank(problem.dim), views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM),
-                dtype=problem.dtype, span=span_of(problem.views) if problem.order.causal else 0,
+                dtype=problem.dtype, span=span_of(problem.views) if problem.order.causal else 0, chain=problem.chain,
             )  # fmt: skip
             lost = self._dropped(scores)
             error, grad_error = lowrank_errors(self.delta, self.delta_prime, *rho, lost)
@@ -154,7 +154,7 @@ class Polynomial:
         return self.by_scores(operands.lengths, operands.query.shape[-1], operands.values[0].shape[-1])
 
 
-def cost_of(problem: Problem, rank: int) -> Cost:
+def cost_of(problem: Problem, rank: float) -> Cost:
     """What a polynomial of this rank costs."""
     if problem.order.causal:
         return causal_features.cost(problem, rank)

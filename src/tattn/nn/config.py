@@ -7,8 +7,17 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from math import isfinite, prod
 
-from ..checks import PlanError, checked_lengths, checked_method, positive, true_or_false, whole
-from ..planning import plan_for
+from ..checks import (
+    MAX_ORDER,
+    PlanError,
+    checked_dtype,
+    checked_lengths,
+    checked_method,
+    positive,
+    true_or_false,
+    whole,
+)
+from ..planning import bands_fit, plan_for
 from ..planning.selection import MAX_RANK
 from ..plans import Plan
 
@@ -102,7 +111,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         embed_dim, num_heads = whole("embed_dim", self.embed_dim, 1), whole("num_heads", self.num_heads, 1)
-        order = whole("order", self.order, 2)
+        order = whole("order", self.order, 2, MAX_ORDER)
         if self.head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim should be a multiple of num_heads {num_heads} if head_dim is not given, got {embed_dim}"
@@ -192,9 +201,9 @@ class AttentionConfig:
         PlanError
             If `tol` cannot be met at this bound and head dimension, or takes more than `max_rank`.
         """
-        n = checked_lengths(n, self.order)
+        n, dtype = checked_lengths(n, self.order), checked_dtype(dtype)
         if self.bound is None:
-            return self._unbounded_plan(n, dtype, _BANDS) if self.degree is not None else None
+            return self._unbounded_plan(n, dtype, self._bands()) if self.degree is not None else None
         method = "exact" if self.method == "exact" else "polynomial"
         try:
             made = self._bounded_plan(n, dtype, method)
@@ -220,6 +229,10 @@ class AttentionConfig:
             n=n, dim=self.head_dim, bound=self.promise, order=self.order, tol=self.tol, dtype=dtype, scale=self.scale,
             value_dim=self.value_dim, method=method, degree=self.degree, causal=self.causal,
         )  # fmt: skip
+
+    def _bands(self) -> int:
+        """Norm bands of every view of a call with rows enough."""
+        return max((bands for bands in range(1, _BANDS + 1) if bands_fit(bands, self.order)), default=1)
 
     def _unbounded_plan(self, n: int | Sequence[int], dtype: str, bands: int) -> Plan:
         return plan_for(
@@ -269,7 +282,7 @@ def plans_of(config: AttentionConfig, dtype: str) -> tuple[Plan, ...]:
     if config.bound is None:
         if config.degree is None:
             return ()
-        return tuple(config._unbounded_plan(USUAL_ROWS, dtype, bands) for bands in range(1, _BANDS + 1))
+        return tuple(config._unbounded_plan(USUAL_ROWS, dtype, bands) for bands in range(1, config._bands() + 1))
     made = config.plan(dtype=dtype)
     assert made is not None
     return (made, config._bounded_plan(USUAL_ROWS, dtype, "exact")) if config.method == "auto" else (made,)

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..attention import tensor_attention
 from ..backends.jax import BACKEND
-from ..checks import checked_layer_call, checked_parameters
+from ..checks import checked_dtype, checked_flags, checked_kind, checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 
@@ -43,6 +44,8 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
 
     Raises
     ------
+    TypeError, ValueError
+        For arguments that do not fit, by name.
     PlanError
         If the polynomial method cannot meet ``tol`` at this bound and head dimension; the message says what would do.
 
@@ -56,7 +59,9 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
     >>> apply(params, jax.numpy.ones((2, 50, 32)), config=config).shape
     (2, 50, 32)
     """
-    dtype = jnp.zeros(0).dtype if dtype is None else jnp.dtype(dtype)
+    _checked_config(config)
+    _checked_key(key)
+    dtype = jnp.zeros(0).dtype if dtype is None else _checked_dtype(dtype)
     plans_of(config, _computed_in(dtype))
     params: Params = {}
     shapes = config.parameter_shapes()
@@ -101,7 +106,9 @@ def apply(
     TypeError, ValueError
         For arguments that do not fit, by name.
     """
-    checked_parameters(params, config.parameter_shapes())
+    _checked_config(config)
+    checked_flags(return_error=return_error)
+    checked_parameters(params, config.parameter_shapes(), BACKEND)
     contexts, masks = checked_layer_call(
         x, contexts, key_masks, config.embed_dim, config.context_dims, like=params["q_proj.weight"], backend=BACKEND
     )
@@ -132,3 +139,27 @@ def apply(
 
 def _computed_in(dtype: Any) -> str:
     return "float64" if dtype == jnp.float64 else "float32"
+
+
+def _checked_config(config: Any) -> None:
+    checked_kind("config", config, AttentionConfig, "a tattn.nn.AttentionConfig")
+
+
+def _checked_key(key: Any) -> None:
+    """TypeError unless `jax.random` takes it for one key."""
+    try:
+        alone = jnp.shape(jax.random.key_data(key))[:-1] == ()
+    except (TypeError, ValueError):
+        alone = False
+    if not alone:
+        raise TypeError(f"key should be one key of jax.random.key, got {type(key).__name__}")
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    try:
+        # An array is a dtype for NumPy: its own.
+        found = None if isinstance(dtype, (jax.Array, np.ndarray, np.generic)) else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    checked_dtype(dtype if found is None else found.name)
+    return found

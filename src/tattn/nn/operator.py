@@ -20,7 +20,8 @@ from ..checks import checked_inputs
 from ..methods import backward, forward
 from ..methods.certificate import COLUMNS, ERROR
 from ..planning.choice import Work, work_of
-from ..plans import Plan, plan_of_facts
+from ..plans import Plan
+from ..stored import plan_of_facts
 
 
 def planned_attention(

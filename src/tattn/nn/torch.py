@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import tensor_attention
 from ..backends.torch import BACKEND
-from ..checks import PlanError, checked_layer_call
+from ..checks import PlanError, checked_dtype, checked_flags, checked_kind, checked_layer_call
 from ..plans import Plan, plan_text
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
@@ -103,13 +103,14 @@ class TensorAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        _checked_place(device, dtype)
         self.config = config = AttentionConfig(
             embed_dim, num_heads, order=order, head_dim=head_dim, value_dim=value_dim,  # type: ignore[arg-type]
             num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
             tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,
             causal=causal,
         )  # fmt: skip
-        dtype = torch.get_default_dtype() if dtype is None else dtype
         # For both dtypes now, since a compiler cannot trace how plans are made.
         self._plans = {name: _plans(config, name, name == _computed_in(dtype)) for name in ("float32", "float64")}
         made = {"bias": bias, "device": device, "dtype": dtype}
@@ -174,6 +175,7 @@ class TensorAttention(nn.Module):
             With ``bound=None`` and no degree as from `tattn.tensor_attention`; for weights that were moved to a dtype in which the
             layer could not be built.
         """
+        checked_flags(return_error=return_error)
         weight = self.q_proj.weight
         contexts, masks = checked_layer_call(
             x, contexts, key_masks, self.config.embed_dim, self.config.context_dims, like=weight, backend=BACKEND
@@ -229,6 +231,20 @@ class TensorAttention(nn.Module):
         elif plan.method == "polynomial":
             parts.append(f"degree={plan.degree}, rank={plan.rank}, error={plan.error:.2g}")
         return ", ".join(parts)
+
+
+def _checked_place(device: Any, dtype: Any) -> None:
+    """TypeError or ValueError unless tensors can be made of this dtype on this device."""
+    checked_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+    checked_dtype(BACKEND.dtype_name(dtype))
+    if device is None or isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"device should be a torch.device, or what makes one, got {type(device).__name__}")
+    try:
+        torch.device(device)
+    except (RuntimeError, ValueError):
+        raise ValueError(f"device should be a torch.device, or what makes one, got {device!r}") from None
 
 
 def _computed_in(dtype: torch.dtype) -> str:

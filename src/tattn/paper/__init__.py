@@ -14,6 +14,7 @@ from ..checks import (
     PlanError,
     checked_entries,
     checked_inputs,
+    checked_kind,
     checked_method,
     checked_problem,
     checked_upstream,
@@ -163,7 +164,7 @@ def loss(problem: TrainingProblem, *, method: str = "auto", tol: float = 1e-3) -
     PlanError, ValueError
         As from `tensor_attention`.
     """
-    backend = checked_problem(problem._matrices())
+    backend, _ = _checked(problem)
     q, a, b, u, v, *_, e = _operands(problem, problem.e, backend)
     out = tensor_attention(q, (a, b), (u, v), scale=problem.scale, method=method, tol=tol)
     residual = out - e
@@ -368,10 +369,16 @@ def _core(arrays: Arrays) -> Arrays:
     return (*arrays[:8], arrays[-1])
 
 
+def _checked(problem: TrainingProblem) -> tuple[Backend, dict[str, Array]]:
+    """The backend and the matrices by name."""
+    checked_kind("problem", problem, TrainingProblem, "a tattn.paper.TrainingProblem")
+    matrices = problem._matrices()
+    return checked_problem(matrices), matrices
+
+
 def _target(problem: TrainingProblem, upstream: Array | None) -> tuple[Backend, Array]:
     """The backend, and E or the upstream gradient."""
-    matrices = problem._matrices()
-    backend = checked_problem(matrices)
+    backend, matrices = _checked(problem)
     if upstream is None:
         return backend, problem.e
     checked_upstream(upstream, matrices, backend)

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import exp, inf, prod, sqrt
+from math import exp, inf, prod
 from typing import NamedTuple
 
 from ..approximation.exponential import Polynomial
 from ..arrays import broadcast_leading, channel_pairs, in_parts, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
-from ..bounds.rounding import LAMBDA, UNIT, computed_in
+from ..backends.kernels import CHAIN
+from ..bounds.rounding import UNIT, chains, computed_in
 from ..engines.features import add, channels, weights, with_ones, zero_sum
-from ..features.basis import CHAIN, FEW_CHAINS, read, row_products
+from ..features.basis import FEW_CHAINS, read, row_products
 from ..features.monomials import Expansion, features, rank
 from ..features.scaling import channel_units
 
@@ -126,8 +127,8 @@ def rounding(polynomial: Polynomial, lowest_mean: float, *, rank: int, value_dim
     least = (1 - polynomial.delta) * exp(max(-polynomial.bound, lowest_mean))
     if least <= 0:
         return inf
-    chains = LAMBDA * sqrt(4 * CHAIN + rank * (value_dim + 1) / CHAIN + value_dim + 96)
-    sizes = (abs(c) * polynomial.bound**t * (4 * t + 20 + chains) for t, c in enumerate(polynomial.coefficients))
+    lost = chains(3, CHAIN + rank * (value_dim + 1) / CHAIN + value_dim)
+    sizes = (abs(c) * polynomial.bound**t * (4 * t + 20 + lost) for t, c in enumerate(polynomial.coefficients))
     return UNIT[computed_in(dtype)] * sum(sizes) / least
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from ..approximation.exponential import Polynomial, minimax, smallest
 from ..bounds.rounding import computed_in, exact_errors
-from ..checks import Inputs, PlanError
+from ..checks import Inputs, PlanError, shown
 from ..features.monomials import rank as rank_of
 from ..planning import plan_inputs
-from ..planning.selection import MAX_RANK, Wish
+from ..planning.selection import Wish, affordable_degrees, beyond
 from ..plans import Plan
 from ..problem import Cost
 from . import algorithm1
@@ -37,7 +37,7 @@ class GradientChoice(NamedTuple):
         """(certified error, plan), or PlanError."""
         exact = plan_inputs(self.inputs, self.scale, Wish(1.0, "exact"))
         exact_error = self.exact_error(exact)
-        degrees = [g for g in range(1, _MAX_DEGREE + 1) if rank_of(exact.dim, g) <= MAX_RANK]
+        degrees = affordable_degrees(exact.dim, _MAX_DEGREE)
         best = None
         if method != "exact" and degrees and isfinite(exact.bound):
             best = smallest(exact.bound, lambda p: self.error(p, exact) <= self.eps, max_degree=degrees[-1])
@@ -109,7 +109,7 @@ class GradientChoice(NamedTuple):
             problem = f"where no degree up to {_MAX_DEGREE} suffices"
         elif needed.degree not in degrees:
             rank = rank_of(plan.dim, needed.degree)
-            problem = f"which takes degree {needed.degree} and rank {rank:,}, beyond the largest rank of {MAX_RANK:,}"
+            problem = f"which takes degree {needed.degree} and rank {shown(rank, ',')}, {beyond(plan.dim)}"
         else:
             reached = min(self.reached(plan, degrees))
             hint = "; float64 reaches further" if plan.dtype == "float32" else ""

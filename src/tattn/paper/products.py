@@ -17,7 +17,16 @@ from typing import Any
 
 from ..arrays import prod_of
 from ..backends import Array, Backend
-from ..checks import checked_alike, checked_factors, checked_length, checked_pairs, checked_shape, factors, whole
+from ..checks import (
+    checked_alike,
+    checked_dimensions,
+    checked_factors,
+    checked_length,
+    checked_pairs,
+    checked_shape,
+    factors,
+    whole,
+)
 
 
 def kronecker(*matrices: Array) -> Array:
@@ -104,7 +113,9 @@ def third_mode(*matrices: Array) -> Array:
     >>> third_mode(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([[5.0, 6.0]]))
     array([[[63.]]])
     """
-    return _computed(_third_mode, checked_alike(matrices, -1), matrices)
+    backend = checked_alike(matrices, -1)
+    checked_dimensions("the tensor of all matrices", max(a.ndim for a in matrices) - 2 + len(matrices))
+    return _computed(_third_mode, backend, matrices)
 
 
 def multilinear(core: Array, *matrices: Array) -> Array:
@@ -128,6 +139,7 @@ def multilinear(core: Array, *matrices: Array) -> Array:
     array([[21.]])
     """
     named = factors("matrices", matrices)
+    checked_dimensions("core, with one for each matrix,", len(named))
     backend = checked_factors([("core", core, len(named)), *named])
     for i, (name, a, _) in enumerate(named):
         checked_length(name, a, -1, core.shape[i - len(named)], f"dimension {i} of core")
@@ -179,6 +191,7 @@ def tensor(matrix: Array, shape: Sequence[int]) -> Array:
     """
     xp = checked_factors([("matrix", matrix, 2)]).xp
     shape = checked_shape(shape)
+    checked_dimensions("the tensor of this shape", matrix.ndim - 2 + len(shape))
     first, *rest = shape
     wanted = f"shape {shape} asks for"
     checked_length("matrix", matrix, -2, first, wanted)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, isqrt
 from typing import Any
 
+from ..approximation.exponential import MAX_DEGREE
 from ..approximation.pruning import HIGHER
 from ..backends import Array
 from ..bounds.rounding import USUAL_VALUE_DIM, lowrank_errors, lowrank_rounding
 from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges
 from ..checks import (
+    MAX_ORDER,
     Inputs,
     PlanError,
+    checked_dtype,
     checked_finite,
     checked_inputs,
     checked_lengths,
     checked_options,
     checked_order,
     checked_series,
+    described,
     positive,
+    shown,
     true_or_false,
     whole,
 )
@@ -29,7 +34,7 @@ from ..methods import Banded, Exact, Polynomial
 from ..plans import Plan, si, spread
 from ..problem import Guarantee, Problem, ScoreRange
 from .sampling import Estimate, estimate
-from .selection import MAX_RANK, Wish, check_rank, choose, plan_with
+from .selection import Wish, affordable_degrees, beyond, check_rank, choose, largest_rank, plan_with
 
 # Methods that can be asked for as values.
 _VALUES = (Exact, Polynomial, Banded)
@@ -38,6 +43,10 @@ _ANY = ScoreRange(inf, -inf, "promise")
 
 # The largest rank that is tried in bands before it is known whether that will do.
 _BANDED_RANK = 1 << 13
+# Tuples of norm bands, each with a polynomial of its own.
+_MAX_TUPLES = 1 << 26
+# Views of a banded call, each a dimension of one array beside those of the call.
+_MAX_BANDED_ORDER = 32
 # Fits to samples gain nothing beyond.
 _MOST_ESTIMATED = 12
 
@@ -53,8 +62,8 @@ def plan(
     degree: int | None = None,
     bound: float | str | None = None,
     series: str = "minimax",
-    bands: int = 8,
-    moment: int = 2,
+    bands: int | None = None,
+    moment: int | None = None,
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
@@ -81,9 +90,9 @@ def plan(
         Taylor is there for comparison with the paper. "banded" reads no value and needs no `bound`: ranges are found on
         the device, band by band, and the certified error comes with the answer (``return_error=True``). `degree` is 2
         if not given.
-    bands, moment : int
-        Of "banded": norm bands of every view, at most its rows; even order t of the moments, at most
-        `degree`.
+    bands, moment : int, optional
+        Of "banded" alone: norm bands of every view, at most its rows, 8 if not given; even order t of the moments, at most
+        `degree`, 2 if not given.
     gradients : bool
         Where channels add very different amounts to the scores fewer monomials will do (`Plan.grading`), unless a degree or a
         number for `bound` is given. By default their gradients are held to what those of all monomials would be if their error
@@ -114,8 +123,9 @@ def plan(
         number = checked_options(scale, inputs.dim, tol, "auto")
         return _of_method(method, inputs.problem(number), degree=degree, bound=bound, series=series)
     number = checked_options(scale, inputs.dim, tol, method)
-    wish = Wish(tol, method, degree, checked_series(series), true_or_false("gradients", gradients))
-    if series == "banded":
+    banded = _is_banded(series, bands, moment)
+    wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients))
+    if banded:
         return _asked_banded(inputs.problem(number), wish, bound, bands, moment)
     return plan_inputs(inputs, number, wish, bound)
 
@@ -133,8 +143,8 @@ def plan_for(
     method: str | Exact | Polynomial | Banded = "auto",
     degree: int | None = None,
     series: str = "minimax",
-    bands: int = 8,
-    moment: int = 2,
+    bands: int | None = None,
+    moment: int | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
     workers: int | None = None,
@@ -184,19 +194,18 @@ def plan_for(
     >>> spread.bytes_sent < 1e6, spread.seconds < 1
     (True, True)
     """
-    order, dim = whole("order", order, 2), whole("dim", dim, 1)
+    order, dim = whole("order", order, 2, MAX_ORDER), whole("dim", dim, 1)
     lengths = checked_lengths(n, order)
-    if dtype not in ("float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+    dtype = checked_dtype(dtype)
     number = checked_options(scale, dim, tol, "auto" if isinstance(method, _VALUES) else method)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
     seen = checked_order(causal, window, lengths)
     problem = Problem(order - 1, dim, value_dim, dtype, lengths, 1, number, seen)
     if bandwidth is not None and workers is None:
-        raise ValueError(f"bandwidth should come with workers, got {bandwidth} alone")
+        raise ValueError(f"bandwidth should come with workers, got {positive('bandwidth', bandwidth)} alone")
     if isinstance(method, _VALUES):
-        made = _of_method(method, problem, degree=degree, bound=bound, series=series)
-    elif checked_series(series) == "banded":
+        made = _of_method(method, problem, degree=degree, bound=bound, series=series, bands=bands, moment=moment)
+    elif _is_banded(series, bands, moment):
         made = _asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
     else:
         made = choose(problem, _promised(bound), Wish(tol, method, degree, series))
@@ -215,6 +224,9 @@ def plan_for(
 def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | None = None) -> Plan:
     """`plan` for arrays that were checked; any series but "banded"."""
     problem = inputs.problem(scale)
+    if wish.degree is not None:
+        # Before any value is read.
+        check_rank(problem, whole("degree", wish.degree, 1, MAX_DEGREE))
     if isinstance(bound, str) and bound != "estimated":
         raise TypeError(f"bound should be a number or 'estimated', got the str {bound!r}")
     if bound is not None and not isinstance(bound, str):
@@ -225,7 +237,9 @@ def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | N
         raise PlanError("the arrays are traced and their range cannot be read: give a bound of your own, bound=...")
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
-    if bound is not None and wish.method != "exact":
+    if bound is not None:
+        if wish.method == "exact":
+            raise ValueError("bound='estimated' samples scores for a polynomial and has no use with method 'exact'")
         if wish.series != "minimax":
             raise ValueError(
                 f"series has no use with bound='estimated', which fits its own polynomial; got {wish.series!r}"
@@ -267,7 +281,7 @@ def banded_candidates(problem: Problem) -> list[Plan]:
     """Banded plans to try, the cheapest first."""
     shortest = min(problem.lengths)
     bands = 8 if shortest < 1 << 14 else 12
-    if problem.order.causal or shortest < 2 * bands:
+    if problem.order.causal or shortest < 2 * bands or not bands_fit(bands, problem.views + 1):
         return []
     tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
     return [_banded(problem, Banded(g, bands, t)) for g, t in tried if rank_of(problem.dim, g) <= _BANDED_RANK]
@@ -277,7 +291,7 @@ def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_
     """A plan for a method that was given as a value, which has what other options would say."""
     for name, value in without_use.items():
         if value not in (None, "minimax"):
-            raise ValueError(f"{name} has no use with a method that is a value, got {name}={value!r} and {method!r}")
+            raise ValueError(f"{name} has no use with a method that is a value, got {name}={described(value)}")
     reason = f"{type(method).__name__} was asked for"
     if isinstance(method, Banded):
         return replace(_banded(problem, method), reason=reason)
@@ -289,13 +303,31 @@ def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_
     return plan_with(method, problem, _promised(method.bound), reason)
 
 
-def _asked_banded(problem: Problem, wish: Wish, bound: Any, bands: int, moment: int) -> Plan:
+def _is_banded(series: Any, bands: Any, moment: Any) -> bool:
+    """Whether the series is "banded"; ValueError for what belongs to it and to no other."""
+    if checked_series(series) == "banded":
+        return True
+    for name, value in (("bands", bands), ("moment", moment)):
+        if value is not None:
+            raise ValueError(f"{name} should come with series 'banded', got it with series {series!r}")
+    return False
+
+
+def _asked_banded(problem: Problem, wish: Wish, bound: Any, bands: int | None, moment: int | None) -> Plan:
     """A banded plan, with what it does not go together with refused."""
     if bound is not None:
-        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {bound!r}")
+        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {described(bound)}")
     if wish.method == "exact":
         raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
-    return _banded(problem, Banded(2 if wish.degree is None else wish.degree, bands, moment))
+    degree, bands, moment = (
+        usual if given is None else given for given, usual in ((wish.degree, 2), (bands, 8), (moment, 2))
+    )
+    return _banded(problem, Banded(degree, bands, moment))
+
+
+def bands_fit(bands: int, order: int) -> bool:
+    """Whether a plan accepts so many norm bands of every view."""
+    return order <= _MAX_BANDED_ORDER and bands**order <= _MAX_TUPLES
 
 
 def _banded(problem: Problem, method: Banded) -> Plan:
@@ -304,8 +336,17 @@ def _banded(problem: Problem, method: Banded) -> Plan:
         raise ValueError(
             "series 'banded' sorts rows by norm and has no use where their order counts, got it with causal=True"
         )
-    names = (("degree", 1), ("bands", 1), ("moment", 2))
-    degree, bands, moment = (whole(name, getattr(method, name), least) for name, least in names)
+    order = problem.views + 1
+    if order > _MAX_BANDED_ORDER:
+        raise ValueError(f"order should be at most {_MAX_BANDED_ORDER} with series 'banded', got {order}")
+    degree = whole("degree", method.degree, 1, MAX_DEGREE)
+    bands, moment = whole("bands", method.bands, 1), whole("moment", method.moment, 2)
+    if not bands_fit(bands, order):
+        most = max(b for b in range(1, isqrt(_MAX_TUPLES) + 1) if bands_fit(b, order))
+        raise ValueError(
+            f"bands should be at most {most:,} for order {order}, got {shown(bands)}: each tuple of bands has a polynomial "
+            "of its own"
+        )
     if bands > min(problem.lengths):
         raise ValueError(f"bands should be at most the rows of every view, {min(problem.lengths)}, got {bands}")
     if moment % 2:
@@ -320,9 +361,6 @@ def _banded(problem: Problem, method: Banded) -> Plan:
 def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> Plan:
     """A plan from sampled scores; never certified."""
     tol, degree = wish.tol, wish.degree
-    if degree is not None:
-        degree = whole("degree", degree, 1)
-        check_rank(problem, degree)
 
     def rank_with(sampled: Estimate) -> int:
         return sampled.pruned.rank if sampled.pruned else rank_of(problem.dim, len(sampled.coefficients) - 1)
@@ -338,11 +376,11 @@ def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> P
         scores = ScoreRange(found.bound, found.lowest_mean, "data")
         return replace(choose(problem, scores, Wish(tol, "exact")), reason=reason)
 
-    affordable = [g for g in range(1, _MOST_ESTIMATED + 1) if rank_of(problem.dim, g) <= MAX_RANK]
+    affordable = affordable_degrees(problem.dim, _MOST_ESTIMATED)
     if degree is None and not affordable:
         if wish.method == "polynomial":
             raise PlanError(
-                f"degree 1 at dim {problem.dim} has rank {rank_of(problem.dim, 1):,}, beyond the largest rank of {MAX_RANK:,}. "
+                f"degree 1 at dim {problem.dim} has rank {rank_of(problem.dim, 1):,}, {beyond(problem.dim)}. "
                 f"Use method='exact' ({si(Exact().cost(problem).flops)}flop)"
             )
         return exact("no degree has a rank that a plan accepts")
@@ -350,7 +388,7 @@ def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> P
         sampled = estimate(inputs, problem.scale, tol, [degree])
     else:
         higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1)
-        most = 0 if wish.gradients is None else MAX_RANK
+        most = 0 if wish.gradients is None else largest_rank(problem.dim)
         sampled = estimate(
             inputs, problem.scale, tol, affordable, higher, most, wish.gradients is True,
             lambda found: rounding_of(found)[0],

@@ -17,7 +17,16 @@ from ..approximation.pruning import HIGHER, Pruned, Shells, smallest_pruned, wei
 from ..backends import Array, Backend
 from ..backends.numpy import BACKEND as numpy_backend
 from ..bounds.score_range import RangeCall, ranges
-from ..checks import Inputs, PlanError, checked_finite, checked_inputs, checked_options, checked_output, whole
+from ..checks import (
+    Inputs,
+    PlanError,
+    checked_entries,
+    checked_finite,
+    checked_inputs,
+    checked_options,
+    checked_output,
+    whole,
+)
 from ..features.monomials import rank as rank_of
 from ..methods import Call, Exact, forward
 
@@ -150,7 +159,7 @@ def measure_error(
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
     inputs = checked_inputs(query, keys, values, key_masks, causal, window)
     number = checked_options(scale, inputs.dim, 1.0, "exact")
-    rows, seed = whole("rows", rows, 1), whole("seed", seed, 0)
+    rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
     checked_output("out", out, expected, query, inputs.backend, "the query")
     if inputs.traced or inputs.backend.is_traced([out]):
@@ -179,6 +188,7 @@ def measure_error(
     if not isfinite(mean):
         # Which argument is to blame is worth a look only now.
         checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
+    checked_entries({"out": float(xp.max(xp.abs(backend.cast(out, dtype))))})
     return largest, mean
 
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from math import inf, isfinite
 from typing import NamedTuple
 
+from ..approximation.exponential import MAX_DEGREE, smallest
 from ..approximation.exponential import Polynomial as Approximation
-from ..approximation.exponential import smallest
 from ..approximation.pruning import HIGHER, Pruned, smallest_pruned, worthwhile
 from ..bounds.rounding import lowrank_errors
 from ..bounds.score_range import rounded_up
-from ..checks import PlanError, warn_caller, whole
+from ..checks import PlanError, shown, warn_caller, whole
 from ..features.monomials import rank as rank_of
 from ..methods import Exact, Method, Polynomial
 from ..methods.polynomial import cost_of
@@ -22,6 +22,8 @@ from ..plans import Plan, si
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 
 MAX_RANK = 1 << 18
+# Exponents of all monomials in all channels, which are a table.
+_MAX_EXPONENTS = 1 << 28
 # Operations that take longer than to look for a pruned basis.
 _WORTH_PRUNING = 2e8
 _MAX_DEGREE = 40
@@ -40,10 +42,12 @@ class Wish(NamedTuple):
 def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
     """The plan for scores of this range."""
     if wish.degree is not None:
-        wish = wish._replace(degree=whole("degree", wish.degree, 1))
+        wish = wish._replace(degree=whole("degree", wish.degree, 1, MAX_DEGREE))
         if wish.method == "exact":
             raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
         check_rank(problem, wish.degree)  # type: ignore[arg-type]
+    if wish.method == "exact" and wish.series != "minimax":
+        raise ValueError(f"series belongs to the polynomial method, got {wish.series!r} with method 'exact'")
     # What a plan for data serves, so that plans are found again.
     served = scores._replace(bound=rounded_up(scores.bound)) if scores.source == "data" else scores
     if problem.order.window is not None:
@@ -148,14 +152,14 @@ def _pruned(problem: Problem, scores: ScoreRange, wish: Wish, needed: int) -> Po
         found, found_grad, _ = of(pruned).guarantee(problem, scores)
         return found <= wish.tol and found_grad <= allowed
 
-    below = min(MAX_RANK + 1, worthwhile(whole, problem.value_dim))
+    below = min(largest_rank(problem.dim) + 1, worthwhile(whole, problem.value_dim))
     best = smallest_pruned(scores.sizes, range(needed, needed + HIGHER + 1), below, accept)
     return of(best) if best else None
 
 
 def _smallest(problem: Problem, scores: ScoreRange, wish: Wish) -> Polynomial | None:
     """The polynomial of least degree that meets `tol` at a rank that can be afforded."""
-    affordable = max((g for g in range(1, _MAX_DEGREE + 1) if rank_of(problem.dim, g) <= MAX_RANK), default=0)
+    affordable = max(affordable_degrees(problem.dim, _MAX_DEGREE), default=0)
 
     def accept(found: Approximation) -> bool:
         if found.degree < 1:
@@ -182,21 +186,36 @@ def _why_not(problem: Problem, bound: float, tol: float, needed: int | None) -> 
     """What stands against the polynomial method, in words."""
     where = f"scores may reach {bound:.4g}"
     if needed is None:
-        return (
-            f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {rank_of(problem.dim, _MAX_DEGREE):,}"
-        )
+        most = shown(rank_of(problem.dim, _MAX_DEGREE), ",")
+        return f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {most}"
     rank = rank_of(problem.dim, needed)
-    take = f"{where}, which takes degree {needed} and rank {rank:,} at dim {problem.dim}"
-    if rank > MAX_RANK:
-        return f"{take}, beyond the largest rank of {MAX_RANK:,}"
+    take = f"{where}, which takes degree {needed} and rank {shown(rank, ',')} at dim {problem.dim}"
+    if rank > largest_rank(problem.dim):
+        return f"{take}, {beyond(problem.dim)}"
     return f"{take}, where rounding in {problem.dtype} exceeds tol"
 
 
+def largest_rank(dim: int) -> int:
+    """The largest rank that a plan accepts for so many channels."""
+    return min(MAX_RANK, _MAX_EXPONENTS // dim)
+
+
+def affordable_degrees(dim: int, most: int) -> list[int]:
+    """The degrees from 1 to `most` whose ranks a plan accepts."""
+    return [g for g in range(1, most + 1) if rank_of(dim, g) <= largest_rank(dim)]
+
+
 def check_rank(problem: Problem, degree: int) -> None:
-    """Refuse a degree whose rank is beyond `MAX_RANK`."""
+    """Refuse a degree whose rank no plan accepts."""
     rank = rank_of(problem.dim, degree)
-    if rank > MAX_RANK:
+    if rank > largest_rank(problem.dim):
         raise ValueError(
-            f"degree {degree} at dim {problem.dim} has rank {rank:,} and would take {si(cost_of(problem, rank).bytes)}B of "
-            f"memory, beyond the largest rank of {MAX_RANK:,}"
+            f"degree {degree} at dim {problem.dim} has rank {shown(rank, ',')} and would take "
+            f"{si(cost_of(problem, rank).bytes)}B of memory, {beyond(problem.dim)}"
         )
+
+
+def beyond(dim: int) -> str:
+    """What a rank is beyond, in words."""
+    largest = largest_rank(dim)
+    return f"beyond the largest rank of {largest:,}" + (f" for {dim:,} channels" if largest < MAX_RANK else "")

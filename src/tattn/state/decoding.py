@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Array, backend_of
-from ..checks import checked_token
+from ..checks import checked_flags, checked_kind, checked_token
 from ..plans import Plan
 from .summary import Summary, check_same_plan, check_streams, summarize
 
@@ -87,11 +87,13 @@ class DecodingState:
         -----
         O(m r dv) time and memory, whatever the number of tokens before.
         """
+        checked_flags(return_lse=return_lse)
         check_streams(self.plan)
         checked_token(query, keys)
         if self.summary is None:
             summary = summarize(keys, values, self.plan, key_masks=key_masks)
         else:
+            checked_kind("summary", self.summary, Summary, "a tattn.Summary or None")
             check_same_plan(self.plan, self.summary.plan)
             summary = self.summary.update(keys, values, key_masks)
         return summary.attend(query, return_lse=return_lse), DecodingState(self.plan, summary)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,13 +17,16 @@ from ..checks import (
     Views,
     checked_addends,
     checked_array,
+    checked_flags,
     checked_output,
     checked_reader,
     checked_sums,
     checked_views,
 )
 from ..features.monomials import Expansion
-from ..plans import FACTS, Plan, plan_of_facts
+from ..files import Archive, Path, replacing
+from ..plans import FACTS, Plan
+from ..stored import plan_of_facts
 from . import sums as summaries
 
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
@@ -91,6 +93,7 @@ class Summary:
     @property
     def counts(self) -> tuple[Array, ...]:
         """How many rows of every view are in, masked ones aside: m arrays (...)."""
+        self._checked()
         return tuple(s[..., 0, -1] for s in self.sums)
 
     def __add__(self, other: Summary) -> Summary:
@@ -172,6 +175,7 @@ class Summary:
         -----
         O(n r dv) time, O(r dv) memory beyond the output.
         """
+        checked_flags(return_lse=return_lse)
         backend, call, arrays = self._reading(query)
         out, lse, _ = backend.differentiable(summaries.read, summaries.read_backward, call, arrays)
         out = backend.cast(out, query.dtype)
@@ -202,6 +206,7 @@ class Summary:
         -----
         Twice the cost of `attend`, in the same order of memory.
         """
+        checked_flags(return_lse=return_lse)
         backend, call, arrays = self._reading(query)
         computed, lse, rest = backend.differentiable(summaries.read, summaries.read_backward, call, arrays)
         out = backend.cast(computed, query.dtype)
@@ -218,21 +223,39 @@ class Summary:
 
         return ((out, lse[..., 0]) if return_lse else out), pullback
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write plan, sums and rests to an ``.npz`` file; a file that is there is replaced once all is written."""
+    def save(self, path: Path) -> None:
+        """Write plan, sums and rests to an ``.npz`` file; a file that is there is replaced once the disk has all of it.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+            A link stays, and what it leads to is replaced. A file that is replaced hands on its mode.
+
+        Raises
+        ------
+        ValueError
+            For a plan that contradicts itself, which `load` would refuse.
+        OSError
+            If it cannot be written; a file that is there is as it was, then.
+
+        Notes
+        -----
+        Threads and processes may save to one path at once: each writes a file of its own, ``.tattn-….part`` in the same folder,
+        and one of them is there in the end. Only what ends the process on the spot leaves a ``.part`` behind.
+        """
         backend = self._checked()
         arrays: Any = {}
         for name, of_views in (("sums", self.sums), ("rests", self.rests)):
             for i, a in enumerate(backend.values_of(of_views)):
                 arrays[f"{name}_{i}"] = backend.to_numpy(a)
-        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": self.plan.facts()})
-        part = f"{os.fspath(path)}.part"
-        with open(part, "wb") as file:
+        facts = self.plan.facts()
+        plan_of_facts(facts)
+        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": facts})
+        with replacing(path) as file:
             np.savez(file, about=np.array(about), **arrays)
-        os.replace(part, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, like: Array | None = None) -> Summary:
+    def load(cls, path: Path, *, like: Array | None = None) -> Summary:
         """A summary from a file that `save` wrote, in NumPy or in the library and on the device of the array `like`.
 
         Raises
@@ -240,9 +263,15 @@ class Summary:
         TypeError
             If `like` is no array, or one of Dask.
         ValueError
-            For a file that is not one, is damaged, or was written by another version. Nothing is unpickled.
+            For a file that is not one, is damaged, contradicts itself, or was written by another version.
         OSError
             If it cannot be read.
+
+        Notes
+        -----
+        Takes memory for the file and not more, whatever it says: nothing is unpickled, evaluated or uncompressed, and headers are
+        compared with each other and with the plan before numbers are read. A plan has to be one that could have been made. That
+        its bound and its error are true is another matter: they are as good as whoever wrote the file.
         """
         backend = None if like is None else checked_array("like", like)
         plan, of_views = _loaded(path)
@@ -251,8 +280,7 @@ class Summary:
             of_views = [backend.xp.asarray(a, device=device) for a in of_views]
             if backend.dtype_name(of_views[0].dtype) != dtype:
                 raise ValueError(f"like should be of a library that is set up for {dtype}, {backend.name} is not")
-        views = plan.order - 1
-        return cls(plan, tuple(of_views[:views]), tuple(of_views[views:]))
+        return _summary(plan, of_views)
 
     def _checked(self) -> Backend:
         """The backend, once the arrays are known to fit the plan: anyone may have put them together."""
@@ -505,27 +533,43 @@ def _reporter(progress: Any) -> Progress | None:
     return show
 
 
-def _loaded(path: str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
+def _loaded(path: Path) -> tuple[Plan, list[np.ndarray]]:
     """Plan, and sums and rests one after another, of a file that `Summary.save` wrote."""
-    where = f"path should be a file that Summary.save wrote, {os.fspath(path)!r}"
+    with open(path, "rb") as file:
+        try:
+            archive = Archive(file)
+            plan = _about(archive.text("about"))
+            names = [f"{name}_{i}" for name in ("sums", "rests") for i in range(plan.order - 1)]
+            if archive.names != {"about", *names}:
+                raise ValueError(f"there should be sums and rests of {plan.order - 1} views, and nothing else")
+            # Arrays of these shapes that take no memory.
+            empty = (archive.header(name) for name in names)
+            _summary(
+                plan, [np.broadcast_to(np.empty((), e.dtype.newbyteorder("=")), e.shape) for e in empty]
+            )._checked()
+            return plan, [archive.array(name) for name in names]
+        except (TypeError, ValueError) as found:
+            raise ValueError(
+                f"path should be a file that Summary.save wrote, {os.fsdecode(path)!r} is not or is damaged: {found}"
+            ) from None
+
+
+def _about(text: str) -> Plan:
+    """The plan of a file, from what the file says of itself."""
     try:
-        # Opened here, since NumPy would leave a damaged file open.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            if not isinstance(about, dict) or about.get("format") != _FORMAT:
-                raise ValueError("it holds something else")
-            version = about["version"]
-            if version == _VERSION:
-                plan = plan_of_facts(about["plan"])
-                arrays = [file[f"{name}_{i}"] for name in ("sums", "rests") for i in range(plan.order - 1)]
-    except (BadZipFile, EOFError, KeyError, TypeError, ValueError, AttributeError) as found:
-        raise ValueError(f"{where}, is not or is damaged: {found}") from None
-    if version != _VERSION:
-        raise ValueError(f"{where}, is of version {version}, this is version {_VERSION}")
+        about = json.loads(text)
+    except RecursionError:
+        raise ValueError("its plan is no plan") from None
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        raise ValueError("it holds something else")
+    if about.get("version") != _VERSION:
+        raise ValueError(f"it is of version {about.get('version')!r:.40}, this is version {_VERSION}")
+    plan = plan_of_facts(about.get("plan"))
+    check_streams(plan)
+    return plan
+
+
+def _summary(plan: Plan, arrays: Sequence[Array]) -> Summary:
+    """Of sums and rests one after another."""
     views = plan.order - 1
-    summary = Summary(plan, tuple(arrays[:views]), tuple(arrays[views:]))
-    try:
-        summary._checked()
-    except (TypeError, ValueError) as found:
-        raise ValueError(f"{where}, is damaged: {found}") from None
-    return plan, arrays
+    return Summary(plan, tuple(arrays[:views]), tuple(arrays[views:]))

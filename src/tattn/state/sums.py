@@ -27,7 +27,7 @@ from functools import partial
 from math import log, log2
 from typing import NamedTuple
 
-from ..arrays import broadcast_leading, in_parts, prod_of, sum_of, sum_to_leading
+from ..arrays import broadcast_leading, in_parts, sum_of, sum_to_leading
 from ..backends import Array, Backend
 from ..backends.kernels import CHAIN
 from ..engines import causal_features
@@ -40,6 +40,7 @@ from ..engines.features import (
     summed_rows,
     weights,
 )
+from ..features.balance import prod_in_range
 from ..features.basis import Basis
 from ..features.monomials import Expansion
 from ..operands import Attended, Operands, Upstream
@@ -151,7 +152,7 @@ def _read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tu
     q, *sums = arrays
     unit, _ = units(call)
     powers = _powers(sums, backend)
-    combined = weights(call.expansion, q, backend) * prod_of(_scaled(sums, powers, backend))
+    combined = weights(call.expansion, q, backend) * prod_in_range(_scaled(sums, powers, backend), backend)
     wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
     wide = _in_range(call, wide * unit, backend)
     leading = broadcast_leading(*arrays)
@@ -166,14 +167,14 @@ def _read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | Non
     scaled = _scaled(sums, powers, backend)
     w = weights(call.expansion, q, backend)
     leading = broadcast_leading(q, *sums)
-    unit, combined = units(call)[0], w * prod_of(scaled)
+    unit, combined = units(call)[0], w * prod_in_range(scaled, backend)
     upstream, dq = query_adjoint(
         q, unit, combined, columns, leading, call.expansion.degree, backend, call.expansion.grading
     )
     d_sums = []
     for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
         others = [s for other, s in enumerate(scaled) if other != view]
-        d_own = _times_power(w * prod_of([upstream, *others]), -power, backend)
+        d_own = _times_power(w * prod_in_range([upstream, *others], backend), -power, backend)
         d_sums.append(sum_to_leading(d_own, own.shape[:-2], backend))  # type: ignore[union-attr]
     return dq, *d_sums
 

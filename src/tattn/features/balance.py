@@ -1,0 +1,87 @@
+"""Products over many views that stay in the range of the dtype on the way, where they do in the end.
+
+Values of one view may be as small as those of another are large. Products of two are results, or gradients, themselves; of more
+the first may vanish, or overflow, and not come back. So the factors are brought to one size, channel by channel, by powers of two
+whose product is one: nothing is rounded, and nothing has to be multiplied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..arrays import max_to_leading, prod_of, shared_leading, sum_of, times_power
+from ..backends import Array, Backend
+from ..operands import Operands
+from .scaling import channel_tops
+
+# Factors of which some are multiplied before the others.
+MANY = 3
+# Below what log2 of any number is.
+_LEAST = -1100.0
+
+
+def prod_in_range(factors: Sequence[Array], backend: Backend, axes: int = 1) -> Array:
+    """Hadamard product of arrays (..., r, k) that broadcast, as large as their columns over the last `axes` before k allow."""
+    return prod_of(balanced_factors(factors, backend, axes))
+
+
+def balanced_factors(factors: Sequence[Array], backend: Backend, axes: int = 1) -> Sequence[Array]:
+    """Arrays (..., r, k) with the same product, whose columns are alike in size."""
+    xp = backend.xp
+    if len(factors) < MANY:
+        return factors
+    over = tuple(range(-1 - axes, -1))
+    sizes = [xp.max(xp.abs(x), axis=over, keepdims=True) for x in backend.values_of(factors)]
+    powers = _powers(sizes, backend)
+    return [times_power(x, p, backend) for x, p in zip(factors, powers, strict=True)]
+
+
+def balanced_values(operands: Operands, sums: Sequence[Array] = ()) -> tuple[Operands, list[Array], list[Array]]:
+    """The operands with values alike in size, and `sums` (..., r, dv + 1) that its values are added to.
+
+    And log2 of what the values of each view were multiplied by, (..., 1, dv), and so their gradients are to be; none for few views.
+    """
+    backend, values = operands.backend, operands.values
+    xp = backend.xp
+    if len(values) < MANY:
+        return operands, list(sums), []
+    dtype = operands.dtype
+    plain: Sequence[Array] = backend.values_of((*values, *sums))
+    tops = [channel_tops(v, mask, backend) for v, mask in zip(plain, operands.masks, strict=False)]
+    for i, total in enumerate(plain[len(values) :]):
+        tops[i] = xp.maximum(tops[i], xp.max(xp.abs(total[..., :-1]), axis=-2, keepdims=True))
+    tops = [max_to_leading(top, tuple(v.shape[:-2]), backend) for top, v in zip(tops, values, strict=True)]
+    powers = [
+        xp.reshape(p, p.shape[p.ndim - v.ndim :])
+        for p, v in zip(_powers(shared_leading(tops, backend), backend), values, strict=True)
+    ]
+    views = tuple(
+        view._replace(values=times_power(backend.cast(view.values, dtype), power, backend))
+        for view, power in zip(operands.views, powers, strict=True)
+    )
+    scaled = [times_power(s, with_one(p, backend), backend) for s, p in zip(sums, powers, strict=False)]
+    return operands._replace(views=views), scaled, powers
+
+
+def with_powers(gradients: Sequence[Array], powers: Sequence[Array], backend: Backend) -> tuple[Array, ...]:
+    """Gradients of what was multiplied by powers of two, as those of what it was before."""
+    if not powers:
+        return tuple(gradients)
+    return tuple(times_power(g, p, backend) for g, p in zip(gradients, powers, strict=True))
+
+
+def with_one(power: Array, backend: Backend) -> Array:
+    """Of values and the ones beside them, (..., 1, dv + 1): ones stay as they are."""
+    return backend.xp.concat([power, backend.xp.zeros_like(power[..., :1])], axis=-1)
+
+
+def _powers(sizes: Sequence[Array], backend: Backend) -> list[Array]:
+    """Whole numbers that add up to 0 over some arrays of sizes: those times 2 to their power are alike, to a few factors of two."""
+    xp = backend.xp
+    logs = []
+    for size in sizes:
+        log = xp.log2(xp.where((size > 0) & xp.isfinite(size), size, 1.0))
+        logs.append(xp.round(xp.where(log > _LEAST, log, _LEAST)))
+    mean = xp.round(sum_of(logs) * (1 / len(logs)))
+    powers = [mean - log for log in logs[:-1]]
+    return [*powers, -sum_of(powers)]
