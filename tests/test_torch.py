@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from reference import changed
 from test_products import CALLS, arguments
 from test_scorewise import BY_SCORES
 
@@ -28,7 +28,7 @@ PLANS = {
 # A channel that is left out, and one that counts half as much again as the least.
 _PRUNED = {"degree": 3, "coefficients": (1.0, 1.0, 0.5, 0.17), "grading": (3, 7, 2), "rank": rank(3, 3, (3, 7, 2))}
 PLANS |= {
-    name.replace("polynomial", "pruned"): replace(PLANS[name], **_PRUNED)
+    name.replace("polynomial", "pruned"): changed(PLANS[name], **_PRUNED)
     for name in ("polynomial", "causal polynomial")
 }
 

@@ -39,11 +39,11 @@ def plan_of_facts(given: Any) -> Plan:
     for kind, names in _KINDS.items():
         for name in names.split():
             if not _HAS_KIND[kind](facts[name]):
-                raise ValueError(f"{name} of a plan should be {kind}, got {_short(facts[name])}")
+                raise ValueError(f"plan's {name} should be {kind}, got {_short(facts[name])}")
     told = SimpleNamespace(**facts)
     for name, agrees in _agreements(told):
         if not agrees:
-            raise ValueError(f"{name} of a plan does not go with the rest of it, got {_short(facts[name])}")
+            raise ValueError(f"plan's {name} should be one that goes with the rest of it, got {_short(facts[name])}")
     return _plan(told)
 
 
