@@ -9,6 +9,7 @@ from typing import Any
 from .backends import Array
 from .checks import Inputs, PlanError, checked_flags, checked_inputs, checked_options, checked_output
 from .methods.certificate import ERROR
+from .methods.gradient_bounds import StatedCall, told_error
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, work_of
 from .plans import Plan
@@ -222,8 +223,11 @@ def _returned(
         if plan.series == "banded":
             asked.append(rest[..., ERROR])
         else:
-            like: Array = inputs.backend.values_of((lse,))[0]
-            asked.append(inputs.backend.xp.full_like(like[..., 0], plan.error if plan.certified else inf))
+            backend = inputs.backend
+            plain: Any = backend.values_of((lse, *inputs.arrays))
+            stated = StatedCall(plan.scale, (plan.error if plan.certified else inf, inf), inputs.views)
+            (told,) = backend.run(told_error, stated, plain[1:])
+            asked.append(backend.xp.zeros_like(plain[0][..., 0]) + told[..., 0])
     if return_plan:
         asked.append(plan)
     return (tuple(asked) if len(asked) > 1 else out), out
