@@ -7,7 +7,7 @@ the errors are measured in the units of `tattn.Plan`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -224,3 +224,45 @@ def test_exact_sums_of_one_number_stay_within_the_rounding_model() -> None:
         plan = tattn.plan(query, keys, values, scale=1.0, method="exact")
         out = tattn.tensor_attention(query, keys, values, plan=plan)
         assert (np.abs(out / channels.astype(float) - 1) <= plan.error).all()
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial", "auto"])
+@pytest.mark.parametrize(
+    ("keys", "values", "grads", "scale"),
+    [(1e8, 1e-6, 1e-9, 1e-24), (1e-8, 1e-9, 1e-9, 1e24), (1.0, 1e-14, 1e-6, 1.0), (1e5, 1e12, 1e12, 1e-15)],
+)
+def test_gradient_bounds_hold_where_products_of_sizes_vanish(
+    library: Any, method: str, keys: float, values: float, grads: float, scale: float
+) -> None:
+    rng = np.random.default_rng(0)
+    q, a, b = np.float32(keys * rng.uniform(-1, 1, (3, 6, 2)))
+    u, v = np.float32(values * rng.uniform(-1, 1, (2, 6, 2)))
+    g = np.float32(grads * rng.normal(size=(6, 2)))
+    query, key_views, value_views, grad = library.arrays(q, [a, b], [u, v], g)
+    options = {"scale": scale, "method": method}
+    _, pullback = tattn.tensor_attention_vjp(query, key_views, value_views, **options)
+    gradients, bounds = pullback(grad, return_error=True)
+    truth = dense(q, [a, b], [u, v], scale=scale, grad_out=g)
+    found, allowed = ([x[0], *x[1], *x[2]] for x in (gradients, bounds))
+    for got, bound, exact in zip(found, allowed, [truth.dquery, *truth.dkeys, *truth.dvalues], strict=True):
+        stated = library.numpy(bound).astype(float)
+        assert (stated > 0).all()
+        assert (np.abs(library.numpy(got) - exact) <= stated).all()
+    # Nothing is lost of nothing.
+    _, bounds = pullback(library.array(0 * g), return_error=True)
+    assert all((library.numpy(x) == 0).all() for x in (bounds[0], *bounds[1], *bounds[2]))
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_nothing_is_promised_where_values_multiply_to_what_a_dtype_does_not_hold(
+    library: Any, method: str, views: int
+) -> None:
+    rng = np.random.default_rng(1)
+    query, *keys = np.float32(rng.uniform(-1, 1, (1 + views, 6, 2)))
+    for size, known in ((1.0, True), (1e-36, False), (0.0, True)):
+        values = list(np.float32(size ** (1 / views) * rng.uniform(0.5, 1, (views, 6, 2))))
+        plan = tattn.plan_for(n=6, dim=2, bound=2.0, order=views + 1, method=method)
+        _, error = tattn.tensor_attention(*library.arrays(query, keys, values), plan=plan, return_error=True)
+        assert error.shape == (6,)
+        assert (library.numpy(error) == (np.float32(plan.error) if known else np.inf)).all()

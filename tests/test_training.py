@@ -589,3 +589,19 @@ def test_traced_values_cannot_be_certified() -> None:
         call(matrices)
     got = jax.jit(lambda m: exact_gradient(TrainingProblem(**m)))(matrices)
     np.testing.assert_allclose(got, steps(draw()).gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["polynomial", "exact"])
+@pytest.mark.parametrize(("values", "inputs"), [(1e-12, 1e10), (1e-25, 1e10), (1e5, 1e-10)])
+def test_the_error_holds_where_products_of_sizes_vanish(
+    library: Any, method: str, values: float, inputs: float
+) -> None:
+    size = {"e": 0.0, "x": 0.5 / inputs, "y": values}
+    matrices = {
+        name: (m * (inputs if name in ("a1", "a2", "a3") else size.get(name[0], 1.0))).astype(np.float32)
+        for name, m in draw(3).items()
+    }
+    found = loss_gradient(problem_of(library, matrices), eps=1e30, method=method)
+    truth = steps(matrices).gradient
+    assert found.error > 0
+    assert (np.abs(library.numpy(found.gradient) - truth) <= found.error).all()

@@ -8,7 +8,7 @@ from typing import Any
 
 from .backends import Array
 from .checks import Inputs, PlanError, checked_flags, checked_inputs, checked_options, checked_output
-from .methods import backward, forward
+from .methods import backward, forward, told_error
 from .operands import Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, work_of
@@ -225,8 +225,11 @@ def _returned(
     if return_error:
         errors = work.call.method.row_errors(kept)
         if errors is None:
-            like: Array = inputs.backend.values_of((lse,))[0]
-            errors = inputs.backend.xp.full_like(like[..., 0], plan.error if plan.certified else inf)
+            backend = inputs.backend
+            plain: Any = backend.values_of((lse, *inputs.arrays))
+            stated = work.call._replace(stated=(plan.error if plan.certified else inf, inf))
+            (told,) = backend.run(told_error, stated, plain[1:])
+            errors = backend.xp.zeros_like(plain[0][..., 0]) + told[..., 0]
         asked.append(errors)
     if return_plan:
         asked.append(plan)

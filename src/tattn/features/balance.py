@@ -2,12 +2,15 @@
 
 Values of one view may be as small as those of another are large. Products of two are results, or gradients, themselves; of more
 the first may vanish, or overflow, and not come back. So the factors are brought to one size, channel by channel, by powers of two
-whose product is one: nothing is rounded, and nothing has to be multiplied back.
+whose product is one: nothing is rounded, and nothing has to be multiplied back. Bounds are products of sizes alone: these are
+multiplied as logarithms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, log, log2
+from typing import Any
 
 from ..arrays import max_to_leading, prod_of, shared_leading, sum_of, times_power
 from ..backends import Array, Backend
@@ -85,3 +88,46 @@ def _powers(sizes: Sequence[Array], backend: Backend) -> list[Array]:
     mean = xp.round(sum_of(logs) * (1 / len(logs)))
     powers = [mean - log for log in logs[:-1]]
     return [*powers, -sum_of(powers)]
+
+
+def log2_of(x: Array, backend: Backend) -> Array:
+    """Logarithms of sizes, −∞ of 0."""
+    xp = backend.xp
+    return xp.where(x == 0, -inf, xp.log2(xp.where(x == 0, 1.0, x)))
+
+
+def log2_sum(logs: Array, axis: int, backend: Backend) -> Array:
+    """log2 Σ 2^x along an axis, which stays."""
+    xp = backend.xp
+    top = xp.max(logs, axis=axis, keepdims=True)
+    safe = xp.where(xp.isfinite(top), top, 0.0)
+    return safe + log2_of(xp.sum(xp.exp((logs - safe) * log(2.0)), axis=axis, keepdims=True), backend)
+
+
+def log2_add(x: Array, y: Array, backend: Backend) -> Array:
+    """log2 of 2^x + 2^y."""
+    xp = backend.xp
+    top = xp.maximum(x, y)
+    safe = xp.where(xp.isfinite(top), top, 0.0)
+    return safe + log2_of(xp.exp((x - safe) * log(2.0)) + xp.exp((y - safe) * log(2.0)), backend)
+
+
+def log2_range(dtype: Any, backend: Backend) -> tuple[float, float, float]:
+    """Sizes above the first power of two and below the second are computed with all digits; the third is the end of the range.
+
+    Sums of 2^16 numbers, each off by the smallest normal number, are then right to half a unit in the last place.
+    """
+    info = backend.xp.finfo(dtype)
+    smallest = log2(float(info.smallest_normal))
+    least = smallest + 16 - log2(float(info.eps) / 2)
+    return least, -least, 1 - smallest
+
+
+def exp2_bound(logs: Array, dtype: Any, backend: Backend) -> Array:
+    """Bounds from logarithms: 0 is 0, no other is below the smallest normal number, and what is none is infinite."""
+    xp = backend.xp
+    end = log2_range(dtype, backend)[2]
+    # A logarithm is rounded, which may move the bound by so much.
+    raised = xp.where(logs > 1 - end, logs + 2.0**-9, 1 - end)
+    known = xp.where(raised < end, xp.exp(xp.where(raised < end, raised, 0.0) * log(2.0)), inf)
+    return xp.where(xp.isnan(logs), inf, xp.where(logs == -inf, 0.0, known))

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from .banded import Banded
 from .exact import Exact
-from .method import Call, Method, backward, forward, gradient_bounds
+from .method import Call, Method, backward, forward, gradient_bounds, told_error
 from .polynomial import Polynomial
 from .recomputed import Recomputed
 
-__all__ = ["Banded", "Call", "Exact", "Method", "Polynomial", "Recomputed", "backward", "forward", "gradient_bounds"]
+__all__ = [
+    "Banded",
+    "Call",
+    "Exact",
+    "Method",
+    "Polynomial",
+    "Recomputed",
+    "backward",
+    "forward",
+    "gradient_bounds",
+    "told_error",
+]

@@ -9,12 +9,14 @@ that row from summaries of the query with h as its values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, log2
 
-from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_to_leading
+from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_of, sum_to_leading
 from ..backends import Array, Backend
 from ..engines.features import block_of, channels, summed_products
+from ..features.balance import MANY, exp2_bound, log2_of, log2_range, log2_sum
 from ..features.basis import Basis
-from ..features.scaling import channel_sizes, channel_tops
+from ..features.scaling import channel_sizes, channel_tops, channel_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from .bands import BLOCK, Banding, Series, Sorted, edges, sorted_views
 from .certificate import (
@@ -36,31 +38,77 @@ _SLACK = 1 + 1e-3
 
 
 def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, float]) -> Gradients:
-    """From (error, grad_error) that hold for every row alike."""
+    """From (error, grad_error) that hold for every row alike.
+
+    Sizes are multiplied as logarithms, and a product is at least what arithmetic loses where its factors vanish.
+    """
+    backend, scale, views = operands.backend, operands.scale, len(operands.views)
+    xp = backend.xp
+    q, keys, values, masks = operands.query, operands.keys, operands.values, operands.masks
+    dtype, leading = operands.dtype, operands.leading
+    rows = zip((q, *keys, *values), (None, *masks, *masks), strict=True)
+    tops = [log2_of(channel_tops(x, mask, backend), backend) for x, mask in rows]
+    score_tops, value_tops = tops[: 1 + views], tops[1 + views :]
+    size, of_lse = (log2_of(xp.abs(backend.cast(g, dtype)), backend) for g in upstream)
+    least, most, end = log2_range(dtype, backend)
+
+    def above(logs: Array) -> Array:
+        """By how much a factor can raise what is lost of others."""
+        return xp.where(logs > 0, logs, 0.0)
+
+    def raised(product: Array, others: Array) -> Array:
+        """A product of sizes, or what is lost of some of its factors times the others; nothing is lost of 0."""
+        found = xp.where(product < end, xp.maximum(product, least + others), inf)
+        return xp.where(product == -inf, product, found)
+
+    whole, growth = sum_of(value_tops), sum_of([above(top) for top in value_tops])
+    # |w − r| is at most twice the first term and once the second.
+    both = [raised(size + whole, above(size) + growth), raised(of_lse, above(of_lse))]
+    weight = log2_sum(xp.concat(both, axis=-1), -1, backend)
+    total, total_out = (log2_sum(x, -2, backend) for x in (weight, size))
+
+    error, steep = (log2(x) if x > 0 else -inf for x in stated)
+    units = channel_units(q, keys, masks, scale, backend)
+    score = sum_of(score_tops) + log2(scale)
+    lost = above(score) + xp.max(above(total_out) + growth, axis=-1, keepdims=True) + above(total)
+    tiny = float(xp.finfo(dtype).smallest_normal)
+    bounds, sizes = [], [total, total_out, whole]
+    for view, unit in enumerate(units):
+        others = sum_of([*score_tops[:view], *score_tops[view + 1 :]]) + log2(scale)
+        # The last step multiplies by the unit, or by the scale; a unit that the dtype does not hold spoils all.
+        usable = (unit >= tiny) & xp.isfinite(unit)
+        last = xp.where(usable, log2_of(unit, backend), inf)
+        last = xp.maximum(last, xp.full_like(last, log2(scale)))
+        bounds.append(steep + raised((total if view else weight) + others, last + lost))
+        sizes.append(xp.where(usable, xp.full_like(unit, least), inf))
+    some = [xp.where(top > -inf, top, 0.0) for top in value_tops]
+    for view, top in enumerate(some):
+        others = sum_of([xp.zeros_like(whole), *value_tops[:view], *value_tops[view + 1 :]])
+        lost = above(total_out) + growth
+        if views >= MANY:
+            # Values are balanced, and the last step multiplies by what balances them.
+            lost = lost + above(sum_of(some) * (1 / views) - top)
+        bounds.append(error + raised(total_out + others, lost))
+        sizes.append(total_out + others)
+    inside = prod_of([backend.cast(xp.max(x, axis=(-2, -1), keepdims=True) < most, dtype) for x in sizes]) > 0
+    results = []
+    for bound, like, mask in zip(bounds, (q, *keys, *values), (None, *masks, *masks), strict=True):
+        found = xp.where(inside, exp2_bound(bound, dtype, backend), inf)
+        if like is not q:
+            found = _rows_alike(found, mask, like, backend)
+        results.append(sum_to_leading(xp.broadcast_to(found, (*leading, *like.shape[-2:])), like.shape[:-2], backend))
+    return Gradients.of(results)
+
+
+def told_error(operands: Operands, error: float) -> Array:
+    """The error of the output, or infinity where the largest values multiply to what arithmetic loses: (..., 1, 1)."""
     backend = operands.backend
     xp = backend.xp
-    q, dtype, leading = operands.query, operands.dtype, operands.leading
-    key_tops = [channel_tops(k, mask, backend) for k, _, mask in operands.views]
-    value_tops = [channel_tops(v, mask, backend) for _, v, mask in operands.views]
-    size = xp.abs(backend.cast(upstream.out, dtype))
-    # |w − r| is at most twice the first term and once the second.
-    weight = xp.sum(size * prod_of(value_tops), axis=-1, keepdims=True) + xp.abs(backend.cast(upstream.lse, dtype))
-    total, total_out = (over_rows(xp.sum, x, backend) for x in (weight, size))
-    error, steep = stated[0], operands.scale * stated[1]
-    bounds = [(steep * weight * prod_of(key_tops), q)]
-    query_top = channel_tops(q, None, backend)
-    for number, (k, _, mask) in enumerate(operands.views):
-        others = prod_of([query_top, *key_tops[:number], *key_tops[number + 1 :]])
-        bounds.append((_rows_alike(steep * total * others, mask, k, backend), k))
-    for number, (_, v, mask) in enumerate(operands.views):
-        others = prod_of([error * total_out, *value_tops[:number], *value_tops[number + 1 :]])
-        bounds.append((_rows_alike(others, mask, v, backend), v))
-    results = []
-    for bound, like in bounds:
-        # Infinity times nothing.
-        bound = xp.where(xp.isnan(bound), xp.inf, bound)
-        results.append(sum_to_leading(xp.broadcast_to(bound, (*leading, *like.shape[-2:])), like.shape[:-2], backend))
-    return Gradients.of(results)
+    size = sum_of([log2_of(channel_tops(v, mask, backend), backend) for _, v, mask in operands.views])
+    least, most, _ = log2_range(size.dtype, backend)
+    known = (size == -inf) | ((size > least) & (size < most))
+    told = xp.full_like(size[..., :1], error)
+    return xp.where(xp.all(known, axis=-1, keepdims=True), told, inf)
 
 
 def _rows_alike(bound: Array, mask: Array | None, like: Array, backend: Backend) -> Array:
@@ -128,28 +176,33 @@ def _query_bound(
     key_top = prod_of([v.by.tops for v in views])
 
     def body(_: None, *blocks: Array) -> tuple[None, tuple[Array]]:
-        size, l, error, d, steep, rounding, growth, shift, weight = _of_rows(value_tops, blocks, backend)
+        size, l, error, d, steep, rounding, growth, shift, weight, idle = _of_rows(value_tops, blocks, backend)
         inside = (d < 1) & (l > 0)
         least = xp.where(inside, l * (1 - d), 1.0)
         near = (1 + growth) / least
         bound = (steep + d * near) * (size @ both + shift * alone) + rounding * (weight + shift) * key_top
         drift = near * alone
         bound = bound + weight * error * xp.where(drift < key_top, drift, key_top)
-        return None, (_promised(call.scale * bound, inside, (l == 0) | ((weight == 0) & (shift == 0)), backend),)
+        return None, (_promised(call.scale * bound, inside, (l == 0) | idle, backend),)
 
     _, (bound,) = backend.scan_rows(body, None, per_row, BLOCK)
     return bound
 
 
 def _of_rows(value_tops: Sequence[Array], blocks: Sequence[Array], backend: Backend) -> tuple[Array, ...]:
-    """|g|, l̃, error, d, e′, ρ′, F, |r̃| and W of a block of rows, (..., rows, ·)."""
+    """|g|, l̃, error, d, e′, ρ′, F, |r̃| and W of a block of rows, (..., rows, ·), and whether they have no gradient."""
     xp = backend.xp
     out, rest, grad_out, grad_lse = blocks
     g = backend.cast(grad_out, rest.dtype)
     column = [rest[..., i : i + 1] for i in (NORMALISER, ERROR, SPREAD, STEEP, ROUNDING, GROWTH)]
     shift = xp.abs(xp.sum(g * out, axis=-1, keepdims=True) - backend.cast(grad_lse, rest.dtype))
+    idle = (xp.max(xp.abs(g), axis=-1, keepdims=True) == 0) & (backend.cast(grad_lse, rest.dtype) == 0)
     weight = xp.sum(xp.abs(g) * prod_of(value_tops), axis=-1, keepdims=True)
-    return xp.abs(g), *column, shift, weight
+    # What vanishes of a row's gradient is lost of its products with the largest values.
+    lost = float(2.0 ** log2_range(weight.dtype, backend)[0])
+    tops = prod_of([xp.where(t > 1, t, 1.0) for t in value_tops])
+    weight = xp.where(idle, 0.0, weight + lost * xp.max(tops, axis=-1, keepdims=True))
+    return xp.abs(g), *column, shift, weight, idle
 
 
 def _weights(value_tops: Sequence[Array], per_row: Sequence[Array], backend: Backend) -> Array:
@@ -162,13 +215,12 @@ def _weights(value_tops: Sequence[Array], per_row: Sequence[Array], backend: Bac
     inverse = xp.where(top > 0, 1 / xp.where(top > 0, top, 1.0), 0.0)
 
     def body(_: None, *blocks: Array) -> tuple[None, tuple[Array]]:
-        size, l, error, d, _, _, _, shift, weight = _of_rows(value_tops, blocks, backend)
+        size, l, error, d, _, _, _, shift, weight, idle = _of_rows(value_tops, blocks, backend)
         inside = (d < 1) & (l > 0)
         safe, least = xp.where(inside, l, 1.0), xp.where(inside, l * (1 - d), 1.0)
         largest = xp.max(size * inverse, axis=-1, keepdims=True)
         found = [largest / safe, largest * d / least, shift / safe, (shift * d + weight * error) / least]
-        nothing = (l == 0) | ((largest == 0) & (shift == 0))
-        return None, (_promised(xp.concat(found, axis=-1), inside, nothing, backend),)
+        return None, (_promised(xp.concat(found, axis=-1), inside, (l == 0) | idle, backend),)
 
     _, (weights,) = backend.scan_rows(body, None, per_row, BLOCK)
     return weights
@@ -177,6 +229,8 @@ def _weights(value_tops: Sequence[Array], per_row: Sequence[Array], backend: Bac
 def _promised(bound: Array, known: Array, nothing: Array, backend: Backend) -> Array:
     """0 where there is nothing to bound, the bound where it is known, infinity elsewhere."""
     xp = backend.xp
+    tiny = float(xp.finfo(bound.dtype).smallest_normal)
+    bound = xp.where(bound < tiny, tiny, bound)
     return xp.where(nothing, 0.0, xp.where(known & xp.isfinite(bound), bound, xp.inf))
 
 

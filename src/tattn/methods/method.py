@@ -15,6 +15,7 @@ from ..backends import Array, Backend
 from ..backends.kernels import CHAIN
 from ..operands import EVERY_ROW, Attended, Gradients, Operands, Order, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
+from .gradient_bounds import told_error as told_of_values
 
 
 class Method(Protocol):
@@ -108,11 +109,16 @@ def backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tu
 def gradient_bounds(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Bounds of the errors of all gradients in their shapes, from what `backward` takes, the first of what was kept alone."""
 
-    def bounds(part: Sequence[Array | None]) -> tuple[Array, ...]:
+    def bound(part: Sequence[Array | None]) -> tuple[Array, ...]:
         operands, (out, kept, grad_out, grad_lse) = call.operands(backend, part)
         attended, upstream = Attended(out, None, (kept,)), Upstream(grad_out, grad_lse)
         return call.method.gradient_bounds(operands, attended, upstream, call.stated).flat()
 
     operands, _ = call.operands(backend, arrays)
     targets = (operands.query, *operands.keys, *operands.values)
-    return in_parts(bounds, call.method.at_a_time(operands), targets, backend, arrays)
+    return in_parts(bound, call.method.at_a_time(operands), targets, backend, arrays)
+
+
+def told_error(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array]:
+    """The error that is stated for all rows, infinite for a problem whose values no bound serves: (..., 1, 1)."""
+    return (told_of_values(call.operands(backend, arrays)[0], call.stated[0]),)

@@ -7,12 +7,13 @@ is used; ρ is the rounding of sums, relative to the normaliser.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, inf, sqrt
+from math import exp, inf, log2, sqrt
 from typing import NamedTuple
 
-from ..arrays import broadcast_leading
+from ..arrays import broadcast_leading, sum_of
 from ..backends import Array, Backend
 from ..bounds.rounding import LAMBDA
+from ..features.balance import log2_add, log2_of, log2_range, log2_sum
 from ..features.scaling import channel_units
 
 # Sizes are sums over many rows, rounded, of at most so many at a time; and products of small errors are left out.
@@ -40,7 +41,10 @@ class Sizes(NamedTuple):
 
 def sizes(call: SizesCall, backend: Backend, arrays: Sequence[Array]) -> Sizes:
     """Sizes of a problem, from (q, a, b, u, v, A1, …, A5, X1, X2, X3, Y1, Y2, target)."""
-    return Sizes(*(float(x) for x in backend.run(_measured, call, arrays)))
+    *logs, scores = (float(x) for x in backend.run(_measured, call, arrays))
+    # Python's powers of two raise where they overflow.
+    slope, residual, values = (0.0 if x == -inf else 2.0 ** max(x, -1022.0) if x < 1024 else inf for x in logs)
+    return Sizes(slope, residual, values, scores)
 
 
 def gradient_error(sizes: Sizes, delta: float, rho: float) -> float:
@@ -54,7 +58,7 @@ def gradient_error(sizes: Sizes, delta: float, rho: float) -> float:
 
 
 def _measured(call: SizesCall, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, ...]:
-    """The numbers of `Sizes`, as scalars."""
+    """The numbers of `Sizes`, all but the last as logarithms to base 2, as scalars."""
     xp = backend.xp
     q, a, b, u, v, *inputs, target = arrays
     made = [
@@ -62,26 +66,37 @@ def _measured(call: SizesCall, backend: Backend, arrays: Sequence[Array]) -> tup
         for left, right, product in zip(inputs[:5], inputs[5:], (q, a, b, u, v), strict=True)
     ]
     units = channel_units(q, [a, b], [None, None], call.scale, backend)
-    scores = _product_error([(top * unit, err * unit) for (top, err), unit in zip(made, units, strict=False)])
-    scores = xp.sum(scores, axis=-1)
+    scores = xp.sum(_product_error([(top * x, err * x) for (top, err), x in zip(made, units, strict=False)]), axis=-1)
 
-    largest = made[3][0] * made[4][0]  # U_e, (..., 1, dv)
-    rounding = _product_error(made[3:])
+    (top_u, err_u), (top_v, err_v) = ([log2_of(x, backend) for x in pair] for pair in made[3:])
+    largest = top_u + top_v  # U_e, (..., 1, dv)
+    rounding = log2_add(err_u + top_v, err_v + top_u, backend)
 
     def body(carry: tuple[Array, ...], a1: Array, target: Array) -> tuple[tuple[Array, ...], tuple[()]]:
-        c, a1 = xp.abs(target), xp.abs(a1)
+        c, a1 = (log2_of(xp.abs(x), backend) for x in (target, a1))
         if call.upstream:
-            columns = (c * largest, largest * 0.0, c * rounding)
+            columns = (c + largest, xp.full_like(c + largest, -inf), c + rounding)
         else:
-            columns = ((c + largest) * largest, largest * largest, (c + 2 * largest) * rounding)
-        sums = (xp.sum(a1 * xp.sum(x, axis=-1, keepdims=True), axis=-2, keepdims=True) for x in columns)
-        return tuple(old + new for old, new in zip(carry, sums, strict=True)), ()
+            moved = log2_add(c, largest, backend)
+            columns = (moved + largest, largest + largest, log2_add(moved, largest, backend) + rounding)
+        sums = (log2_sum(a1 + log2_sum(x, -1, backend), -2, backend) for x in columns)
+        return tuple(log2_add(old, new, backend) for old, new in zip(carry, sums, strict=True)), ()
 
     leading = broadcast_leading(inputs[0], target, largest, rounding)
-    zero = xp.zeros((*leading, 1, inputs[0].shape[-1]), dtype=q.dtype, device=backend.device(q))
-    found, _ = backend.scan_rows(body, (zero,) * 3, (inputs[0], target), _BLOCK)
-    a2, a3 = (xp.max(xp.abs(x), axis=(-2, -1), keepdims=True) for x in inputs[1:3])
-    return *(xp.max(x * a2 * a3) * call.scale for x in found), xp.max(scores)
+    shape = (*leading, 1, inputs[0].shape[-1])
+    start = xp.full(shape, -inf, dtype=q.dtype, device=backend.device(q))
+    found, _ = backend.scan_rows(body, (start,) * 3, (inputs[0], target), _BLOCK)
+    tops = [log2_of(xp.max(xp.abs(x), axis=(-2, -1), keepdims=True), backend) for x in (*inputs[:3], target)]
+    least, _, end = log2_range(q.dtype, backend)
+    # What is lost of one factor, or of a product of some, times the others.
+    factors = (*tops, *(xp.max(x, axis=-1, keepdims=True) for x in (top_u, top_v, largest)))
+    lost = least + sum_of([xp.where(x > 0, x, 0.0) for x in factors]) + max(0.0, log2(call.scale))
+    logs = []
+    for x in found:
+        size = x + tops[1] + tops[2] + log2(call.scale)
+        size = xp.where(size == -inf, size, xp.maximum(size, lost))
+        logs.append(xp.max(xp.where(size < end, size, inf)))
+    return *logs, xp.max(scores)
 
 
 def _made(left: Array, right: Array, product: Array, unit: float, backend: Backend) -> tuple[Array, Array]:
@@ -90,6 +105,11 @@ def _made(left: Array, right: Array, product: Array, unit: float, backend: Backe
     terms = left.shape[-1]
     size = xp.max(xp.abs(left) @ xp.abs(right), axis=-2, keepdims=True)
     error = size * (unit * min(terms, LAMBDA * sqrt(terms)))
+    # Of numbers that are none of them 0 so much may vanish.
+    some = (xp.max(xp.abs(left), axis=(-2, -1), keepdims=True) > 0) & (
+        xp.max(xp.abs(right), axis=-2, keepdims=True) > 0
+    )
+    error = xp.where(some, error + terms * float(xp.finfo(error.dtype).smallest_normal), error)
     return xp.max(xp.abs(product), axis=-2, keepdims=True) + error, error
 
 
