@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.rounding import computed_in
+from ..checks import checked_flags
 from ..plans import Plan
 from ..state import sums as summaries
 from ..state.summary import Summary, call_of, summarize
@@ -112,6 +113,7 @@ def tensor_attention(
     """
     given = (query, keys, values, key_masks)
     if torch.compiler.is_compiling():
+        checked_flags(check=check, return_lse=return_lse, return_plan=return_plan)
         out, lse = compiled_attention(query, keys, values, key_masks, plan, group, scale, check, causal)
     else:
         group = checked_group(group)
