@@ -182,7 +182,8 @@ def tensor_attention_vjp(
         checked_flags(return_error=return_error)
         checked_output("grad_out", grad_out, out.shape, out, backend)
         if grad_lse is None:
-            grad_lse = backend.xp.zeros_like(lse)
+            with backend.on_device_of(lse):
+                grad_lse = backend.xp.zeros_like(lse)
         else:
             grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
         residuals = backend.residuals(work.forward, work.call, work.arrays, (computed, *kept))
@@ -214,16 +215,16 @@ def _returned(
     return_plan: bool,
 ) -> tuple[Any, Array]:
     """What the caller asked for, and the output."""
+    backend = inputs.backend
     computed, lse, rest, *_ = result
-    out = inputs.backend.cast(computed, query.dtype)
-    asked = [out]
-    if return_lse:
-        asked.append(lse[..., 0])
-    if return_error:
-        if plan.series == "banded":
+    with backend.on_device_of(query):
+        out = backend.cast(computed, query.dtype)
+        asked = [out]
+        if return_lse:
+            asked.append(lse[..., 0])
+        if return_error and plan.series == "banded":
             asked.append(rest[..., ERROR])
-        else:
-            backend = inputs.backend
+        elif return_error:
             plain: Any = backend.values_of((lse, *inputs.arrays))
             stated = StatedCall(plan.scale, (plan.error if plan.certified else inf, inf), inputs.views)
             (told,) = backend.run(told_error, stated, plain[1:])

@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from math import log, prod
 from typing import NamedTuple
 
+import numpy as np
+
 from ..arrays import broadcast_leading, clean, sum_to_leading, unpack, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
@@ -319,12 +321,16 @@ def joined(sums: Sequence[Sum]) -> Sum:
 
 def weights(call: LowRankCall, like: Array, backend: Backend) -> Array:
     """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
-    xp = backend.xp
-    dim, dtype = like.shape[-1], backend.compute_dtype(like.dtype)
-    coefficients = xp.asarray(list(call.coefficients), dtype=dtype, device=backend.device(like))
-    of_degree = xp.take(coefficients, backend.table(degrees, dim, call.degree, call.grading, like=like), axis=0)
-    of_monomial = backend.table(multinomials, dim, call.degree, call.grading, like=like, dtype=dtype)
-    return (of_degree * of_monomial)[:, None]
+    dtype = backend.compute_dtype(like.dtype)
+    return backend.table(_weights, call.coefficients, like.shape[-1], call.grading, like=like, dtype=dtype)
+
+
+def _weights(coefficients: tuple[float, ...], dim: int, grading: Grading) -> np.ndarray:
+    """The table of `weights`."""
+    degree = len(coefficients) - 1
+    of_degree = np.asarray(coefficients)[degrees(dim, degree, grading)]
+    table: np.ndarray = (of_degree * multinomials(dim, degree, grading))[:, None]
+    return table
 
 
 def _summaries(
