@@ -11,6 +11,37 @@ from tattn.arrays import gather_rows, inverse_order, over_rows, return_rows
 from tattn.backends import backend_of
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("float32", -149, 127), ("float64", -1074, 1023)])
+def test_powers_of_two_are_exact(library: Any, dtype: str, least: int, most: int) -> None:
+    """Every one that the dtype holds, denormals among them."""
+    powers = np.asarray([*range(least - 2, most + 3), np.nan], dtype)[None]
+    moved = library.array(powers)
+    with np.errstate(all="ignore"):
+        found = library.numpy(backend_of(moved).power_of_two(moved))
+        expected = np.ldexp(np.ones((), dtype), np.arange(least - 2, most + 3))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found[0, :-1], expected)
+    assert np.isnan(found[0, -1])
+
+
+def test_tables_are_kept(library: Any) -> None:
+    """As they are, of the dtype that is asked for, where the arrays are."""
+    like = library.array(np.ones((2, 3)))
+    backend = backend_of(like)
+    for dtype in (None, like.dtype):
+        first, second = (backend.table(_table, 5, like=like, dtype=dtype) for _ in range(2))
+        np.testing.assert_array_equal(library.numpy(first), _table(5))
+        assert library.device(first) == library.device(like)
+        assert first.dtype == dtype or dtype is None
+        assert (first is second) is backend.keeps_tables(like)
+    if library.name == "numpy":
+        assert not first.flags.writeable
+
+
+def _table(n: int) -> np.ndarray:
+    return np.arange(n)[::-1] * 2
+
+
 @pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 1000])
 @pytest.mark.parametrize("leading", [(), (2, 3)])
 def test_reductions_over_rows(library: Any, n: int, leading: tuple[int, ...]) -> None:

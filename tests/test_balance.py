@@ -11,8 +11,8 @@ from test_scorewise import BY_SCORES
 
 import tattn
 from tattn.backends import backend_of
-from tattn.engines.features import LowRankCall
 from tattn.state import sums as summaries
+from tattn.state.summary import call_of
 
 SCALE = 0.47
 # Sizes of the values of each view, and of the gradient, so that all results are in the range of float32.
@@ -94,7 +94,7 @@ def test_rows_after_sums_stay_in_range(library: Any, sizes: tuple[float, ...], o
     truth = dense(query, keys, values, scale=SCALE, grad_out=grad, causal=True)
     plan, cut, views = options_of("causal features", len(sizes), len(query))["plan"], 4, len(sizes)
     before = tattn.summarize(*library.arrays([k[:cut] for k in keys], [v[:cut] for v in values]), plan)
-    call = LowRankCall(plan.coefficients, plan.scale, views)
+    call = call_of(plan)
     after = library.arrays(query[cut:], *(k[cut:] for k in keys), *(v[cut:] for v in values))
     arrays = (*after, *before.sums, *(None,) * views)
     backend = backend_of(after[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,64 @@ def test_traced_calls_say_what_they_need(arrays: list[Any]) -> None:
     planned = tattn.plan(q, [a, b], method="polynomial", tol=1e-2)
     with pytest.raises(tattn.PlanError, match="a promise of your own"):
         jax.grad(lambda q: tattn.tensor_attention(q, [a, b], [u, v], plan=planned).sum())(q)
+
+
+def test_hessians(plan: tattn.Plan, arrays: list[Any]) -> None:
+    """Forward over reverse: the adjoint has a forward mode."""
+
+    def of(q: Any) -> Any:
+        return loss(plan)(q, *arrays[1:])
+
+    same(jax.hessian(of)(arrays[0]), jax.jacrev(jax.grad(of))(arrays[0]))
+
+
+def test_ranks_need_not_be_promoted_by_the_caller(plan: tattn.Plan, arrays: list[Any]) -> None:
+    q, a, b, u, v = arrays
+    mask = jnp.asarray([True, False, True, True, True])
+    with jax.numpy_rank_promotion("raise"):
+        of = jax.grad(lambda q: tattn.tensor_attention(q, [a, b], [u, v], plan=plan, causal=plan.causal).sum())
+        assert jax.vmap(of)(jnp.stack([q, q])).shape == (2, 4, 3)
+        options: dict[str, Any] = {"plan": plan, "causal": plan.causal, "key_masks": [mask, None]}
+        _, pullback = tattn.tensor_attention_vjp(jnp.stack([q, q]), [a, b], [u, v], return_error=True, **options)
+        pullback(jnp.ones((2, 4, 2)), return_error=True)
+
+
+def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each function, plan and shape; those that are let go of give back what they held."""
+    import gc
+    import weakref
+
+    from tattn.backends import jax as backend
+
+    assert backend._compiled.cache_parameters()["maxsize"] <= 256
+    small = lru_cache(maxsize=2)(backend._compiled.__wrapped__)
+    monkeypatch.setattr(backend, "_compiled", small)
+    x = jnp.ones((3, 2))
+    programs = []
+
+    def remembered(*arguments: Any) -> Any:
+        program = small(*arguments)
+        programs.append(weakref.ref(program))
+        return program
+
+    monkeypatch.setattr(backend, "_compiled", remembered)
+    for n in (3, 4, 5, 6):
+        backend.BACKEND.run(lambda call, _, arrays: arrays[0] * call, n, (x,))
+    gc.collect()
+    assert [p() is None for p in programs] == [True, True, False, False]
+
+
+def test_settings_go_by_where_arrays_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tattn.backends import jax as backend
+
+    x = jnp.ones((3, 2))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert backend.BACKEND.for_arrays([None, x]) is backend.BACKEND
+    chosen = []
+    jax.jit(lambda x: chosen.append(backend.BACKEND.for_arrays([x])) or x)(x)
+    with jax.default_device(jax.devices("cpu")[0]):
+        jax.jit(lambda x: chosen.append(backend.BACKEND.for_arrays([x])) or 2 * x)(x)
+    assert chosen == [backend._ON_GPU, backend.BACKEND]
 
 
 def test_bfloat16() -> None:

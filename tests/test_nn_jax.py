@@ -39,6 +39,17 @@ def test_transformations_change_nothing() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.sum(0), b, **close), each, grads[0])
 
 
+def test_ranks_need_not_be_promoted_by_the_caller() -> None:
+    from tattn.nn.jax import apply, init
+
+    config = config_of(degree=2, learn_bound=True)
+    params = init(jax.random.key(0), config)
+    x = jax.numpy.asarray(inputs_of(config)[0])
+    expected = apply(params, x, config=config)
+    with jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(apply(params, x, config=config), expected)
+
+
 def test_scan_over_layers() -> None:
     from tattn.nn.jax import apply, init
 

@@ -119,6 +119,86 @@ def test_a_library_that_follows_the_standard_needs_no_plug(site):
     assert run(CALL, site) == RIGHT
 
 
+CUPY = {
+    "__init__.py": (Path(__file__).parent / "guarded.py").read_text(encoding="utf-8")
+    + """
+
+def asnumpy(x):
+    return x.get()
+
+
+from cupy import cuda
+""",
+    "cuda/__init__.py": """
+from types import SimpleNamespace
+
+from cupy import Device
+
+runtime = SimpleNamespace(is_hip=False)
+
+
+def get_current_stream():
+    return SimpleNamespace(synchronize=lambda: None, is_capturing=lambda: False)
+""",
+    "cuda/device.py": "from cupy import Device",
+    "linalg.py": "from numpy.linalg import *",
+    "fft.py": "from numpy.fft import *",
+    "_core/__init__.py": "",
+    "_core/_routines_linalg.py": """
+COMPUTE_TYPE_DEFAULT, COMPUTE_TYPE_FP16, COMPUTE_TYPE_BF16, COMPUTE_TYPE_TF32 = 1, 3, 6, 7
+compute_type = 7
+
+
+def get_compute_type(dtype):
+    return compute_type
+
+
+def set_compute_type(dtype, chosen):
+    global compute_type
+    compute_type = chosen
+""",
+}
+
+ON_CUPY = """
+import cupy
+import numpy as np
+from cupy._core import _routines_linalg as products
+import tattn
+from tattn.backends import cupy as backend
+from tattn.conformance import check
+
+
+def there(x):
+    return cupy.ndarray(x, 1)
+
+
+seen = set()
+multiply = cupy.matmul
+cupy.matmul = lambda *x, **out: (seen.add(products.compute_type), multiply(*x, **out))[1]
+print(check(there), check(there, dtype="float64"))
+print("products", seen, products.compute_type)
+q, a, b, u, v = np.random.default_rng(0).uniform(-1, 1, (5, 60, 3))
+for options in ({"series": "banded"}, {"bound": 1.0, "method": "polynomial"}):
+    plan = tattn.plan_for(n=60, dim=3, tol=1e-2, dtype="float64", **options)
+    for _ in range(2):
+        cupy.reads = cupy.uploads = 0
+        out, pullback = tattn.tensor_attention_vjp(there(q), [there(a), there(b)], [there(u), there(v)], plan=plan)
+        pullback(there(u), return_error=True)
+    print("reads", cupy.reads, "uploads", cupy.uploads)
+tables = backend.BACKEND.tables
+print("tables", len(tables._held) > 3, {table.device.id for table, _ in tables._held.values()})
+"""
+
+
+def test_cupy_without_a_device(tmp_path):
+    """Its own backend and array-api-compat's namespace, on a stand-in: arrays of another device than the current one."""
+    for name, text in CUPY.items():
+        (tmp_path / "cupy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cupy" / name).write_text(text, encoding="utf-8")
+    expected = ["[] []", "products {1} 7", *["reads 0 uploads 0"] * 2, "tables True {1}"]
+    assert run(ON_CUPY, tmp_path) == expected
+
+
 REFUSED = """
 import numpy as np
 import otherlib

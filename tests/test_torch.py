@@ -17,6 +17,7 @@ from tattn.features.monomials import rank
 from tattn.methods import Polynomial
 
 torch = pytest.importorskip("torch")
+torch_backend = pytest.importorskip("tattn.backends.torch")
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 
 PLANS = {
@@ -365,6 +366,99 @@ def test_shapes_without_values(series: str) -> None:
     assert out.shape == (20, 3)
     gradients = torch.autograd.grad(out.sum(), [query, *rest])
     assert [g.shape for g in gradients] == [t.shape for t in (query, *rest)]
+
+
+class Copies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operations that take something from the host, or to it, where all else is on another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        seen = torch.utils._pytree.tree_leaves((arguments, options, result))
+        self.count += any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in seen)
+        return result
+
+
+_FAR: dict[str, dict[str, Any]] = {
+    "polynomial": {"method": "polynomial", "bound": 1.0},
+    "norm bands": {"series": "banded"},
+    "exact": {"method": "exact", "bound": 1.0},
+    "causal": {"method": "polynomial", "bound": 1.0, "causal": True},
+    "causal exact": {"method": "exact", "bound": 1.0, "causal": True},
+}
+
+
+@pytest.mark.parametrize("transformation", ["none", "grad", "vmap"])
+@pytest.mark.parametrize("name", list(_FAR))
+def test_tables_are_copied_to_a_device_once(name: str, transformation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a CUDA graph is captured, which no copy can be a part of."""
+    monkeypatch.setattr(torch_backend._TABLES, "_held", {})
+    n = 700
+    plan = tattn.plan_for(n=n, dim=3, tol=1e-2, **_FAR[name])
+    leading = (2,) if transformation == "vmap" else ()
+    q, a, b, u, v = (torch.empty(*leading, n, 3, device="meta") for _ in range(5))
+
+    def call(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+        return tattn.tensor_attention(q, [a, b], [u, v], plan=plan, causal=plan.causal)
+
+    of = {"none": call, "grad": torch.func.grad(lambda *x: call(*x).sum()), "vmap": torch.func.vmap(call)}
+    counts = []
+    for _ in range(2):
+        with Copies() as copies:
+            of[transformation](q, a, b, u, v)
+            if transformation == "none":
+                _, pullback = tattn.tensor_attention_vjp(q, [a, b], [u, v], plan=plan, causal=plan.causal)
+                pullback(v, return_error=True)
+        counts.append(copies.count)
+    assert counts[0] > 0
+    assert counts[1] == 0
+
+
+@pytest.mark.parametrize("name", list(_FAR))
+def test_kept_tables_serve_every_kind_of_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made under one transformation, mode or device context, used under another."""
+    from torch._subclasses import FakeTensorMode
+
+    plan = tattn.plan_for(n=9, dim=3, tol=1e-2, dtype="float64", **_FAR[name])
+    arrays = list(torch.tensor(np.random.default_rng(0).uniform(-1, 1, (5, 9, 3))))
+
+    def call(*x: Any) -> Any:
+        return tattn.tensor_attention(x[0], list(x[1:3]), list(x[3:]), plan=plan, causal=plan.causal)
+
+    def gradient(*x: Any) -> Any:
+        x = tuple(a.clone().requires_grad_() for a in x)
+        (first,) = torch.autograd.grad(call(*x).sin().sum(), x[0], create_graph=True)
+        return torch.autograd.grad(first.sin().sum(), x[0])[0]
+
+    def fake(*x: Any) -> Any:
+        with FakeTensorMode() as mode:
+            call(*map(mode.from_tensor, x))
+        return call(*x)
+
+    def inference(*x: Any) -> Any:
+        with torch.inference_mode():
+            return call(*x).clone()
+
+    ways = {
+        "plain": call,
+        "gradient": gradient,
+        "grad": torch.func.grad(lambda *x: call(*x).sin().sum()),
+        "vmap": lambda *x: torch.func.vmap(call)(*(a[None] for a in x))[0],
+        "fake": fake,
+        "inference": inference,
+    }
+    expected = {way: of(*arrays) for way, of in ways.items()}
+    for first in ways:
+        monkeypatch.setattr(torch_backend._TABLES, "_held", {})
+        ways[first](*arrays)
+        for way in ("gradient", "grad"):
+            torch.testing.assert_close(ways[way](*arrays), expected[way], rtol=0, atol=1e-12)
+
+
+def test_modules_are_no_arrays() -> None:
+    with pytest.raises(TypeError, match=r"query should be an array .*, got Linear"):
+        tattn.tensor_attention(torch.nn.Linear(2, 2), [torch.ones(3, 2)], [torch.ones(3, 2)])
 
 
 def test_compile_score_by_score(scorewise: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

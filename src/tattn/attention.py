@@ -183,7 +183,8 @@ def tensor_attention_vjp(
         checked_flags(return_error=return_error)
         checked_output("grad_out", grad_out, out.shape, out, backend)
         if grad_lse is None:
-            grad_lse = backend.xp.zeros_like(lse)
+            with backend.on_device_of(lse):
+                grad_lse = backend.xp.zeros_like(lse)
         else:
             grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
         residuals = backend.residuals(forward, work.call, work.arrays, (computed, *kept))
@@ -216,21 +217,21 @@ def _returned(
     return_plan: bool,
 ) -> tuple[Any, Array]:
     """What the caller asked for, and the output."""
+    backend, plan = inputs.backend, work.plan
     computed, lse, kept, *_ = result
-    plan = work.plan
-    out = inputs.backend.cast(computed, query.dtype)
-    asked = [out]
-    if return_lse:
-        asked.append(lse[..., 0])
-    if return_error:
-        errors = work.call.method.row_errors(kept)
-        if errors is None:
-            backend = inputs.backend
-            plain: Any = backend.values_of((lse, *inputs.arrays))
-            stated = work.call._replace(stated=(plan.error if plan.certified else inf, inf))
-            (told,) = backend.run(told_error, stated, plain[1:])
-            errors = backend.xp.zeros_like(plain[0][..., 0]) + told[..., 0]
-        asked.append(errors)
+    with backend.on_device_of(query):
+        out = backend.cast(computed, query.dtype)
+        asked = [out]
+        if return_lse:
+            asked.append(lse[..., 0])
+        if return_error:
+            errors = work.call.method.row_errors(kept)
+            if errors is None:
+                plain: Any = backend.values_of((lse, *inputs.arrays))
+                stated = work.call._replace(stated=(plan.error if plan.certified else inf, inf))
+                (told,) = backend.run(told_error, stated, plain[1:])
+                errors = backend.xp.zeros_like(plain[0][..., 0]) + told[..., 0]
+            asked.append(errors)
     if return_plan:
         asked.append(plan)
     return (tuple(asked) if len(asked) > 1 else out), out

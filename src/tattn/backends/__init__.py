@@ -11,7 +11,7 @@ from typing import Any
 
 import array_api_compat
 
-from .base import Array, Backend, memoized
+from .base import Array, Backend, lacks, memoized
 
 __all__ = ["Array", "Backend", "backend_of"]
 
@@ -20,7 +20,8 @@ def backend_of(array: Any) -> Backend | None:
     """The backend for an array, or None if it is no array of the array API standard."""
     for cls in type(array).__mro__:
         found = _by_module(cls.__module__.partition(".")[0])
-        if found is not None:
+        # A library's modules define other classes than arrays, which those of other libraries may inherit from.
+        if found is not None and found.is_array(array):
             return found
     if not array_api_compat.is_array_api_obj(array):
         return None
@@ -74,6 +75,20 @@ def _plugged(module: str) -> Backend | None:
     return None
 
 
+class _Standard(Backend):
+    """A library that is known by nothing but the standard."""
+
+    def why_refused(self, array: Array) -> str | None:
+        lacking = lacks(self, array)
+        if not lacking:
+            return None
+        named = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more names" if len(lacking) > 5 else "")
+        return (
+            f"{type(array).__module__}.{type(array).__qualname__}, which lacks {named} of the array API standard, and whose "
+            "library has no plug for tattn.backends"
+        )
+
+
 @memoized
 def _generic(xp: Any) -> Backend:
-    return Backend(xp)
+    return _Standard(xp)

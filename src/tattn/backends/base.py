@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import partial, wraps
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import prod
 from threading import Event, Lock
 from types import ModuleType
 from typing import Any, TypeVar
@@ -23,6 +24,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 REMEMBERED = 256
 # Bytes of a block of rows on a processor, of the library that makes the largest.
 LARGEST_WORKSPACE = 8 << 20
+# What is used of a namespace, beside dtypes and constants.
+FUNCTIONS = (
+    "abs", "all", "arange", "argsort", "asarray", "astype", "broadcast_to", "ceil", "concat", "empty", "exp", "finfo", "flip",
+    "full", "full_like", "isfinite", "isnan", "log", "log2", "matrix_transpose", "max", "maximum", "mean", "min", "minimum",
+    "ones", "ones_like", "permute_dims", "repeat", "reshape", "round", "sort", "sqrt", "stack", "sum", "take", "where", "zeros",
+    "zeros_like",
+)  # fmt: skip
+DTYPES = ("bool", "float32", "int32", "int64", "uint8")
+# Bytes of the tables that are kept on devices.
+_TABLE_BYTES = 256 << 20
+# Powers of two that are tabled: beyond what float64 holds.
+MOST_POWER = 1 << 12
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
 
 
@@ -64,6 +77,7 @@ class Backend:
 
     def __init__(self, xp: ModuleType | None = None) -> None:
         self._xp = xp
+        self.tables = Tables()
 
     @property
     def xp(self) -> Any:
@@ -94,6 +108,10 @@ class Backend:
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         """Whether values cannot be read now because a transformation is tracing the call."""
         return False
+
+    def is_array(self, array: Any) -> bool:
+        """Whether an object, of a class that the library defines or one that inherits from it, is an array of the library."""
+        return hasattr(array, "shape") and hasattr(array, "dtype")
 
     def device(self, array: Array) -> Any:
         """Where the array is."""
@@ -128,10 +146,47 @@ class Backend:
         return array if array.dtype == dtype else self.xp.astype(array, dtype)
 
     def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
-        """The NumPy table ``function(*args)`` as an array on the device of `like`; integers unless `dtype` is given."""
+        """The NumPy table ``function(*args)`` as an array on the device of `like`; integers unless `dtype` is given.
+
+        It is kept for the calls to come, and nothing may write to it.
+        """
+        if not self.keeps_tables(like):
+            return self._made(function(*args), like, dtype)
+        device = self.device(like)
+        # Devices need not be hashable; names of theirs are.
+        key = function, args, dtype, device if isinstance(device, Hashable) else repr(device)
+        found = self.tables.find(key)
+        if found is None:
+            numbers = function(*args)
+            found = self._made(numbers, like, dtype)
+            dropped = self.tables.add(key, found, numbers.size * self.itemsize(dtype or "float64"))
+            if dropped:
+                self.finish(dropped)
+        if self.captures(like):
+            self.tables.pin(key, found)
+        return found
+
+    def _made(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
+        # A narrow dtype may not hold all of a table.
+        with np.errstate(all="ignore"):
+            return self.uploaded(numbers, like, dtype)
+
+    def uploaded(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
+        """A NumPy array as one on the device of `like`; of integers to index by if `dtype` is None."""
         if dtype is None:
-            return self.indices(function(*args), like)
-        return self.xp.asarray(function(*args), dtype=dtype, device=self.device(like))
+            return self.indices(numbers, like)
+        return self.xp.asarray(numbers, dtype=dtype, device=self.device(like))
+
+    def keeps_tables(self, like: Array) -> bool:
+        """Whether tables may be kept: not where they are part of what is traced or compiled."""
+        return not (self.compiles or self.is_traced((like,)))
+
+    def captures(self, like: Array) -> bool:
+        """Whether operations are captured to be replayed, which reads what they read at the same places in memory."""
+        return False
+
+    def finish(self, arrays: Sequence[Array]) -> None:
+        """Wait until operations that were started have read these arrays, whose memory is then given back."""
 
     def indices(self, numbers: np.ndarray, like: Array) -> Array:
         """Whole numbers as an array on the device of `like`."""
@@ -141,10 +196,29 @@ class Backend:
         """A floating array of whole numbers as one of integers, fit to index by."""
         return self.xp.astype(array, self.xp.int64)
 
+    def power_of_two(self, power: Array) -> Array:
+        """2^p for whole numbers |p| ≤ 4096, exactly, which `pow` need not be; NaN for NaN."""
+        xp = self.xp
+        table = self.table(powers_of_two, like=power, dtype=power.dtype)
+        place = xp.where(xp.abs(power) <= MOST_POWER, power + MOST_POWER, 2.0 * MOST_POWER + 1)
+        return xp.reshape(xp.take(table, xp.reshape(self.whole_numbers(place), (-1,)), axis=0), power.shape)
+
     def to_numpy(self, array: Array) -> np.ndarray:
         """Values on the host, in a dtype that NumPy has."""
         wide = array if self.dtype_name(array.dtype) == "float64" else self.xp.astype(array, self.xp.float32)
         return np.from_dlpack(wide)
+
+    def read(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Values of several floating arrays on the host, in one copy."""
+        with self.on_device_of(arrays[0]):
+            flat = self.xp.concat([self.xp.reshape(a, (-1,)) for a in arrays])
+        ends = accumulate(prod(a.shape) for a in arrays)
+        parts = np.split(self.to_numpy(flat), list(ends)[:-1])
+        return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
+
+    def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
+        """A context for operations outside of `run`, where the library has a current device that they run on."""
+        return nullcontext()
 
     def records(self, arrays: Sequence[Array | None]) -> bool:
         """Whether a gradient may be asked of what is computed from these arrays."""
@@ -306,6 +380,58 @@ class Backend:
 
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         """Let the library's transformations look into instances of a dataclass, at fields of arrays and of constants."""
+
+
+def powers_of_two() -> np.ndarray:
+    """The table of `power_of_two`, NaN behind."""
+    with np.errstate(all="ignore"):
+        return np.append(np.ldexp(1.0, np.arange(-MOST_POWER, MOST_POWER + 1)), np.nan)
+
+
+def lacks(backend: Backend, array: Array) -> list[str]:
+    """Names of what an array and the namespace of its library should have and do not."""
+    lacking = [name for name in ("shape", "dtype", "ndim") if not hasattr(array, name)]
+    try:
+        backend.device(array)
+    except AttributeError:
+        lacking.append("device")
+    return lacking + [name for name in (*FUNCTIONS, *DTYPES) if not hasattr(backend.xp, name)]
+
+
+class Tables:
+    """Tables on devices, the last that were made: `REMEMBERED` of them and `_TABLE_BYTES`, or one that is larger."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._held: dict[Any, tuple[Array, int]] = {}
+        self._pinned: dict[Any, list[Array]] = {}
+        self._bytes = 0
+
+    def find(self, key: Any) -> Array | None:
+        """The table of a key, if it is held."""
+        found = self._held.get(key)
+        return None if found is None else found[0]
+
+    def add(self, key: Any, table: Array, size: int) -> list[Array]:
+        """Hold a table of so many bytes; those that are let go of for it."""
+        dropped = []
+        with self._lock:
+            # Another thread may have made the same one.
+            replaced = self._held.pop(key, None)
+            self._held[key] = table, size
+            self._bytes += size - (replaced[1] if replaced else 0)
+            while len(self._held) > 1 and (len(self._held) > REMEMBERED or self._bytes > _TABLE_BYTES):
+                oldest, freed = self._held.pop(next(iter(self._held)))
+                self._bytes -= freed
+                dropped.append(oldest)
+        return dropped if replaced is None else [*dropped, replaced[0]]
+
+    def pin(self, key: Any, table: Array) -> None:
+        """Never give the memory of this table back: a captured graph does not say when it is gone."""
+        with self._lock:
+            pinned = self._pinned.setdefault(key, [])
+            if not any(table is other for other in pinned):
+                pinned.append(table)
 
 
 class _Whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .base import Array, Backend, Body
+
+# Compiled programs that are kept, of some megabytes each.
+_PROGRAMS = 64
 
 
 class JaxBackend(Backend):
@@ -25,7 +28,10 @@ class JaxBackend(Backend):
         self.workspace, self.cache, self.most_rows = workspace, cache, most_rows
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
-        return _ON_GPU if jax.default_backend() == "gpu" else BACKEND
+        return _ON_GPU if _accelerated(arrays) else BACKEND
+
+    def is_array(self, array: Any) -> bool:
+        return isinstance(array, jax.Array)
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         return any(isinstance(a, jax.core.Tracer) for a in arrays)
@@ -38,8 +44,8 @@ class JaxBackend(Backend):
     def cast(self, array: Array, dtype: Any) -> Array:
         return array.astype(dtype)
 
-    def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
-        return jnp.asarray(function(*args), dtype=dtype or jnp.int32)
+    def uploaded(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
+        return jnp.asarray(numbers, dtype=dtype or jnp.int32)
 
     def indices(self, numbers: np.ndarray, like: Array) -> Array:
         return jnp.asarray(numbers, dtype=jnp.int32)
@@ -49,6 +55,10 @@ class JaxBackend(Backend):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32))
+
+    def read(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        # All copies are under way before the first is waited for.
+        return [np.asarray(a) for a in jax.device_get(list(arrays))]
 
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         return tuple(None if a is None else jax.lax.stop_gradient(a) for a in arrays)
@@ -78,7 +88,8 @@ class JaxBackend(Backend):
         return carry, outputs
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
-        return _compiled(function)(call, tuple(arrays))
+        shapes = tuple(None if a is None else (a.shape, a.dtype) for a in arrays)
+        return _compiled(function, call, _accelerated(arrays), shapes)(tuple(arrays))
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
@@ -101,20 +112,31 @@ def _register(cls: type, arrays: tuple[str, ...], constants: tuple[str, ...]) ->
     jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=constants)
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    @partial(jax.jit, static_argnums=0)
-    def compiled(call: Any, arrays: tuple[Array | None, ...]) -> Any:
-        # Rounding bounds assume full products; on a GPU JAX's default would be TF32.
-        with jax.default_matmul_precision("highest"):
-            return function(call, BACKEND.for_arrays(arrays), arrays)
+def _accelerated(arrays: Sequence[Array | None]) -> bool:
+    """Whether the arrays are on an accelerator; traced ones count as where JAX computes by default."""
+    for a in arrays:
+        if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer):
+            return any(device.platform != "cpu" for device in a.devices())
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return (getattr(default, "platform", default) or jax.default_backend()) != "cpu"
+
+
+@lru_cache(maxsize=_PROGRAMS)
+def _compiled(function: Callable[..., Any], call: Any, accelerated: bool, _: Any) -> Callable[..., Any]:
+    """One program: what JAX remembers of it goes with this function."""
+
+    @jax.jit
+    def compiled(arrays: tuple[Array | None, ...]) -> Any:
+        # Rounding bounds assume full products; on a GPU JAX's default would be TF32. Arrays broadcast as the standard says.
+        with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+            return function(call, _ON_GPU if accelerated else BACKEND, arrays)
 
     return compiled
 
 
 @cache
 def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    run_forward, run_backward = _compiled(forward), _compiled(backward)
+    run_forward, run_backward = (partial(BACKEND.run, function) for function in (forward, backward))
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attention(call: Any, arrays: tuple[Array | None, ...]) -> tuple[Array, ...]:

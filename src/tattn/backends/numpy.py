@@ -25,6 +25,10 @@ class NumpyBackend(Backend):
     # How many threads products used before a call that is running limited them.
     _limited = 0
 
+    def is_array(self, array: Any) -> bool:
+        # Not all that inherits the operators of its arrays.
+        return isinstance(array, (np.ndarray, np.generic))
+
     def why_refused(self, array: Array) -> str | None:
         if isinstance(array, np.matrix):
             return "np.matrix, whose products are not those of arrays"
@@ -35,6 +39,18 @@ class NumpyBackend(Backend):
         if not array.dtype.isnative:
             return f"one in another byte order than this machine's, {array.dtype.str!r}: use array.astype({array.dtype.name!r})"
         return None
+
+    def uploaded(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
+        table: np.ndarray = super().uploaded(numbers, like, dtype)
+        # Shared among all calls.
+        table.setflags(write=False)
+        return table
+
+    def read(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        return list(arrays)
+
+    def power_of_two(self, power: Array) -> Array:
+        return np.ldexp(1.0 + (power - power), power.astype(np.int32))
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
         # What overflows becomes inf or NaN and is dealt with as that, as in the other libraries.

@@ -11,7 +11,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from .base import Array, Backend, memoized
+from .base import MOST_POWER, Array, Backend, Tables, memoized, powers_of_two
 from .threads import run_threads
 
 
@@ -20,6 +20,7 @@ class TorchBackend(Backend):
 
     def __init__(self, writable: bool, accelerator: bool) -> None:
         super().__init__(xp)
+        self.tables = _TABLES
         self.writable = self.parts = writable
         # Calls cost more here than in NumPy, so blocks are larger, and an accelerator wants larger blocks still.
         self.workspace = 256 << 20 if accelerator else 8 << 20
@@ -40,6 +41,9 @@ class TorchBackend(Backend):
             for a in arrays
             if isinstance(a, torch.Tensor)
         )
+
+    def is_array(self, array: Any) -> bool:
+        return isinstance(array, torch.Tensor)
 
     def why_refused(self, array: Array) -> str | None:
         if array.layout is not torch.strided:
@@ -118,7 +122,34 @@ class TorchBackend(Backend):
     def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
         if torch.compiler.is_compiling():
             return torch.tensor(_numbers(function, *args), dtype=dtype or torch.int64, device=like.device)
-        return torch.as_tensor(np.array(function(*args))).to(dtype=dtype or torch.int64, device=like.device)
+        return super().table(function, *args, like=like, dtype=dtype)
+
+    def uploaded(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
+        # Of no transformation and fit to be saved by any, since it may be kept. The dtype is changed on the host: what is
+        # copied from there has arrived when the copy returns, for all streams.
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():
+            host = torch.as_tensor(np.array(numbers), dtype=dtype or torch.int64, device="cpu")
+            return host.to(like.device)
+
+    def power_of_two(self, power: Array) -> Array:
+        # The same as elsewhere, in fewer operations.
+        table = self.table(powers_of_two, like=power, dtype=power.dtype)
+        last = 2 * MOST_POWER + 1
+        return table[(power + MOST_POWER).nan_to_num(nan=last, posinf=last).clamp(0, last).long()]
+
+    def keeps_tables(self, like: Array) -> bool:
+        # Not in the mode of fake tensors, which takes no others, and not for subclasses.
+        while torch._C._functorch.is_functorch_wrapped_tensor(like):
+            like = torch._C._functorch.get_unwrapped(like)
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        return fake is None and type(like) in (torch.Tensor, torch.nn.Parameter)
+
+    def captures(self, like: Array) -> bool:
+        return bool(like.is_cuda) and torch.cuda.is_current_stream_capturing()
+
+    def finish(self, arrays: Sequence[Array]) -> None:
+        for device in {a.device for a in arrays if a.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def device(self, array: Array) -> Any:
         return array.device
@@ -305,6 +336,7 @@ def _with_arguments(count: int) -> Any:
 # Up to query, and keys, values and masks of eight views.
 _COMPILED = {count: _with_arguments(count) for count in range(2, 26)}
 
+_TABLES = Tables()
 # By (writable, accelerator): in-place writes would break a graph that is being recorded.
 _VARIANTS = {(w, a): TorchBackend(writable=w, accelerator=a) for w in (True, False) for a in (True, False)}
 BACKEND = _VARIANTS[True, False]

@@ -54,8 +54,7 @@ class RangeCall(NamedTuple):
 def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
     """Look at (query, *keys, *values, *masks); a value may be None."""
     count = call.views + 1
-    mean, *looked_at = backend.run(_survey, call, arrays)
-    found = [backend.to_numpy(x).astype(float) for x in looked_at]
+    mean, *found = (x.astype(float) for x in backend.read(backend.run(_survey, call, arrays)))
     tops, sums, units = found[: -2 * count], found[-2 * count : -count], found[-count:]
     largest = [float(top.max()) for top in tops]
     if len(tops) == count:
@@ -105,7 +104,7 @@ def rounded_up(size: float) -> float:
 
 def largest_entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> list[float]:
     """The largest |entry| of (query, *keys, *values)."""
-    return [float(x) for x in backend.run(_entries, call, arrays)]
+    return [float(x) for x in backend.read(backend.run(_entries, call, arrays))]
 
 
 def _entries(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:

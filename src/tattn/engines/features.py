@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import inf, log, prod
 
+import numpy as np
+
 from ..arrays import broadcast_leading, clean, sum_to_leading, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
@@ -331,12 +333,16 @@ def joined(sums: Sequence[Sum]) -> Sum:
 
 def weights(expansion: Expansion, like: Array, backend: Backend) -> Array:
     """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
-    xp = backend.xp
-    dim, dtype = like.shape[-1], backend.compute_dtype(like.dtype)
+    dtype = backend.compute_dtype(like.dtype)
+    return backend.table(_weights, expansion, like.shape[-1], like=like, dtype=dtype)
+
+
+def _weights(expansion: Expansion, dim: int) -> np.ndarray:
+    """The table of `weights`."""
     which = dim, expansion.degree, expansion.grading
-    coefficients = xp.asarray(list(expansion.coefficients), dtype=dtype, device=backend.device(like))
-    of_degree = xp.take(coefficients, backend.table(degrees, *which, like=like), axis=0)
-    return (of_degree * backend.table(multinomials, *which, like=like, dtype=dtype))[:, None]
+    of_degree = np.asarray(expansion.coefficients)[degrees(*which)]
+    table: np.ndarray = (of_degree * multinomials(*which))[:, None]
+    return table
 
 
 def _summaries(operands: Operands, expansion: Expansion, units: Sequence[Array]) -> list[Array]:

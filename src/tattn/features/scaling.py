@@ -101,7 +101,7 @@ def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backen
     # A power of two and the scale may each leave the dtype's range where their product does not.
     fraction, exponent = frexp(scale)
     powers[0] = powers[0] + exponent
-    units = [xp.pow(xp.full_like(p, 2.0), p) for p in powers]
+    units = [backend.power_of_two(p) for p in powers]
     units[0] = units[0] * fraction
     # A view has no more leading dimensions for it: those that it lacks are of length one.
     return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]

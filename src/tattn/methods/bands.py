@@ -172,7 +172,9 @@ class Series(NamedTuple):
         slack = 2.0 * count * (like.shape[-1] + 16) * float(xp.finfo(dtype).eps)
         reach = prod_of(factors) * (call.scale * (1 + slack))
         steps = xp.log2(xp.where(reach > 0, reach, DEFAULT_GRID[0])) * 8 - 8 * np.log2(DEFAULT_GRID[0]).item()
-        index = xp.clip(xp.ceil(steps + 1e-3), 0.0, float(len(DEFAULT_GRID)))
+        # Not by `clip`, which reads values in some libraries.
+        index = xp.ceil(steps + 1e-3)
+        index = xp.where(index > 0, index, 0.0)
         index = xp.where(reach <= DEFAULT_GRID[-1], index, float(len(DEFAULT_GRID)))
         flat = xp.reshape(backend.whole_numbers(index), (-1,))
         table = backend.table(_grid_table, call.degree, call.moment, like=like, dtype=dtype)

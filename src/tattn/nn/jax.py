@@ -117,23 +117,25 @@ def apply(
         projected = rows @ params[f"{name}.weight"].T
         return projected + params[f"{name}.bias"] if config.bias else projected
 
-    query = project("q_proj", x)
-    keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
-    values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
     score_factor = jax.nn.sigmoid(params["bound_logit"]) if config.learn_bound else None
-    plans = plans_of(config, _computed_in(query.dtype))
 
     def attention(query: Any, keys: Any, values: Any, masks: Any) -> Any:
         options: dict[str, Any] = {"tol": config.tol, "method": config.method}
+        plans = plans_of(config, _computed_in(query.dtype))
         if plans:
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
         options |= {"key_masks": masks, "causal": config.causal, "return_error": return_error}
         return tensor_attention(query, keys, values, **options)
 
-    out, error = attend(
-        config, attention, query, keys, values, masks, score_factor, jax.lax.stop_gradient, return_error
-    )
-    out = project("out_proj", out)
+    # Whatever the caller has set: one bias serves all rows, and one head many.
+    with jax.numpy_rank_promotion("allow"):
+        query = project("q_proj", x)
+        keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
+        values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
+        out, error = attend(
+            config, attention, query, keys, values, masks, score_factor, jax.lax.stop_gradient, return_error
+        )
+        out = project("out_proj", out)
     return (out, error) if return_error else out
 
 

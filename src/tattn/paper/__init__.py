@@ -167,8 +167,9 @@ def loss(problem: TrainingProblem, *, method: str = "auto", tol: float = 1e-3) -
     backend, _ = _checked(problem)
     q, a, b, u, v, *_, e = _operands(problem, problem.e, backend)
     out = tensor_attention(q, (a, b), (u, v), scale=problem.scale, method=method, tol=tol)
-    residual = out - e
-    return 0.5 * backend.xp.sum(residual * residual, axis=(-2, -1))
+    with backend.on_device_of(out):
+        residual = out - e
+        return 0.5 * backend.xp.sum(residual * residual, axis=(-2, -1))
 
 
 def loss_gradient(
@@ -319,12 +320,15 @@ def weight_gradients(
     arrays: Arrays = backend.values_of(_operands(problem, target, backend))
     q, a, b, u, v = arrays[:5]
     out, pullback = tensor_attention_vjp(q, (a, b), (u, v), scale=problem.scale, method=method, tol=tol)
-    c = arrays[-1] if upstream is not None else out - arrays[-1]
-    c = with_leading(c, broadcast_leading(out, c), backend)
-    dq, dkeys, dvalues = pullback(sum_to_leading(c, out.shape[:-2], backend))
+    with backend.on_device_of(out):
+        c = arrays[-1] if upstream is not None else out - arrays[-1]
+        c = with_leading(c, broadcast_leading(out, c), backend)
+        c = sum_to_leading(c, out.shape[:-2], backend)
+    dq, dkeys, dvalues = pullback(c)
     weights = arrays[10:15]
     found = backend.run(_inside, None, (*arrays[5:10], *weights, dq, *dkeys, *dvalues))
-    return WeightGradients(*(backend.cast(g, problem.x1.dtype) for g in found))
+    with backend.on_device_of(out):
+        return WeightGradients(*(backend.cast(g, problem.x1.dtype) for g in found))
 
 
 # Arrays are handed on as the five products, A1 … A5, the five weights and the target, E or the upstream gradient.
@@ -334,14 +338,15 @@ Arrays = tuple[Array, ...]
 def _operands(problem: TrainingProblem, target: Array, backend: Backend) -> Arrays:
     """The sixteen arrays, in the dtype of the computation."""
     dtype = backend.compute_dtype(problem.a1.dtype)
-    *given, last = (
-        backend.cast(x, dtype)
-        for x in (
-            *(problem.a1, problem.a2, problem.a3, problem.a4, problem.a5),
-            *(problem.x1, problem.x2, problem.x3, problem.y1, problem.y2),
-            target,
+    with backend.on_device_of(target):
+        *given, last = (
+            backend.cast(x, dtype)
+            for x in (
+                *(problem.a1, problem.a2, problem.a3, problem.a4, problem.a5),
+                *(problem.x1, problem.x2, problem.x3, problem.y1, problem.y2),
+                target,
+            )
         )
-    )
     return (*backend.run(_products, None, given), *given, last)
 
 
@@ -406,7 +411,7 @@ def _chosen(
             "the call is traced and its values cannot be read to certify eps: call it outside, or use exact_gradient"
         )
     arrays: Arrays = backend.values_of(_operands(problem, target, backend))
-    largest = [float(x) for x in backend.run(_largest, None, arrays)]
+    largest = [float(x) for x in backend.read(backend.run(_largest, None, arrays))]
     names = ("a1", "a2", "a3", "a4", "a5", "x1", "x2", "x3", "y1", "y2", "e" if upstream is None else "upstream")
     checked_entries(dict(zip((*names, *PRODUCTS), largest[5:] + largest[:5], strict=True)))
     q, a, b, u, v = arrays[:5]

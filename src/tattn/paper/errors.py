@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 def sizes(call: SizesCall, backend: Backend, arrays: Sequence[Array]) -> Sizes:
     """Sizes of a problem, from (q, a, b, u, v, A1, …, A5, X1, X2, X3, Y1, Y2, target)."""
-    *logs, scores = (float(x) for x in backend.run(_measured, call, arrays))
+    *logs, scores = (float(x) for x in backend.read(backend.run(_measured, call, arrays)))
     # Python's powers of two raise where they overflow.
     slope, residual, values = (0.0 if x == -inf else 2.0 ** max(x, -1022.0) if x < 1024 else inf for x in logs)
     return Sizes(slope, residual, values, scores)

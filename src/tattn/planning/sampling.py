@@ -164,17 +164,32 @@ def measure_error(
     checked_output("out", out, expected, query, inputs.backend, "the query")
     if inputs.traced or inputs.backend.is_traced([out]):
         raise PlanError("the call is traced, and rows can only be compared where values can be read")
-    backend, xp = inputs.backend, inputs.backend.xp
+    backend = inputs.backend
     query, out, *rest = backend.values_of((query, out, *inputs.arrays[1:]))
-    values = rest[inputs.views : 2 * inputs.views]
     chosen = np.random.default_rng(seed).permutation(inputs.lengths[0])[:rows]
-    chosen = np.sort(chosen)
+    with backend.on_device_of(query):
+        relative = _relative_errors(inputs, number, (query, *rest), out, np.sort(chosen))
+        xp = backend.xp
+        top = xp.max(xp.abs(backend.cast(out, relative.dtype)))
+        largest, mean, entry = map(float, backend.read([xp.max(relative), xp.mean(relative), top]))
+    if not isfinite(mean):
+        # Which argument is to blame is worth a look only now.
+        checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
+    checked_entries({"out": entry})
+    return largest, mean
+
+
+def _relative_errors(inputs: Inputs, scale: float, arrays: tuple[Array, ...], out: Array, chosen: np.ndarray) -> Array:
+    """How far the chosen rows of an output are from those computed exactly, in parts of `tol`'s measure: (..., rows, dv)."""
+    backend, xp = inputs.backend, inputs.backend.xp
+    query, *rest = arrays
+    values = rest[inputs.views : 2 * inputs.views]
     index = backend.indices(chosen, query)
     arrays = (xp.take(query, index, axis=-2), *rest)
     if inputs.order.causal:
         arrays = _each_with_its_keys(inputs, arrays, chosen)
     dtype = backend.compute_dtype(query.dtype)
-    truth, *_ = backend.run(forward, Call(Exact(), inputs.views, number), arrays)
+    truth, *_ = backend.run(forward, Call(Exact(), inputs.views, scale), arrays)
     if inputs.order.causal:
         truth = truth[..., 0, :]
     size: Array = 1.0
@@ -183,13 +198,7 @@ def measure_error(
         largest = xp.max(xp.abs(v if mask is None else xp.where(mask, v, 0.0)), axis=-2, keepdims=True)
         size = size * largest
     difference = xp.abs(backend.cast(xp.take(out, index, axis=-2), dtype) - truth)
-    relative = difference / xp.where(size > 0, size, 1.0)
-    largest, mean = float(xp.max(relative)), float(xp.mean(relative))
-    if not isfinite(mean):
-        # Which argument is to blame is worth a look only now.
-        checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
-    checked_entries({"out": float(xp.max(xp.abs(backend.cast(out, dtype))))})
-    return largest, mean
+    return difference / xp.where(size > 0, size, 1.0)
 
 
 def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: np.ndarray) -> tuple[Any, ...]:
@@ -363,8 +372,8 @@ def _combined(coefficients: Sequence[float], powers: Sequence[Any]) -> Any:
 
 def _rows_of(array: Any, rows: np.ndarray, problems: np.ndarray, *, inputs: Inputs, backend: Backend) -> np.ndarray:
     """Some rows of an array in some problems, as NumPy float64: (problems, rows, k)."""
-    taken = backend.xp.take(array, backend.indices(rows, array), axis=-2)
-    moved = backend.to_numpy(taken)
+    with backend.on_device_of(array):
+        moved = backend.to_numpy(backend.xp.take(array, backend.indices(rows, array), axis=-2))
     wide = np.broadcast_to(moved, (*inputs.leading, *moved.shape[-2:]))
     chosen = np.stack([wide[np.unravel_index(p, inputs.leading)] for p in problems]) if inputs.leading else wide[None]
     return np.asarray(chosen, dtype=np.float64)

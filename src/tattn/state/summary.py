@@ -178,7 +178,8 @@ class Summary:
         checked_flags(return_lse=return_lse)
         backend, call, arrays = self._reading(query)
         out, lse, _ = backend.differentiable(summaries.read, summaries.read_backward, call, arrays)
-        out = backend.cast(out, query.dtype)
+        with backend.on_device_of(out):
+            out = backend.cast(out, query.dtype)
         return (out, lse[..., 0]) if return_lse else out
 
     def attend_vjp(self, query: Array, *, return_lse: bool = False) -> tuple[Any, Callable[..., Any]]:
@@ -209,12 +210,14 @@ class Summary:
         checked_flags(return_lse=return_lse)
         backend, call, arrays = self._reading(query)
         computed, lse, rest = backend.differentiable(summaries.read, summaries.read_backward, call, arrays)
-        out = backend.cast(computed, query.dtype)
+        with backend.on_device_of(computed):
+            out = backend.cast(computed, query.dtype)
 
         def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...]]:
             checked_output("grad_out", grad_out, out.shape, out, backend)
             if grad_lse is None:
-                grad_lse = backend.xp.zeros_like(lse)
+                with backend.on_device_of(lse):
+                    grad_lse = backend.xp.zeros_like(lse)
             else:
                 grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
             residuals = backend.residuals(summaries.read, call, arrays, (computed, rest))
@@ -413,7 +416,8 @@ def summarize_vjp(
                 grads.append((None, None))
                 continue
             residuals = backend.residuals(summaries.sum_rows, call, rows, (result[0], result[2]))
-            arrays = (*rows, *residuals, g, backend.xp.zeros_like(result[1]))
+            with backend.on_device_of(g):
+                arrays = (*rows, *residuals, g, backend.xp.zeros_like(result[1]))
             grads.append(backend.run(summaries.sum_rows_backward, call, arrays))
         dkeys, dvalues = zip(*grads, strict=True)
         return dkeys, dvalues
@@ -505,7 +509,8 @@ def _filled(pairs: Sequence[tuple[Array, Array] | None], views: Views, plan: Pla
     shape = (plan.rank, views.value_dim + 1)
 
     def zeros() -> Array:
-        return xp.zeros(shape, dtype=like.dtype, device=backend.device(like))
+        with backend.on_device_of(like):
+            return xp.zeros(shape, dtype=like.dtype, device=backend.device(like))
 
     return [(zeros(), zeros()) if pair is None else pair for pair in pairs]
 

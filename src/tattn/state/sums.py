@@ -232,7 +232,7 @@ def _scaled(sums: Sequence[Array], powers: Sequence[Array], backend: Backend) ->
 
 
 def _times_power(x: Array, power: Array, backend: Backend) -> Array:
-    return x * backend.xp.pow(backend.xp.full_like(power, 2.0), power)
+    return x * backend.power_of_two(power)
 
 
 def _in_range(call: SumCall, x: Array, backend: Backend) -> Array:
