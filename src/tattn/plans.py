@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, prod
 from typing import Any
 
+from .backends.base import memoized
 from .bounds.rounding import scores_round_less
 from .checks import Order, checked_kind, whole
 from .engines.spans import span_of
@@ -280,10 +281,14 @@ class Shape:
         if not self.order.causal:
             return prod(map(float, self.lengths))
         windows = self.order.window or lengths
-        # The mean over rows, at the middles of 64 parts.
-        rows = [(part + 0.5) / 64 * n for part in range(64)]
-        seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
-        return float(sum(seen)) / 64 * n
+        return _seen(n, tuple(lengths), tuple(windows)) / 64 * n
+
+
+@memoized
+def _seen(n: int, lengths: tuple[int, ...], windows: tuple[int, ...]) -> float:
+    """Scores of 64 query rows out of n, in the middles of as many parts."""
+    rows = [(part + 0.5) / 64 * n for part in range(64)]
+    return float(sum(prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows))
 
 
 def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | None) -> Plan:

@@ -111,7 +111,7 @@ def plan(
     ('polynomial', True)
     """
     inputs = checked_inputs(query, keys, values, key_masks, causal, window)
-    number = checked_options(scale, inputs.dim, tol, method)
+    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
     gradients = true_or_false("gradients", gradients)
     if _is_banded(series, bands, moment):
         return _asked_banded(_shape_of(inputs), number, method, bound, degree, bands, moment)
@@ -188,7 +188,7 @@ def plan_for(
     order, dim = whole("order", order, 2, MAX_ORDER), whole("dim", dim, 1)
     lengths = checked_lengths(n, order)
     dtype = checked_dtype(dtype)
-    number = checked_options(scale, dim, tol, method)
+    number = checked_options(scale, dim, tol, method, order - 1, dtype)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
     shape = Shape(order - 1, dim, value_dim, dtype, lengths, 1, checked_order(causal, window, lengths))
     if bandwidth is not None and workers is None:
