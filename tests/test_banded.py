@@ -12,7 +12,7 @@ from test_attention import CASES, Call, assert_close, draw, run
 from test_bounds import KINDS
 
 import tattn
-from tattn.approximation.exponential import DEFAULT_GRID
+from tattn.approximation.exponential import DEFAULT_GRID, crowded
 from tattn.backends import backend_of
 from tattn.methods.bands import Banding, Series, _grid_table, edges, sorted_views
 from tattn.operands import Operands, View
@@ -537,6 +537,8 @@ def test_table_bounds_what_it_says(degree: int, moment: int) -> None:
     table = _grid_table(degree, moment)
     assert table.shape == (len(DEFAULT_GRID) + 1, degree + 4)
     assert (table[-1, -3:] >= 1e30).all()
+    polynomials = [crowded(degree, moment, bound).coefficients for bound in DEFAULT_GRID]
+    np.testing.assert_array_equal(table[:-1, : degree + 1], polynomials)
     for bound, row in zip(DEFAULT_GRID, table[:-1], strict=True):
         if row[-1] >= 1e30:
             assert bound > 16
@@ -658,3 +660,57 @@ def test_a_scale_beyond_the_dtype_with_rows_that_make_up_for_it() -> None:
         small[0], small[1:], [u.astype("float32"), v.astype("float32")], scale=1e38, method="exact"
     )
     np.testing.assert_allclose(wide, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "scale"),
+    [
+        ("float32", (1e-33, 1e-33, 1e36), 1e29),
+        ("float32", (1e36, 1e-30, 1e-35), 1e28),
+        ("float64", (1e-290, 1e-290, 1e300), 1e279),
+    ],
+)
+def test_views_that_differ_by_many_decades(library: Any, dtype: str, sizes: tuple[float, ...], scale: float) -> None:
+    """Bounds as good as for rows of one size, though squares vanish or overflow: scores are made of products."""
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(3, 60, 4))
+    wide = [(x * size).astype(dtype) for x, size in zip(plain, sizes, strict=True)]
+    values = [rng.normal(size=(60, 2)).astype(dtype) for _ in range(2)]
+    alike = float(scale * np.prod(np.longdouble(sizes)))
+    found = []
+    for rows, factor in ((plain.astype(dtype), alike), (wide, scale)):
+        query, keys, u = library.arrays(rows[0], list(rows[1:]), values)
+        plan = tattn.plan(query, keys, u, series="banded", degree=3, bands=4, scale=factor)
+        out, error = tattn.tensor_attention(query, keys, u, plan=plan, return_error=True)
+        found.append((library.numpy(out), library.numpy(error)))
+    truth = dense(wide[0], wide[1:], values, scale=scale, precision=np.longdouble)
+    (_, expected), (out, error) = found
+    assert (np.abs(out - truth.out) <= error[:, None] * value_sizes(values)).all()
+    assert (error <= 2.5 * expected).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
+def test_nothing_is_promised_beyond_the_largest_range(library: Any, size: float) -> None:
+    """There P itself, of a degree above the moment's, grows faster than what is to bound its error."""
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(2, 20, 3)) * size
+    given = library.arrays(query, [key], [rng.normal(size=(20, 2))])
+    plan = tattn.plan(*given, series="banded", degree=5, bands=2, scale=1.0)
+    (_, error), pullback = tattn.tensor_attention_vjp(*given, plan=plan, return_error=True)
+    _, (dquery, dkeys, dvalues) = pullback(given[0][:, :2], return_error=True)
+    assert all(np.isinf(library.numpy(bound)).all() for bound in (error, dquery, *dkeys, *dvalues))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 0.3])
+def test_a_channel_of_ones_bounds_lse(library: Any, size: float) -> None:
+    """With values of one in a channel of every view the bound of the output is at least twice that of the normaliser."""
+    rng = np.random.default_rng(0)
+    query, *keys = rng.normal(size=(3, 40, 3)) * size
+    values = [np.concatenate([rng.normal(size=(40, 2)), np.ones((40, 1))], axis=1) for _ in range(2)]
+    given = library.arrays(query, keys, values)
+    plan = tattn.plan(*given, series="banded", degree=4, bands=3, scale=1.0)
+    _, lse, error = tattn.tensor_attention(*given, plan=plan, return_lse=True, return_error=True)
+    truth = dense(query, keys, values, scale=1.0, precision=np.longdouble)
+    allowed = -np.log1p(-library.numpy(error) / 2) + 4 * np.finfo(float).eps * (1 + np.abs(truth.lse))
+    assert (np.abs(library.numpy(lse) - truth.lse) <= allowed).all()

@@ -204,6 +204,21 @@ def numbers(name: str) -> list[Any]:
     return [case(label, error, name, *rest, **{name: value}) for label, error, *rest, value in NUMBERS]
 
 
+SCALES = [
+    case("huge", ValueError, "scale", r"2\*\*-374 to 2\*\*374 for float32 and 2 views", r"1e\+120", scale=1e120),
+    case("tiny", ValueError, "scale", r"2\*\*-374 to 2\*\*374 for float32 and 2 views", "1e-120", scale=1e-120),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), SCALES)
+def test_scales_that_float32_cannot_hold(changes, error, message, nothing_read):
+    narrow = {"query": Q.astype("f4"), "keys": [A.astype("f4"), B.astype("f4")]}
+    values = [U.astype("f4"), V.astype("f4")]
+    for function in (tattn.tensor_attention, tattn.tensor_attention_vjp, tattn.plan):
+        refuse(function, error, message, **narrow, values=values, **changes)
+    refuse(tattn.plan_for, error, message, n=10, dim=4, bound=1.0, **changes)
+
+
 @pytest.mark.parametrize(("changes", "error", "message"), [*ARRAY_CASES, *numbers("scale")])
 @pytest.mark.parametrize("function", ALL, ids=by_name)
 def test_arrays_and_scale(function, changes, error, message, nothing_read):

@@ -110,7 +110,8 @@ def test_the_operator_keeps_to_its_contract() -> None:
         (config_of(method="exact").plan(dtype="float64"), False),
         *((plans_of(banded, "float64")[3], certify) for certify in (False, True)),
     ]
-    for (plan, certify), other in zip(plans, (None, torch.ones(6, dtype=torch.bool), None, None), strict=True):
+    none, some = torch.ones(0, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
+    for (plan, certify), other in zip(plans, (none, some, none, none), strict=True):
         torch.library.opcheck(_forward, (q, [a, b], [u, v], [mask, other], plan_text(plan), certify))
 
 
@@ -296,3 +297,145 @@ def test_compile_score_by_score(scorewise: list[str]) -> None:
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert scorewise
+
+
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    **{name: CASES[name] for name in ("self", "contexts, shared and learned", "causal")},
+    "exact": {"method": "exact"},
+    "banded": {"bound": None, "degree": 2},
+    "planned in every call": {"bound": None},
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTED)
+def test_checkpoints(case: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch._dynamo.reset()
+    layer = module(torch.float64, **CHECKPOINTED[case])
+    x, contexts = inputs_of(layer.config)
+    tensors = [torch.tensor(a) for a in (x, *(contexts or ()))]
+
+    def attend(x: Any, *contexts: Any) -> Any:
+        return layer(x, contexts or None)
+
+    calls = [attend]
+    calls += [lambda *given, kind=kind: checkpoint(attend, *given, use_reentrant=kind) for kind in (False, True)]
+    if case != "planned in every call":
+        calls.append(torch.compile(calls[1], backend="aot_eager", fullgraph=True))
+    results = []
+    for call in calls:
+        layer.zero_grad()
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        call(*leaves).sin().sum().backward()
+        results.append([t.grad.clone() for t in (*leaves, *layer.parameters())])
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "case,changes",
+    [*CASES.items(), ("exact", {"method": "exact"}), ("exact and causal", {"method": "exact", "causal": True})],
+)
+def test_jit_trace(case: str, changes: dict[str, Any]) -> None:
+    """What is recorded at one length holds at others, saved and loaded too, forward and gradient."""
+    layer = module(torch.float64, **changes)
+    x, contexts = (torch.tensor(a) for a in inputs_of(layer.config)[:1]), inputs_of(layer.config)[1]
+    given = (*x, *([tuple(torch.tensor(c) for c in contexts)] if contexts else []))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, given), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    for n, leading in ((1, 2), (40, 1), (300, 1)):
+        longer = [drawn(leading, n, EMBED, dtype=torch.float64, requires_grad=True)]
+        if contexts:
+            longer.append(tuple(drawn(leading, n + 3, c.shape[-1], dtype=torch.float64) for c in contexts))
+        results = []
+        for of in (traced, layer):
+            out = of(*longer)
+            results.append((out, *torch.autograd.grad(out.sin().sum(), longer[0])))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace_with_masks_and_what_it_refuses() -> None:
+    layer, x = module().requires_grad_(False), drawn(2, 7, EMBED)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 4:] = False
+
+    def attend(x: Any, mask: Any) -> Any:
+        return layer(x, key_masks=(mask, None))
+
+    traced = torch.jit.trace(attend, (x, mask))
+    other = drawn(2, 9, EMBED, seed=1)
+    for m in (torch.ones(2, 9, dtype=torch.bool), torch.arange(9).expand(2, 9) < 3):
+        torch.testing.assert_close(traced(other, m), attend(other, m))
+    for changes in ({"bound": None}, {"bound": None, "degree": 2}):
+        with pytest.raises(
+            TypeError, match=r"^query should have a shape of whole numbers, got one that torch.jit.trace"
+        ):
+            torch.jit.trace(module(**changes), x)
+
+
+@pytest.mark.parametrize("case", ["self", "causal", "contexts"])
+def test_dtypes_that_do_not_go_with_the_weights(case: str) -> None:
+    x, contexts = inputs_of(module(**CASES[case]).config)
+    x, contexts = torch.tensor(x).float(), [torch.tensor(c).float() for c in contexts or ()]
+    for dtype, other in (
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32),
+    ):
+        layer = module(dtype, **CASES[case])
+        own, found = (str(d).rpartition(".")[2] for d in (dtype, other))
+        message = rf" should have the weights' dtype {own}, got {found}$"
+        with pytest.raises(TypeError, match="^x" + message):
+            layer(x.to(other), [c.to(dtype) for c in contexts] or None)
+        if contexts:
+            with pytest.raises(TypeError, match=r"^contexts\[1\]" + message):
+                layer(x.to(dtype), [contexts[0].to(dtype), contexts[1].to(other)])
+    # Autocast brings narrow ones together, and float64 with none.
+    layer = module(**CASES[case])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for other in (torch.bfloat16, torch.float16, torch.float32):
+            assert layer(x.to(other), [c.to(other) for c in contexts] or None).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"^x should have the weights' dtype float32, got float64$"):
+            layer(x.double(), contexts or None)
+        wide = layer.double()
+        assert wide(x.double(), [c.double() for c in contexts] or None).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"^x should have the weights' dtype float64, got float32$"):
+            wide(x, contexts or None)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name(layout: Any) -> None:
+    layer, x = module(), drawn(2, 4, EMBED)
+    nested = torch.nested.nested_tensor([x[0, :2], x[1]], layout=layout)
+    mask = torch.nested.nested_tensor([torch.ones(2).bool(), torch.ones(4).bool()], layout=layout)
+    for name, call in {
+        "x": lambda: layer(nested),
+        r"contexts\[0\]": lambda: layer(x, [nested, x]),
+        "key_masks": lambda: layer(x, key_masks=mask),
+        r"key_masks\[1\]": lambda: layer(x, key_masks=[None, mask]),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} should be an array, got a nested tensor: pad"):
+            call()
+
+
+@pytest.mark.parametrize("n", [5, 300])
+@pytest.mark.parametrize("case", ["self", "causal", "learned"])
+def test_the_default_device_changes_nothing(case: str, n: int) -> None:
+    layer, x = module(**CASES[case]), drawn(2, n, EMBED)
+    mask = torch.ones(2, n, dtype=torch.bool)
+    expected = layer(x, key_masks=mask)
+    with torch.device("meta"):
+        assert torch.equal(layer(x, key_masks=mask), expected)
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(layer(x, key_masks=mask), expected)
+    finally:
+        torch.set_default_device(None)

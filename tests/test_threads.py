@@ -404,7 +404,7 @@ def test_what_is_recorded_stays_in_its_thread(library: Any, torch: Any, shared: 
     query, keys, values, _, _ = library.arrays(*draw(3))
 
     def function(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
-        return tattn.tensor_attention(q, [a, b], [u, v], plan=polynomial(3))
+        return tattn.summarize([a, b], [u, v], polynomial(3)).attend(q)
 
     arrays = [query, *keys, *values]
     # Of numbers that a trace takes for constants: those of shapes.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from reference import changed
+from test_banded import heavy_tailed
 from test_products import CALLS, arguments
 from test_scorewise import BY_SCORES
 
@@ -175,6 +178,127 @@ def test_gradients_and_tangents_through_bands_that_auto_chose() -> None:
             same(got.sum(), (slope * tangent).sum())
 
 
+# Every method, with a plan and without.
+CALLED: dict[str, dict[str, Any]] = {name: {"plan": plan, "causal": plan.causal} for name, plan in PLANS.items()} | {
+    "banded": {"plan": tattn.plan_for(n=6, dim=3, degree=2, bands=3, series="banded", dtype="float64")},
+    "window": {"window": (3, 2)},
+    "unplanned": {},
+    "unplanned exact": {"method": "exact"},
+    "unplanned causal": {"method": "exact", "causal": True},
+}
+
+
+@pytest.fixture(params=list(CALLED))
+def called(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    options = CALLED[request.param]
+    return lambda q, a, b, u, v: tattn.tensor_attention(q, [a, b], [u, v], **options)
+
+
+def slopes(function: Callable[..., Any], tensors: list[Any]) -> list[Any]:
+    """Gradients by `backward`, which checkpoints that run backwards in themselves allow."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    function(*leaves).sin().sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(called: Callable[..., Any], tensors: list[Any], reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def once(*arrays: Any) -> Any:
+        return checkpoint(called, *arrays, use_reentrant=reentrant)
+
+    def twice(*arrays: Any) -> Any:
+        return checkpoint(lambda *inner: once(*inner).sin(), *arrays, use_reentrant=reentrant)
+
+    same(slopes(once, tensors), slopes(called, tensors))
+    same(slopes(twice, tensors), slopes(lambda *arrays: called(*arrays).sin(), tensors))
+
+
+def test_second_derivatives_of_checkpoints(called: Callable[..., Any], tensors: list[Any]) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    found = []
+    for of in (called, lambda *arrays: checkpoint(called, *arrays, use_reentrant=False)):
+        first = torch.autograd.grad(of(*tensors).sin().sum(), tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.cos().sum() for g in first), tensors))
+    same(*found)
+
+
+def test_what_is_saved_may_be_kept_elsewhere(called: Callable[..., Any], tensors: list[Any]) -> None:
+    """In copies that know of no graph."""
+    graph = torch.autograd.graph
+
+    def kept(hooks: Any) -> Callable[..., Any]:
+        def of(*arrays: Any) -> Any:
+            with hooks:
+                return called(*arrays)
+
+        return of
+
+    expected = slopes(called, tensors)
+    same(slopes(kept(graph.save_on_cpu()), tensors), expected)
+    copies = graph.saved_tensors_hooks(
+        lambda t: t.detach().cpu().numpy(), lambda a: torch.tensor(a).to(tensors[0].device)
+    )
+    same(slopes(kept(copies), tensors), expected)
+
+
+@pytest.mark.usefixtures("bands_at_any_length")
+def test_checkpoints_of_rows_that_are_recomputed() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    call = heavy_tailed()
+
+    def attended(*arrays: Any) -> Any:
+        out, plan = tattn.tensor_attention(arrays[0], arrays[1:3], arrays[3:], return_plan=True)
+        assert plan.recomputed > 0
+        return out
+
+    of = [torch.tensor(a) for a in (call.query, *call.keys, *call.values)]
+    same(slopes(lambda *arrays: checkpoint(attended, *arrays, use_reentrant=False), of), slopes(attended, of))
+
+
+@pytest.mark.parametrize("called", [name for name in CALLED if name != "unplanned"], indirect=True)
+def test_compile_every_method(called: Callable[..., Any], tensors: list[Any]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+    same(compiled(*tensors), called(*tensors))
+
+
+@pytest.mark.parametrize("called", ["polynomial", "exact", "causal polynomial", "banded", "window"], indirect=True)
+@pytest.mark.parametrize("outside", [False, True])
+def test_compiled_checkpoints(called: Callable[..., Any], tensors: list[Any], outside: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch._dynamo.reset()
+    if outside:
+        inner = torch.compile(called, backend="aot_eager")
+        of = lambda *arrays: checkpoint(inner, *arrays, use_reentrant=False)  # noqa: E731
+    else:
+        of = torch.compile(lambda *arrays: checkpoint(called, *arrays, use_reentrant=False), backend="aot_eager")
+    same(slopes(of, tensors), slopes(called, tensors))
+
+
+def test_recorders_of_operations(called: Callable[..., Any], tensors: list[Any]) -> None:
+    """What records operations without a compiler holds for other values."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    plain = [t.detach() for t in tensors]
+    others = [0.5 * t.flip(0) for t in plain]
+    try:
+        recorded = make_fx(called)(*plain)
+    except tattn.PlanError as refused:
+        assert "traced and its values cannot be read" in str(refused)
+        with (
+            pytest.raises(tattn.PlanError, match="traced and its values cannot be read"),
+            torch._subclasses.FakeTensorMode(),
+        ):
+            called(*(torch.empty(t.shape, dtype=t.dtype) for t in plain))
+        return
+    same(recorded(*others), called(*others))
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile(plan: tattn.Plan, tensors: list[Any], compiler: str) -> None:
     of = loss(plan)
@@ -247,6 +371,167 @@ def test_narrow_dtypes_and_autocast(dtype: Any, device: str) -> None:
         got = tattn.tensor_attention(single[0], single[1:3], single[3:])
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[], dict[tuple[str, str], str]]]:
+    """What tells how every setting of torch's float32 precision was written; as at the start again afterwards."""
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    settings = [(library, kind) for library in ("cuda", "mkldnn") for kind in ("all", "matmul")]
+
+    def written() -> dict[tuple[str, str], str]:
+        found = {("generic", "all"): read("generic", "all")}
+        for library, kind in settings:
+            # What changes with the more general one has its value from there.
+            above = ("generic" if kind == "all" else library, "all")
+            seen = []
+            for value in ("tf32", "ieee"):
+                write(*above, value)
+                seen.append(read(library, kind))
+            write(*above, found[above])
+            found[library, kind] = "none" if seen[0] != seen[1] else seen[0]
+        return found
+
+    before, old = written(), torch.get_float32_matmul_precision()
+    yield written
+    torch.set_float32_matmul_precision(old)
+    for setting, value in before.items():
+        write(*setting, value)
+
+
+def products(function: Callable[[], Any], at_first: Callable[[], None] | None = None) -> set[str]:
+    """The precisions that products of a call run with; `at_first` is called before the first of them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read = torch._C._get_fp32_precision_getter
+    seen: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if str(operation).partition(".")[2].startswith(("mm", "bmm", "addmm", "baddbmm")):
+                if at_first is not None and not seen:
+                    at_first()
+                seen.extend(read(library, "matmul") for library in ("cuda", "mkldnn"))
+            return operation(*args, **(kwargs or {}))
+
+    with Watching():
+        function()
+    assert seen
+    return set(seen)
+
+
+# How a caller may have set precision: of which library, of what, and to what, one after another.
+WRITTEN: list[list[tuple[str, ...]]] = [
+    [("generic", "all", "tf32")],
+    [("generic", "all", "bf16")],
+    [("cuda", "matmul", "tf32")],
+    [("cuda", "all", "tf32")],
+    [("mkldnn", "matmul", "tf32")],
+    [("mkldnn", "matmul", "bf16")],
+    [("mkldnn", "all", "bf16")],
+    [("generic", "all", "tf32"), ("cuda", "all", "tf32"), ("mkldnn", "matmul", "tf32")],
+    [("generic", "all", "tf32"), ("cuda", "matmul", "ieee"), ("mkldnn", "all", "bf16")],
+    [("generic", "all", "ieee"), ("cuda", "matmul", "tf32")],
+    [("generic", "all", "ieee")],
+    [("high",)],
+    [("medium",)],
+    [("high",), ("generic", "all", "bf16")],
+    [("medium",), ("mkldnn", "matmul", "none"), ("generic", "all", "tf32")],
+    [("allow_tf32",)],
+]
+by_kind = pytest.mark.skipif(
+    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch before 2.9 has one setting of precision"
+)
+
+
+def written_as(settings: list[tuple[str, ...]]) -> None:
+    for setting in settings:
+        if setting == ("allow_tf32",):
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif len(setting) == 1:
+            torch.set_float32_matmul_precision(setting[0])
+        else:
+            torch._C._set_fp32_precision_setter(*setting)
+
+
+@by_kind
+@pytest.mark.parametrize("settings", WRITTEN, ids=str)
+def test_products_are_full_whatever_the_settings(
+    precision: Callable[[], Any], tensors: list[Any], settings: list[tuple[str, ...]]
+) -> None:
+    single = [t.detach().float().requires_grad_() for t in tensors]
+    expected = slopes(lambda *arrays: attend_float32(list(arrays)), single)
+    written_as(settings)
+    before = precision()
+    found: list[Any] = []
+    assert products(lambda: found.extend(slopes(lambda *arrays: attend_float32(list(arrays)), single))) <= {
+        "ieee",
+        "none",
+    }
+    assert precision() == before
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if len(settings[0]) == 1 and len(settings) == 1:
+        assert torch.get_float32_matmul_precision() == settings[0][0].replace("allow_tf32", "high")
+
+
+@by_kind
+@pytest.mark.parametrize("settings", [WRITTEN[i] for i in (0, 2, 5, 10, 12)], ids=str)
+def test_compiled_calls_want_full_products(
+    precision: Callable[[], Any], tensors: list[Any], settings: list[tuple[str, ...]]
+) -> None:
+    single = [t.detach().float() for t in tensors]
+    written_as(settings)
+    narrow = {torch._C._get_fp32_precision_getter(library, "matmul") for library in ("cuda", "mkldnn")} & {
+        "tf32",
+        "bf16",
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(attend_float32, fullgraph=True, backend="aot_eager")
+    if narrow:
+        with pytest.raises(Exception, match=r"set_float32_matmul_precision.*matmul '(tf32|bf16)'"):
+            compiled(single)
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(compiled(single), attend_float32(single))
+
+
+@by_kind
+def test_calls_that_overlap_restore_precision_once(precision: Callable[[], Any], tensors: list[Any]) -> None:
+    single = [t.detach().float() for t in tensors]
+    torch._C._set_fp32_precision_setter("generic", "all", "tf32")
+    before = precision()
+    seen: list[set[str]] = []
+    here = threading.Barrier(2)
+
+    def call(first: bool) -> None:
+        def wait() -> None:
+            here.wait(10)
+            if not first:
+                # The other has ended, and this one goes on.
+                here.wait(10)
+
+        seen.append(products(lambda: attend_float32(single), wait))
+        if first:
+            here.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(call, (True, False)))
+    assert seen == [{"ieee"}, {"ieee"}]
+    assert precision() == before
+
+
+@by_kind
+def test_precision_that_is_set_meanwhile_stays(precision: Callable[[], Any], tensors: list[Any]) -> None:
+    single = [t.detach().float() for t in tensors]
+    torch._C._set_fp32_precision_setter("mkldnn", "matmul", "bf16")
+
+    def meanwhile() -> None:
+        torch._C._set_fp32_precision_setter("mkldnn", "matmul", "tf32")
+        # A call that begins now is full nevertheless, and leaves what it found.
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(products, lambda: attend_float32(single)).result() <= {"ieee", "none"}
+
+    products(lambda: attend_float32(single), meanwhile)
+    assert precision()["mkldnn", "matmul"] == "tf32"
 
 
 def test_float32_products_are_full_whatever_the_setting(tensors: list[Any]) -> None:
@@ -479,3 +764,74 @@ def test_compile_score_by_score(scorewise: list[str], monkeypatch: pytest.Monkey
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert scorewise
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_arrays_are_made_where_those_of_the_call_are(
+    called: Callable[..., Any], tensors: list[Any], default: bool
+) -> None:
+    """Whatever device new tensors go to by default."""
+    tensors = [t.cpu() for t in tensors]
+    expected = slopes(called, tensors)
+    grad = torch.ones(4, 2, dtype=torch.float64)
+    if default:
+        torch.set_default_device("meta")
+        try:
+            found = slopes(called, tensors)
+            bounds = tattn.tensor_attention_vjp(tensors[0], tensors[1:3], tensors[3:])[1](grad, return_error=True)[1]
+        finally:
+            torch.set_default_device(None)
+    else:
+        with torch.device("meta"):
+            found = slopes(called, tensors)
+            bounds = tattn.tensor_attention_vjp(tensors[0], tensors[1:3], tensors[3:])[1](grad, return_error=True)[1]
+    same(found, expected)
+    assert bounds[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(called: Callable[..., Any], tensors: list[Any], dtype: Any) -> None:
+    expected = slopes(called, tensors)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        same(slopes(called, tensors), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name(layout: Any) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+    masks = torch.nested.nested_tensor([torch.ones(2).bool(), torch.ones(4).bool()], layout=layout)
+    q = torch.ones(2, 4, 3)
+    plan = tattn.plan_for(n=4, dim=3, bound=1.0)
+    for name, call in {
+        "query": lambda: tattn.tensor_attention(nested, [nested] * 2, [nested] * 2),
+        r"keys\[1\]": lambda: tattn.tensor_attention(q, [q, nested], [q, q], plan=plan),
+        r"values\[0\]": lambda: tattn.tensor_attention(q, [q, q], [nested, q], method="exact"),
+        r"key_masks\[0\]": lambda: tattn.tensor_attention(q, [q, q], [q, q], key_masks=[masks, None]),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} should be an array, got a nested tensor: pad"):
+            call()
+    with pytest.raises(TypeError, match=r"^keys should be a list or tuple of arrays.*a single view goes in a tuple"):
+        tattn.tensor_attention(q, nested, [q, q])
+
+
+def test_what_torch_has_besides_tensors_is_refused() -> None:
+    q = torch.ones(4, 3)
+    for other in (torch.Size([4, 3]), torch.float32, torch.nn.Linear(3, 3)):
+        with pytest.raises(TypeError, match=rf"^keys\[0\] should be an array, got a {type(other).__name__}"):
+            tattn.tensor_attention(q, [other, q], [q, q])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace_is_refused_for_functions(called: Callable[..., Any], tensors: list[Any]) -> None:
+    """It would keep lengths, blocks of rows and what was read as constants."""
+    plain = [t.detach() for t in tensors]
+    for recorded in (called, lambda q, a, b, u, v: tattn.plan(q, [a, b]).degree * q):
+        with pytest.raises(
+            TypeError, match=r"^query should have a shape of whole numbers, got one that torch.jit.trace"
+        ):
+            torch.jit.trace(recorded, plain)

@@ -54,7 +54,8 @@ def tensor_attention(
         Lengths may differ. Leading dimensions broadcast as in matmul, so one head of keys can serve many of queries.
     values : sequence of m arrays (..., n_μ, dv)
     scale : float, optional
-        Factor of the scores; 1/d if not given.
+        Factor of the scores; 1/d if not given. Refused where float32 or float64 cannot hold it as a product of factors, one for
+        each view and the query.
     tol : float
         Largest error allowed in output channel e, relative to the product over μ of max_j |values_μ[j, e]|.
         Ignored if `plan` is given.
@@ -77,7 +78,9 @@ def tensor_attention(
     return_error : bool
         Also return a certified bound of the error of each query row (..., n), relative to Π_μ max_j |values_μ[j, e]| as
         `tol` is, rounding included; infinite where nothing can be promised. With a banded plan it is that of the row;
-        otherwise ``plan.error``, or infinity if the plan is not certified. It carries no gradient.
+        otherwise ``plan.error``, or infinity if the plan is not certified. It carries no gradient. Beside its own rounding, lse
+        is off by at most −log(1 − error); with a banded plan by −log(1 − error/2) if the values of every view have a
+        channel of ones, and nothing is said of it otherwise.
     return_plan : bool
         Also return the plan that was used: which method, why, and the share of rows recomputed.
 
@@ -257,7 +260,7 @@ def _prepare(
     certify = bool(told[1])
     if plan is not None and scale is None and isinstance(plan, Plan):
         scale = plan.scale
-    number = checked_options(scale, inputs.dim, tol, method)
+    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
     if plan is not None:
         check_plan(plan, inputs, number, method)
         return inputs, work_of(inputs, plan, certify)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite, prod
+from math import inf, isfinite, log2, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,9 @@ SERIES = ("minimax", "taylor", "banded")
 LARGEST = (1 << 63) - 1
 # Arrays have as many dimensions at most, and norm bands need one for each view.
 MAX_ORDER = 64
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Up to this p the powers 2^p, 2^−p and half of them are normal numbers: some libraries take smaller ones for 0.
+LARGEST_POWER = {"float64": 1021, "float32": 125, "float16": 125, "bfloat16": 125}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 # What computes adds some dimensions of its own, and NumPy broadcasts arrays of at most 32.
 _MOST_DIMENSIONS = 24
 
@@ -63,6 +65,9 @@ def checked_inputs(
 ) -> Inputs:
     """The arrays of a call; `values` may be None, and rows none at all if `rowless`. TypeError or ValueError names the argument."""
     backend = checked_array("query", query)
+    lengthless = backend.why_lengthless()
+    if lengthless:
+        raise TypeError(f"query should have a shape of whole numbers, got {lengthless}")
     keys = _sequence("keys", keys)
     if len(keys) >= MAX_ORDER:
         raise ValueError(f"keys should be at most {MAX_ORDER - 1} arrays, got {len(keys)}")
@@ -127,11 +132,17 @@ def checked_inputs(
     )
 
 
-def checked_options(scale: Any, dim: int, tol: Any, method: Any) -> float:
+def checked_options(scale: Any, dim: int, tol: Any, method: Any, views: int, dtype: str) -> float:
     """The scale as a float; ValueError names the option."""
     checked_method(method)
     positive("tol", tol)
-    return 1 / dim if scale is None else positive("scale", scale)
+    if scale is None:
+        return 1 / dim
+    number = positive("scale", scale)
+    most = LARGEST_POWER[dtype] * (views + 1) - 1
+    if abs(log2(number)) > most:
+        raise ValueError(f"scale should be from 2**-{most} to 2**{most} for {dtype} and {views} views, got {scale}")
+    return number
 
 
 def checked_order(causal: Any, window: Any, lengths: Sequence[int]) -> Order:
@@ -213,7 +224,7 @@ def checked_flags(**given: Any) -> None:
 
 def checked_dtype(dtype: Any) -> str:
     """ValueError if it is not the name of a dtype that is computed in."""
-    if not isinstance(dtype, str) or dtype not in _FLOATS:
+    if not isinstance(dtype, str) or dtype not in FLOATS:
         raise ValueError(f"dtype should be 'float64', 'float32', 'float16' or 'bfloat16', got {described(dtype)}")
     return dtype
 
@@ -408,9 +419,20 @@ def checked_upstream(upstream: Any, matrices: Mapping[str, Any], backend: Backen
 
 
 def checked_layer_call(
-    x: Any, contexts: Any, key_masks: Any, embed_dim: int, context_dims: Sequence[int], *, like: Array, backend: Backend
+    x: Any,
+    contexts: Any,
+    key_masks: Any,
+    embed_dim: int,
+    context_dims: Sequence[int],
+    *,
+    like: Array,
+    backend: Backend,
+    dtypes: Sequence[str] = FLOATS,
 ) -> tuple[tuple[Array, ...], tuple[Array | None, ...] | None]:
-    """Contexts and masks of a layer's call, one for each view; library and device are those of the weights, `like`."""
+    """Contexts and masks of a layer's call, one for each view; library and device are those of the weights, `like`.
+
+    `dtypes` are those that go with the weights.
+    """
     views = len(context_dims)
     named = [("x", x, embed_dim)]
     if contexts is not None:
@@ -423,8 +445,10 @@ def checked_layer_call(
     for name, a, width in named:
         _same_library(name, a, backend, like="the weights")
         dtype = backend.dtype_name(a.dtype)
-        if dtype not in _FLOATS:
-            raise TypeError(f"{name} should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
+        if dtype not in FLOATS:
+            raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}")
+        if dtype not in dtypes:
+            raise TypeError(f"{name} should have the weights' dtype {backend.dtype_name(like.dtype)}, got {dtype}")
         _device(name, a, like, backend, like="the weights")
         _shape(name, a)
         if a.shape[-1] != width:
@@ -433,7 +457,7 @@ def checked_layer_call(
     leading = [(name, a) for name, a, _ in named]
     masks: tuple[Any, ...] | None = None
     if key_masks is not None:
-        alone = hasattr(key_masks, "shape")
+        alone = not isinstance(key_masks, (list, tuple)) and backend_of(key_masks) is not None
         if alone and contexts is not None:
             raise TypeError("key_masks should be a list or tuple of arrays, one for each context, got a single one")
         masks = (key_masks,) * views if alone else _sequence("key_masks", key_masks)
@@ -459,8 +483,8 @@ def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backe
         if found is not backend:
             raise TypeError(f"params[{name!r}] should be an array of {backend.name}, got one of {found.name}")
         dtype = backend.dtype_name(params[name].dtype)
-        if dtype not in _FLOATS:
-            raise TypeError(f"params[{name!r}] should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
+        if dtype not in FLOATS:
+            raise TypeError(f"params[{name!r}] should have a dtype of {', '.join(FLOATS)}, got {dtype}")
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params[{name!r}] should have shape {shape}, got {tuple(params[name].shape)}")
     for name in params:
@@ -549,7 +573,7 @@ def described(value: Any) -> str:
 
 def _sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ...]:
     if not isinstance(given, (list, tuple)):
-        hint = f"; a single {each} goes in a tuple of one" if hasattr(given, "shape") else ""
+        hint = f"; a single {each} goes in a tuple of one" if backend_of(given) is not None else ""
         raise TypeError(
             f"{name} should be a list or tuple of arrays, one for each {each}, got {type(given).__name__}{hint}"
         )
@@ -587,8 +611,8 @@ def _same_library(name: str, array: Any, backend: Backend, like: str = "query") 
 
 def _floating(name: str, array: Any, query: Any, backend: Backend, like: str = "the query") -> None:
     dtype = backend.dtype_name(array.dtype)
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name} should have a dtype of {', '.join(_FLOATS)}, got {dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}")
     if array.dtype != query.dtype:
         raise TypeError(f"{name} should have {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
     _device(name, array, query, backend, like)

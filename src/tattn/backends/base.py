@@ -129,6 +129,10 @@ class Backend:
         """A reason to refuse this array, or None."""
         return None
 
+    def why_lengthless(self) -> str | None:
+        """What shapes are if they are no numbers that a method can go by, or None."""
+        return None
+
     def dtype_name(self, dtype: Any) -> str:
         """Name of a dtype: 'float32', 'bfloat16', …"""
         return str(getattr(dtype, "name", dtype)).rpartition(".")[2]

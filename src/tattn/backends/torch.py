@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import Event, Lock, Semaphore
-from typing import Any
+from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -34,7 +34,12 @@ class TorchBackend(Backend):
         return _VARIANTS[not (self.is_traced(tensors) or self.records(tensors)), tensors[0].device.type != "cpu"]
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
-        return torch.compiler.is_compiling() or any(
+        if torch.compiler.is_compiling():
+            return True
+        # Who records operations may leave tensors as they are.
+        if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(kind) for kind in _RECORDERS):
+            return True
+        return any(
             torch._C._functorch.is_functorch_wrapped_tensor(a)
             or isinstance(a, torch._subclasses.FakeTensor)
             or a.device.type == "meta"
@@ -46,9 +51,21 @@ class TorchBackend(Backend):
         return isinstance(array, torch.Tensor)
 
     def why_refused(self, array: Array) -> str | None:
+        if not isinstance(array, torch.Tensor):
+            return f"a {type(array).__name__}"
+        if array.is_nested:
+            return "a nested tensor: pad its rows, and say which are there by key_masks"
         if array.layout is not torch.strided:
             return f"a tensor of layout {array.layout}"
         return None
+
+    def why_lengthless(self) -> str | None:
+        if torch.compiler.is_compiling() or not torch._C._is_tracing():
+            return None
+        return (
+            "one that torch.jit.trace records, and what it records would be wrong for others: trace a tattn.nn.TensorAttention "
+            "with a bound, or use torch.export or torch.compile"
+        )
 
     def records(self, arrays: Sequence[Array | None]) -> bool:
         if torch.is_grad_enabled() and any(_needs_gradient(a) for a in arrays):
@@ -175,10 +192,11 @@ class TorchBackend(Backend):
             if not torch.compiler.is_compiling():
                 with _full_precision():
                     return function(call, self.for_arrays(arrays), tuple(arrays))
-            if _precision() != "highest":
+            narrow = _narrow()
+            if narrow is not None:
                 raise RuntimeError(
                     "a compiled call cannot change torch's float32 precision: call "
-                    "torch.set_float32_matmul_precision('highest') before, which the error bounds assume"
+                    f"torch.set_float32_matmul_precision('highest') before, which the error bounds assume, got {narrow}"
                 )
             return function(call, self.for_arrays(arrays), tuple(arrays))
 
@@ -202,6 +220,10 @@ class TorchBackend(Backend):
         return out, *kept
 
 
+_MODES: Any = torch._C._TorchDispatchModeKey
+_RECORDERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
+
+
 @memoized
 def _numbers(function: Callable[..., np.ndarray], *args: Any) -> list[Any]:
     """A table as numbers, which torch.compile can take for constants."""
@@ -223,40 +245,85 @@ def _has_tangent(array: Array | None) -> bool:
     )
 
 
-def _precision() -> str:
-    precision: str = torch.get_float32_matmul_precision()
-    return precision
+# torch 2.9 and later have a setting for each library's products. The older one stands for all and cannot be read once one of
+# these is written.
+_BY_KIND = hasattr(torch._C, "_get_fp32_precision_getter")
+_SETTINGS = (("cuda", "matmul"), ("mkldnn", "matmul")) if _BY_KIND else (("torch", "float32_matmul_precision"),)
+_FULL = "ieee" if _BY_KIND else "highest"
+_NARROW = ("tf32", "bf16", "high", "medium")
+
+
+def _read(setting: tuple[str, str]) -> str:
+    """A setting as it holds, which it may have from a more general one."""
+    value: str = torch._C._get_fp32_precision_getter(*setting) if _BY_KIND else torch.get_float32_matmul_precision()
+    return value
+
+
+def _write(setting: tuple[str, str], value: str) -> None:
+    if _BY_KIND:
+        torch._C._set_fp32_precision_setter(*setting, value)
+    else:
+        torch.set_float32_matmul_precision(value)
+
+
+def _written(setting: tuple[str, str]) -> str:
+    """A narrow setting as it was written: "none" if it has its value from a more general one."""
+    library, kind = setting
+    value = _read(setting)
+    if not _BY_KIND or library == "generic":
+        return value
+    general = ("generic" if kind == "all" else library, "all")
+    if _read(general) != value:
+        return value
+    # Reading does not tell: whether it changes with the general one does.
+    restored = _written(general)
+    _write(general, _FULL)
+    inherited = _read(setting) != value
+    _write(general, restored)
+    return "none" if inherited else value
+
+
+def _narrow() -> str | None:
+    """A setting by which torch multiplies float32 in less, and its value."""
+    for setting in _SETTINGS:
+        value = _read(setting)
+        if value in _NARROW:
+            return f"{'.'.join(setting)} {value!r}"
+    return None
 
 
 # What torch.compile can't trace it takes as constant: the precision when the call is compiled.
-_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_narrow._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Precision:
-    """torch's float32 precision before the calls that are running changed it, and how many they are."""
+    """What the calls that are running changed in torch's settings of precision, and how many they are."""
 
     lock = Lock()
     running = 0
-    before = "highest"
+    before: ClassVar[dict[tuple[str, str], str]] = {}
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Full float32 products, whatever the caller's setting; threads that overlap restore it once."""
+    """Full float32 products, whatever the caller's settings; threads that overlap restore these once."""
     with _Precision.lock:
-        if _Precision.running == 0:
-            _Precision.before = _precision()
-        changed = _Precision.before != "highest"
-        if changed and _Precision.running == 0:
-            torch.set_float32_matmul_precision("highest")
+        for setting in _SETTINGS:
+            if _read(setting) in _NARROW:
+                _Precision.before[setting] = _written(setting)
+                _write(setting, _FULL)
         _Precision.running += 1
     try:
         yield
     finally:
         with _Precision.lock:
             _Precision.running -= 1
-            if changed and _Precision.running == 0:
-                torch.set_float32_matmul_precision(_Precision.before)
+            if _Precision.running == 0:
+                while _Precision.before:
+                    setting, value = _Precision.before.popitem()
+                    # What was written meanwhile stays.
+                    if _read(setting) == _FULL:
+                        _write(setting, value)
 
 
 def _compute(method: Any, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
@@ -280,7 +347,9 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Array, grad_lse: Array, *_: Array) -> tuple[Array | None, ...]:
         forward, backward, call = ctx.method
-        arrays, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        # Read once: what a checkpoint computed again is gone after that.
+        saved = ctx.saved_tensors
+        arrays, kept = saved[: ctx.count], saved[ctx.count :]
         kept = BACKEND.residuals(forward, call, arrays, kept)
         grads = BACKEND.run(backward, call, (*arrays, *kept, grad_out, grad_lse))
         return (None, *grads, *(None for _ in arrays[len(grads) :]))

@@ -14,15 +14,22 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import ceil, inf, isfinite, isnan, log2
+from math import ceil, inf, isfinite, isnan, log2, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import broadcast_leading, clean, over_rows, prod_of, shared_leading, sum_of
+from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sum_of
 from ..backends import Array, Backend
+from ..backends.numpy import BACKEND as numpy_backend
+from ..checks import LARGEST_POWER
 from ..features.scaling import channel_tops, over_blocks
 from ..operands import Operands
+
+# Of all polynomials that are tried.
+_MOST_DEGREE = 40
+# Powers of two by which no score that has a polynomial is too large for its channels' units.
+_FAR = 10
 
 
 class Ranges(NamedTuple):
@@ -59,27 +66,49 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
     largest = [float(top.max()) for top in tops]
     if len(tops) == count:
         largest += [0.0] * call.views
+    dtype = backend.dtype_name(arrays[0].dtype)  # type: ignore[union-attr]
+    power = LARGEST_POWER[dtype]
     # What is no number is no bound.
     with np.errstate(all="ignore"):
-        sizes = _product(np.log(top) for top in tops[:count]) * call.scale
-        entries = float(_product(np.log(x) for x in largest[:count])) * call.scale * sizes.shape[-1]
+        scale = np.log(call.scale)
+        sizes = _product([scale, *(np.log(top) for top in tops[:count])])
+        entries = float(_product([scale, *(np.log(x) for x in largest[:count])])) * sizes.shape[-1]
         bounds = [entries, sizes.sum(axis=-1).max()]
+        sizes = sizes.reshape(-1, sizes.shape[-1]).max(axis=0)
         by_exponent = [_log_norms(*x, call.views) for x in zip(sums, units, strict=True)]
         for ps in exponents(call.views):
-            reach = _product(n[p] for n, p in zip(by_exponent, ps, strict=True)) * call.scale
+            reach = _product([scale, *(n[p] for n, p in zip(by_exponent, ps, strict=True))])
             bounds += [*reach.reshape(-1, reach.shape[-1]).max(axis=0)]
-        lowest = float(mean) * call.scale
+        held = _powers_held(tops[:count], arrays[:count], call.scale, power)
+    # Means, and products of them, lose what is below the smallest normal number, times the entries of the other views.
+    lost = 4 * count * sizes.size * prod(max(x, 1.0) for x in largest[:count]) * 2.0 ** -(power + 1)
+    lowest = (float(mean) - lost) * call.scale
     # Sums over channels round; means over many rows round more, and are wanted to a percent only.
-    narrow = backend.dtype_name(backend.compute_dtype(arrays[0].dtype)) != "float64"  # type: ignore[union-attr]
-    least, unit, most = (1e-4, 2.0**-24, 3.4e38) if narrow else (1e-11, 2.0**-53, 1.7e308)
-    slack = max(least, 2 * (sizes.shape[-1] + 16) * unit)
+    least, unit, most = (1e-4, 2.0**-24, 3.4e38) if dtype != "float64" else (1e-11, 2.0**-53, 1.7e308)
+    slack = max(least, 2 * (sizes.size + 16) * unit)
     bound = min((float(x) for x in bounds if not isnan(x)), default=inf)
     # Scores that the dtype does not hold have none.
-    bound = bound if bound <= most and all(map(isfinite, largest)) else inf
-    bound *= 1 + slack
-    lowest = max(-bound, min(lowest, bound) - 0.01 * bound) if isfinite(bound) else -inf
-    sizes = sizes.reshape(-1, sizes.shape[-1]).max(axis=0) * (1 + slack)
-    return Ranges(bound, lowest, entries, tuple(largest), tuple(sizes.tolist()))
+    held = held and bound <= most and all(map(isfinite, largest))
+    bound = bound * (1 + slack) if held else inf
+    # A mean that is not finite says nothing.
+    lowest = min(lowest, bound) - 0.01 * bound if isfinite(lowest) else -inf
+    lowest = max(-bound, lowest) if held else -inf
+    return Ranges(bound, lowest, entries, tuple(largest), tuple((sizes * (1 + slack)).tolist()))
+
+
+def _powers_held(tops: Sequence[np.ndarray], views: Sequence[Any], scale: float, largest: int) -> bool:
+    """Whether units of channels, of at most 2^`largest`, leave no entry so large that its powers overflow.
+
+    `tops`: the largest |entry| (..., 1, d) of every channel of query and keys.
+    """
+    if min(top.min() for top in tops) > 2.0 ** (_FAR - largest):
+        return True
+    alike = [max_to_leading(t, tuple(x.shape[:-2]), numpy_backend) for t, x in zip(tops, views, strict=True)]
+    logs = np.log2(np.concatenate(shared_leading(alike, numpy_backend), axis=-2))
+    even = (logs.sum(axis=-2, keepdims=True) + log2(scale)) / len(tops)
+    # What a view of denormal numbers is short of, the others take.
+    short = np.where(logs > -inf, np.maximum(even - logs - largest, 0.0), 0.0).sum(axis=-2, keepdims=True)
+    return not ((short > 0) & ((even + short) * _MOST_DEGREE > 0.8 * largest)).any()
 
 
 def _product(logs: Iterable[np.ndarray]) -> np.ndarray:

@@ -17,10 +17,12 @@ def promised_plan(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -
         if bound is not None:
             raise ValueError("bound has no use with a plan, which has its own")
         check_streams(plan)
-        number = checked_options(plan.scale if scale is None else scale, inputs.dim, tol, "polynomial")
+        number = checked_options(
+            plan.scale if scale is None else scale, inputs.dim, tol, "polynomial", inputs.views, inputs.dtype
+        )
         check_kind(plan, inputs, number, "polynomial")
         return plan, number
-    number = checked_options(scale, inputs.dim, tol, "polynomial")
+    number = checked_options(scale, inputs.dim, tol, "polynomial", inputs.views, inputs.dtype)
     if bound is None:
         return None, number
     promised = plan_for(

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, with_leading
 from ..backends import Array, Backend
-from ..backends.base import LARGEST_WORKSPACE
+from ..backends.base import LARGEST_WORKSPACE, memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.balance import balanced_values, with_powers
@@ -185,10 +185,14 @@ def _scores(problem: Problem) -> float:
     if not problem.order.causal:
         return prod(map(float, problem.lengths))
     windows = problem.order.window or lengths
-    # The mean over rows, at the middles of 64 parts.
+    return _seen_on_average(n, tuple(lengths), tuple(windows)) * n
+
+
+@memoized
+def _seen_on_average(n: int, lengths: tuple[int, ...], windows: tuple[int, ...]) -> float:
+    """Tuples that a query row out of n sees: the mean over the middles of 64 parts."""
     rows = [(part + 0.5) / 64 * n for part in range(64)]
-    seen = (prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)
-    return float(sum(seen)) / 64 * n
+    return float(sum(prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)) / 64
 
 
 def at_a_time(operands: Operands) -> int:

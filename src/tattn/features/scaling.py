@@ -8,6 +8,7 @@ from typing import Any
 
 from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sum_of
 from ..backends import Array, Backend
+from ..checks import LARGEST_POWER
 
 # Rows that are looked at together, at least.
 _FEWEST = 128
@@ -77,34 +78,45 @@ def _usual_tops(x: Array, mask: Array | None, top: Array, backend: Backend) -> A
 def units_of(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
     """Factors (..., 1, d) for query and keys whose product over the views is `scale` in every channel.
 
-    They give all views the same largest entry in each channel, so that monomials neither overflow nor vanish.
+    They give all views the same largest entry in each channel, so that monomials neither overflow nor vanish; where a
+    factor would leave the range of normal numbers, the other views take what is left of it.
     Powers of two, but for `scale` itself: multiplying by them rounds nothing. Scores, and with them every result,
     do not depend on the factors, hence they count as constants in the adjoint.
     """
     xp = backend.xp
     # A mask may have leading dimensions that its rows lack.
     tops = [max_to_leading(t, tuple(x.shape[:-2]), backend) for t, x in zip(tops, views, strict=True)]
-    tops = shared_leading(tops, backend)
-    logs, zeros = [], []
-    for view, top in enumerate(tops):
-        zero = top == 0
-        found = xp.log2(xp.where(zero, 1.0, top)) + (log2(scale) if view == 0 else 0.0)
-        logs.append(xp.where(zero, 0.0, found))
-        zeros.append(backend.cast(zero, top.dtype))
-    count = sum_of(zeros)
-    total = sum_of(logs)
-    # A channel that is 0 in some view takes the product that the others would need to reach size one.
-    target = xp.where(count > 0, 0.0, total * (1 / len(logs)))
-    vacant = total / xp.where(count > 0, count, 1.0)
-    powers = [xp.round(xp.where(z > 0, vacant, target - x)) for x, z in zip(logs, zeros, strict=True)]
-    powers[0] = -sum_of(powers[1:])
-    # A power of two and the scale may each leave the dtype's range where their product does not.
+    top = xp.concat(shared_leading(tops, backend), axis=-2)
+    two = xp.full_like(top[..., :1, :], 2.0)
+    most = two * (LARGEST_POWER[backend.dtype_name(top.dtype)] / 2)
+    least = -most
+
+    def limited(powers: Array) -> Array:
+        return xp.minimum(xp.maximum(powers, least), most)
+
+    zero = top == 0
     fraction, exponent = frexp(scale)
-    powers[0] = powers[0] + exponent
-    units = [backend.power_of_two(p) for p in powers]
+    logs = limited(xp.round(xp.log2(xp.where(zero, 1.0, top))))
+    total = xp.sum(logs, axis=-2, keepdims=True) + exponent
+    count = xp.sum(backend.cast(zero, top.dtype), axis=-2, keepdims=True)
+    # A channel that is 0 in some view takes the product that the others would need to reach size one.
+    vacant = total / xp.where(count > 0, count, 1.0)
+    target = xp.where(count > 0, 0.0, total * (1 / len(tops)))
+    powers = limited(xp.round(xp.where(zero, vacant, target - logs)))
+    left = exponent - xp.sum(powers, axis=-2, keepdims=True)
+    # Only a gradient that overflows misses what a view of zeros cannot take, and large entries times zero would be NaN.
+    left = xp.where((count > 0) & (left > 0), 0.0, left)
+    units = []
+    for view, x in enumerate(views):
+        wanted = powers[..., view : view + 1, :]
+        power = limited(wanted + left)
+        left = left - (power - wanted)
+        unit = backend.power_of_two(power)
+        # A view has no more leading dimensions for it: those that it lacks are of length one.
+        units.append(xp.reshape(unit, unit.shape[unit.ndim - x.ndim :]))
+    # A power of two and the scale may each leave the dtype's range where their product does not.
     units[0] = units[0] * fraction
-    # A view has no more leading dimensions for it: those that it lacks are of length one.
-    return [xp.reshape(u, u.shape[u.ndim - x.ndim :]) for u, x in zip(units, views, strict=True)]
+    return units
 
 
 def over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Backend) -> Any:

@@ -48,7 +48,7 @@ class Sorting(NamedTuple):
     unit: Array  # (..., 1, d): factors of the channels for monomials
     tops: Array  # (..., 1, d): the largest |entry| of every channel
     spread: Array  # (..., 1, d): its root mean square over all rows, masked ones counted as 0
-    norms: Array  # (..., bands, 1): the largest of each band
+    norms: Array  # (..., bands, 1): the largest of each band; their product over the views bounds scores
 
 
 class Sorted(NamedTuple):
@@ -85,12 +85,16 @@ def sortings(call: Banding, rows: Sequence[Array], masks: Sequence[Array | None]
     xp = backend.xp
     sizes = finite_sizes(rows, masks, backend)
     units = units_of([top for top, _ in sizes], rows, call.scale, backend)
-    spreads = [max_to_leading(s, tuple(x.shape[:-2]), backend) for (_, s), x in zip(sizes, rows, strict=True)]
+    # In units no channel is far from the others' size, and what balances them is a small factor.
+    spreads = [
+        max_to_leading(spread * unit, tuple(x.shape[:-2]), backend)
+        for (_, spread), unit, x in zip(sizes, units, rows, strict=True)
+    ]
     balances = balancing_units(spreads, backend)
     found = []
     for x, mask, unit, balance, (top, spread) in zip(rows, masks, units, balances, sizes, strict=True):
         balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
-        norm = _norms(x, mask, balance, call.views + 1, backend)
+        norm = _norms(x, mask, unit * balance, call.views + 1, backend)
         cut = edges(x.shape[-2], call.bands)
         order = _by_size(norm, call.bands, backend)
         falling = gather_rows(norm, order, backend)
@@ -170,7 +174,7 @@ class Series(NamedTuple):
             factors.append(xp.reshape(norms, shape))
         # Norms round; a range is raised by more than they can be off, and then to the next one of the grid.
         slack = 2.0 * count * (like.shape[-1] + 16) * float(xp.finfo(dtype).eps)
-        reach = prod_of(factors) * (call.scale * (1 + slack))
+        reach = prod_of(factors) * (1 + slack)
         steps = xp.log2(xp.where(reach > 0, reach, DEFAULT_GRID[0])) * 8 - 8 * np.log2(DEFAULT_GRID[0]).item()
         # Not by `clip`, which reads values in some libraries.
         index = xp.ceil(steps + 1e-3)
@@ -234,7 +238,9 @@ def _grid_table(degree: int, moment: int) -> np.ndarray:
     rows = np.asarray(crowded_table(degree, moment))
     steep = rows[:, -1:] ** 2 * bound[:, None] ** (moment - 2)
     growth = (np.expm1(bound)[:, None] / bound[:, None]) ** moment
-    rows = np.hstack([rows[:, :-1], steep, growth]) * (1 + 1e-12)
+    # The bounds are rounded up; the coefficients are those of the polynomial.
+    bounds = np.hstack([rows[:, -2:-1], steep, growth]) * (1 + 1e-12)
+    rows = np.hstack([rows[:, :-2], bounds])
     # What float32 cannot hold counts as beyond the grid.
     rows[(rows[:, -3:] >= NO_BOUND).any(axis=1), -3:] = NO_BOUND
     beyond = rows[-1].copy()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from math import log2, sqrt
 from typing import NamedTuple
 
+from ..approximation.exponential import DEFAULT_GRID
 from ..arrays import gather_rows, prod_of, with_leading
 from ..backends import Array, Backend
 from ..backends.kernels import CHAIN
@@ -95,12 +96,16 @@ def in_range(tops: Sequence[Array], scale: float, backend: Backend) -> Array:
 
 
 class Roundings(NamedTuple):
-    """What rounding adds to the sums with P and κ, with P′, with κ′² R^(t−2) and with K^t: (..., 1, 1) each."""
+    """What rounding adds to the sums with P and κ, with P′, with κ′² R^(t−2) and with K^t: (..., 1, 1) each.
+
+    `known`: whether all ranges are in the table; beyond it κ stands for no bound, but P may grow faster than κ x^t.
+    """
 
     plain: Array
     steep: Array
     squares: Array
     growth: Array
+    known: Array
 
 
 def roundings(
@@ -122,7 +127,9 @@ def roundings(
     count = (m + 1) * (t0 + 2) + lost
     unit = UNIT["float64" if backend.dtype_name(table.dtype) == "float64" else "float32"]
     sizes = (plain, steep, *(table[..., g + 1 + kind] * reach**t0 * count for kind in (1, 2)))
-    return Roundings(*(multiply_out(size, shares, backend) * unit for size in sizes))
+    largest = xp.max(reach, axis=tuple(range(reach.ndim - m, reach.ndim)))[..., None, None]
+    plain, steep, squares, growth = (multiply_out(size, shares, backend) * unit for size in sizes)
+    return Roundings(plain, steep, squares, growth, largest <= DEFAULT_GRID[-1])
 
 
 def shares(call: Banding, view: Sorted, backend: Backend) -> Array:
@@ -167,7 +174,7 @@ def read_out(
         sizes = prod_of([xp.abs(numerator[..., :-1, :]), *inverses])
         weighted = prod_of([sums[..., :value_dim, :], *inverses])
         errors = _row_errors(call, numerator[..., -1:, :], sizes, weighted, sums[..., value_dim:, :], rounding, backend)
-        errors = xp.where(safe, errors, xp.inf)
+        errors = xp.where(safe & rounding.known, errors, xp.inf)
         return None, (
             out,
             xp.concat([normaliser, with_leading(xp.matrix_transpose(errors), leading, backend)], axis=-1),

@@ -35,7 +35,9 @@ def planned_attention(
     return_error: bool,
 ) -> Any:
     """`tattn.tensor_attention` with a plan that reads no values and its text; no second derivatives, no functorch."""
-    masks = [None] * len(keys) if key_masks is None else list(key_masks)
+    given = [None] * len(keys) if key_masks is None else list(key_masks)
+    none = query.new_empty(0, dtype=torch.bool)
+    masks = [none if mask is None else mask for mask in given]
     banded = plan.series == "banded"
     out, rest = _forward(query, list(keys), list(values), masks, text, banded and return_error)
     if not return_error:
@@ -43,9 +45,11 @@ def planned_attention(
     return out, rest[..., ERROR].detach() if banded else torch.full_like(rest[..., 0].detach(), plan.error)
 
 
-def traced_whole() -> bool:
+def traced_whole(plan: Plan) -> bool:
     """Whether a compiler traces the call and no transformation of torch.func does, which operators do not serve."""
-    return torch.compiler.is_compiling() and not _transformed()
+    # `torch.jit.trace` would keep, for all lengths, the number of bands that goes with these.
+    recorded = torch.compiler.is_compiling() or (torch._C._is_tracing() and plan.series != "banded")
+    return recorded and not _transformed()
 
 
 def _transformed() -> bool:
@@ -64,11 +68,13 @@ def plan_of_text(text: str) -> Plan:
 
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:
     plan = plan_of_text(text)
-    inputs = checked_inputs(query, list(keys), list(values), list(masks), plan.causal, plan.window)
+    given = [None if mask.shape == (0,) else mask for mask in masks]
+    inputs = checked_inputs(query, list(keys), list(values), given, plan.causal, plan.window)
     return work_of(inputs, plan, certify)
 
 
-_ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] masks"
+# A mask of shape (0,) is none: `torch.jit.trace` takes no lists that may hold None.
+_ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] masks"
 
 
 @torch.library.custom_op(
@@ -83,7 +89,7 @@ def _forward(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify:
 
 @_forward.register_fake
 def _(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
-    leading = [a.shape[:-2] for a in (query, *keys, *values)] + [m.shape[:-1] for m in masks if m is not None]
+    leading = [a.shape[:-2] for a in (query, *keys, *values)] + [m.shape[:-1] for m in masks]
     shape = (*np.broadcast_shapes(*leading), query.shape[-2])
     return query.new_empty((*shape, values[0].shape[-1])), query.new_empty((*shape, COLUMNS if certify else 1))
 
@@ -117,9 +123,7 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> Any:
     query, *rest = ctx.saved_tensors
     keys, values, masks = (rest[i * ctx.views : (i + 1) * ctx.views] for i in range(3))
     grads = _backward(query, keys, values, masks, ctx.plan, ctx.certify, *rest[-2:], grad)
-    # What torch expects for a list is a list where all of it are tensors, and one None otherwise.
-    of_masks = None if any(mask is None for mask in masks) else [None] * ctx.views
-    return grads[0], grads[1 : ctx.views + 1], grads[ctx.views + 1 :], of_masks, None, None
+    return grads[0], grads[1 : ctx.views + 1], grads[ctx.views + 1 :], [None] * ctx.views, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import tensor_attention
 from ..backends.torch import BACKEND
-from ..checks import PlanError, checked_dtype, checked_flags, checked_kind, checked_layer_call
+from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind, checked_layer_call
 from ..plans import Plan, plan_text
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
@@ -178,8 +178,9 @@ class TensorAttention(nn.Module):
         checked_flags(return_error=return_error)
         weight = self.q_proj.weight
         contexts, masks = checked_layer_call(
-            x, contexts, key_masks, self.config.embed_dim, self.config.context_dims, like=weight, backend=BACKEND
-        )
+            x, contexts, key_masks, self.config.embed_dim, self.config.context_dims, like=weight, backend=BACKEND,
+            dtypes=_served(weight),
+        )  # fmt: skip
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
@@ -213,7 +214,7 @@ class TensorAttention(nn.Module):
             raise PlanError(texts[0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
         options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
-        if traced_whole():
+        if traced_whole(plans[chosen]):
             return planned_attention(query, keys, values, text=texts[chosen], **options)
         return tensor_attention(query, keys, values, causal=self.config.causal, **options)
 
@@ -249,6 +250,16 @@ def _checked_place(device: Any, dtype: Any) -> None:
 
 def _computed_in(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
+
+
+def _served(weight: Tensor) -> tuple[str, ...]:
+    """Dtypes that torch multiplies with these weights."""
+    own, device = BACKEND.dtype_name(weight.dtype), weight.device.type
+    # What holds quantized weights multiplies in its own way.
+    if own not in FLOATS:
+        return FLOATS
+    cast = own != "float64" and device != "meta" and torch.is_autocast_enabled(device)
+    return FLOATS[:-1] if cast else (own,)
 
 
 def _plans(config: AttentionConfig, dtype: str, needed: bool) -> tuple[tuple[Plan, ...], tuple[str, ...]]:

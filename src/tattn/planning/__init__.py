@@ -120,9 +120,10 @@ def plan(
     """
     inputs = checked_inputs(query, keys, values, key_masks, causal, window)
     if isinstance(method, _VALUES):
-        number = checked_options(scale, inputs.dim, tol, "auto")
-        return _of_method(method, inputs.problem(number), degree=degree, bound=bound, series=series)
-    number = checked_options(scale, inputs.dim, tol, method)
+        number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
+        asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}
+        return _of_method(method, inputs.problem(number), **asked)
+    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
     banded = _is_banded(series, bands, moment)
     wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients))
     if banded:
@@ -197,7 +198,8 @@ def plan_for(
     order, dim = whole("order", order, 2, MAX_ORDER), whole("dim", dim, 1)
     lengths = checked_lengths(n, order)
     dtype = checked_dtype(dtype)
-    number = checked_options(scale, dim, tol, "auto" if isinstance(method, _VALUES) else method)
+    by_name = "auto" if isinstance(method, _VALUES) else method
+    number = checked_options(scale, dim, tol, by_name, order - 1, dtype)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
     seen = checked_order(causal, window, lengths)
     problem = Problem(order - 1, dim, value_dim, dtype, lengths, 1, number, seen)

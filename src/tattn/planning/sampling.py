@@ -158,7 +158,7 @@ def measure_error(
     if values is None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
     inputs = checked_inputs(query, keys, values, key_masks, causal, window)
-    number = checked_options(scale, inputs.dim, 1.0, "exact")
+    number = checked_options(scale, inputs.dim, 1.0, "exact", inputs.views, inputs.dtype)
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
     checked_output("out", out, expected, query, inputs.backend, "the query")
