@@ -39,6 +39,9 @@ class Spread:
 class Plan:
     r"""How a call is computed, and what is promised about the answer. Hashable; holds no arrays.
 
+    Made by `plan` and `plan_for`. One whose fields contradict each other, by `dataclasses.replace` say, is a ValueError that names
+    the field.
+
     Attributes
     ----------
     problem : Problem
