@@ -714,3 +714,18 @@ def test_a_channel_of_ones_bounds_lse(library: Any, size: float) -> None:
     truth = dense(query, keys, values, scale=1.0, precision=np.longdouble)
     allowed = -np.log1p(-library.numpy(error) / 2) + 4 * np.finfo(float).eps * (1 + np.abs(truth.lse))
     assert (np.abs(library.numpy(lse) - truth.lse) <= allowed).all()
+
+
+def test_a_query_row_with_a_tiny_gradient_has_a_bound(library: Any) -> None:
+    """Products of such a gradient with the values vanish, and what is lost of them is bounded."""
+    rng = np.random.default_rng(5)
+    query, *keys = np.float32(rng.normal(size=(3, 40, 2)))
+    values = list(np.float32(1e-5 * rng.normal(size=(2, 40, 3))))
+    grad = np.float32(rng.normal(size=(40, 3)))
+    grad[0], grad[1] = 1e-37, 0
+    plan = tattn.plan_for(n=40, dim=2, series="banded", degree=4, bands=2, dtype="float32")
+    query, keys, values, grad = library.arrays(query, keys, values, grad)
+    _, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+    _, (of_query, *_) = pullback(grad, return_error=True)
+    bounds = library.numpy(of_query)
+    assert (bounds[0] > 0).all() and (bounds[1] == 0).all() and np.isfinite(bounds[2:]).all()

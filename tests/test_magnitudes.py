@@ -1,4 +1,4 @@
-"""Entries of every size: every bound that is returned holds, and no answer is NaN under it."""
+"""Views and channels whose sizes differ by as much as a dtype has: every bound that is returned holds."""
 
 from __future__ import annotations
 
@@ -93,13 +93,15 @@ def calls(library: Any, views: int, scale: float, dtype: str) -> Iterator[tuple[
         if library.name[:3] != "jax":
             # JAX compiles for every plan.
             options["auto"] = {"tol": 1e-2}
-            if not drawn.denormal:
+            try:
                 options["degree"] = {"plan": tattn.plan(*arrays, degree=7, scale=scale)}
+            except tattn.PlanError as error:
+                assert drawn.denormal and "powers overflow" in str(error)
         for way, given in options.items():
             yield f"{way}, seed {seed}", drawn, (arrays, {"scale": scale, **given})
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning", "ignore:.*cannot be met in:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("views", "scale"), [(1, 1.0), (2, 1.0), (2, 2.0**100), (3, 2.0**-90)])
 def test_every_bound_holds_over_all_magnitudes(library: Any, views: int, scale: float, dtype: str) -> None:
@@ -119,7 +121,7 @@ def test_every_bound_holds_over_all_magnitudes(library: Any, views: int, scale: 
             allowed = -np.log1p(-error[known]) + 8 * np.finfo(dtype).eps * (1 + np.abs(truth.lse[known]))
             assert (np.abs(lse - truth.lse)[known] <= allowed).all(), (name, lse, truth.lse)
         finite += known.all()
-        if options.get("method") == "exact" and not drawn.denormal:
+        if options.get("method") == "exact":
             assert known.all(), name
     assert finite >= 8
 

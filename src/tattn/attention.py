@@ -54,8 +54,8 @@ def tensor_attention(
         Lengths may differ. Leading dimensions broadcast as in matmul, so one head of keys can serve many of queries.
     values : sequence of m arrays (..., n_μ, dv)
     scale : float, optional
-        Factor of the scores; 1/d if not given. Refused where float32 or float64 cannot hold it as a product of factors, one for
-        each view and the query.
+        Factor of the scores; 1/d if not given. At most 2^(125 (m + 1) − 1) and at least its reciprocal; with 1021 for 125 in
+        float64.
     tol : float
         Largest error allowed in output channel e, relative to the product over μ of max_j |values_μ[j, e]|.
         Ignored if `plan` is given.

@@ -26,10 +26,8 @@ from ..checks import LARGEST_POWER
 from ..features.scaling import channel_tops, over_blocks
 from ..operands import Operands
 
-# Of all polynomials that are tried.
-_MOST_DEGREE = 40
-# Powers of two by which no score that has a polynomial is too large for its channels' units.
-_FAR = 10
+# log2 of scores that no polynomial serves, by far.
+_FAR = 10.0
 
 
 class Ranges(NamedTuple):
@@ -40,6 +38,7 @@ class Ranges(NamedTuple):
     entries: float  # the paper's bound, for comparison
     largest: tuple[float, ...]  # largest entry of query, keys and values, NaN or inf where one is not finite
     sizes: tuple[float, ...] = ()  # scale · max|q_c| · Π_μ max|keys_μ,c| of every channel
+    highest: float = inf  # degree up to which powers of entries do not overflow
 
 
 # ("sum" or "max", arrays) → their sums or largest values over all that hold rows of the same views.
@@ -79,7 +78,7 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
         for ps in exponents(call.views):
             reach = _product([scale, *(n[p] for n, p in zip(by_exponent, ps, strict=True))])
             bounds += [*reach.reshape(-1, reach.shape[-1]).max(axis=0)]
-        held = _powers_held(tops[:count], arrays[:count], call.scale, power)
+        highest = _highest_degree(tops[:count], arrays[:count], call.scale, power)
     # Means, and products of them, lose what is below the smallest normal number, times the entries of the other views.
     lost = 4 * count * sizes.size * prod(max(x, 1.0) for x in largest[:count]) * 2.0 ** -(power + 1)
     lowest = (float(mean) - lost) * call.scale
@@ -88,27 +87,28 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
     slack = max(least, 2 * (sizes.size + 16) * unit)
     bound = min((float(x) for x in bounds if not isnan(x)), default=inf)
     # Scores that the dtype does not hold have none.
-    held = held and bound <= most and all(map(isfinite, largest))
+    held = bound <= most and all(map(isfinite, largest))
     bound = bound * (1 + slack) if held else inf
     # A mean that is not finite says nothing.
     lowest = min(lowest, bound) - 0.01 * bound if isfinite(lowest) else -inf
     lowest = max(-bound, lowest) if held else -inf
-    return Ranges(bound, lowest, entries, tuple(largest), tuple((sizes * (1 + slack)).tolist()))
+    return Ranges(bound, lowest, entries, tuple(largest), tuple((sizes * (1 + slack)).tolist()), highest)
 
 
-def _powers_held(tops: Sequence[np.ndarray], views: Sequence[Any], scale: float, largest: int) -> bool:
-    """Whether units of channels, of at most 2^`largest`, leave no entry so large that its powers overflow.
+def _highest_degree(tops: Sequence[np.ndarray], views: Sequence[Any], scale: float, largest: int) -> float:
+    """The degree up to which no power of an entry overflows in units of channels, which are at most 2^`largest`.
 
     `tops`: the largest |entry| (..., 1, d) of every channel of query and keys.
     """
     if min(top.min() for top in tops) > 2.0 ** (_FAR - largest):
-        return True
+        return inf
     alike = [max_to_leading(t, tuple(x.shape[:-2]), numpy_backend) for t, x in zip(tops, views, strict=True)]
     logs = np.log2(np.concatenate(shared_leading(alike, numpy_backend), axis=-2))
     even = (logs.sum(axis=-2, keepdims=True) + log2(scale)) / len(tops)
     # What a view of denormal numbers is short of, the others take.
     short = np.where(logs > -inf, np.maximum(even - logs - largest, 0.0), 0.0).sum(axis=-2, keepdims=True)
-    return not ((short > 0) & ((even + short) * _MOST_DEGREE > 0.8 * largest)).any()
+    reached = np.where(short > 0, even + short, -inf).max()
+    return float(0.8 * largest // reached) if reached > 0 else inf
 
 
 def _product(logs: Iterable[np.ndarray]) -> np.ndarray:

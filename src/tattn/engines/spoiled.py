@@ -4,7 +4,8 @@ NaN and infinities spoil whatever they are multiplied with, by 0 as well, and pr
 some are 0 while a call is computed, and what depends on them is NaN in the end:
 
 * the output of a query row that holds some, or sees a row that does; of values, in their channel alone;
-* the gradient of such a query row, and those of all keys and values that it sees.
+* the gradient of such a query row, and those of the keys that it sees, and of their values unless that depends on values of the
+  same view alone.
 
 Aligned at the end: of n_μ rows, row i of n queries sees those j ≤ i + n_μ − n, and with windows the last so many of these.
 """
@@ -60,22 +61,33 @@ def backward_apart(
             return found, behind
     xp = backend.xp
     rows = _Rows.of(operands, limits)
-    # l may be −inf, of a row that sees nothing.
-    bounded = [(x if i == 1 else xp.abs(x)) < xp.inf for i, x in enumerate(columns)]
-    lost = rows.query
-    for x in bounded:
-        lost = lost | xp.logical_not(xp.all(x, axis=-1, keepdims=True))
-    fills = (0.0, nothing, 0.0, 0.0)
-    columns = tuple(xp.where(lost, xp.full_like(x, fill), x) for x, fill in zip(columns, fills, strict=True))
+    out, l, g, g_lse = columns
+    # A row without scores gives no gradient to anything; l may be −inf, of a row that sees nothing.
+    blind = rows.query | xp.logical_not(l < xp.inf)
+    unknown = blind | xp.logical_not(xp.isfinite(g))
+    lost = xp.any(unknown, axis=-1, keepdims=True) | xp.logical_not(xp.isfinite(g_lse))
+    lost = lost | xp.logical_not(xp.all(xp.isfinite(out), axis=-1, keepdims=True))
+    fills = ((lost, out, 0.0), (blind, l, nothing), (unknown, g, 0.0), (lost, g_lse, 0.0))
+    columns = tuple(xp.where(bad, xp.full_like(x, fill), x) for bad, x, fill in fills)
     found, behind = compute(rows.cleaned, columns)
+    n = out.shape[-2]
+    seen = [_any_of(v, *_seen(operands, i, n, v), backend) for i, v in enumerate(rows.values)]
 
-    def of_views(grads: Sequence[Array]) -> tuple[Array, ...]:
-        seeing = (_seeing(operands, i, lost.shape[-2], g) for i, g in enumerate(grads))
-        return tuple(_nan_where(_any_of(lost, *s, backend), g, backend) for s, g in zip(seeing, grads, strict=True))
+    def nan_where_seen(number: int, spoiling: Array, gradient: Array) -> Array:
+        seeing = _seeing(operands, number, n, gradient)
+        return _nan_where(_any_of(spoiling, *seeing, backend), gradient, backend)
 
+    d_keys = tuple(nan_where_seen(i, lost, dk) for i, dk in enumerate(found.keys))
+    d_values = []
+    for i, dv in enumerate(found.values):
+        # What multiplies a value is the gradient and the values of the other views.
+        spoiling = unknown
+        for other in (*seen[:i], *seen[i + 1 :]):
+            spoiling = spoiling | other
+        d_values.append(nan_where_seen(i, spoiling, dv))
     some = xp.any(lost, axis=-2, keepdims=True)
-    grads = Gradients(_nan_where(lost, found.query, backend), of_views(found.keys), of_views(found.values))
-    return grads, tuple(_nan_where(some, g, backend) for g in behind)
+    grads = Gradients(_nan_where(lost, found.query, backend), d_keys, tuple(d_values))
+    return grads, tuple(_nan_where(some, x, backend) for x in behind)
 
 
 class _Rows(NamedTuple):

@@ -32,7 +32,7 @@ class TensorAttention(nn.Module):
     where q is a projection of `x`; a, u and b, v are projections of the two contexts; and a hat divides a row by its
     ℓ3-norm. No score exceeds `bound`, whatever the weights become. The polynomial that stands for exp is therefore chosen
     once, here, and no call reads values: it runs without host synchronisation and traces under ``torch.compile``,
-    ``torch.func`` and ``torch.export``. Its gradient is the exact derivative of what it computes.
+    ``torch.func``, ``torch.export`` and ``torch.jit.trace``. Its gradient is the exact derivative of what it computes.
 
     Parameters
     ----------
@@ -154,6 +154,7 @@ class TensorAttention(nn.Module):
         Parameters
         ----------
         x : Tensor (..., n, embed_dim)
+            In the dtype of the weights, or under autocast in one that it brings to that.
         contexts : sequence of order − 1 Tensors (..., n_μ, context_dims[μ]), optional
             `x` itself in every view if not given. Leading dimensions broadcast with those of `x`.
         key_masks : boolean Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional

@@ -34,7 +34,7 @@ from ..methods import Banded, Exact, Polynomial
 from ..plans import Plan, si, spread
 from ..problem import Guarantee, Problem, ScoreRange
 from .sampling import Estimate, estimate
-from .selection import Wish, affordable_degrees, beyond, check_rank, choose, largest_rank, plan_with
+from .selection import Wish, affordable_degrees, beyond, check_rank, choose, largest_rank, plan_with, why_overflows
 
 # Methods that can be asked for as values.
 _VALUES = (Exact, Polynomial, Banded)
@@ -259,7 +259,14 @@ def plan_found(problem: Problem, found: Ranges, wish: Wish) -> Plan:
     # The mean is allowed a margin, so that the plan holds for the same rows in another order or library. It is that over
     # all pairs, and says nothing of some of them.
     lowest_mean = -inf if problem.order.causal else found.lowest_mean - 0.02 * found.bound
-    return choose(problem, ScoreRange(found.bound, lowest_mean, "data", found.sizes), wish)
+    scores = ScoreRange(found.bound, lowest_mean, "data", found.sizes)
+    made = choose(problem, scores, wish)
+    overflows = why_overflows(made.degree, found.highest)
+    if overflows is None:
+        return made
+    if wish.method == "polynomial" or wish.degree is not None:
+        raise PlanError(f"{overflows}: use method='exact'")
+    return replace(choose(problem, scores, Wish(wish.tol, "exact")), reason=overflows)
 
 
 def exact_plan(inputs: Inputs, scale: float) -> Plan:

@@ -18,7 +18,7 @@ from ..plans import Plan
 from ..problem import ScoreRange
 from . import banded_candidates, measured, plan_inputs
 from .sampling import sampled_errors
-from .selection import Wish
+from .selection import Wish, why_overflows
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
 MOST_RECOMPUTED = 0.05
@@ -193,6 +193,9 @@ def check_plan(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
 def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
     """PlanError if a plan made from data serves smaller scores than those of this data; ValueError for NaN in it."""
     checked_finite(found.largest, views)
+    overflows = why_overflows(plan.degree, found.highest)
+    if overflows is not None:
+        raise PlanError(f"plan does not serve this data: {overflows}")
     if plan.source == "data":
         if found.bound > plan.bound:
             raise PlanError(

@@ -205,6 +205,16 @@ def affordable_degrees(dim: int, most: int) -> list[int]:
     return [g for g in range(1, most + 1) if rank_of(dim, g) <= largest_rank(dim)]
 
 
+def why_overflows(degree: int, highest: float) -> str | None:
+    """What stands against a degree for data whose powers overflow above the `highest`, in words; None if nothing does."""
+    if degree <= highest:
+        return None
+    return (
+        f"degree {degree} is above {highest:.0f}, where powers overflow of a channel that holds denormal numbers in one "
+        "view and large ones in another"
+    )
+
+
 def check_rank(problem: Problem, degree: int) -> None:
     """Refuse a degree whose rank no plan accepts."""
     rank = rank_of(problem.dim, degree)
