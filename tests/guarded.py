@@ -147,6 +147,14 @@ def asarray(numbers, dtype=None):
 
 array = asarray
 
+
+@_wrapped
+def cumulative_sum(x, *, axis, dtype, include_initial):
+    """As the compatible namespaces have it."""
+    found = np.cumsum(x, axis=axis, dtype=dtype)
+    return np.concatenate([np.zeros_like(found.take([0], axis)), found], axis) if include_initial else found
+
+
 # Those of the standard that NumPy had under another name, or not at all.
 _MISSING = {
     "acos",

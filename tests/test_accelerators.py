@@ -18,8 +18,7 @@ import tattn
 from tattn.backends import Backend, backend_of
 from tattn.backends.base import Tables
 from tattn.conformance import check
-from tattn.engines import features as lowrank
-from tattn.planning import choice
+from tattn.methods import Call, Polynomial, backward, forward
 
 ROWS, DIM = 40, 3
 
@@ -121,14 +120,14 @@ def test_scores_in_place_of_features_are_not_read(scorewise: list[str]) -> None:
 @pytest.mark.parametrize("grading", [(), (1, 1, 2), (1, 2, 9)])
 def test_pruned_bases_are_not_read(grading: tuple[int, ...]) -> None:
     drawn = np.random.default_rng(0).uniform(-1, 1, (5, ROWS, DIM))
-    call = lowrank.LowRankCall((1.0, 1.0, 0.5, 1 / 6, 1 / 24), 1.0, 2, grading)
+    call = Call(Polynomial("taylor", (1.0, 1.0, 0.5, 1 / 6, 1 / 24), 1.0, grading=grading), 2, 1.0)
 
     def of(move: Callable[[np.ndarray], Any]) -> Any:
         arrays = *map(move, drawn), None, None
         backend: Any = backend_of(arrays[0])
-        out, lse, *kept = backend.run(choice._lowrank_forward, call, arrays)
+        out, lse, *kept = backend.run(forward, call, arrays)
         columns = out, *kept, arrays[1], lse
-        return out, lse, backend.run(choice._lowrank_backward, call, (*arrays, *columns))
+        return out, lse, backend.run(backward, call, (*arrays, *columns))
 
     far_and_near(of)
 
@@ -306,7 +305,7 @@ def test_objects_that_only_look_like_arrays() -> None:
         def __array_namespace__(self, api_version: Any = None) -> Any:
             return np
 
-    for odd, lacking in ((Operators(), "abs, all, arange, argsort, asarray and"), (Deviceless(), "device of")):
+    for odd, lacking in ((Operators(), "abs, all, any, arange, argsort and"), (Deviceless(), "device of")):
         with pytest.raises(TypeError, match=f"query should be an array, got .*, which lacks {lacking}"):
             tattn.tensor_attention(odd, [odd], [odd])
     with pytest.raises(TypeError, match="got a NumPy scalar"):

@@ -640,7 +640,7 @@ SOUND = {
         ("polynomial", {"bound": None}), ("polynomial", {"error": nan}), ("polynomial", {"error": -1e-9}),
         ("polynomial", {"error": inf}), ("polynomial", {"grad_error": nan}), ("polynomial", {"lowest_mean": nan}),
         ("polynomial", {"certified": 1}), ("polynomial", {"source": "estimate"}), ("polynomial", {"causal": "yes"}),
-        ("polynomial", {"coefficients": ()}), ("polynomial", {"coefficients": [1.0] * 4}),
+        ("polynomial", {"coefficients": ()}), ("polynomial", {"coefficients": (1.0, 1.0, 1.0, "x")}),
         ("polynomial", {"coefficients": (1.0, 1.0, nan, 0.1)}), ("polynomial", {"coefficients": (1.0, 1.0, "x", 0.1)}),
         ("polynomial", {"bands": 2}), ("polynomial", {"moment": 2}), ("polynomial", {"window": (2, 2), "causal": True}),
         ("polynomial", {"grading": (1, 2)}), ("polynomial", {"grading": (1, 1, 0)}), ("polynomial", {"grading": (1, 1, 10**9)}),

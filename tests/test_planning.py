@@ -526,5 +526,5 @@ def test_more_views_than_arrays_have_dimensions() -> None:
         tattn.tensor_attention(rows, [rows] * 64, [rows] * 64)
     # Each tuple of bands would have a polynomial of its own.
     rows = np.ones((40, 1))
-    tried = [len(banded_candidates(checked_inputs(rows, [rows] * m, None, None), 1.0)) for m in (7, 8)]
+    tried = [len(banded_candidates(checked_inputs(rows, [rows] * m, None, None).problem(1.0))) for m in (7, 8)]
     assert tried == [5, 0]

@@ -678,7 +678,7 @@ def refuse(error: type, match: str, function: Any, *arguments: Any, **options: A
         ("bound", tattn.plan_for(n=9, dim=3, bound=1.5, degree=4, dtype="float64"), "1.0 and 1.5"),
         ("series", tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, dtype="float64", series="taylor"), "minimax and taylor"),
         ("scale", changed(PLANS[2], scale=0.5), "0.333.* and 0.5"),
-        ("order", changed(PLANS[2], order=4), "3 and 4"),
+        ("order", changed(PLANS[2], order=4, lengths=(9,) * 4), "3 and 4"),
         ("dtype", changed(PLANS[2], dtype="float32"), "float64 and float32"),
         ("coefficients", changed(PLANS[2], coefficients=(1.0, 1.0, 0.5, 0.1, 0.1)), "0.1, 0.1"),
     ],

@@ -828,7 +828,7 @@ def test_nested_tensors_are_refused_by_name(layout: Any) -> None:
 def test_what_torch_has_besides_tensors_is_refused() -> None:
     q = torch.ones(4, 3)
     for other in (torch.Size([4, 3]), torch.float32, torch.nn.Linear(3, 3)):
-        with pytest.raises(TypeError, match=rf"^keys\[0\] should be an array, got a {type(other).__name__}"):
+        with pytest.raises(TypeError, match=rf"^keys\[0\] should be an array .*, got {type(other).__name__}"):
             tattn.tensor_attention(q, [other, q], [q, q])
 
 

@@ -54,7 +54,7 @@ def times_power(x: Array, power: Array, backend: Backend) -> Array:
     xp = backend.xp
     half = xp.floor(power * 0.5)
     for part in (half, power - half):
-        x = x * xp.pow(xp.full_like(part, 2.0), part)
+        x = x * backend.power_of_two(part)
     return x
 
 

@@ -233,7 +233,7 @@ def _returned(
                 plain: Any = backend.values_of((lse, *inputs.arrays))
                 stated = work.call._replace(stated=(plan.error if plan.certified else inf, inf))
                 (told,) = backend.run(told_error, stated, plain[1:])
-                errors = backend.xp.zeros_like(plain[0][..., 0]) + told[..., 0]
+                errors = backend.xp.broadcast_to(told, tuple(plain[0].shape))[..., 0]
             asked.append(errors)
     if return_plan:
         asked.append(plan)

@@ -173,4 +173,4 @@ def _unpacking() -> Iterator[None]:
         # A place before the start or beyond all files cannot be sought; other errors of the system are no damage.
         if isinstance(found, OSError) and found.errno != errno.EINVAL:
             raise
-        raise ValueError(str(found) or type(found).__name__) from None
+        raise ValueError(f"{found!s:.200}" or type(found).__name__) from None

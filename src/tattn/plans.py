@@ -320,7 +320,7 @@ class Plan:
         """
         checked_kind("lengths", lengths, Sequence, "a sequence of whole numbers")
         if len(lengths) != self.order:
-            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {len(lengths)}")
+            raise ValueError(f"lengths should be {self.order} numbers of rows, (n, n_1, …), got {tuple(lengths)}")
         lengths = [whole(f"lengths[{i}]", n, 1) for i, n in enumerate(lengths)]
         value_dim = whole("value_dim", value_dim, 1)
         method = self.algorithm

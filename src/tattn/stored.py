@@ -148,8 +148,10 @@ def _agreements(plan: Any) -> Iterator[tuple[str, bool]]:
     for name in ("bytes_sent", "seconds", "seconds_gradient", "delta", "delta_prime"):
         yield name, getattr(plan, name) >= 0
     yield "sizes", all(size >= 0 for size in plan.sizes)
-    yield "recomputed", 0 <= plan.recomputed <= 1
-    yield "lengths", len(plan.lengths) == plan.order
+    yield "recomputed", 0 <= plan.recomputed <= 1 and (banded or plan.recomputed == 0)
+    for name in ("delta", "delta_prime"):
+        yield name, (polynomial and not banded) or getattr(plan, name) == inf
+    yield "lengths", len(plan.lengths) == plan.order and min(plan.lengths) >= 1
     for name in ("value_dim", "leading", "workers", "chain"):
         yield name, getattr(plan, name) >= 1
     yield "bands", (plan.bands >= 1) == banded

@@ -26,10 +26,10 @@ REMEMBERED = 256
 LARGEST_WORKSPACE = 8 << 20
 # What is used of a namespace, beside dtypes and constants.
 FUNCTIONS = (
-    "abs", "all", "arange", "argsort", "asarray", "astype", "broadcast_to", "ceil", "concat", "empty", "exp", "finfo", "flip",
-    "full", "full_like", "isfinite", "isnan", "log", "log2", "matrix_transpose", "max", "maximum", "mean", "min", "minimum",
-    "ones", "ones_like", "permute_dims", "repeat", "reshape", "round", "sort", "sqrt", "stack", "sum", "take", "where", "zeros",
-    "zeros_like",
+    "abs", "all", "any", "arange", "argsort", "asarray", "astype", "broadcast_to", "ceil", "concat", "cumulative_sum", "empty",
+    "exp", "finfo", "flip", "floor", "full", "full_like", "isfinite", "isnan", "log", "log2", "logical_not",
+    "matrix_transpose", "max", "maximum", "mean", "min", "minimum", "ones", "ones_like", "permute_dims", "repeat",
+    "reshape", "round", "sort", "sqrt", "stack", "sum", "take", "where", "zeros", "zeros_like",
 )  # fmt: skip
 DTYPES = ("bool", "float32", "int32", "int64", "uint8")
 # Bytes of the tables that are kept on devices.
@@ -53,6 +53,8 @@ class Backend:
         compiled program.
     compiles : bool
         Whether programs are compiled, and kept, for each plan that is used.
+    flushes : bool
+        Whether numbers below the smallest normal one may count as 0.
     workspace : int
         Bytes that the temporaries of one block of rows should stay below.
     cache : int
@@ -69,6 +71,7 @@ class Backend:
     writable = False
     parts = True
     compiles = False
+    flushes = False
     workspace = 2 << 20
     cache = 512 << 10
     most_rows = 1 << 12

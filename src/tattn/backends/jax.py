@@ -20,6 +20,7 @@ class JaxBackend(Backend):
     name = "JAX"
     parts = False
     compiles = True
+    flushes = True
 
     def __init__(
         self, workspace: int = Backend.workspace, cache: int = 1 << 20, most_rows: int = Backend.most_rows

@@ -14,7 +14,7 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import ceil, inf, isfinite, isnan, log2, prod
+from math import ceil, inf, isfinite, isnan, log2
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,7 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
         largest += [0.0] * call.views
     dtype = backend.dtype_name(arrays[0].dtype)  # type: ignore[union-attr]
     power = LARGEST_POWER[dtype]
+    least, unit, most = (1e-4, 2.0**-24, 3.4e38) if dtype != "float64" else (1e-11, 2.0**-53, 1.7e308)
     # What is no number is no bound.
     with np.errstate(all="ignore"):
         scale = np.log(call.scale)
@@ -78,12 +79,12 @@ def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) ->
         for ps in exponents(call.views):
             reach = _product([scale, *(n[p] for n, p in zip(by_exponent, ps, strict=True))])
             bounds += [*reach.reshape(-1, reach.shape[-1]).max(axis=0)]
+        # Means, and products of them, lose what is below the smallest number, times the entries of the other views.
+        smallest = 2.0 ** -(power + 1) * (1.0 if backend.flushes else 2 * unit)
+        lost = prod_of([np.maximum(top, 1.0) for top in tops[:count]]).sum(axis=-1).max()
+        lowest = (float(mean) - 4 * count * smallest * float(lost)) * call.scale
         highest = _highest_degree(tops[:count], arrays[:count], call.scale, power)
-    # Means, and products of them, lose what is below the smallest normal number, times the entries of the other views.
-    lost = 4 * count * sizes.size * prod(max(x, 1.0) for x in largest[:count]) * 2.0 ** -(power + 1)
-    lowest = (float(mean) - lost) * call.scale
     # Sums over channels round; means over many rows round more, and are wanted to a percent only.
-    least, unit, most = (1e-4, 2.0**-24, 3.4e38) if dtype != "float64" else (1e-11, 2.0**-53, 1.7e308)
     slack = max(least, 2 * (sizes.size + 16) * unit)
     bound = min((float(x) for x in bounds if not isnan(x)), default=inf)
     # Scores that the dtype does not hold have none.

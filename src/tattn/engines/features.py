@@ -334,13 +334,14 @@ def joined(sums: Sequence[Sum]) -> Sum:
 def weights(expansion: Expansion, like: Array, backend: Backend) -> Array:
     """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
     dtype = backend.compute_dtype(like.dtype)
-    return backend.table(_weights, expansion, like.shape[-1], like=like, dtype=dtype)
+    # By plain tuples, which torch.compile takes for constants.
+    return backend.table(_weights, expansion.coefficients, like.shape[-1], expansion.grading, like=like, dtype=dtype)
 
 
-def _weights(expansion: Expansion, dim: int) -> np.ndarray:
+def _weights(coefficients: tuple[float, ...], dim: int, grading: Grading) -> np.ndarray:
     """The table of `weights`."""
-    which = dim, expansion.degree, expansion.grading
-    of_degree = np.asarray(expansion.coefficients)[degrees(*which)]
+    which = dim, len(coefficients) - 1, grading
+    of_degree = np.asarray(coefficients)[degrees(*which)]
     table: np.ndarray = (of_degree * multinomials(*which))[:, None]
     return table
 

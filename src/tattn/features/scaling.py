@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import frexp, isfinite, log2, prod
+from math import frexp, isfinite, log, log2, prod
 from typing import Any
 
 from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sum_of
@@ -59,7 +59,7 @@ def _limited_tops(tops: Sequence[Array], views: Sequence[Array], scale: float, b
     xp = backend.xp
     alike = [max_to_leading(t, tuple(x.shape[:-2]), backend) for t, x in zip(tops, views, strict=True)]
     power = _MOST - log2(scale) - sum_of([xp.log2(top) for top in shared_leading(alike, backend)[1:]])
-    most = xp.pow(xp.full_like(power, 2.0), power)
+    most = xp.exp(power * log(2.0))
     return [xp.where(tops[0] < most, tops[0], most), *tops[1:]]
 
 
