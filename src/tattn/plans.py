@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from .checks import checked_kind, whole
 from .features.monomials import Grading
@@ -25,8 +25,7 @@ FACTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A plan's rows over workers: how many, what each sends, and seconds for a call and for one with its gradient."""
 
     workers: int = 1

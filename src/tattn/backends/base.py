@@ -210,6 +210,11 @@ class Backend:
         place = xp.where(xp.abs(power) <= MOST_POWER, power + MOST_POWER, 2.0 * MOST_POWER + 1)
         return xp.reshape(xp.take(table, xp.reshape(self.whole_numbers(place), (-1,)), axis=0), power.shape)
 
+    def sums_of_rows_before(self, array: Array) -> Array:
+        """Sums of the rows before each row (..., n, k) of a whole-number array, and of all: (..., n + 1, k)."""
+        sums: Array = self.xp.cumulative_sum(array, axis=-2, dtype=array.dtype, include_initial=True)
+        return sums
+
     def to_numpy(self, array: Array) -> np.ndarray:
         """Values on the host, in a dtype that NumPy has."""
         wide = array if self.dtype_name(array.dtype) == "float64" else self.xp.astype(array, self.xp.float32)

@@ -75,6 +75,10 @@ class TorchBackend(Backend):
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         return tuple(None if a is None else a.detach() for a in arrays)
 
+    def sums_of_rows_before(self, array: Array) -> Array:
+        # The standard's name looks its namespace up in a cache that torch.compile warns of.
+        return torch.nn.functional.pad(torch.cumsum(array, dim=-2, dtype=array.dtype), (0, 0, 1, 0))
+
     def to_numpy(self, array: Array) -> np.ndarray:
         dtype = torch.float64 if array.dtype == torch.float64 else torch.float32
         host: np.ndarray = array.detach().to("cpu", dtype).numpy()

@@ -90,7 +90,7 @@ def scores_round_less(
     # after the other, gradients of keys also over all pairs, in chains and what adds them up.
     score = views + 4 + min(dim, LAMBDA * sqrt(dim))
     terms = sum(min(CHAIN, n) for n in lengths[1:])
-    pairs = prod(map(float, lengths)) / min(lengths)
+    pairs = prod([float(length) for length in lengths]) / min(lengths)
     longest = max(terms, min(CHAIN, pairs) + pairs / CHAIN)
     head = 2 * views + 5
     plain, steep = _of_sums(

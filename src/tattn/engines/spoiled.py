@@ -154,7 +154,7 @@ def _clipped(index: Array, most: int, backend: Backend) -> Array:
 def _any_of(bad: Array, first: Array, last: Array, backend: Backend) -> Array:
     """Whether there is a bad one among the rows (..., n, k) from a `first` to before a `last` (m,): (..., m, k)."""
     xp = backend.xp
-    count = xp.cumulative_sum(xp.astype(bad, xp.int32), axis=-2, dtype=xp.int32, include_initial=True)
+    count = backend.sums_of_rows_before(xp.astype(bad, xp.int32))
     return xp.take(count, last, axis=-2) > xp.take(count, first, axis=-2)
 
 

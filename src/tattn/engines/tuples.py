@@ -183,7 +183,7 @@ def _scores(problem: Problem) -> float:
     """Scores of a problem, those that the order of rows leaves out not counted."""
     n, *lengths = problem.lengths
     if not problem.order.causal:
-        return prod(map(float, problem.lengths))
+        return prod([float(length) for length in problem.lengths])
     windows = problem.order.window or lengths
     return _seen_on_average(n, tuple(lengths), tuple(windows)) * n
 
