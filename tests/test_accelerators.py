@@ -261,6 +261,26 @@ def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.add(6, "other", 80) == []
 
 
+def test_threads_share_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While tables are let go of all the time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import array_api_strict as strict
+
+    monkeypatch.setattr("tattn.backends.base.REMEMBERED", 3)
+    backend, like = Backend(strict), strict.ones(2)
+
+    def right(seed: int) -> bool:
+        sizes = np.random.default_rng(seed).integers(1, 9, 300).tolist()
+        return all(backend.table(np.arange, n, like=like).shape == (n,) for n in sizes)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(right, range(8)))
+    held = backend.tables._held
+    assert len(held) <= 3
+    assert backend.tables._bytes == sum(size for _, size in held.values())
+
+
 class _Capturing(Backend):
     """Of a library that captures what it does."""
 

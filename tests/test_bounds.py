@@ -266,3 +266,17 @@ def test_nothing_is_promised_where_values_multiply_to_what_a_dtype_does_not_hold
         _, error = tattn.tensor_attention(*library.arrays(query, keys, values), plan=plan, return_error=True)
         assert error.shape == (6,)
         assert (library.numpy(error) == (np.float32(plan.error) if known else np.inf)).all()
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_nothing_is_promised_where_a_sum_of_values_may_overflow(library: Any, method: str) -> None:
+    """Though products of the largest do not."""
+    rng = np.random.default_rng(1)
+    query, *keys = np.float32(rng.uniform(-1, 1, (3, 6, 2)))
+    values = [np.full((6, 2), size, np.float32) for size in (1e38, 1e-38)]
+    plan = tattn.plan_for(n=6, dim=2, bound=2.0, method=method)
+    _, error = tattn.tensor_attention(*library.arrays(query, keys, values), plan=plan, return_error=True)
+    assert (library.numpy(error) == np.inf).all()
+    _, pullback = tattn.tensor_attention_vjp(*library.arrays(query, keys, values), plan=plan)
+    _, bounds = pullback(library.array(np.ones((6, 2), np.float32)), return_error=True)
+    assert all((library.numpy(bound) == np.inf).all() for bound in (bounds[0], *bounds[1], *bounds[2]))

@@ -34,6 +34,9 @@ class Spread(NamedTuple):
     seconds_gradient: float = inf
 
 
+_ALONE = Spread()
+
+
 @dataclass(frozen=True)
 class Plan:
     r"""How a call is computed, and what is promised about the answer. Hashable; holds no arrays.
@@ -131,7 +134,7 @@ class Plan:
     polynomial: Cost
     reason: str
     sizes: tuple[float, ...] = ()
-    spread: Spread = Spread()
+    spread: Spread = _ALONE
 
     def __post_init__(self) -> None:
         contradiction = _contradiction(self)

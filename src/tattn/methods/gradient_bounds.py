@@ -90,6 +90,7 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
             lost = lost + above(sum_of(some) * (1 / views) - top)
         bounds.append(error + raised(total_out + others, lost))
         sizes.append(total_out + others)
+    sizes += [most + over for over in _past_end(value_tops, operands)]
     inside = prod_of([backend.cast(xp.max(x, axis=(-2, -1), keepdims=True) < most, dtype) for x in sizes]) > 0
     results = []
     for bound, like, mask in zip(bounds, (q, *keys, *values), (None, *masks, *masks), strict=True):
@@ -104,11 +105,20 @@ def told_error(operands: Operands, error: float) -> Array:
     """The error of the output, or infinity where the largest values multiply to what arithmetic loses: (..., 1, 1)."""
     backend = operands.backend
     xp = backend.xp
-    size = sum_of([log2_of(channel_tops(v, mask, backend), backend) for _, v, mask in operands.views])
+    tops = [log2_of(channel_tops(v, mask, backend), backend) for _, v, mask in operands.views]
+    size = sum_of(tops)
     least, most, _ = log2_range(size.dtype, backend)
     known = (size == -inf) | ((size > least) & (size < most))
+    for over in _past_end(tops, operands):
+        known = known & (over < 0)
     told = xp.full_like(size[..., :1], error)
     return xp.where(xp.all(known, axis=-1, keepdims=True), told, inf)
+
+
+def _past_end(tops: Sequence[Array], operands: Operands) -> list[Array]:
+    """By how much sums over all rows of values may leave the range: logarithms (..., 1, dv), below 0 where they do not."""
+    end = log2_range(tops[0].dtype, operands.backend)[2]
+    return [top + log2(max(1, v.shape[-2])) - (end - 1) for top, (_, v, _) in zip(tops, operands.views, strict=True)]
 
 
 def _rows_alike(bound: Array, mask: Array | None, like: Array, backend: Backend) -> Array:
