@@ -229,9 +229,10 @@ def test_an_interrupted_call_waits_for_its_threads(library: Any, backend: Backen
     rows, inside, blocks, over = library.array(np.zeros((300, 2))), [], [], threading.Event()
 
     def body(carry: int, block: Any) -> Any:
-        inside.append(threading.current_thread().name)
+        name = threading.current_thread().name
+        inside.append(name)
         blocks.append(real_threads(backend))
-        if inside[-1].endswith("-0") and len(blocks) < 20:
+        if name.endswith("-0") and len(blocks) < 20:
             for _ in range(0 if over.is_set() else 5):
                 time.sleep(0.02)
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
