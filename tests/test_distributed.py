@@ -21,9 +21,10 @@ PROGRAMS = Path(__file__).parent / "programs"
 def launch(script: str, processes: int, *options: str, **environment: str) -> str:
     """What the processes print; their errors if one fails."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    path = os.pathsep.join([str(PROGRAMS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, str(PROGRAMS / script), *options], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -35,7 +35,11 @@ def call(odd: bool, what: str, **further: Any) -> Any:
         elif what == "value_dim":
             values = [v[:, :1] for v in values]
         elif what == "views":
-            keys, values, options = keys[:1], values[:1], {"plan": changed(PLAN, order=2)}
+            keys, values, options = (
+                keys[:1],
+                values[:1],
+                {"plan": tattn.plan_for(n=9, dim=3, bound=1.0, degree=4, order=2)},
+            )
         elif what == "degree":
             options = {"plan": tattn.plan_for(n=9, dim=3, bound=1.0, degree=3)}
         elif what == "bound":
