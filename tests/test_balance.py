@@ -53,12 +53,16 @@ def assert_near(got: Any, truth: Any, size: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("sizes", "of_grad"), SIZES)
 def test_products_over_views_stay_in_range(
-    library: Any, method: str, sizes: tuple[float, ...], of_grad: float, monkeypatch: pytest.MonkeyPatch
+    library: Any,
+    method: str,
+    sizes: tuple[float, ...],
+    of_grad: float,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     if library.name.startswith("jax") and len(sizes) == 4 and method in ("scores", "features", "banded"):
-        pytest.xfail(
-            "four views of values from 1e-30 to 1e30: gradients are off by 8e-4 on JAX, and why is not known yet"
-        )
+        why = "four views of values from 1e-30 to 1e30: gradients are off by 8e-4 on JAX, and why is not known yet"
+        request.node.add_marker(pytest.mark.xfail(raises=AssertionError, strict=False, reason=why))
     if method == "scores":
         monkeypatch.setattr(tattn.Plan, "by_scores", BY_SCORES)
     query, keys, values, grad = draw(sizes, of_grad)
