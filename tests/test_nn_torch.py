@@ -96,6 +96,25 @@ def test_compile_without_a_bound() -> None:
         torch.compile(module(bound=None), fullgraph=True, backend="aot_eager")(x)
 
 
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_compiled_layers_promise_what_plain_ones_do(method: str) -> None:
+    """Nothing where values multiply to what the dtype does not hold, and gradients all the same."""
+    torch._dynamo.reset()
+    layer = module(method=method)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for size in (1.0, 1e-30):
+        x = (drawn(2, 9, EMBED) * size).float().requires_grad_()
+        single = layer.float()
+        results = []
+        for of in (compiled, single):
+            out, error = of(x, return_error=True)
+            results.append((out, error, torch.autograd.grad(out.sum(), x)[0]))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        assert not results[0][1].requires_grad
+        assert (results[0][1] == torch.inf).all() == (size < 1)
+
+
 def test_the_operator_keeps_to_its_contract() -> None:
     from tattn.nn.operator import _forward
     from tattn.plans import plan_text
@@ -107,7 +126,7 @@ def test_the_operator_keeps_to_its_contract() -> None:
     banded = config_of(bound=None, degree=2)
     plans = [
         (config.plan(dtype="float64"), False),
-        (config_of(method="exact").plan(dtype="float64"), False),
+        (config_of(method="exact").plan(dtype="float64"), True),
         *((plans_of(banded, "float64")[3], certify) for certify in (False, True)),
     ]
     none, some = torch.ones(0, dtype=torch.bool), torch.ones(6, dtype=torch.bool)

@@ -39,7 +39,7 @@ def draw(method: str, leading: Any, views: int = 2, n: int = 150) -> Call:
 
 def options(method: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A plan that is promised a bound, or finds its own on the way, and what else the call wants."""
-    monkeypatch.setattr("tattn.Plan.by_scores", lambda *_: method == "by scores")
+    monkeypatch.setattr("tattn.methods.Polynomial.by_scores", lambda *_: method == "by scores")
     window = tuple(9 + 4 * i for i in range(len(call.keys)))
     how: dict[str, Any] = {
         "banded": {"series": "banded", "degree": 2, "bands": 4},
@@ -146,6 +146,22 @@ def test_masked_rows_may_hold_anything(library: Any, method: str, monkeypatch: p
             for x, y in zip(a if isinstance(a, list) else [a], b if isinstance(b, list) else [b], strict=True):
                 assert np.isfinite(x).all()
                 np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_rows_have_no_gradient_though_it_leaves_the_range(
+    library: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = draw(method, LEADING[0])
+    order = options(method, call, monkeypatch)
+    masks: list[np.ndarray | None] = [np.arange(k.shape[0]) % 5 != 1 for k in call.keys]
+    huge = call._replace(
+        values=[v * np.float32(1e30) for v in call.values], grad_out=call.grad_out * np.float32(1e30), masks=masks
+    )
+    got, _ = run(library, huge, **order)
+    assert np.isnan(got.dkeys[0]).any() or np.isinf(got.dkeys[0]).any()
+    for gradient, mask in zip((*got.dkeys, *got.dvalues), (*masks, *masks), strict=True):
+        assert (gradient[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("method", ["polynomial", "causal polynomial"])

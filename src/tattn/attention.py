@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import Any
 
 from .backends import Array
@@ -11,7 +10,7 @@ from .checks import Inputs, PlanError, checked_flags, checked_inputs, checked_op
 from .methods import backward, forward, told_error
 from .operands import Gradients
 from .planning import exact_plan, plan_inputs
-from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, work_of
+from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
 from .planning.selection import Wish
 from .plans import Plan
 
@@ -231,8 +230,7 @@ def _returned(
             errors = work.call.method.row_errors(kept)
             if errors is None:
                 plain: Any = backend.values_of((lse, *inputs.arrays))
-                stated = work.call._replace(stated=(plan.error if plan.certified else inf, inf))
-                (told,) = backend.run(told_error, stated, plain[1:])
+                (told,) = backend.run(told_error, stated_call(work), plain[1:])
                 errors = backend.xp.broadcast_to(told, tuple(plain[0].shape))[..., 0]
             asked.append(errors)
     if return_plan:

@@ -28,7 +28,7 @@ from ..arrays import broadcast_leading, clean, sum_to_leading, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.kernels import CHAIN
-from ..features.balance import prod_in_range
+from ..features.balance import balanced_values, prod_in_range, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.monomials import Expansion, Grading, degrees, multinomials, rank
 from ..features.scaling import channel_units
@@ -69,6 +69,7 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     backend, q = operands.backend, operands.query
     degree, grading = expansion.degree, expansion.grading
     normaliser, *known = attended.kept
+    operands, known, powers = balanced_values(operands, known)
     units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
     w = weights(expansion, q, backend)
     summaries = known or _summaries(operands, expansion, units)
@@ -82,7 +83,7 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
         dk, dv = key_adjoint(k, v, mask, units[view + 1], own, degree, backend, grading)
         d_keys.append(dk)
         d_values.append(dv)
-    return Gradients(dq, tuple(d_keys), tuple(d_values))
+    return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 
 
 def summary(

@@ -65,7 +65,7 @@ def backward(operands: Operands, coefficients: Sequence[float], attended: Attend
     grads, (dq,) = backend.scan_rows(body, start, (q, *columns), blocks[0])
     d_keys, d_values = [], []
     for ((dk, _), (dz, _)), u, (k, _, mask) in zip(grads, unit[1:], operands.views, strict=True):
-        d_keys.append(sum_to_leading(dk * u, k.shape[:-2], backend))
+        d_keys.append(sum_to_leading(clean(dk * u, mask, backend), k.shape[:-2], backend))
         d_values.append(clean(dz[..., :-1] * (1 / k.shape[-2]), mask, backend))
     return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 

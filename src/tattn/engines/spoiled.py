@@ -74,8 +74,9 @@ def backward_apart(
     seen = [_any_of(v, *_seen(operands, i, n, v), backend) for i, v in enumerate(rows.values)]
 
     def nan_where_seen(number: int, spoiling: Array, gradient: Array) -> Array:
-        seeing = _seeing(operands, number, n, gradient)
-        return _nan_where(_any_of(spoiling, *seeing, backend), gradient, backend)
+        seen = _any_of(spoiling, *_seeing(operands, number, n, gradient), backend)
+        mask = operands.masks[number]
+        return _nan_where(seen if mask is None else seen & mask, gradient, backend)
 
     d_keys = tuple(nan_where_seen(i, lost, dk) for i, dk in enumerate(found.keys))
     d_values = []

@@ -159,7 +159,7 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
         grads = _plus(grads, more)
     d_keys, d_values = [], []
     for (dk, dv), unit, (k, v, mask) in zip(grads, run.units[1:], operands.views, strict=True):
-        d_keys.append(sum_to_leading(dk * unit, k.shape[:-2], backend))
+        d_keys.append(sum_to_leading(clean(dk * unit, mask, backend), k.shape[:-2], backend))
         d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
     return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 

@@ -21,6 +21,10 @@ from .scaling import channel_tops
 MANY = 3
 # Below what log2 of any number is.
 _LEAST = -1100.0
+# Values whose product over all views is at most so many powers of two from 1 are multiplied as they are.
+_NEAR_ONE = 48
+# log2 of the numbers in a sum whose losses below the range of the dtype are to be no more than its rounding.
+ADDED = 16
 
 
 def prod_in_range(factors: Sequence[Array], backend: Backend, axes: int = 1) -> Array:
@@ -35,6 +39,8 @@ def balanced_factors(factors: Sequence[Array], backend: Backend, axes: int = 1) 
         return factors
     over = tuple(range(-1 - axes, -1))
     sizes = [xp.max(xp.abs(x), axis=over, keepdims=True) for x in backend.values_of(factors)]
+    if _near_one(sizes, backend):
+        return factors
     powers = _powers(sizes, backend)
     return [times_power(x, p, backend) for x, p in zip(factors, powers, strict=True)]
 
@@ -42,7 +48,8 @@ def balanced_factors(factors: Sequence[Array], backend: Backend, axes: int = 1) 
 def balanced_values(operands: Operands, sums: Sequence[Array] = ()) -> tuple[Operands, list[Array], list[Array]]:
     """The operands with values alike in size, and `sums` (..., r, dv + 1) that its values are added to.
 
-    And log2 of what the values of each view were multiplied by, (..., 1, dv), and so their gradients are to be; none for few views.
+    And log2 of what the values of each view were multiplied by, (..., 1, dv), and so their gradients are to be. None are for few
+    views, nor where all values can be read and are near one.
     """
     backend, values = operands.backend, operands.values
     xp = backend.xp
@@ -54,6 +61,8 @@ def balanced_values(operands: Operands, sums: Sequence[Array] = ()) -> tuple[Ope
     for i, total in enumerate(plain[len(values) :]):
         tops[i] = xp.maximum(tops[i], xp.max(xp.abs(total[..., :-1]), axis=-2, keepdims=True))
     tops = [max_to_leading(top, tuple(v.shape[:-2]), backend) for top, v in zip(tops, values, strict=True)]
+    if _near_one(tops, backend):
+        return operands, list(sums), []
     powers = [
         xp.reshape(p, p.shape[p.ndim - v.ndim :])
         for p, v in zip(_powers(shared_leading(tops, backend), backend), values, strict=True)
@@ -76,6 +85,15 @@ def with_powers(gradients: Sequence[Array], powers: Sequence[Array], backend: Ba
 def with_one(power: Array, backend: Backend) -> Array:
     """Of values and the ones beside them, (..., 1, dv + 1): ones stay as they are."""
     return backend.xp.concat([power, backend.xp.zeros_like(power[..., :1])], axis=-1)
+
+
+def _near_one(sizes: Sequence[Array], backend: Backend) -> bool:
+    """Whether sizes may be read, and no product of any of them leaves the range of the dtype by far: most calls need no more."""
+    xp = backend.xp
+    if not backend.reads or any(0 in size.shape for size in sizes):
+        return False
+    limit = 2.0 ** (_NEAR_ONE // len(sizes))
+    return all(float(xp.max(s)) <= limit and float(xp.min(xp.where(s > 0, s, 1.0))) >= 1 / limit for s in sizes)
 
 
 def _powers(sizes: Sequence[Array], backend: Backend) -> list[Array]:
@@ -115,11 +133,11 @@ def log2_add(x: Array, y: Array, backend: Backend) -> Array:
 def log2_range(dtype: Any, backend: Backend) -> tuple[float, float, float]:
     """Sizes above the first power of two and below the second are computed with all digits; the third is the end of the range.
 
-    Sums of 2^16 numbers, each off by the smallest normal number, are then right to half a unit in the last place.
+    Sums of 2^`ADDED` numbers, each off by the smallest normal number, are then right to half a unit in the last place.
     """
     info = backend.xp.finfo(dtype)
     smallest = log2(float(info.smallest_normal))
-    least = smallest + 16 - log2(float(info.eps) / 2)
+    least = smallest + ADDED - log2(float(info.eps) / 2)
     return least, -least, 1 - smallest
 
 

@@ -19,6 +19,7 @@ from ..arrays import return_rows, rows_together, sum_to_leading
 from ..backends import Array, Backend
 from ..engines import features
 from ..engines.features import key_adjoint, log_normaliser, query_adjoint, read_out, summary
+from ..features.balance import balanced_values, with_powers
 from ..features.monomials import rank
 from ..features.scaling import channel_tops
 from ..operands import Attended, Gradients, Operands, Upstream
@@ -92,9 +93,10 @@ class Banded:
         xp = backend.xp
         call, m = self._banding(operands), len(operands.views)
         columns, *known = attended.kept
+        operands, sums, powers = balanced_values(operands, known[:m])
         query, *views = sorted_views(call, operands, known[m:])
         series = Series.of(call, [query, *views], q, backend)
-        summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in known[:m]]
+        summaries = [xp.reshape(s, (*s.shape[:-2], call.bands, -1, s.shape[-1])) for s in sums]
         summaries = summaries or [_summaries(call, v, backend) for v in views]
         of_rows = (attended.out, columns[..., :1], *upstream)
         of_query = [query.rows, *(rows_together(x, backend) for x in of_rows)]
@@ -123,7 +125,7 @@ class Banded:
             dk, dv = return_rows(bands_of_keys(number), views[number].by.order, backend)
             d_keys.append(sum_to_leading(dk, k.shape[:-2], backend))
             d_values.append(sum_to_leading(dv, v.shape[:-2], backend))
-        return Gradients(dq, tuple(d_keys), tuple(d_values))
+        return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 
     def gradient_bounds(
         self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]

@@ -14,7 +14,7 @@ from math import inf, log2
 from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_of, sum_to_leading
 from ..backends import Array, Backend
 from ..engines.features import block_of, channels, summed_products
-from ..features.balance import MANY, exp2_bound, log2_of, log2_range, log2_sum
+from ..features.balance import ADDED, MANY, exp2_bound, log2_of, log2_range, log2_sum
 from ..features.basis import Basis
 from ..features.scaling import channel_sizes, channel_tops, channel_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
@@ -109,6 +109,10 @@ def told_error(operands: Operands, error: float) -> Array:
     size = sum_of(tops)
     least, most, _ = log2_range(size.dtype, backend)
     known = (size == -inf) | ((size > least) & (size < most))
+    # What sums of smaller values lose is more than what rounding takes of them anyway.
+    fewest = least - ADDED
+    for top in tops:
+        known = known & ((top == -inf) | (top > fewest))
     for over in _past_end(tops, operands):
         known = known & (over < 0)
     told = xp.full_like(size[..., :1], error)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..checks import checked_inputs
-from ..methods import backward, forward
+from ..methods import backward, forward, told_error
 from ..methods.certificate import COLUMNS, ERROR
-from ..planning.choice import Work, work_of
+from ..planning.choice import Work, stated_call, work_of
 from ..plans import Plan
 from ..stored import plan_of_facts
 
@@ -38,11 +38,8 @@ def planned_attention(
     given = [None] * len(keys) if key_masks is None else list(key_masks)
     none = query.new_empty(0, dtype=torch.bool)
     masks = [none if mask is None else mask for mask in given]
-    banded = plan.series == "banded"
-    out, rest = _forward(query, list(keys), list(values), masks, text, banded and return_error)
-    if not return_error:
-        return out
-    return out, rest[..., ERROR].detach() if banded else torch.full_like(rest[..., 0].detach(), plan.error)
+    out, rest = _forward(query, list(keys), list(values), masks, text, return_error)
+    return (out, rest[..., _error_column(plan)].detach()) if return_error else out
 
 
 def traced_whole(plan: Plan) -> bool:
@@ -58,6 +55,11 @@ def _transformed() -> bool:
 
 # Asked when the call is traced.
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _error_column(plan: Plan) -> int:
+    """Where the errors of rows stand in what the operator returns besides the output: in the certificate, or behind one column."""
+    return ERROR if plan.series == "banded" else 1
 
 
 @lru_cache(maxsize=256)
@@ -81,9 +83,12 @@ _ARRAYS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] masks"
     "tattn::attention", mutates_args=(), schema=f"({_ARRAYS}, str plan, bool certify) -> (Tensor, Tensor)"
 )
 def _forward(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
-    """Output (..., n, dv), and what the adjoint needs (..., n, 1), or with the certificate."""
+    """Output (..., n, dv), and what the adjoint needs (..., n, 1), or with the errors of rows, or the certificate."""
     work = _work(query, keys, values, masks, plan, certify)
     out, _, rest = BACKEND.run(forward, work.call, work.arrays)[:3]
+    if certify and work.plan.series != "banded":
+        (told,) = BACKEND.run(told_error, stated_call(work), work.arrays)
+        rest = torch.cat([rest, told.expand(rest.shape)], dim=-1)
     return out.contiguous(), rest.contiguous()
 
 
@@ -91,7 +96,8 @@ def _forward(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify:
 def _(query: Any, keys: Any, values: Any, masks: Any, plan: Any, certify: Any) -> Any:
     leading = [a.shape[:-2] for a in (query, *keys, *values)] + [m.shape[:-1] for m in masks]
     shape = (*np.broadcast_shapes(*leading), query.shape[-2])
-    return query.new_empty((*shape, values[0].shape[-1])), query.new_empty((*shape, COLUMNS if certify else 1))
+    columns = (COLUMNS if plan_of_text(plan).series == "banded" else 2) if certify else 1
+    return query.new_empty((*shape, values[0].shape[-1])), query.new_empty((*shape, columns))
 
 
 @torch.library.custom_op(
@@ -104,6 +110,8 @@ def _backward(
 ) -> Any:
     """Gradients of query, keys and values."""
     work = _work(query, keys, values, masks, plan, certify)
+    if work.plan.series != "banded":
+        rest = rest[..., :1]
     residuals = (out, rest, grad, torch.zeros_like(rest[..., :1]))
     return [g.contiguous() for g in BACKEND.run(backward, work.call, (*work.arrays, *residuals))]
 

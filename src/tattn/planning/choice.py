@@ -222,6 +222,12 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     return Work(_call(inputs, plan, certify), inputs.arrays, plan)
 
 
+def stated_call(work: Work) -> Call:
+    """The call with the errors that its plan states for every row, infinite where nothing is certified."""
+    plan = work.plan
+    return work.call._replace(stated=(plan.error, plan.grad_error)) if plan.certified else work.call
+
+
 def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
     method = plan.algorithm
     if isinstance(method, Recomputed):
@@ -237,9 +243,7 @@ def gradient_bounds(
     backend, plan = inputs.backend, work.plan
     arrays = backend.values_of(work.arrays)
     out, kept, grad_out, grad_lse = backend.values_of((out, kept, grad_out, grad_lse))
-    call = work.call._replace(certify=True)
-    if plan.certified:
-        call = call._replace(stated=(plan.error, plan.grad_error))
+    call = stated_call(work)._replace(certify=True)
     if plan.series == "banded" and not work.call.certify:
         kept = backend.run(forward, call, arrays)[2]
     bounds: tuple[Array, ...] = backend.run(bounds_of_gradients, call, (*arrays, out, kept, grad_out, grad_lse))
