@@ -108,7 +108,9 @@ def told_error(operands: Operands, error: float) -> Array:
     tops = [log2_of(channel_tops(v, mask, backend), backend) for _, v, mask in operands.views]
     size = sum_of(tops)
     least, most, _ = log2_range(size.dtype, backend)
-    known = (size == -inf) | ((size > least) & (size < most))
+    # Zeros in one view make no product zero that overflows before they come.
+    others = sum_of([xp.where(top == -inf, 0.0, top) for top in tops])
+    known = ((size == -inf) | (size > least)) & (others < most)
     # What sums of smaller values lose is more than what rounding takes of them anyway.
     fewest = least - ADDED
     for top in tops:
