@@ -24,6 +24,14 @@ def test_powers_of_two_are_exact(library: Any, dtype: str, least: int, most: int
     assert np.isnan(found[0, -1])
 
 
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_dtypes_have_names(library: Any, name: str) -> None:
+    """Those of arrays, and those of the library."""
+    array = library.array(np.ones(2, name))
+    backend = backend_of(array)
+    assert backend.dtype_name(array.dtype) == backend.dtype_name(getattr(backend.xp, name)) == name
+
+
 def test_tables_are_kept(library: Any) -> None:
     """As they are, of the dtype that is asked for, where the arrays are."""
     like = library.array(np.ones((2, 3)))

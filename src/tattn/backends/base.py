@@ -138,7 +138,8 @@ class Backend:
 
     def dtype_name(self, dtype: Any) -> str:
         """Name of a dtype: 'float32', 'bfloat16', …"""
-        return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+        # NumPy's own names of dtypes are classes.
+        return str(dtype.__name__ if isinstance(dtype, type) else getattr(dtype, "name", dtype)).rpartition(".")[2]
 
     def compute_dtype(self, dtype: Any) -> Any:
         """The dtype to compute in: float32 where the dtype is narrower, else the same."""
