@@ -14,6 +14,7 @@ import pytest
 
 import tattn
 from tattn import paper as training
+from tattn import scores
 from tattn.paper import products
 
 Q, A, B, U, V = np.random.default_rng(0).uniform(-1, 1, (5, 6, 4))
@@ -171,7 +172,17 @@ def product_cases() -> dict[str, Case]:
     }
 
 
-CORE, TRAINING, PRODUCTS = core_cases(), training_cases(), product_cases()
+def score_cases() -> dict[str, Case]:
+    rows = {"query": Q, "keys": [A, B]}
+    return {
+        "determinant": case(scores.determinant, query=Q[:, :3], keys=[A[:, :3], B[:, :3]]),
+        "strassen": case(scores.strassen, **rows, query2=Q, keys2=[A, B]),
+        "tree": case(scores.tree, **rows, keys2=[A, B]),
+        "pair_bias": case(scores.pair_bias, ("keys", "one more"), **rows, left=Q, right=B, between=(0, 2)),
+    }
+
+
+CORE, TRAINING, PRODUCTS, SCORES = core_cases(), training_cases(), product_cases(), score_cases()
 CONFIG = {
     "embed_dim": 8, "num_heads": 2, "order": 3, "head_dim": 4, "value_dim": 4, "num_key_heads": 2, "context_dims": (8, 8),
     "bound": 1.0, "learn_bound": False, "tol": 1e-2, "degree": None, "method": "polynomial", "max_rank": 1 << 15, "eps": 1e-3,
@@ -209,14 +220,14 @@ def optional(a: Case, name: str) -> bool:
     return a.arguments[name] is None or (found is not None and found.default is None) or name == "summary"
 
 
-@pytest.mark.parametrize("name", [*CORE, *TRAINING, *PRODUCTS])
+@pytest.mark.parametrize("name", [*CORE, *TRAINING, *PRODUCTS, *SCORES])
 def test_what_does_not_fit(name: str) -> None:
-    check((CORE | TRAINING | PRODUCTS)[name])
+    check((CORE | TRAINING | PRODUCTS | SCORES)[name])
 
 
 @pytest.mark.parametrize(
     ("module", "cases"),
-    [(tattn, CORE), (training, TRAINING), (products, PRODUCTS)],
+    [(tattn, CORE), (training, TRAINING), (products, PRODUCTS), (scores, SCORES)],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_all_arguments_are_tried(module: Any, cases: dict[str, Case]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import distributed, nn, paper
+from . import distributed, nn, paper, scores
 from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .methods import Banded, Exact, Polynomial
@@ -29,6 +29,7 @@ __all__ = [
     "paper",
     "plan",
     "plan_for",
+    "scores",
     "summarize",
     "summarize_vjp",
     "tensor_attention",

@@ -73,6 +73,7 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
     lost = above(score) + xp.max(above(total_out) + growth, axis=-1, keepdims=True) + above(total)
     tiny = float(xp.finfo(dtype).smallest_normal)
     bounds, sizes = [], [total, total_out, whole]
+    some_scores, some = ([xp.where(top > -inf, top, 0.0) for top in tops] for tops in (score_tops, value_tops))
     for view, unit in enumerate(units):
         others = sum_of([*score_tops[:view], *score_tops[view + 1 :]]) + log2(scale)
         # The last step multiplies by the unit, or by the scale; a unit that the dtype does not hold spoils all.
@@ -81,7 +82,9 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
         last = xp.maximum(last, xp.full_like(last, log2(scale)))
         bounds.append(steep + raised((total if view else weight) + others, last + lost))
         sizes.append(xp.where(usable, xp.full_like(unit, least), inf))
-    some = [xp.where(top > -inf, top, 0.0) for top in value_tops]
+        # What rows of the view are multiplied by, zeros of the others left out.
+        others = sum_of([*some_scores[:view], *some_scores[view + 1 :]]) + log2(scale)
+        sizes.append(most + others - (end - 1))
     for view, top in enumerate(some):
         others = sum_of([xp.zeros_like(whole), *value_tops[:view], *value_tops[view + 1 :]])
         lost = above(total_out) + growth

@@ -1,0 +1,180 @@
+"""Scores as wider rows, against their formulas, on every library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import dense
+
+import tattn
+
+N, DIM = (5, 4, 6), 6
+
+
+def rows(views: int = 2, dim: int = DIM, dtype: str = "float64") -> list[Any]:
+    rng = np.random.default_rng(views)
+    return [rng.uniform(-1, 1, (n, dim)).astype(dtype) for n in (*N, 3)[: 1 + views]]
+
+
+def chunks(x: np.ndarray) -> np.ndarray:
+    return x.reshape(*x.shape[:-1], -1, 3)
+
+
+def determinants(q: Any, a: Any, b: Any) -> Any:
+    def stack(x: Any, places: tuple[int, int]) -> Any:
+        return np.expand_dims(chunks(x), places)
+
+    whole = np.stack(np.broadcast_arrays(stack(q, (1, 2)), stack(a, (0, 2)), stack(b, (0, 1))), axis=-2)
+    return np.linalg.det(whole).sum(-1)
+
+
+def pairs(i: int, j: int, x: Any, y: Any, views: int = 2) -> Any:
+    """⟨x, y⟩ of two places, on the axes of all."""
+    product = x @ y.T
+    axes = tuple(axis for axis in range(1 + views) if axis not in (i, j))
+    return np.expand_dims(product if i < j else product.T, axes)
+
+
+Q, A, B = rows()
+Q2, A2, B2 = (x[::-1].copy() for x in (Q, A, B))
+X, Y, Z = (x[:, :2].copy() for x in (Q2, A2, B2))
+# What is called, its arguments behind the keys, and the score of every tuple.
+CASES: dict[str, Any] = {
+    "determinant": (tattn.scores.determinant, {}, determinants(Q, A, B)),
+    "strassen": (tattn.scores.strassen, {}, pairs(0, 1, Q, A) + pairs(0, 2, Q, B) + pairs(1, 2, A, B)),
+    "strassen, rows of its own": (
+        tattn.scores.strassen,
+        {"query2": Q2, "keys2": [A2, B2]},
+        pairs(0, 1, Q, A) + pairs(0, 2, Q2, B) + pairs(1, 2, A2, B2),
+    ),
+    "tree": (tattn.scores.tree, {}, pairs(0, 1, Q, A) + pairs(1, 2, A, B)),
+    "tree, rows of its own": (tattn.scores.tree, {"keys2": [A2, B2]}, pairs(0, 1, Q, A) + pairs(1, 2, A2, B)),
+    **{
+        f"pair bias {between}": (
+            tattn.scores.pair_bias,
+            {"left": (X, Y, Z)[between[0]], "right": (X, Y, Z)[between[1]], "between": between},
+            np.einsum("ic,jc,kc->ijk", Q, A, B) + pairs(*between, (X, Y, Z)[between[0]], (X, Y, Z)[between[1]]),
+        )
+        for between in ((0, 1), (0, 2), (1, 2), (2, 0))
+    },
+}
+
+
+def moved(library: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x if name == "between" else library.arrays(x) for name, x in options.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_product_of_rows_is_the_score(library: Any, name: str) -> None:
+    of, options, score = CASES[name]
+    query, keys = of(*library.arrays(Q, [A, B]), **moved(library, options))
+    assert library.is_array(query) and all(library.is_array(k) for k in keys)
+    found = np.einsum("ic,jc,kc->ijk", library.numpy(query), *(library.numpy(k) for k in keys))
+    np.testing.assert_allclose(found, score, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_with_it(library: Any, name: str) -> None:
+    """Within the certified error of the softmax of the score."""
+    of, options, score = CASES[name]
+    values = [np.random.default_rng(n).normal(size=(n, 2)) for n in N[1:]]
+    scale = 0.05
+    query, keys = of(*library.arrays(Q, [A, B]), **moved(library, options))
+    out, plan = tattn.tensor_attention(
+        query, keys, library.arrays(values), scale=scale, tol=1e-2, method="polynomial", return_plan=True
+    )
+    weights = np.exp(scale * score)
+    exact = np.einsum("ijk,jc,kc->ic", weights / weights.sum((1, 2), keepdims=True), *values)
+    sizes = np.prod([np.abs(v).max(axis=0) for v in values], axis=0)
+    assert plan.dim == query.shape[-1]
+    assert (np.abs(library.numpy(out) - exact) <= plan.error * sizes).all()
+
+
+def test_trees_of_any_order(library: Any) -> None:
+    q, *keys = rows(3)
+    query, wide = tattn.scores.tree(*library.arrays(q, keys))
+    found = np.einsum("ic,jc,kc,lc->ijkl", library.numpy(query), *(library.numpy(k) for k in wide))
+    expected = sum(pairs(i, i + 1, x, y, 3) for i, (x, y) in enumerate(zip((q, *keys), keys, strict=False)))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dimensions_before_the_rows_broadcast(library: Any) -> None:
+    """Between rows of one place, and between places."""
+    batch = np.stack([Q, 2 * Q])
+    query, keys = tattn.scores.strassen(*library.arrays(Q, [A, B]), query2=library.array(batch))
+    assert [tuple(x.shape) for x in (query, *keys)] == [(2, 5, 18), (4, 18), (6, 18)]
+    expected = pairs(0, 1, Q, A) + 2 * pairs(0, 2, Q, B) + pairs(1, 2, A, B)
+    found = np.einsum("ic,jc,kc->ijk", library.numpy(query)[1], *(library.numpy(k) for k in keys))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rotations_change_no_determinant() -> None:
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    rotation *= np.linalg.det(rotation)
+
+    def turned(x: Any) -> Any:
+        return (chunks(x) @ rotation).reshape(x.shape)
+
+    values = [np.random.default_rng(n).normal(size=(n, 2)) for n in N[1:]]
+    outs = [
+        tattn.tensor_attention(*tattn.scores.determinant(q, [a, b]), values, scale=0.5, method="exact")
+        for q, a, b in ((Q, A, B), (turned(Q), turned(A), turned(B)))
+    ]
+    np.testing.assert_allclose(*outs, rtol=1e-12)
+
+
+def test_gradients_in_torch() -> None:
+    torch = pytest.importorskip("torch")
+    values = [torch.tensor(np.random.default_rng(n).normal(size=(n, 2))) for n in N[1:]]
+
+    def attention(q: Any, a: Any, b: Any) -> Any:
+        query, keys = tattn.scores.strassen(q, [a, b])
+        return tattn.tensor_attention(query, keys, values, scale=0.3, method="exact")
+
+    given = [torch.tensor(x, requires_grad=True) for x in (Q, A, B)]
+    assert torch.autograd.gradcheck(attention, given)
+
+
+@pytest.mark.parametrize(
+    ("of", "arguments", "message"),
+    [
+        ("determinant", (Q[:, :5], [A[:, :5], B[:, :5]]), r"query should have a multiple of 3 channels, got shape \(5, 5\)"),
+        ("determinant", (Q, [A]), r"keys should be 2 arrays, got 1"),
+        ("strassen", (Q, [A, B[:, :5]]), r"keys\[1\] should have 6 columns, as many as query, got shape \(6, 5\)"),
+        ("strassen", (Q, [A, B], Q[:4]), r"query2 should have 5 rows, as many as query, got shape \(4, 6\)"),
+        ("strassen", (Q, [A, B], None, [A]), r"keys2 should be 2 arrays, as many as keys, got 1"),
+        ("tree", (Q, [A, B], [A[:, :2], B]), r"keys\[1\] should have 2 columns, as many as keys2\[0\], got shape \(6, 6\)"),
+        ("pair_bias", (Q, [A, B], X, Y[:, :1]), r"right should have 2 columns, as many as left, got shape \(4, 1\)"),
+        ("pair_bias", (Q, [A, B], X, Y, (1, 1)), r"between should be two different places, got \(1, 1\)"),
+        ("pair_bias", (Q, [A, B], X, Y, (0, 3)), r"between\[1\] should be .*, got 3"),
+        ("pair_bias", (Q, [A, B], X, Z), r"right should have 4 rows, as many as keys\[0\], got shape \(6, 2\)"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(of: str, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(tattn.scores, of)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Q, [A, B], X, "y"), "right should be an array"),
+        ((Q, [A, B], X, Y.astype(np.float32)), "right should have .* dtype float64, got float32"),
+        ((Q, [A, B], X, Y, [0, 1]), r"between should be a tuple of two places, such as \(0, 1\), got \[0, 1\]"),
+        ((Q, A, X, Y), "keys should be a list or tuple"),
+    ],
+)
+def test_other_types_are_refused_by_name(arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        tattn.scores.pair_bias(*arguments)
+
+
+def test_order_two_is_what_dense_says(library: Any) -> None:
+    """A bias beside ordinary scores of single keys."""
+    query, keys = tattn.scores.pair_bias(*library.arrays(Q, [A], X, Y))
+    value = np.random.default_rng(0).normal(size=(4, 2))
+    out = tattn.tensor_attention(query, keys, library.arrays([value]), scale=0.7, method="exact")
+    truth = dense(np.hstack([Q, X]), [np.hstack([A, Y])], [value], scale=0.7)
+    np.testing.assert_allclose(library.numpy(out), truth.out, rtol=1e-12, atol=1e-13)
