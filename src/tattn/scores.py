@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .arrays import broadcast_leading, with_leading
 from .backends import Array, Backend
-from .checks import checked_factors, checked_length, factors, whole
+from .checks import checked_factors, checked_length, described, factors, whole
 
 # The six products of a determinant: the channels of query and keys, and the sign.
 _TERMS = ((0, 1, 2, 1.0), (1, 2, 0, 1.0), (2, 0, 1, 1.0), (0, 2, 1, -1.0), (2, 1, 0, -1.0), (1, 0, 2, -1.0))
@@ -171,7 +171,7 @@ def pair_bias(
     """
     backend, rows = _rows(query, keys)
     if not isinstance(between, tuple) or len(between) != 2:
-        raise TypeError(f"between should be a tuple of two places, such as (0, 1), got {between!r}")
+        raise TypeError(f"between should be a tuple of two places, such as (0, 1), got {described(between)}")
     first, second = (whole(f"between[{i}]", place, 0, len(keys)) for i, place in enumerate(between))
     if first == second:
         raise ValueError(f"between should be two different places, got {between}")
