@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed literally: their code runs, and its numbers are held against the exact method."""
+"""The recipes of CONTRIBUTING.md, followed literally and held against the exact method; and the journey in docs/design.md."""
 
 from __future__ import annotations
 
@@ -96,8 +96,7 @@ def test_a_kernel(monkeypatch):
     query = query[:20] / np.float32([8, 1, 1, 1])
     # Values that are high where scores are, and channels of unequal sizes: weights and units show.
     keys = [values[0] * np.float32([8, 1, 1, 1]), values[1]]
-    wanted = {"method": "polynomial", "tol": 1e-2}
-    before = tattn.plan(query, keys, values, **wanted)
+    before = tattn.plan(query, keys, values, method="polynomial", tol=1e-2)
     # Whatever the recipe leaves in the backend goes with the test.
     monkeypatch.setattr(BACKEND, "kernels", BACKEND.kernels)
     names = followed("Add a kernel")
@@ -169,3 +168,28 @@ print(backend_of(rows).name, type(tattn.tensor_attention(rows, [rows, rows], [ro
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Other", "otherlib._array_object"]
+
+
+def test_the_journey_of_a_call():
+    """The files that a call enters, in order, are those of docs/design.md."""
+    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    listed = re.search(r"## The journey of one call\n.*?```text\n(.*?)```", text, re.DOTALL)
+    assert listed
+    package = Path(tattn.__file__).parent
+    query, *views = np.random.default_rng(0).uniform(-1, 1, (5, 1000, 4))
+    entered: dict[str, None] = {}
+
+    def enter(frame, event, _):
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(str(package)):
+            entered[Path(file).relative_to(package).as_posix()] = None
+
+    # The first call imports and fills tables.
+    tattn.tensor_attention(query, views[:2], views[2:])
+    before = sys.getprofile()
+    sys.setprofile(enter)
+    try:
+        tattn.tensor_attention(query, views[:2], views[2:])
+    finally:
+        sys.setprofile(before)
+    assert list(entered) == [line.split()[0] for line in listed[1].splitlines()]
