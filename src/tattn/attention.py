@@ -137,7 +137,7 @@ def tensor_attention_vjp(
     return_error: bool = False,
     return_plan: bool = False,
 ) -> tuple[Any, Pullback]:
-    """Tensor attention and the function that takes a gradient of its output back to its inputs, for any library.
+    """Tensor attention, and a function from the gradient of its output to those of its inputs, for any library.
 
     Parameters
     ----------

@@ -98,7 +98,7 @@ def tensor_attention_vjp(
     return_lse: bool = False,
     split_every: int = 8,
 ) -> tuple[Any, Pullback]:
-    """Attention of Dask arrays, and the function that takes a gradient of its output back to its inputs, lazily.
+    """Attention of Dask arrays, and a function from the gradient of its output to those of its inputs, lazily.
 
     Parameters
     ----------
