@@ -133,6 +133,8 @@ def test_a_kernel(monkeypatch):
     assert abs(other - out).max() > 0
 
 
+# With each library, and so also where array-api-strict is installed.
+@pytest.mark.usefixtures("library")
 def test_a_backend(tmp_path):
     original = find_spec("array_api_strict")
     if original is None:
