@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_by_name(of: str, arguments: Any, message: 
     [
         ((Q, [A, B], X, "y"), "right should be an array"),
         ((Q, [A, B], X, Y.astype(np.float32)), "right should have .* dtype float64, got float32"),
-        ((Q, [A, B], X, Y, [0, 1]), r"between should be a tuple of two places, such as \(0, 1\), got \[0, 1\]"),
+        ((Q, [A, B], X, Y, [0, 1]), r"between should be a tuple of two places, such as \(0, 1\), got list"),
         ((Q, A, X, Y), "keys should be a list or tuple"),
     ],
 )

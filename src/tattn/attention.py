@@ -50,58 +50,60 @@ def tensor_attention(
         float64, float32, float16 or bfloat16, of any supported library; the other arrays are of the same library,
         dtype and device. The two narrow types compute in float32.
     keys : sequence of m arrays (..., n_μ, d)
-        Lengths may differ. Leading dimensions broadcast as in matmul, so one head of keys can serve many of queries.
+        Lengths may differ. The batch, the dimensions before the last two, broadcasts as in matmul: one head of keys can
+        serve many heads of queries.
     values : sequence of m arrays (..., n_μ, dv)
     scale : float, optional
-        Factor of the scores; 1/d if not given. At most 2^(125 (m + 1) − 1) and at least its reciprocal; with 1021 for 125 in
-        float64.
+        Factor of the scores; 1/d if not given. At most 2^(125 (m + 1) − 1) and at least its reciprocal; in float64 with
+        1021 in place of 125.
     tol : float
         Largest error allowed in output channel e, relative to the product over μ of max_j |values_μ[j, e]|.
         Ignored if `plan` is given.
     method : {"auto", "polynomial", "exact"}
-        "auto" takes the cheapest that meets `tol` under a certified bound: a polynomial certified beforehand; the banded
-        polynomial, certified by the bound that comes with its answer; the same with a few rows (at most 5 %) recomputed
-        exactly; exact. "polynomial" takes one of the first two, or raises.
+        "auto" takes the cheapest of these that meets `tol` with a certified bound: a polynomial certified beforehand;
+        the banded polynomial, certified by the bound that comes with its answer; the banded polynomial with a few rows
+        (at most 5 %) recomputed exactly; the exact method. "polynomial" takes one of the first two, or raises.
     plan : Plan, optional
         What `tattn.plan` returned. Needed where values cannot be read: under ``jax.jit``, ``jax.grad``, ``torch.func``
-        and ``torch.compile``, and then with a bound of the caller's own.
+        and ``torch.compile``. It then needs a bound that you promise, or norm bands.
     key_masks : sequence of m boolean arrays (..., n_μ) or None, optional
         True where to attend. Where every pair is masked the output and its gradients are 0 and lse is −inf.
     causal : bool
-        Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: of n queries and n_μ ≥ n keys, row i
-        sees those j ≤ i + n_μ − n.
+        Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
+        keys, row i sees the keys j ≤ i + n_μ − n.
     window : sequence of m ints, optional
-        Of those the last ``window[μ]`` alone, i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal`; by the exact method.
+        Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal` and the
+        exact method.
     return_lse : bool
         Also return log Σ exp of the scores, (..., n).
     return_error : bool
-        Also return a certified bound of the error of each query row (..., n), relative to Π_μ max_j |values_μ[j, e]| as
-        `tol` is, rounding included; infinite where nothing can be promised. With a banded plan it is that of the row;
-        otherwise ``plan.error``, or infinity if the plan is not certified. It carries no gradient. Beside its own rounding, lse
-        is off by at most −log(1 − error); with a banded plan by −log(1 − error/2) if the values of every view have a
-        channel of ones, and nothing is said of it otherwise.
+        Also return a certified bound of the error of each query row (..., n), relative to Π_μ max_j |values_μ[j, e]|
+        like `tol`, rounding included. It is infinite where nothing can be promised. With a banded plan each row has its
+        own bound; otherwise it is ``plan.error``, or infinity if the plan is not certified. It has no gradient. The
+        error of lse, besides its own rounding, is at most −log(1 − error). With a banded plan it is at most −log(1 −
+        error/2) if the values of every view have a channel of ones; otherwise there is no bound for it.
     return_plan : bool
-        Also return the plan that was used: which method, why, and the share of rows recomputed.
+        Also return the plan that was used: the method, the reason, and the share of rows recomputed.
 
     Returns
     -------
     array (..., n, dv), or a tuple with lse, error and plan, as asked for, in this order
-        In the dtype of the query; lse and error in the dtype of the computation. Differentiable by our own adjoint in torch and
-        JAX. NaN in a row whose normaliser lost its sign, which takes scores beyond a bound that the caller promised.
+        In the dtype of the query; lse and error in the dtype of the computation. Differentiable by our own adjoint in
+        torch and JAX. A row is NaN if its normaliser lost its sign; this needs scores beyond a promised bound.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments that do not fit, by name, before anything is computed. NaN and infinities among them unless the
-        plan's bound is the caller's own.
+        For arguments that do not fit, by name, before anything is computed. Also for NaN and infinities, unless the
+        bound of the plan was promised.
     PlanError
         If "polynomial" cannot meet `tol`, or `plan` does not fit the call or the range of its scores.
 
     Notes
     -----
     Polynomial method: O((n + Σ n_μ) r dv) time for rank r. Exact method: O(n Π n_μ (d + dv)) time,
-    O(n Π window[μ] (d + dv)) with windows. Memory beyond inputs and outputs: a few numbers a row, blocks of rows of a fixed size,
-    and summaries, O(r dv), by the polynomial method. Theorem 4.2 and Lemma F.1 of arXiv 2405.16411.
+    O(n Π window[μ] (d + dv)) with windows. Memory beyond inputs and outputs: a few numbers a row, blocks of rows of a
+    fixed size, and with the polynomial method summaries, O(r dv). Theorem 4.2 and Lemma F.1 of arXiv 2405.16411.
 
     Examples
     --------
@@ -134,7 +136,7 @@ def tensor_attention_vjp(
     return_error: bool = False,
     return_plan: bool = False,
 ) -> tuple[Any, Pullback]:
-    """Tensor attention and the function that takes a gradient of its output back to its inputs, for any library.
+    """Tensor attention, and a function from the gradient of its output to those of its inputs, for any library.
 
     Parameters
     ----------
@@ -145,24 +147,24 @@ def tensor_attention_vjp(
     -------
     out : as from `tensor_attention`
     pullback : callable
-        ``pullback(grad_out) -> (dquery, dkeys, dvalues)``, with ``dkeys`` and ``dvalues`` tuples, each array in the
-        shape and dtype of what it is the gradient of; ``pullback(grad_out, grad_lse)`` adds a gradient of lse. It is the exact
+        ``pullback(grad_out) -> (dquery, dkeys, dvalues)``, with ``dkeys`` and ``dvalues`` tuples. Each array has the
+        shape and dtype of its input. ``pullback(grad_out, grad_lse)`` adds a gradient of lse. The result is the exact
         derivative of the computed output. ``pullback(..., return_error=True)`` returns the gradients and, in the same
-        structure, a certified bound for every entry of how far each is from the true gradient. With a banded plan the
-        bounds come from the certificates of the rows; otherwise from ``plan.error`` and ``plan.grad_error``, and they are
-        infinite if the plan is not certified. Where the inputs need gradients in torch, the pullback is itself
-        differentiable. It needs the output again: change `out` in place only after.
+        structure, a certified bound for the error of every entry. With a banded plan the bounds come from the
+        certificates of the rows; otherwise from ``plan.error`` and ``plan.grad_error``, and they are infinite if the
+        plan is not certified. Where the inputs need gradients in torch, the pullback is itself differentiable. It needs
+        the output: change `out` in place only after calling it.
 
     Raises
     ------
     TypeError, ValueError, PlanError
-        As from `tensor_attention`; from the pullback for gradients that do not have the library, dtype, device and shape of what
-        they belong to, by name.
+        As from `tensor_attention`. From the pullback for a gradient without the library, dtype, device and shape of its
+        output, by name.
 
     Notes
     -----
-    Twice the forward's cost and order of memory: Lemma 4.5 and Fact 4.4 applied to the adjoint, O((n + Σ n_μ) r dv), or the
-    softmax's adjoint streamed.
+    The pullback takes twice the time of the forward pass, and memory of the same order: Lemma 4.5 and Fact 4.4 applied
+    to the adjoint, O((n + Σ n_μ) r dv), or the adjoint of softmax in blocks.
 
     Examples
     --------

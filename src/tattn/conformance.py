@@ -27,7 +27,7 @@ _PLANS: dict[str, dict[str, Any]] = {
 
 
 def check(make_array: Callable[[np.ndarray], Array], *, dtype: str = "float32") -> list[str]:
-    """Return what an array library, or the backend that is plugged in for it, gets wrong: an empty list if nothing.
+    """Return what an array library, or the backend plugged in for it, computes wrongly: an empty list if nothing.
 
     The backend is found as a call finds it, by the type of the array. Every method is computed forward and backward, with
     bounds and masks, and compared with NumPy. It takes some seconds.
@@ -35,7 +35,8 @@ def check(make_array: Callable[[np.ndarray], Array], *, dtype: str = "float32") 
     Parameters
     ----------
     make_array : callable
-        Makes an array of the library from a NumPy array of numbers or truth values, of the same dtype, on a device to be tried.
+        Makes an array of the library from a NumPy array of numbers or booleans, in the same dtype, on the device to
+        test.
     dtype : {"float32", "float64"}
         Dtype to compute in.
 

@@ -39,23 +39,23 @@ _ALONE = Spread()
 
 @dataclass(frozen=True)
 class Plan:
-    r"""How a call is computed, and what is promised about the answer. Hashable; holds no arrays.
+    r"""How a call is computed, and what is promised about its output. Hashable; holds no arrays.
 
-    Made by `plan` and `plan_for`. One whose fields contradict each other, by `dataclasses.replace` say, is a ValueError that names
-    the field.
+    Made by `plan` and `plan_for`. If fields contradict each other, for example after `dataclasses.replace`, a
+    ValueError names the field.
 
     Attributes
     ----------
     problem : Problem
-        The call that it was made for: shapes, dtype, scale, what a row sees.
+        The call that it was made for: shapes, dtype, scale, and whether it is causal.
     algorithm : Exact, Polynomial, Banded or Recomputed
-        The method as a value; `method`, `series`, `degree`, `coefficients` and the like tell of it.
+        The method as a value. `method`, `series`, `degree`, `coefficients` and others are read from it.
     scores : ScoreRange
-        What is known of the scores: `bound`, `lowest_mean`, `source`.
+        What is known about the scores: `bound`, `lowest_mean`, `source`.
     guarantee : Guarantee
         What is promised: `error`, `grad_error`, `certified`.
     exact, polynomial : Cost
-        Operations and bytes of the exact method, and of the polynomial that is taken or was compared with it.
+        Operations and bytes of the exact method, and of the polynomial that is used or was compared with it.
     method : {"polynomial", "exact"}
     series : {"minimax", "taylor", "fitted", "banded"} or None
         Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
@@ -63,11 +63,11 @@ class Plan:
     degree, rank : int
         Degree g of the polynomial and number of monomials, C(d + g, g) or those that `grading` leaves; 0 for the exact method.
     bound : float
-        R: scale · Σ_c |q_ic a_jc b_kc| ≤ R for all rows, and so the scores lie in [−R, R]. The sum of absolute values
-        is what rounding is measured by.
+        R: scale · Σ_c |q_ic a_jc b_kc| ≤ R for all rows, so the scores lie in [−R, R]. The bound of rounding uses this
+        sum of absolute values.
     source : {"data", "promise", "estimate", "answer"}
-        Whether R was bounded on data (and is checked again on other eager data), promised by the caller (and never
-        checked), estimated from samples, or is found with the answer (banded).
+        Whether R was bounded on data (and is checked again on other data that can be read), promised by the caller (and
+        never checked), estimated from samples, or is found with the answer (banded).
     certified : bool
         Whether `error` and `grad_error` are bounds, given R. False for estimates.
     error : float
@@ -82,22 +82,23 @@ class Plan:
     dim : int
         Channels d of query and keys.
     order : int
-        Number of views and one for the query: 3 is the paper's.
+        Number of views plus one; 3 in the paper.
     dtype : str
     coefficients : tuple of float
         c_0 … c_g of the polynomial.
     lowest_mean : float
         The mean score of no query row is below this.
     lengths, value_dim, leading
-        Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and how many problems side by side.
+        Shapes that the costs were counted for: (n, n_1, …, n_m), dv, and the size of the batch.
     flops_exact, flops_polynomial : float
-        Operations of a forward call by either method; a gradient takes three times as many in all. Those of the polynomial
-        are counted for products with all monomials: for values of few channels there are up to dg/(d + g − 1) times as
-        many, which take less time. Where scores are fewer than features it takes about `flops_exact` (`by_scores`).
+        Operations of a forward call by either method; a call with its gradient takes three times as many. Those of the
+        polynomial are counted for products with all monomials. For values of few channels there are up to dg/(d + g −
+        1) times as many, which take less time. Where there are fewer scores than features it takes about `flops_exact`
+        (`by_scores`).
     bytes_exact, bytes_polynomial : float
-        Memory of a forward call beyond inputs and outputs on a processor, about: summaries, the normaliser of every row, and a
-        block of rows. A gradient takes up to twice as much, each further thread has a block of its own, and blocks of an
-        accelerator take 256 MiB.
+        Approximate memory of a forward call on a processor, beyond inputs and outputs: summaries, the normaliser of
+        every row, and a block of rows. A gradient takes up to twice as much, each further thread has its own block, and
+        blocks of an accelerator take 256 MiB.
     reason : str
         Why this method.
     bands, moment : int
@@ -107,23 +108,24 @@ class Plan:
     causal : bool
         For calls in which a query row sees only keys up to its own row.
     window : tuple of int or None
-        And of those only the last so many of each view.
+        If given, a query row sees only the last ``window[μ]`` of these keys in each view.
     workers : int
-        Workers that the rows are spread over; costs are those of all together.
+        Workers that the rows are spread over. Costs are those of all workers together.
     bytes_sent : float
-        What each worker sends for a forward call, and again for its gradient, if summaries are summed round a ring, or
-        scanned where the call is causal: no worker can send less.
+        Bytes that each worker sends for a forward call, and again for its gradient, if summaries are summed round a
+        ring, or scanned in a causal call. No worker can send less.
     grading : tuple of int
-        For a pruned basis ω_1 … ω_d: kept are the monomials x^α with Σ_c ω_c α_c ≤ g min_c ω_c, so that channels which add little
-        to the scores have fewer of them. () for all monomials of degree at most g.
+        For a pruned basis ω_1 … ω_d. It keeps the monomials x^α with Σ_c ω_c α_c ≤ g min_c ω_c, so channels that add
+        little to the scores have fewer of them. () for all monomials of degree at most g.
     sizes : tuple of float
         Of a pruned basis with source "data": for each ω in ascending order the largest Σ_c scale · max|q_c| · Π_μ max|keys_μ,c|,
-        over the channels with ω_c = ω, that the plan serves; other data is checked for them.
+        over the channels with ω_c = ω, that the plan serves; other data is checked against them.
     chain : int
-        Terms in the longest chain of additions that `error` and `grad_error` count with; kernels with longer ones are not used.
+        Terms in the longest chain of additions that `error` and `grad_error` count with. Kernels with longer chains are
+        not used.
     seconds, seconds_gradient : float
-        Estimates for a forward call, and for one with its gradient: operations and bytes at the rates that the plan was asked
-        for, one after the other, and nothing for latency. Infinite where a rate was not given.
+        Estimates for a forward call, and for one with its gradient: the time of the operations plus the time of the
+        bytes, at the rates that were given, without latency. Infinite if a rate was not given.
     """
 
     problem: Problem
@@ -295,11 +297,11 @@ class Plan:
         return self.spread.seconds_gradient
 
     def by_scores(self, lengths: Sequence[int], value_dim: int) -> bool:
-        """Whether a call computes the polynomial of each score, and no features.
+        """Whether a call computes the polynomial of each score instead of features.
 
-        So it does where that takes fewer operations and rounds no more than `error` and `grad_error` allow, by shapes alone.
-        Answers by either way are the same up to that rounding. Causal calls always compute features, and so does a pruned basis,
-        whose polynomial is not one of the score.
+        It does if this takes fewer operations and rounds no more than `error` and `grad_error` allow. The shapes alone
+        decide. Both ways give the same output up to that rounding. Causal calls always compute features, and so does a
+        pruned basis, because its polynomial is not a function of the score.
 
         Parameters
         ----------
@@ -311,7 +313,7 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            For what are no numbers of rows or channels, by name; unless there are as many lengths as the plan has views, and one.
+            For invalid numbers of rows or channels, by name, and if the number of lengths is not `order`.
 
         Examples
         --------
@@ -329,7 +331,7 @@ class Plan:
         return isinstance(method, Polynomial) and not self.causal and method.by_scores(lengths, self.dim, value_dim)
 
     def facts(self) -> dict[str, Any]:
-        """All attributes that are numbers, words or tuples of them, by name: what files and messages hold of a plan."""
+        """All attributes that are numbers, strings or tuples of these, by name: files and messages hold them."""
         return {name: getattr(self, name) for name in FACTS}
 
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ from .operands import EVERY_ROW, Order
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan needs to know of a call: lengths (n, n_1, …, n_m), and how many such problems side by side, the batch.
+    """A call in numbers: lengths (n, n_1, …, n_m), and the batch, the number of such problems side by side.
 
     `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.kernels`).
     """

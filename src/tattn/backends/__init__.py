@@ -1,8 +1,8 @@
 """One small file for each array library, looked up by the arrays of a call.
 
-A library is imported only if an array of it arrives. Further libraries plug in through the entry point
-group ``tattn.backends``: the entry's name is the top-level module in which the library's array type is
-defined, its value a `Backend` instance.
+A library is imported only if an array of it arrives. Other libraries plug in through the entry point group
+``tattn.backends``. The name of the entry is the top-level module that defines the library's array type. Its value is a
+`Backend` instance.
 """
 
 from __future__ import annotations

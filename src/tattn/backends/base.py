@@ -1,4 +1,4 @@
-"""What every backend offers beside the array API standard, with answers that suit any library."""
+"""What every backend offers beside the array API standard, with defaults that suit any library."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ class Backend:
     Attributes
     ----------
     name : str
-        Name of the library as a person writes it.
+        Name of the library, as people write it.
     writable : bool
         Whether arrays may be assigned to in place, through views.
     parts : bool
-        Whether many problems are worth taking one after another to save memory; not where a loop is unrolled into a
-        compiled program.
+        Whether a large batch is taken in parts to save memory; not where a loop is unrolled into a compiled program.
     compiles : bool
-        Whether programs are compiled, and kept, for each plan that is used.
+        Whether a program is compiled, and kept, for each plan.
     flushes : bool
         Whether numbers below the smallest normal one may count as 0.
     workspace : int
         Bytes that the temporaries of one block of rows should stay below.
     cache : int
-        Bytes that an array which is gone over several times should stay below.
+        Bytes below which an array should stay that is read several times.
     most_rows : int
-        Rows of a block, at most; an accelerator wants many, as every operation is a launch. Above 32,768 it has no effect.
+        Most rows of a block. An accelerator needs many, because every operation is a launch. Above 32,768 it has no
+        effect.
     reads : bool
-        Whether values can be read at once: they are there, on the host, and nothing records or traces the call.
+        Whether values can be read at once: they are on the host, and nothing records or traces the call.
     kernels : tuple of Kernel
-        Operations that compiled code computes (`tattn.backends.kernels`).
+        Compiled code for named operations (`tattn.backends.kernels`).
     """
 
     name = "array API"
@@ -335,14 +335,14 @@ class Backend:
         Parameters
         ----------
         body, carry, rows, block
-            As for `scan_rows`. What `body` writes on it has from `memory`, which threads do not share.
+            As for `scan_rows`. `body` takes the buffers that it writes from `memory`, which threads do not share.
         fewest : int
-            Rows that are worth a thread.
+            Fewest rows that are worth a thread.
 
         Returns
         -------
         list of carries
-            In the order of the rows, which are cut by nothing but their number and that of threads.
+            In the order of the rows. How rows are divided depends only on their number and on the number of threads.
         tuple of arrays
             Outputs.
         """

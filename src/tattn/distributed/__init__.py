@@ -1,8 +1,8 @@
 """Attention whose rows are spread over processes: `torch.distributed` groups here, Dask in `tattn.distributed.dask`.
 
-Every process has some rows of the query and of each view, and makes a summary of its own. Summaries add up, so one sum over all
-processes is all that has to travel, r (dv + 1) numbers for each view however many rows there are; where attention is causal, the
-sums over the processes before each. torch is imported when a function is first asked for. docs/scaling.md is the guide.
+Every process has some rows of the query and of each view, and makes its own summary. Summaries add up, so the processes
+exchange only one sum, r (dv + 1) numbers for each view however many rows there are. In causal calls each process gets
+the sum over the processes before it. torch is imported when a function is first used. docs/scaling.md is the guide.
 """
 
 from __future__ import annotations

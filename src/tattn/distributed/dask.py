@@ -2,8 +2,8 @@
 
     blocks of keys and values → a Summary each → sums of `split_every` at a time → one Summary → blocks of queries
 
-Nothing is computed before the result is. Blocks come from wherever Dask reads them, Zarr or ``numpy.memmap`` among them, and a
-task holds a block of each view and a summary; if a worker is lost, its tasks run again.
+Everything is lazy. Blocks come from any source that Dask reads, such as Zarr or ``numpy.memmap``. A task holds a block
+of each view and a summary. If a worker is lost, its tasks run again.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def tensor_attention(
     query : dask array (..., n, d)
         In blocks of rows; all other dimensions in one block. Blocks may be empty.
     keys : sequence of m dask arrays (..., n_μ, d)
-        Likewise; views may differ in their blocks.
+        Also in blocks of rows; views may have different blocks.
     values : sequence of m dask arrays (..., n_μ, dv)
-        Brought to the blocks of their keys.
+        Rechunked to the blocks of their keys.
     plan : Plan, optional
         Polynomial and not banded, with a promised bound: ``tattn.plan_for(..., bound=...)``.
     bound : float, optional
-        The promise itself, instead of a plan. One of the two is needed, since no value is read.
+        Your promise, instead of a plan. One of the two is needed, because no value is read.
     scale, tol
         As in `tattn.tensor_attention`.
     key_masks : sequence of m boolean dask arrays (..., n_μ) or None, optional
@@ -73,12 +73,13 @@ def tensor_attention(
     TypeError, ValueError
         For arguments that do not fit, by name, before anything is computed.
     PlanError
-        Without plan and bound, or if none meets `tol`, or for a plan that is exact or banded.
+        Without plan and bound, if no plan meets `tol`, or for a plan that is exact or banded.
 
     Notes
     -----
-    One task for each block of keys and of queries, and one for every `split_every` summaries; r (dv + 1) numbers for each view,
-    twice, are what a task sends to the next. Work and memory of a task are those of `tattn.summarize` and `tattn.Summary.attend`.
+    One task for each block of keys and of queries, and one for every `split_every` summaries. A task sends r (dv + 1)
+    numbers for each view, twice, to the next. Its time and memory are those of `tattn.summarize` and
+    `tattn.Summary.attend`.
     """
     call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every, return_lse)
     return call.outputs(return_lse)
@@ -97,7 +98,7 @@ def tensor_attention_vjp(
     return_lse: bool = False,
     split_every: int = 8,
 ) -> tuple[Any, Pullback]:
-    """Attention of Dask arrays, and the function that takes a gradient of its output back to its inputs, lazily.
+    """Attention of Dask arrays, and a function from the gradient of its output to those of its inputs, lazily.
 
     Parameters
     ----------
@@ -118,8 +119,8 @@ def tensor_attention_vjp(
 
     Notes
     -----
-    The sums of the gradient of the summary go up a tree as the summaries do. Outputs and gradients that are computed together, by
-    ``dask.compute(out, dquery, ...)``, share the summary; it is made again where they are not.
+    The gradients of the summary are added in a tree, like the summaries. Outputs and gradients that are computed in one
+    call, ``dask.compute(out, dquery, ...)``, share the summary. Otherwise it is made again.
     """
     call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every, return_lse)
     return call.outputs(return_lse), call.gradients

@@ -56,34 +56,35 @@ def tensor_attention(
     Parameters
     ----------
     query : tensor (..., n, d)
-        This rank's rows. Ranks may have different numbers of rows, in query and in each view, and none at all: (..., 0, d).
+        This rank's rows. Ranks may have different numbers of rows in the query and in each view, also none: (..., 0,
+        d).
     keys : sequence of m tensors (..., n_μ, d)
-        This rank's rows of every view; leading dimensions are alike on all ranks.
+        This rank's rows of every view. The batch is the same on all ranks.
     values : sequence of m tensors (..., n_μ, dv)
     group : torch.distributed.ProcessGroup, optional
         The default group if not given.
     scale, tol
-        As in `tattn.tensor_attention`; alike on all ranks.
+        As in `tattn.tensor_attention`; the same on all ranks.
     plan : Plan, optional
-        Polynomial and not banded, alike on all ranks but for the shapes and costs that it was made for.
-        ``tattn.plan_for(..., bound=...)`` or `tattn.distributed.plan`. The range of one that rests on data is checked on the
-        rows of all ranks, which takes three small sums more.
+        Polynomial and not banded, the same on all ranks except for its shapes and costs: from
+        ``tattn.plan_for(..., bound=...)`` or `tattn.distributed.plan`. A plan made from data is checked on the rows of
+        all ranks, which takes three more small sums.
     bound : float, optional
-        Instead of a plan, the caller's promise for the rows of all ranks, as in `tattn.plan`. With neither, the plan
-        is made from the rows of all ranks, and is certified.
+        Instead of a plan, your promise for the rows of all ranks, as in `tattn.plan`. With neither, a certified plan is
+        made from the rows of all ranks.
     key_masks : sequence of m boolean tensors (..., n_μ) or None, optional
         Of this rank's rows.
     causal : bool
-        Rows follow one another in the order of the ranks, and a row of the query sees those up to its own, as in
-        `tattn.tensor_attention` of all of them. A rank has as many rows of every view as of the query, the first may have
-        more: the last rows of all are aligned. The plan has to be made with ``causal=True``. There are no windows.
+        Rows follow one another in the order of the ranks, and a query row sees the rows up to its own, as in one call
+        of `tattn.tensor_attention` with all rows. A rank has as many rows of every view as of the query. The first rank
+        may have more: the last rows are aligned. The plan must be made with ``causal=True``. There are no windows.
     return_lse, return_plan : bool
         As in `tattn.tensor_attention`.
     check : bool
-        Whether ranks first tell each other dims, dtype and plan, in one maximum of some sixty numbers that they wait for. Without,
-        only the summaries are summed; ranks that then differ give wrong answers, or wait until the group's time-out. This is
-        for NCCL, where to wait is to wait for the device. Over gloo, whose sums end the processes where sizes differ, they always
-        do, before the backward pass as well.
+        Whether ranks first exchange dims, dtype and plan, in one maximum of about sixty numbers, and wait for it.
+        Without it only the summaries are summed; if ranks then differ, results are wrong, or ranks wait until the
+        group's time-out. False is for NCCL, where waiting means waiting for the device. Over gloo the exchange always
+        happens, before the backward pass as well, because its sums end the processes if sizes differ.
 
     Returns
     -------
@@ -94,22 +95,25 @@ def tensor_attention(
     Raises
     ------
     TypeError, ValueError
-        For arguments that do not fit, by name; a ValueError on the other ranks, which says which rank refused. ValueError on all
-        ranks that differ in dims, dtype, leading dimensions, `causal`, or whether keys and values need gradients.
+        For arguments that do not fit, by name. The other ranks then raise a ValueError that names the rank. A
+        ValueError on all ranks if they differ in dims, dtype, batch, `causal`, or whether keys and values need
+        gradients.
     PlanError
-        On all ranks: if plans differ, which names in what; if the rows of all have scores beyond the plan; if none meets `tol`.
+        On all ranks: if plans differ (it names the difference), if scores exceed the bound of the plan, or if no plan
+        meets `tol`.
     RuntimeError
-        If another rank has ended, or did not come within the group's time-out.
+        If another rank has ended, or did not arrive within the group's time-out.
 
     Notes
     -----
-    O((n + Σ n_μ) r dv) time for a rank's own rows and O(r dv) memory. 8 m r (dv + 1) bytes for each problem are summed over the
-    group forward and as many backward, and 8 · (number of facts) with `check`: nothing that grows with n. Causal calls take the
-    time of `tattn.tensor_attention` and that of the summaries besides, memory O(r dv √n) in the adjoint, and of the same buffer
-    scans in place of sums, in which a rank sends no more: each adds up a share of the numbers for all.
-    Parameters of a layer around it get, on each rank, the part of their gradient that comes from its rows: DistributedDataParallel
-    and FSDP average it, so a loss that is a sum over rows has to be multiplied by the number of ranks.
-    Under ``torch.compile`` it is one operator, which needs a plan with a promised bound and has no second derivatives.
+    O((n + Σ n_μ) r dv) time for a rank's own rows and O(r dv) memory. The group sums 8 m r (dv + 1) bytes for each
+    problem of the batch forward and as many backward, and 8 · (number of facts) bytes with `check`. None of these grows
+    with n. Causal calls take the time of `tattn.tensor_attention` plus that of the summaries, and O(r dv √n) memory in
+    the adjoint. They scan the same buffer instead of summing it. A rank sends no more then: each adds a share of the
+    numbers for all. The parameters of a layer around the call get, on each rank, the part of their gradient from its
+    rows. DistributedDataParallel and FSDP average these parts, so multiply a loss that is a sum over rows by the number
+    of ranks. Under ``torch.compile`` the call is one operator. It needs a plan with a promised bound and has no second
+    derivatives.
     """
     given = (query, keys, values, key_masks)
     if torch.compiler.is_compiling():

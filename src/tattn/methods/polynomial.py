@@ -25,7 +25,8 @@ from .gradient_bounds import stated_bounds
 class Polynomial:
     """One polynomial P of all scores, which are within ±bound: c_0 + c_1 x + …; of a pruned basis, with its grading.
 
-    It is computed through features, or score by score where scores are fewer and round no more: by the shapes of a call alone.
+    It is computed through features, or score by score where scores are fewer and round no more. The shapes of a call
+    alone decide.
 
     Parameters
     ----------
@@ -34,7 +35,7 @@ class Polynomial:
     coefficients : tuple of float
     bound : float
     delta, delta_prime : float
-        |P / exp − 1| and |P′ / exp − 1| are at most this on [−bound, bound]; infinite where nobody knows.
+        |P / exp − 1| and |P′ / exp − 1| are at most this on [−bound, bound]; infinite if unknown.
     grading : tuple of int
         As in `Plan`.
     """

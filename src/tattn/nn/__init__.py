@@ -1,7 +1,7 @@
-"""Tensor attention as a layer that is bounded by construction, so that its error is known when it is built.
+"""Tensor attention as a layer with bounded scores, so that its error is known when the layer is built.
 
-`TensorAttention` is a torch module, and torch is imported when it is first asked for; ``import tattn.nn.jax`` has the same
-layer as functions of a dict of parameters. docs/layers.md is the guide.
+`TensorAttention` is a torch module; torch is imported when it is first used. ``import tattn.nn.jax`` has the same layer
+as functions of a dict of parameters. docs/layers.md is the guide.
 """
 
 from __future__ import annotations

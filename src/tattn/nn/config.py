@@ -1,4 +1,4 @@
-"""What a layer of tensor attention is, but for its weights: sizes, bound, and the plans that follow from them."""
+"""A layer of tensor attention without its weights: sizes, bound, and the plans that follow from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BOUNDS = (3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.1)
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    r"""Sizes and bound of a layer of tensor attention; checked, hashable, free of arrays.
+    r"""Sizes and bound of a layer of tensor attention; checked, hashable, without arrays.
 
     A head with query row q and, for order 3, key rows a and b has the score
 
@@ -51,7 +51,7 @@ class AttentionConfig:
     num_heads : int
         Query heads.
     order : int
-        Views and one for the query: 3 attends to pairs, 2 is ordinary attention.
+        Number of views plus one: 3 attends to pairs, 2 is ordinary attention.
     head_dim : int, optional
         Channels d of query and keys in a head; embed_dim / num_heads if not given. The rank is C(d + degree, degree).
     value_dim : int, optional
@@ -61,28 +61,29 @@ class AttentionConfig:
     context_dims : sequence of order − 1 ints, optional
         Channels of the contexts that are attended to; `embed_dim` each if not given.
     bound : float or None
-        Largest |score|. None leaves rows as they are, with scores Σ_c q_c a_c b_c / d and a range that only the data
-        tells: with `degree` norm bands of that degree, which need no range and come with an error for each row;
-        without it a plan from the data in every call, which waits for the device and cannot be traced.
+        Largest |score|. None does not normalise rows; scores are Σ_c q_c a_c b_c / d, and their range depends on the
+        data. With a `degree`, calls then use norm bands of this degree, which need no range and return an error for
+        each row. Without a `degree`, every call makes a plan from the data; it waits for the device and cannot be
+        traced.
     learn_bound : bool
-        Learn a factor t of `bound` for each head, the logistic function of a parameter, and so never above 1.
+        Learn a factor t of `bound` for each head: the logistic function of a parameter, so it is never above 1.
     tol : float
         Largest error of a head's output in channel e, relative to the product over the views of their largest |value| in
         channel e. Not used if `degree` is given, unless the method is "exact".
     degree : int, optional
-        Degree of the polynomial, whatever error that gives. The least that meets `tol` if not given.
+        Degree of the polynomial, whatever its error. If not given, the least degree that meets `tol`.
     method : {"polynomial", "exact", "auto"}
-        "auto" takes the exact method where that needs fewer operations for the lengths at hand; both are within `tol`.
-        The same function at every length otherwise.
+        "auto" takes the exact method if it needs fewer operations for the lengths of the call; both are within `tol`.
+        The others are the same function at every length.
     max_rank : int
         Largest rank to accept, at most 262,144. A head's summary of one view holds rank · (value_dim + 1) numbers.
     eps : float
-        Rows much shorter than this keep that they are short; gradients of the normalisation stay below 1/eps.
+        Rows much shorter than this stay short. Gradients of the normalisation stay below 1/eps.
     bias : bool
         Whether projections have a bias.
     causal : bool
-        Row i sees the rows of the contexts up to its own, aligned at the end: contexts have at least as many rows as the input.
-        Not with norm bands.
+        Row i sees the rows of the contexts up to its own, aligned at the end. Contexts need at least as many rows as
+        the input. Not with norm bands.
 
     Raises
     ------
@@ -186,18 +187,18 @@ class AttentionConfig:
         return shapes
 
     def plan(self, n: int | Sequence[int] = USUAL_ROWS, dtype: str = "float32") -> Plan | None:
-        """The plan of a head, with costs counted for one head and `n` rows, or (n, n_1, …); None if data decide.
+        """The plan of a head, with costs for one head and `n` rows, or (n, n_1, …); None if it depends on data.
 
         Parameters
         ----------
         n : int or sequence of int
         dtype : {"float32", "float64"}
-            What attention computes in: float64 if the weights are float64.
+            Dtype of the attention: float64 if the weights are float64.
 
         Raises
         ------
         TypeError, ValueError
-            For an `n` that is no length, or not as many as there are views and one.
+            If `n` is not a length, or not `order` lengths.
         PlanError
             If `tol` cannot be met at this bound and head dimension, or takes more than `max_rank`.
         """

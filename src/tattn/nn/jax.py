@@ -1,6 +1,6 @@
-"""The layer as functions of a plain dict of parameters, for JAX and its transformations.
+"""The layer as functions of a dict of parameters, for JAX and its transformations.
 
-Parameters have the names, shapes and layout of the torch layer's ``state_dict``, so that either loads the other's.
+Parameters have the names, shapes and layout of the torch layer's ``state_dict``, so each can load those of the other.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def apply(
     key_masks: jax.Array | Sequence[jax.Array | None] | None = None,
     return_error: bool = False,
 ) -> Any:
-    """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts; traces under every transformation.
+    """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts, under every transformation.
 
     Parameters
     ----------
@@ -90,12 +90,13 @@ def apply(
         As from `init`.
     x : array (..., n, embed_dim)
     contexts : sequence of order − 1 arrays (..., n_μ, context_dims[μ]), optional
-        `x` itself in every view if not given. Leading dimensions broadcast with those of `x`.
+        `x` itself in every view if not given. The batch broadcasts with that of `x`.
     config : AttentionConfig
     key_masks : boolean array (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
-        True where to attend. A single one is for every view, and for self-attention only.
+        True where to attend. A single mask is for every view, and for self-attention only.
     return_error : bool
-        Also return a certified bound of each head's error in each row (..., num_heads, n), as ``config.tol`` is measured.
+        Also return a certified bound of each head's error in each row (..., num_heads, n), measured like
+        ``config.tol``.
 
     Returns
     -------

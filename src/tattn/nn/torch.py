@@ -23,25 +23,27 @@ LOGIT = 2.0
 class TensorAttention(nn.Module):
     r"""Several heads of tensor attention, bounded by construction: linear in the length, with a known error.
 
-    Stands where ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)`` stands. For order 3, head h of row i is
+    Takes the place of ``nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)``. For order 3, head h of row i
+    is
 
     .. math::
 
         o_i = \sum_{jk} \mathrm{softmax}_{jk}\Big(\mathrm{bound} \sum_c \hat q_{ic} \hat a_{jc} \hat b_{kc}\Big)\; u_j \circ v_k,
 
     where q is a projection of `x`; a, u and b, v are projections of the two contexts; and a hat divides a row by its
-    ℓ3-norm. No score exceeds `bound`, whatever the weights become. The polynomial that stands for exp is therefore chosen
-    once, here, and no call reads values: it runs without host synchronisation and traces under ``torch.compile``,
-    ``torch.func``, ``torch.export`` and ``torch.jit.trace``. Its gradient is the exact derivative of what it computes.
+    ℓ3-norm. No score exceeds `bound`, whatever the weights become. So the polynomial in place of exp is chosen once,
+    when the layer is built, and no call reads values. The layer runs without host synchronisation and can be traced by
+    ``torch.compile``, ``torch.func``, ``torch.export`` and ``torch.jit.trace``. Its gradient is the exact derivative of
+    what it computes.
 
     Parameters
     ----------
     embed_dim, num_heads, order, head_dim, value_dim, num_key_heads, context_dims
         As in `AttentionConfig`.
     bound, learn_bound, tol, degree, method, max_rank, eps, bias, causal
-        As in `AttentionConfig`. ``head_dim`` and ``bound`` decide the cost: docs/layers.md has a table.
+        As in `AttentionConfig`. ``head_dim`` and ``bound`` determine the cost; docs/layers.md has a table.
     device, dtype
-        Of the weights. Attention itself computes in float64 if they are float64, and in float32 otherwise, also under
+        Of the weights. The attention computes in float64 if they are float64, and in float32 otherwise, also under
         autocast.
 
     Attributes
@@ -61,8 +63,8 @@ class TensorAttention(nn.Module):
     -----
     There is no dropout of attention weights: they are never formed. Put dropout on the output.
 
-    Projections start at variance 1/fan-in, so that values have the variance of the inputs and so has a product of
-    values; the size of queries and keys is divided out. Biases start at 0.
+    Projections start at variance 1/fan-in. So values, and products of values, have the variance of the inputs. The size
+    of queries and keys is divided out. Biases start at 0.
 
     Examples
     --------
@@ -134,7 +136,7 @@ class TensorAttention(nn.Module):
 
     @property
     def plan(self) -> Plan | None:
-        """Degree, rank, error and costs of a head; None if `bound` and `degree` are None, and every call makes its own."""
+        """Degree, rank, error and costs of a head; None if `bound` and `degree` are None: every call then makes its own."""
         return self.config.plan(dtype=_computed_in(self.q_proj.weight.dtype))
 
     def plan_for(self, n: int | Sequence[int] = USUAL_ROWS) -> Plan | None:
@@ -154,15 +156,15 @@ class TensorAttention(nn.Module):
         Parameters
         ----------
         x : Tensor (..., n, embed_dim)
-            In the dtype of the weights, or under autocast in one that it brings to that.
+            In the dtype of the weights, or in one that autocast converts to it.
         contexts : sequence of order − 1 Tensors (..., n_μ, context_dims[μ]), optional
-            `x` itself in every view if not given. Leading dimensions broadcast with those of `x`.
+            `x` itself in every view if not given. The batch broadcasts with that of `x`.
         key_masks : boolean Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
             True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``; the
-            ``key_padding_mask`` of ``nn.MultiheadAttention`` is the opposite. A single one is for every view, and for
+            ``key_padding_mask`` of ``nn.MultiheadAttention`` is the opposite. A single mask is for every view, and for
             self-attention only. A row with nothing to attend to gets 0 from every head.
         return_error : bool
-            Also return a certified bound of each head's error in each row (..., num_heads, n), as `tol` is measured.
+            Also return a certified bound of each head's error in each row (..., num_heads, n), measured like `tol`.
 
         Returns
         -------
@@ -173,8 +175,8 @@ class TensorAttention(nn.Module):
         TypeError, ValueError
             For inputs that do not fit the layer, by name.
         PlanError
-            With ``bound=None`` and no degree as from `tattn.tensor_attention`; for weights that were moved to a dtype in which the
-            layer could not be built.
+            With ``bound=None`` and no degree, as from `tattn.tensor_attention`. Also if the weights were moved to a
+            dtype in which the layer cannot be built.
         """
         checked_flags(return_error=return_error)
         weight = self.q_proj.weight

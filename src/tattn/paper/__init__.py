@@ -48,14 +48,16 @@ class TrainingProblem:
         \mathrm{Loss} = \tfrac12 \big\| D^{-1} \exp\big(A_1 X (A_2 \otimes A_3)^\top / d\big) (A_4 \otimes A_5) Y - E
         \big\|_F^2, \qquad X = X_1 (X_2 \oslash X_3)^\top, \quad Y = Y_1 \oslash Y_2,
 
-    which is attention of the query A1 X1 to the keys A2 X2 and A3 X3 with the values A4 Y1 and A5 Y2. In the paper all
-    lengths are n and all widths d; three modalities have three lengths and three widths.
+    This is attention of the query A1 X1 to the keys A2 X2 and A3 X3 with the values A4 Y1 and A5 Y2. In the paper all
+    lengths are n and all numbers of channels are d. Here three modalities may have three lengths and three numbers of
+    channels.
 
     Parameters
     ----------
     a1 : array (..., n, d1)
         float64, float32, float16 or bfloat16, of any supported library; the others are of the same library, dtype and
-        device. The two narrow types compute in float32. Leading dimensions of all broadcast: many problems, or heads.
+        device. The two narrow types compute in float32. The batch dimensions of all arrays broadcast: many problems, or
+        heads.
     a2, a4 : arrays (..., n2, d2) and (..., n2, d4)
     a3, a5 : arrays (..., n3, d3) and (..., n3, d5)
     e : array (..., n, dv)
@@ -111,7 +113,7 @@ class LossGradient:
     gradient : array (..., d1, d2 · d3)
         In the dtype of the computation.
     error : float
-        No entry of `gradient` is further from that of the true gradient; rounding included, by the model of docs/errors.md.
+        Largest distance of an entry of `gradient` from the true one; rounding included, by the model of docs/errors.md.
     plan : Plan
         Method, degree and range. Its operations and bytes are those of this gradient; its `error` is that of the output.
     """
@@ -128,7 +130,7 @@ class GradientFactors:
     Attributes
     ----------
     t1, t2, t3 : arrays (..., d1, K), (..., d2, K), (..., d3, K)
-        K = r (dv + 1) columns for rank r; leading dimensions broadcast.
+        K = r (dv + 1) columns for rank r; batch dimensions broadcast.
     error, plan
         As in `LossGradient`.
     """
@@ -151,7 +153,7 @@ class WeightGradients(NamedTuple):
 
 
 def loss(problem: TrainingProblem, *, method: str = "auto", tol: float = 1e-3) -> Array:
-    """½ ‖output − E‖_F² of every problem, (...); differentiable in torch and JAX, as `tensor_attention` is.
+    """½ ‖output − E‖_F² of every problem, (...); differentiable in torch and JAX, like `tensor_attention`.
 
     Parameters
     ----------
@@ -185,13 +187,13 @@ def loss_gradient(
     Parameters
     ----------
     problem : TrainingProblem
-        Its values are read; nothing is recorded for a further derivative.
+        Its values are read. No further derivative is recorded.
     eps : float
         The largest error allowed, absolute.
     method : {"auto", "polynomial", "exact"}
-        "auto" takes the cheaper one of those that reach `eps`.
+        "auto" takes the cheaper of those that reach `eps`.
     upstream : array (..., n, dv), optional
-        The gradient of another loss for the output, in place of c = output − E: the gradient of one module of many.
+        The gradient of another loss with respect to the output, in place of c = output − E, for one module of many.
 
     Returns
     -------
@@ -203,13 +205,13 @@ def loss_gradient(
     TypeError, ValueError
         For arguments that do not fit, by name, NaN and infinities among them.
     PlanError
-        If `eps` is out of reach: of the polynomial, with the entries and scores that were found and what the exact
-        method would cost; or of the dtype, with what it can reach.
+        If `eps` cannot be reached. By the polynomial: with the entries and scores that were found and the cost of the
+        exact method. By the dtype: with the `eps` that it can reach.
 
     Notes
     -----
-    Theorem 4.2 (F.8): O((n + n2 + n3) r d²) time and O(r d²) memory for rank r = C(d + g, g), beyond inputs of their own
-    size. Exact: O(n n2 n3 d) time.
+    Theorem 4.2 (F.8): O((n + n2 + n3) r d²) time for rank r = C(d + g, g). O(r d²) memory beyond arrays of the size of
+    the inputs. Exact: O(n n2 n3 d) time.
 
     Examples
     --------
@@ -228,12 +230,13 @@ def loss_gradient(
 def loss_gradient_factors(problem: TrainingProblem, *, eps: float, upstream: Array | None = None) -> GradientFactors:
     """Algorithm 1 without its last step: the gradient in CP form, for inputs so wide that (d1, d2 · d3) is too large.
 
-    It has (d1 + d2 + d3) r (dv + 1) numbers, fewer than d1 d2 d3 only if inputs are much wider than a head.
+    It has (d1 + d2 + d3) r (dv + 1) numbers. This is less than d1 d2 d3 only if inputs have many more channels than a
+    head.
 
     Parameters
     ----------
     problem, eps, upstream
-        As in `loss_gradient`; the matrix that the factors stand for is within `eps`.
+        As in `loss_gradient`. The matrix that the factors represent is within `eps`.
 
     Returns
     -------
@@ -295,8 +298,8 @@ def weight_gradients(
     problem, upstream
         As in `loss_gradient`.
     method, tol
-        As in `tensor_attention_vjp`, whose bounds apply to the gradients of the products A1 X1, …; by the polynomial method
-        in O((n + n2 + n3) r d) time.
+        As in `tensor_attention_vjp`. Its bounds apply to the gradients of the products A1 X1, …. The polynomial method
+        takes O((n + n2 + n3) r d) time.
 
     Returns
     -------

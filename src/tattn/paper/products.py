@@ -1,10 +1,10 @@
-"""The products of matrices and tensors that the paper is written in, batched, on any array library.
+"""The products of matrices and tensors that the paper uses, batched, on any array library.
 
-Definitions 2.1 to 2.3, C.2 and C.3 of arXiv 2405.16411, and the two facts that spare forming them: `khatri_rao_gram`
-(Lemma 4.5) and `apply_kronecker` (Fact 4.6). Row-major everywhere: the last index runs fastest, and ⊗ is `numpy.kron`.
+Definitions 2.1 to 2.3, C.2 and C.3 of arXiv 2405.16411, and the two facts that avoid forming them: `khatri_rao_gram`
+(Lemma 4.5) and `apply_kronecker` (Fact 4.6). Order is row-major: the last index runs fastest, and ⊗ is `numpy.kron`.
 
 All arrays of a call are of one library, device and dtype (float64, float32, float16 or bfloat16), and so is the result;
-the two narrow types compute in float32. Leading dimensions broadcast. Arguments that do not fit raise a TypeError or
+the two narrow types compute in float32. Batch dimensions broadcast. Arguments that do not fit raise a TypeError or
 ValueError that names them. Gradients are those of the library's own operations.
 """
 
@@ -39,7 +39,7 @@ def kronecker(*matrices: Array) -> Array:
     Returns
     -------
     array (..., Π n_μ, Π d_μ)
-        Time and memory are its size. To multiply by it, `apply_kronecker` does without.
+        Time and memory are proportional to its size. `apply_kronecker` multiplies by it without forming it.
 
     Examples
     --------
@@ -61,7 +61,8 @@ def khatri_rao(*matrices: Array) -> Array:
     Returns
     -------
     array (..., Π n_μ, d)
-        Time and memory are its size. For a product of two of them, `khatri_rao_gram` does without.
+        Time and memory are proportional to its size. `khatri_rao_gram` computes a product of two of them without
+        forming them.
 
     Examples
     --------

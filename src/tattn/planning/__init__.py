@@ -69,34 +69,35 @@ def plan(
     window: Sequence[int] | None = None,
     gradients: bool = True,
 ) -> Plan:
-    """Choose a method for arrays like these, and say what it costs and how wrong it can be.
+    """Choose a method for arrays like these, with its cost and a bound on its error.
 
     Parameters
     ----------
     query, keys, values, scale, tol, key_masks, causal, window
-        As in `tensor_attention`, which takes the plan with the same `causal` and `window`. Only shapes are read of
-        `values`, and finiteness.
+        As in `tensor_attention`. The call that takes the plan needs the same `causal` and `window`. Of `values` only
+        shapes are used, and they are checked for NaN and infinities.
     method : {"auto", "polynomial", "exact"}, or a tattn.Exact, tattn.Polynomial or tattn.Banded
-        A value says all that `degree`, `bound`, `series`, `bands` and `moment` would, and none of them goes with it.
+        A value holds all that `degree`, `bound`, `series`, `bands` and `moment` would say, so none of them may come
+        with it.
     degree : int, optional
         Forces the polynomial method at this degree, whatever error that gives.
     bound : float or "estimated", optional
-        By default R is bounded on the data: certified, in linear time. A number is the caller's own promise that
-        no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it: no value is read, now or when the plan is used.
-        "estimated" samples scores, fits the
-        polynomial to them and measures the error on sampled rows: ``certified=False``; check the answer with
-        `measure_error`.
+        By default R is bounded on the data: certified, in linear time. A number is your promise that no scale · Σ_c
+        |q_ic a_jc b_kc|, and so no |score|, exceeds it. No value is read then, now or when the plan is used.
+        "estimated" samples scores, fits the polynomial to them and measures the error on sampled rows:
+        ``certified=False``; check the answer with `measure_error`.
     series : {"minimax", "taylor", "banded"}
-        Taylor is there for comparison with the paper. "banded" reads no value and needs no `bound`: ranges are found on
-        the device, band by band, and the certified error comes with the answer (``return_error=True``). `degree` is 2
-        if not given.
+        "taylor" is for comparison with the paper. "banded" reads no value and needs no `bound`: it finds ranges on the
+        device, band by band, and the certified error comes with the answer (``return_error=True``). `degree` is 2 if
+        not given.
     bands, moment : int, optional
-        Of "banded" alone: norm bands of every view, at most its rows, 8 if not given; even order t of the moments, at most
-        `degree`, 2 if not given.
+        Only for "banded". `bands`: norm bands of every view, at most its rows, 8 if not given. `moment`: even order t
+        of the moments, at most `degree`, 2 if not given.
     gradients : bool
-        Where channels add very different amounts to the scores fewer monomials will do (`Plan.grading`), unless a degree or a
-        number for `bound` is given. By default their gradients are held to what those of all monomials would be if their error
-        were just `tol`. False lets go of that, where nobody asks for gradients: channels that add little may then have none.
+        Where channels add very different amounts to the scores, a plan may use fewer monomials (`Plan.grading`), unless
+        a degree or a number for `bound` is given. By default `grad_error` stays what it would be with all monomials if
+        their error were just `tol`. False drops this condition, for calls without gradients: channels that add little
+        may then get no gradient.
 
     Returns
     -------
@@ -105,8 +106,8 @@ def plan(
     Raises
     ------
     PlanError
-        If ``method="polynomial"`` cannot meet `tol`; the message gives the range found, degree and rank it would
-        take and what to do.
+        If ``method="polynomial"`` cannot meet `tol`. The message gives the range that was found, the degree and rank it
+        would take, and what to do.
     TypeError, ValueError
         For arguments that do not fit, by name.
 
@@ -152,7 +153,7 @@ def plan_for(
     bandwidth: float | None = None,
     flops: float | None = None,
 ) -> Plan:
-    """Plan from numbers alone, for a call that does not exist yet.
+    """Make a plan from numbers alone, for a call that does not exist yet.
 
     Parameters
     ----------
@@ -161,27 +162,28 @@ def plan_for(
     dim : int
         Channels of query and keys.
     bound : float
-        The caller's promise that no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it; required, but not to be given
-        with ``series="banded"``.
+        Your promise that no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it. Required, except with
+        ``series="banded"``, which takes none.
     order : int
-        Views and one for the query, at least 2.
+        Number of views plus one, at least 2.
     dtype : {"float64", "float32", "float16", "bfloat16"}
     value_dim : int, optional
         Channels of the values; `dim` if not given.
     tol, scale, method, degree, series, bands, moment, causal, window
         As in `plan`.
     workers : int, optional
-        Processes or machines that have a share of the rows each, as in `tattn.distributed`: the plan says what each sends.
+        Processes or machines among which the rows are spread, as in `tattn.distributed`. The plan says what each sends.
     bandwidth : float, optional
         Bytes a second that a worker sends.
     flops : float, optional
-        Operations a second that a worker reaches in such products. With `bandwidth` the plan estimates its time.
+        Operations a second that a worker reaches in such products. With `bandwidth` as well, the plan estimates the
+        time.
 
     Raises
     ------
     PlanError
-        If ``method="polynomial"`` cannot meet `tol`; for `workers` or `flops` where the plan is exact or banded, which have no
-        summaries that add up.
+        If ``method="polynomial"`` cannot meet `tol`. With `workers` or `flops`, if the plan is exact or banded: these
+        have no summaries that add up.
     TypeError, ValueError
         For arguments that do not fit, by name.
 

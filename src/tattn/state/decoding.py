@@ -14,21 +14,22 @@ from .summary import Summary, check_same_plan, check_streams, summarize
 
 @dataclass(frozen=True, eq=False)
 class DecodingState:
-    """What causal attention keeps of the tokens so far: query i sees the pairs (triples, …) of keys j ≤ i, k ≤ i, ….
+    """What causal attention keeps of the tokens so far. Query i sees the pairs (triples, …) of keys j ≤ i, k ≤ i, ….
 
     Outputs are the rows of ``tensor_attention(..., causal=True)``.
 
-    Both prefixes grow by a row with every token, and the pairs of two prefixes factorise: a summary of each is all that is
-    needed, r (dv + 1) numbers for each view however long the stream. Immutable: a step returns a new state, and one state may be
-    continued in several ways.
+    Every prefix grows by one row with every token, and sums over the pairs of two prefixes factorise. So the state
+    needs only a summary of each prefix: r (dv + 1) numbers for each view, however long the stream. Immutable: a step
+    returns a new state, and one state may be continued in several ways.
 
     Parameters
     ----------
     plan : Plan
-        As in `summarize`. Its error holds for every output if its bound does, of a promised bound or made with ``causal=True``.
+        As in `summarize`, with a promised bound or made with ``causal=True``. Its error holds for every output if its
+        bound holds.
     summary : Summary, optional
-        Of rows that all queries see, such as a prompt's. Under ``jax.lax.scan``, which wants a state of one shape from the
-        start, that of arrays without rows: ``summarize([keys[..., :0, :], …], …)``.
+        Summary of rows that all queries see, such as a prompt. ``jax.lax.scan`` needs a state of one shape from the
+        start: give it the summary of arrays without rows, ``summarize([keys[..., :0, :], …], …)``.
 
     Examples
     --------
@@ -61,7 +62,7 @@ class DecodingState:
         key_masks: Sequence[Array | None] | None = None,
         return_lse: bool = False,
     ) -> tuple[Any, DecodingState]:
-        """Take one token in: the output of its query, which sees the token itself, and the state with the token.
+        """Add one token; return the output of its query, which sees the token itself, and the new state.
 
         Parameters
         ----------
@@ -69,7 +70,7 @@ class DecodingState:
         keys : sequence of m arrays (..., 1, d)
         values : sequence of m arrays (..., 1, dv)
         key_masks : sequence of m boolean arrays (..., 1) or None, optional
-            False for streams of a batch that have ended, or for padding: their summaries stay as they are.
+            False for streams of a batch that have ended, or for padding. Their summaries do not change.
         return_lse : bool
             Also return log Σ exp of the scores, as ``((out, lse), state)``.
 
@@ -81,7 +82,7 @@ class DecodingState:
         Raises
         ------
         PlanError, TypeError, ValueError
-            As `summarize` and `Summary.attend`; for more than one row.
+            As from `summarize` and `Summary.attend`; also for more than one row.
 
         Notes
         -----

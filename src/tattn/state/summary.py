@@ -43,28 +43,30 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    r"""All that attention to some keys and values needs to know of them, in numbers whose count no length changes.
+    r"""What attention needs to know about keys and values, in an amount of memory that does not depend on their number.
 
-    Made by `summarize`. Summaries of different rows add up, ``s1 + s2``, in any order and grouping, and a query that
-    attends to the sum attends to all pairs (triples, …) of the rows of both. A view can be added to by itself: with views a
-    and b, scores run over all pairs (j, k) of a row of a with a row of b, whatever their numbers. Immutable: nothing here changes
-    its arrays, and neither should anyone else.
+    Made by `summarize`. Summaries of different rows add up, ``s1 + s2``, in any order and grouping. A query that
+    attends to the sum attends to all pairs (triples, …) of the rows of both. Rows can be added to a single view: with
+    views a and b, scores run over all pairs (j, k) of a row of a and a row of b, whatever their numbers. Immutable: no
+    method changes the arrays, and you should not either.
 
     Attributes
     ----------
     plan : Plan
-        What the summary is made for. Its error is the error promised, and certified if the plan is and its bound is kept by all
-        queries and rows together: bounds are never checked here, whatever ``plan.source`` says.
+        The plan of all calls with the summary. Its `error` is certified if the plan is, and if all queries and rows
+        together keep its bound. Bounds are never checked here, whatever ``plan.source`` says.
     sums : tuple of m arrays (..., r, dv + 1)
-        Φ(keys_μ)ᵀ [values_μ, 1] for r = ``plan.rank`` monomials, in float64 for float64 inputs and else in float32. What is
-        differentiable of a summary, and all that another worker has to be sent.
+        Φ(keys_μ)ᵀ [values_μ, 1] for r = ``plan.rank`` monomials, in float64 for float64 inputs and else in float32.
+        Gradients pass through the sums, and another worker needs only these.
     rests : tuple of m arrays (..., r, dv + 1)
-        What rounding took from the sums: sums + rests has twice the digits. Constants for every gradient. Zeros will do.
+        The compensation: what rounding took from the sums, so that sums + rests has twice the digits. Constants for
+        every gradient. Zeros are allowed.
 
     Notes
     -----
-    In JAX a summary is a pytree, of arrays and a constant plan; in torch autograd passes through its sums. Gradients of many
-    workers: each summarizes its rows, all add up; the gradient of the sum, ``dsums``, is what each pulls back to its rows.
+    In JAX a summary is a pytree of arrays and a constant plan. In torch autograd passes through its sums. With many
+    workers, each summarizes its rows, and the summaries are added. Each worker then pulls the gradient of the sum,
+    ``dsums``, back to its rows.
 
     Examples
     --------
@@ -92,19 +94,19 @@ class Summary:
 
     @property
     def counts(self) -> tuple[Array, ...]:
-        """How many rows of every view are in, masked ones aside: m arrays (...)."""
+        """Number of rows in every view, without masked ones: m arrays (...)."""
         self._checked()
         return tuple(s[..., 0, -1] for s in self.sums)
 
     def __add__(self, other: Summary) -> Summary:
-        """The summary of the rows of both: exact but for a rounding of twice the digits.
+        """The summary of the rows of both, exact up to rounding at twice the digits.
 
         Leading dimensions broadcast.
 
         Raises
         ------
         PlanError
-            If the plans differ in more than the shapes and costs that they were made for; it names in what.
+            If the plans differ in more than shapes and costs; it names the difference.
         TypeError, ValueError
             For another library, device or number of value channels.
         """
@@ -133,7 +135,7 @@ class Summary:
         Parameters
         ----------
         keys, values, key_masks, progress
-            As in `summarize`; None in the place of a view without new rows.
+            As in `summarize`; None for a view without new rows.
 
         Raises
         ------
@@ -149,22 +151,23 @@ class Summary:
         return _of(self.plan, pairs)
 
     def attend(self, query: Array, *, return_lse: bool = False) -> Any:
-        """Attention of queries to all pairs (triples, …) of rows that are in, as from `tensor_attention` with the plan.
+        """Attention of queries to all pairs (triples, …) of rows in the summary, as from `tensor_attention` with the
+        plan.
 
         Parameters
         ----------
         query : array (..., n, d)
-            Of the plan's dtype, and of the summary's library and device; leading dimensions broadcast with the summary's.
+            Of the plan's dtype, and of the summary's library and device. The batch broadcasts with the summary's.
         return_lse : bool
             Also return log Σ exp of the scores, (..., n).
 
         Returns
         -------
         array (..., n, dv), or a tuple of it and lse
-            In the dtype of the query; lse in the dtype of the sums. Where some view has no rows, 0 and −inf. NaN where the
-            normaliser lost its sign, which takes scores beyond the plan's bound, and where entries are too large for
-            their powers (Notes of `summarize`). In torch and JAX differentiable with respect to query and summary by our own
-            adjoint.
+            In the dtype of the query; lse in the dtype of the sums. 0 and −inf if a view has no rows. NaN where the
+            normaliser lost its sign (this needs scores beyond the plan's bound), and where entries are too large for
+            their powers (Notes of `summarize`). In torch and JAX differentiable with respect to query and summary by
+            our own adjoint.
 
         Raises
         ------
@@ -183,7 +186,7 @@ class Summary:
         return (out, lse[..., 0]) if return_lse else out
 
     def attend_vjp(self, query: Array, *, return_lse: bool = False) -> tuple[Any, Callable[..., Any]]:
-        """Attention, and the function that takes a gradient of its output back to query and summary, for any library.
+        """Attention, and a function from the gradient of its output to those of query and summary, for any library.
 
         Parameters
         ----------
@@ -194,9 +197,9 @@ class Summary:
         -------
         out : as from `attend`
         pullback : callable
-            ``pullback(grad_out, grad_lse=None) -> (dquery, dsums)``: arrays in the shapes of `query` and, a tuple, of `sums`. It
-            is the exact derivative of the computed output. A summary that was added up passes `dsums` on to each of its
-            parts (summed over leading dimensions that a part was broadcast along).
+            ``pullback(grad_out, grad_lse=None) -> (dquery, dsums)``: arrays in the shapes of `query` and, a tuple, of
+            `sums`. The result is the exact derivative of the computed output. If the summary is a sum, `dsums` is the
+            gradient of each of its parts (summed over batch dimensions along which a part was broadcast).
 
         Raises
         ------
@@ -205,7 +208,7 @@ class Summary:
 
         Notes
         -----
-        Twice the cost of `attend`, in the same order of memory.
+        Twice the time of `attend`, with memory of the same order.
         """
         checked_flags(return_lse=return_lse)
         backend, call, arrays = self._reading(query)
@@ -227,24 +230,25 @@ class Summary:
         return ((out, lse[..., 0]) if return_lse else out), pullback
 
     def save(self, path: Path) -> None:
-        """Write plan, sums and rests to an ``.npz`` file; a file that is there is replaced once the disk has all of it.
+        """Write plan, sums and rests to an ``.npz`` file. A file of this name is replaced only when the new one is
+        complete.
 
         Parameters
         ----------
         path : str, bytes or os.PathLike
-            A link stays, and what it leads to is replaced. A file that is replaced hands on its mode.
+            A link stays, and its target is replaced. The new file has the mode of the old one.
 
         Raises
         ------
         ValueError
-            For a plan that contradicts itself, which `load` would refuse.
+            If the plan contradicts itself: `load` would refuse it.
         OSError
-            If it cannot be written; a file that is there is as it was, then.
+            If the file cannot be written. A file of this name is then unchanged.
 
         Notes
         -----
-        Threads and processes may save to one path at once: each writes a file of its own, ``.tattn-….part`` in the same folder,
-        and one of them is there in the end. Only what ends the process on the spot leaves a ``.part`` behind.
+        Threads and processes may save to one path at once. Each writes its own file, ``.tattn-….part`` in the same
+        folder, and in the end one of them is at the path. A ``.part`` file stays only if the process is killed.
         """
         backend = self._checked()
         arrays: Any = {}
@@ -264,17 +268,18 @@ class Summary:
         Raises
         ------
         TypeError
-            If `like` is no array, or one of Dask.
+            If `like` is not an array, or is a Dask array.
         ValueError
-            For a file that is not one, is damaged, contradicts itself, or was written by another version.
+            If the file was not written by `save`, is damaged, contradicts itself, or was written by another version.
         OSError
             If it cannot be read.
 
         Notes
         -----
-        Takes memory for the file and not more, whatever it says: nothing is unpickled, evaluated or uncompressed, and headers are
-        compared with each other and with the plan before numbers are read. A plan has to be one that could have been made. That
-        its bound and its error are true is another matter: they are as good as whoever wrote the file.
+        It takes no more memory than the file has bytes, whatever the file says. Nothing is unpickled, evaluated or
+        uncompressed. Headers are compared with each other and with the plan before numbers are read. The plan must be
+        consistent, but nobody can check that its bound and error are true: they are as reliable as the source of the
+        file.
         """
         backend = None if like is None else checked_array("like", like)
         plan, of_views = _loaded(path)
@@ -307,17 +312,17 @@ def summarize(
     key_masks: Sequence[Array | None] | None = None,
     progress: bool | Progress | None = None,
 ) -> Summary:
-    """Summary of keys and values: attention to them later, elsewhere, or together with others.
+    """Summarize keys and values, to attend to them later, elsewhere, or together with others.
 
     Parameters
     ----------
     keys : sequence of m arrays (..., n_μ, d), or None
         Of the plan's dtype, and of one library and device. Lengths may differ and may be 0; None stands for a view
-        without rows. Rows pass in blocks, so a ``numpy.memmap`` may be larger than memory.
+        without rows. Rows are read in blocks, so a ``numpy.memmap`` may be larger than memory.
     values : sequence of m arrays (..., n_μ, dv), or None
     plan : Plan
-        Polynomial, not banded, the same for all that will be added up: ``tattn.plan_for(..., bound=...)``, whose bound the caller
-        promises. The shapes it was made for do not matter.
+        Polynomial and not banded, the same for all summaries that will be added: ``tattn.plan_for(..., bound=...)``,
+        whose bound you promise. The shapes it was made for do not matter.
     key_masks : sequence of m boolean arrays (..., n_μ) or None, optional
         True for rows that count.
     progress : callable or True, optional
@@ -335,17 +340,17 @@ def summarize(
     TypeError, ValueError
         For arguments that do not fit, by name, before anything is computed.
     ImportError
-        With ``progress=True`` where tqdm is not installed.
+        With ``progress=True`` if tqdm is not installed.
 
     Notes
     -----
     O(n_μ r dv) time, O(r dv) memory. Lemmas 4.5 and F.1 of arXiv 2405.16411.
 
-    Channels are multiplied by factors that depend on scale and order alone: those of keys by the power of two next to
-    scale^(1/order), those of the query by what is left of the scale. So views should be of like size: where rows are a thousand
-    times larger in one view than in another, take λ and 1/λ out before. In float32 no |entry| times its factor may
-    exceed 2^(103/(m g)) for degree g, 7,500 for two views and degree 4, 35 for degree 10; in float64 2^(970/(m g)).
-    Beyond, the answer is NaN.
+    Channels are multiplied by factors that depend on scale and order alone: keys by the power of two next to
+    scale^(1/order), the query by the rest of the scale. So the views should have similar size: if rows of one view are
+    a thousand times larger than those of another, multiply the views by λ and 1/λ first. In float32 no |entry| times
+    its factor may exceed 2^(103/(m g)) for degree g, 7,500 for two views and degree 4, 35 for degree 10; in float64
+    2^(970/(m g)). Above this the output is NaN.
 
     Examples
     --------
@@ -368,7 +373,7 @@ def summarize_vjp(
     *,
     key_masks: Sequence[Array | None] | None = None,
 ) -> tuple[Summary, Callable[..., Any]]:
-    """Summary, and the function that takes a gradient of its sums back to keys and values, for any library.
+    """Summary, and a function from the gradient of its sums to those of keys and values, for any library.
 
     Parameters
     ----------
@@ -379,13 +384,13 @@ def summarize_vjp(
     -------
     summary : Summary
     pullback : callable
-        ``pullback(dsums) -> (dkeys, dvalues)`` for a sequence of m arrays in the shapes of ``summary.sums``: tuples of arrays,
-        each in the shape and dtype of what it is the gradient of, None for views that are None.
+        ``pullback(dsums) -> (dkeys, dvalues)`` for a sequence of m arrays in the shapes of ``summary.sums``: tuples of
+        arrays, each in the shape and dtype of its input, None for views that are None.
 
     Raises
     ------
     TypeError, ValueError, PlanError
-        As from `summarize`; from the pullback for `dsums` that do not fit, by name.
+        As from `summarize`. From the pullback for `dsums` that do not fit, by name.
 
     Examples
     --------

@@ -1,0 +1,197 @@
+"""The recipes of CONTRIBUTING.md, followed literally and held against the exact method; and the journey in docs/design.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from importlib.util import find_spec
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tattn
+from tattn.backends.numpy import BACKEND
+from tattn.methods import Exact
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(recipe: str, language: str = "python") -> list[str]:
+    """The blocks of code under a heading, in their order."""
+    section = re.search(rf"^## {recipe}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
+    assert section, recipe
+    found = re.findall(rf"^```{language}\n(.*?)^```", section[1], re.DOTALL | re.MULTILINE)
+    assert found, (recipe, language)
+    return found
+
+
+def followed(recipe: str) -> dict:
+    """The names that the code of a recipe defines, its blocks run one after the other."""
+    # Dataclasses look for the module of their class.
+    names = {"__name__": __name__}
+    for block in blocks(recipe):
+        exec(compile(block, f"CONTRIBUTING.md, {recipe}", "exec", dont_inherit=True), names)
+    return names
+
+
+def drawn(n: int, dtype: str = "float32") -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Query, keys and values of two views, in four channels."""
+    q, a, b, u, v = np.random.default_rng(n).uniform(-1, 1, (5, n, 4)).astype(dtype)
+    return q, [a, b], [u, v]
+
+
+def exact(query, keys, values):
+    """Output and gradients by the exact method in float64; the query stands for the gradient of the output."""
+    query, *rest = (x.astype("float64") for x in (query, *keys, *values))
+    out, pullback = tattn.tensor_attention_vjp(query, rest[:2], rest[2:], method="exact")
+    return out, pullback(query)
+
+
+def flat(gradients) -> list[np.ndarray]:
+    query, keys, values = gradients
+    return [query, *keys, *values]
+
+
+def assert_within(found, expected, error, values):
+    """Every entry of the output within the error, relative to the product of the largest values of its channel."""
+    sizes = np.prod([abs(v.astype("float64")).max(axis=0) for v in values], axis=0)
+    assert found.shape == expected.shape
+    assert (abs(found - expected) <= error * sizes).all()
+
+
+def assert_gradients_within(found_and_bounds, expected):
+    """Every entry of every gradient within its bound."""
+    for gradient, bound, true in zip(*map(flat, found_and_bounds), flat(expected), strict=True):
+        assert gradient.dtype == np.float32
+        assert (abs(gradient - true) <= bound).all()
+
+
+def test_a_method():
+    names = followed("Add a method")
+    query, keys, values = drawn(60)
+    plan = names["wide_plan"](query, keys, values)
+    assert isinstance(plan.algorithm, names["Wide"])
+    assert plan.method == "exact"
+    usual = Exact().guarantee(plan.problem, plan.scores)
+    assert plan.certified
+    assert plan.error < usual.error / 10
+
+    expected, gradients = exact(query, keys, values)
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+    assert out.dtype == np.float32
+    assert_within(out, expected, plan.error, values)
+    assert_gradients_within(pullback(query, return_error=True), gradients)
+    # No worse than one rounding to float32: float64 was computed in.
+    assert abs(out - expected).max() <= 2.0**-24 * abs(expected).max()
+
+
+def test_a_kernel(monkeypatch):
+    query, values, _ = drawn(2000)
+    query = query[:20] / np.float32([8, 1, 1, 1])
+    # Values that are high where scores are, and channels of unequal sizes: weights and units show.
+    keys = [values[0] * np.float32([8, 1, 1, 1]), values[1]]
+    before = tattn.plan(query, keys, values, method="polynomial", tol=1e-2)
+    # Whatever the recipe leaves in the backend goes with the test.
+    monkeypatch.setattr(BACKEND, "kernels", BACKEND.kernels)
+    names = followed("Add a kernel")
+    kernel = names["kernel"]
+    taken = []
+
+    def counted(*given):
+        taken.append(given[0].shape)
+        return kernel.function(*given)
+
+    BACKEND.kernels = (kernel._replace(function=counted), *BACKEND.kernels[1:])
+
+    plan = tattn.plan(query, keys, values, degree=before.degree, bound=before.bound)
+    promised = tattn.plan_for(n=2000, dim=4, bound=before.bound, degree=before.degree)
+    assert plan.chain == kernel.chain > promised.chain
+    # The rounding of the longer chains, and nothing else, is what the error grows by.
+    longer = replace(promised.problem, chain=kernel.chain)
+    assert plan.error == promised.algorithm.guarantee(longer, promised.scores).error > promised.error
+
+    expected, gradients = exact(query, keys, values)
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+    assert taken == [keys[0].shape, keys[1].shape]
+    assert_within(out, expected, plan.error, values)
+    assert_gradients_within(pullback(query, return_error=True), gradients)
+    del taken[:]
+
+    # A plan that counts with shorter chains does without it.
+    other = tattn.tensor_attention(query, keys, values, plan=promised)
+    assert taken == []
+    assert_within(other, expected, promised.error, values)
+    # Both compute the same polynomial: between them is rounding alone.
+    of_polynomial = plan.delta / sqrt(1 - plan.delta**2)
+    assert_within(other, out, plan.error + promised.error - 2 * of_polynomial, values)
+    assert abs(other - out).max() > 0
+
+
+# With each library, and so also where array-api-strict is installed.
+@pytest.mark.usefixtures("library")
+def test_a_backend(tmp_path):
+    original = find_spec("array_api_strict")
+    if original is None:
+        pytest.skip("array_api_strict is not installed")
+    # A library that nobody knows: array-api-strict under another name.
+    (tmp_path / "otherlib").mkdir()
+    for file in Path(original.origin).parent.glob("*.py"):
+        text = file.read_text(encoding="utf-8").replace("array_api_strict", "otherlib")
+        (tmp_path / "otherlib" / file.name).write_text(text, encoding="utf-8")
+    package, checked = blocks("Add a backend")
+    (declared,) = blocks("Add a backend", "toml")
+    name = re.match(r"# (\w+\.py)\n", package)[1]
+    (tmp_path / name).write_text(package, encoding="utf-8")
+    points = tomllib.loads(declared)["project"]["entry-points"]["tattn.backends"]
+    info = tmp_path / "recipe-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: recipe\nVersion: 1.0\n", encoding="utf-8")
+    lines = [f"{module} = {value}" for module, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[tattn.backends]", *lines, ""]), encoding="utf-8")
+    code = f"""
+import otherlib, tattn
+from tattn.backends import backend_of
+{checked}
+rows = otherlib.asarray([[0.1, 0.2], [0.3, 0.4]])
+print(backend_of(rows).name, type(tattn.tensor_attention(rows, [rows, rows], [rows, rows])).__module__)
+"""
+    paths = [str(tmp_path), str(Path(tattn.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Other", "otherlib._array_object"]
+
+
+def test_the_journey_of_a_call():
+    """The files that a call enters, in order, are those of docs/design.md."""
+    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    listed = re.search(r"## The journey of one call\n.*?```text\n(.*?)```", text, re.DOTALL)
+    assert listed
+    package = Path(tattn.__file__).parent
+    query, *views = np.random.default_rng(0).uniform(-1, 1, (5, 1000, 4))
+    entered: dict[str, None] = {}
+
+    def enter(frame, event, _):
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(str(package)):
+            entered[Path(file).relative_to(package).as_posix()] = None
+
+    # The first call imports and fills tables.
+    tattn.tensor_attention(query, views[:2], views[2:])
+    before = sys.getprofile()
+    sys.setprofile(enter)
+    try:
+        tattn.tensor_attention(query, views[:2], views[2:])
+    finally:
+        sys.setprofile(before)
+    assert list(entered) == [line.split()[0] for line in listed[1].splitlines()]
