@@ -245,7 +245,7 @@ def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[t
             total = xp.matrix_transpose(start.sums[number]) * share
         head = view.keys.shape[-2] - n
         if head:
-            first = summary(*view.rows(0, head), unit, setting.degree, backend, setting.grading)
+            first = summary(view.rows(0, head), unit, setting.monomials, backend)
             total, lost = add((total, lost), xp.matrix_transpose(first) * share)
         sums.append((total, lost))
     rows = (*operands.keys, *operands.values, *operands.masks)
@@ -260,8 +260,7 @@ def _with_heads(setting: Setting, behind: Sequence[Array], found: Gradients, vie
     for i, (view, g) in enumerate(zip(views, behind, strict=True)):
         head = view.keys.shape[-2] - n
         if head:
-            own = view.rows(0, head), setting.units[i + 1], g
-            parts = key_adjoint(*own[0], *own[1:], setting.degree, backend, setting.grading)
+            parts = key_adjoint(view.rows(0, head), setting.units[i + 1], g, setting.monomials, backend)
             for grads, part in zip((d_keys, d_values), parts, strict=True):
                 grads[i] = backend.xp.concat([part, grads[i]], axis=-2)
     return Gradients(found.query, tuple(d_keys), tuple(d_values))

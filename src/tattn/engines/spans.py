@@ -20,7 +20,7 @@ from ..arrays import clean, prod_of, sum_to_leading, swap_outer
 from ..backends import Array, Backend
 from ..backends.base import memoized
 from ..features.basis import read
-from ..features.monomials import Grading, features, pull_back
+from ..features.monomials import Grading, Monomials, features, pull_back
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
 # Rows of a span: for one view, and for more.
@@ -39,6 +39,11 @@ class Setting(NamedTuple):
     tile: int
     leading: tuple[int, ...]
     backend: Backend
+
+    @property
+    def monomials(self) -> Monomials:
+        """Those that the polynomial has."""
+        return Monomials(self.degree, self.grading)
 
 
 def span_of(views: int) -> int:
