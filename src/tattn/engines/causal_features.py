@@ -8,7 +8,7 @@ with S_μ(i) the summary of the rows up to i of view μ
 Rows pass in blocks, which take S_μ from one to the next; `spans` has what a block computes, in spans of `b` rows. A call may start
 from the sums of rows that came before, in units of the caller's: `Start`.
 
-Adjoint, for ĝ as in `lowrank`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
+Adjoint, for ĝ as in `features`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
 
     dũ_j = Φ(a_j) G_μ(j),   da_j pulls G_μ(j) ũ_j back,   dq_i pulls w Σ_e ĝ_ie Π_μ S_μ(i)_e back.
 

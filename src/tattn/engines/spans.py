@@ -1,6 +1,6 @@
 """A block of rows of causal attention by the polynomial method, in spans of a few rows: read-out and adjoint.
 
-Symbols as in `lowrank_causal`. A block consists of spans of `b` rows. Within a span S_μ(i) = C_μ + (the span's rows up to i), with
+Symbols as in `causal_features`. A block consists of spans of `b` rows. Within a span S_μ(i) = C_μ + (the span's rows up to i), with
 C_μ the summary of all rows before it. One view need not be summed up for each row: for X(i) = w Φ(q_i) ∘ Π_{ν > 1} S_ν(i),
 
     N_ie = Σ_α X(i)_αe C_1αe + Σ_{j ≤ i in the span} ũ_je Σ_α X(i)_αe Φ(a_j)_α,

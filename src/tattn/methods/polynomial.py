@@ -11,7 +11,14 @@ from ..approximation.exponential import Polynomial as Approximation
 from ..approximation.exponential import minimax, taylor
 from ..approximation.pruning import dropped, sums_of
 from ..backends import Array
-from ..bounds.rounding import USUAL_VALUE_DIM, least_normaliser, lowrank_errors, lowrank_rounding, scores_round_less
+from ..bounds.rounding import (
+    USUAL_VALUE_DIM,
+    Sums,
+    least_normaliser,
+    polynomial_errors,
+    polynomial_rounding,
+    scores_round_less,
+)
 from ..bounds.score_range import rounded_up
 from ..engines import causal_features, features, scorewise
 from ..engines.spans import span_of
@@ -111,20 +118,17 @@ class Polynomial:
         """From its distance to exp, what a pruned basis lacks for channels of these sizes, and rounding."""
         error, grad_error = inf, inf
         if self.delta < 1:
-            rho = lowrank_rounding(
-                self.coefficients, self.bound, scores.lowest_mean, delta=self.delta, dim=problem.dim,
-                rank=self.rank(problem.dim), views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM),
-                dtype=problem.dtype, span=span_of(problem.views) if problem.order.causal else 0, chain=problem.chain,
-            )  # fmt: skip
-            lost = self._dropped(scores)
-            error, grad_error = lowrank_errors(self.delta, self.delta_prime, *rho, lost)
+            least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
+            span = span_of(problem.views) if problem.order.causal else 0
+            sums = Sums.of(problem, self.rank(problem.dim), span)
+            rho = polynomial_rounding(self.coefficients, self.bound, least, sums, problem.dtype)
+            error, grad_error = polynomial_errors(self.delta, self.delta_prime, *rho, self._dropped(scores, least))
         return Guarantee(error, grad_error, isfinite(error))
 
-    def _dropped(self, scores: ScoreRange) -> tuple[float, float]:
-        """What the monomials that a pruned basis lacks add up to in P and P′, relative to the normaliser."""
+    def _dropped(self, scores: ScoreRange, least: float) -> tuple[float, float]:
+        """What the monomials that a pruned basis lacks add up to in P and P′, relative to the normaliser, at `least` this."""
         if not self.grading:
             return 0.0, 0.0
-        least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
         if not least > 0:
             return inf, inf
         lost, lost_prime = dropped(self.coefficients, self.grading, self.sums(scores))

@@ -10,7 +10,7 @@ from typing import Any
 from ..approximation.exponential import MAX_DEGREE
 from ..approximation.pruning import HIGHER
 from ..backends import Array
-from ..bounds.rounding import USUAL_VALUE_DIM, lowrank_errors, lowrank_rounding
+from ..bounds.rounding import Sums, least_normaliser, polynomial_errors, polynomial_rounding
 from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges
 from ..checks import (
     MAX_ORDER,
@@ -33,7 +33,7 @@ from ..features.monomials import rank as rank_of
 from ..methods import Banded, Exact, Polynomial
 from ..plans import Plan, si, spread
 from ..problem import Guarantee, Problem, ScoreRange
-from .sampling import Estimate, estimate
+from .sampling import Estimate, Pruning, estimate
 from .selection import Wish, affordable_degrees, beyond, check_rank, choose, largest_rank, plan_with, why_overflows
 
 # Methods that can be asked for as values.
@@ -375,11 +375,10 @@ def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> P
         return sampled.pruned.rank if sampled.pruned else rank_of(problem.dim, len(sampled.coefficients) - 1)
 
     def rounding_of(sampled: Estimate) -> tuple[float, float]:
-        rho, rho_prime = lowrank_rounding(
-            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=problem.dim, rank=rank_with(sampled),
-            views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM), dtype=problem.dtype,
-        )  # fmt: skip
-        return lowrank_errors(0.0, 0.0, rho, rho_prime)
+        least = least_normaliser(0.0, sampled.bound, found.lowest_mean)
+        sums = Sums.of(problem, rank_with(sampled))
+        rho = polynomial_rounding(sampled.coefficients, sampled.bound, least, sums, problem.dtype)
+        return polynomial_errors(0.0, 0.0, *rho)
 
     def exact(reason: str) -> Plan:
         scores = ScoreRange(found.bound, found.lowest_mean, "data")
@@ -397,11 +396,11 @@ def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> P
         sampled = estimate(inputs, problem.scale, tol, [degree])
     else:
         higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1)
-        most = 0 if wish.gradients is None else largest_rank(problem.dim)
-        sampled = estimate(
-            inputs, problem.scale, tol, affordable, higher, most, wish.gradients is True,
-            lambda found: rounding_of(found)[0],
-        )  # fmt: skip
+        pruning = None
+        if wish.gradients is not None:
+            most = largest_rank(problem.dim)
+            pruning = Pruning(higher, most, wish.gradients, lambda found: rounding_of(found)[0])
+        sampled = estimate(inputs, problem.scale, tol, affordable, pruning)
     error, grad_error = sampled.error, sampled.grad_error
     if error < inf:
         rounding, grad_rounding = rounding_of(sampled)

@@ -87,7 +87,8 @@ def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bo
     cheaper = plan is None or _banded_work(candidate, inputs) + recomputed * plan.flops_exact < _flops(plan)
     if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
         reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
-        return _hybrid_work(inputs, work, replace(candidate, reason=reason), row_errors, most, values, found)
+        work = work._replace(plan=replace(candidate, reason=reason), result=found)
+        return _hybrid_work(inputs, work, row_errors, most, values)
     if plan is None:
         quantiles = ", ".join(
             f"{q:.0%}: {np.quantile(row_errors, q, method='higher'):.2g}" for q in (0.5, 0.9, 0.99, 1.0)
@@ -131,16 +132,15 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
 def _hybrid_work(
     inputs: Inputs,
     work: Work,
-    candidate: Plan,
     row_errors: np.ndarray,
     most: int,
     values: tuple[Array | None, ...],
-    found: tuple[Array, ...],
 ) -> Work:
-    """The banded polynomial with the `most` worst rows of every problem recomputed."""
-    backend = inputs.backend
-    bound = measured(inputs, candidate.scale).bound
-    errors = Exact().guarantee(candidate.problem, ScoreRange(bound, -bound, "data"))
+    """Banded work, which is done, with the `most` worst rows of every problem recomputed."""
+    backend, plan = inputs.backend, work.plan
+    assert work.result is not None
+    bound = measured(inputs, plan.scale).bound
+    errors = Exact().guarantee(plan.problem, ScoreRange(bound, -bound, "data"))
     # The worst rows of every problem, as many as the problem with most of them needs.
     chosen = np.argsort(-row_errors, axis=-1, kind="stable")[..., :most]
     place = most + np.broadcast_to(np.arange(row_errors.shape[-1]), row_errors.shape).copy()
@@ -153,8 +153,8 @@ def _hybrid_work(
     return Work(
         call,
         (*inputs.arrays, *index),
-        replace(candidate, algorithm=method),
-        backend.run(forward, call, (*values, *index, *found[:3])),
+        replace(plan, algorithm=method),
+        backend.run(forward, call, (*values, *index, *work.result[:3])),
     )
 
 

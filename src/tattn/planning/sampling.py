@@ -49,34 +49,37 @@ class Estimate(NamedTuple):
     pruned: Pruned | None = None
 
 
+class Pruning(NamedTuple):
+    """Which pruned bases to look at: of a rank up to `most`, also of the degrees in `higher`, with the `rounding` of each.
+
+    `gradients`: whether theirs are held to what those of the whole basis would be.
+    """
+
+    higher: Sequence[int]
+    most: float
+    gradients: bool
+    rounding: Callable[[Estimate], float]
+
+
 def estimate(
-    inputs: Inputs,
-    scale: float,
-    tol: float,
-    degrees: Sequence[int],
-    higher: Sequence[int] = (),
-    most: float = 0.0,
-    gradients: bool = True,
-    rounding: Callable[[Estimate], float] = lambda _: 0.0,
+    inputs: Inputs, scale: float, tol: float, degrees: Sequence[int], pruning: Pruning | None = None
 ) -> Estimate:
     """The least degree whose fitted polynomial keeps sampled rows within `tol`; the best degree if none does.
 
     Scores of sampled query rows with sampled rows of every view; the error is Σ |P/ΣP − softmax| of a row, which
-    bounds the output's for any values, the largest seen over the rows. Where a pruned basis of a rank up to `most` does as
-    well with fewer monomials, and with the `rounding` that comes to its error, that; degrees in `higher` are for such alone.
+    bounds the output's for any values, the largest seen over the rows. Where a pruned basis does as well with fewer monomials,
+    and with the rounding that comes to its error, that.
     """
     sample = Sample.of(inputs, scale)
     best = _of_least_degree(sample, tol, degrees)
-    if best.error <= tol:
-        whole, below = (
-            best,
-            min(most + 1, worthwhile(rank_of(inputs.dim, len(best.coefficients) - 1), inputs.value_dim)),
-        )
-    elif higher and best.error < inf:
-        whole, below = _of_least_degree(sample, tol, higher), most + 1
-    else:
+    if pruning is None:
         return best
-    found = _pruned(sample, whole, tol, below, gradients, rounding) if whole.error <= tol and below > 1 else None
+    whole, below = best, pruning.most + 1
+    if best.error <= tol:
+        below = min(below, worthwhile(rank_of(inputs.dim, len(best.coefficients) - 1), inputs.value_dim))
+    elif best.error < inf:
+        whole = _of_least_degree(sample, tol, pruning.higher)
+    found = _pruned(sample, whole, tol, below, pruning) if whole.error <= tol and below > 1 else None
     return found or best
 
 
@@ -296,15 +299,13 @@ class Sample(NamedTuple):
         return [float(s) for s in found]
 
 
-def _pruned(
-    sample: Sample, whole: Estimate, tol: float, below: float, gradients: bool, rounding: Callable[[Estimate], float]
-) -> Estimate | None:
+def _pruned(sample: Sample, whole: Estimate, tol: float, below: float, pruning: Pruning) -> Estimate | None:
     """The smallest pruned basis that keeps sampled rows within `tol`, fitted; None if there is none worth it.
 
     Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for.
     """
     degree = len(whole.coefficients) - 1
-    allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if gradients else inf
+    allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if pruning.gradients else inf
     few = sample.fewer()
 
     def measured(pruned: Pruned, sample: Sample) -> Estimate:
@@ -312,7 +313,7 @@ def _pruned(
         return Estimate(coefficients, whole.bound, error, grad_error, pruned)
 
     def meets(found: Estimate, share: float, share_grad: float) -> bool:
-        return found.error + rounding(found) <= share * tol and found.grad_error <= share_grad * allowed
+        return found.error + pruning.rounding(found) <= share * tol and found.grad_error <= share_grad * allowed
 
     degrees, sizes = range(degree, degree + HIGHER + 1), sample.sizes()
     share = share_grad = 1.0
@@ -326,7 +327,7 @@ def _pruned(
         if meets(found, 1.0, 1.0):
             return found
         # More rows show more: by about as much the choice has to be stricter.
-        share *= min(1.0, max(0.5, 0.95 * tol / (found.error + rounding(found))))
+        share *= min(1.0, max(0.5, 0.95 * tol / (found.error + pruning.rounding(found))))
         share_grad *= min(1.0, max(0.5, 0.95 * allowed / found.grad_error)) if isfinite(allowed) else 1.0
     return None
 
