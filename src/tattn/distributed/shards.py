@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.score_range import RangeCall, Ranges, ranges
-from ..checks import Inputs, checked_finite, checked_flags, checked_inputs, true_or_false
-from ..operands import Operands
+from ..checks import Inputs, check_values, checked_finite, checked_flags, checked_inputs, true_or_false
 from ..planning import plan_found
 from ..planning.choice import check_ranges
 from ..planning.selection import Wish
@@ -72,8 +71,7 @@ def agreed(
 
 def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:
     """Leading dimensions of every view, of which sums depend; and of each array `alone`, of which ranges do."""
-    operands, _ = Operands.of(inputs.backend, inputs.arrays, inputs.views, 1.0)
-    of_views = tuple(view.leading for view in operands.views)
+    of_views = tuple(view.leading for view in inputs.operands().views)
     rows = inputs.arrays[: 1 + 2 * inputs.views] if alone else ()
     return of_views + tuple(tuple(x.shape[:-2]) for x in rows)  # type: ignore[union-attr]
 
@@ -83,9 +81,8 @@ def _checked(given: tuple[Any, Any, Any, Any], causal: Any, group: Group) -> Inp
     query, keys, values, masks = given
     if not isinstance(query, Tensor):
         raise TypeError(f"query should be a torch tensor, got {type(query).__name__}")
-    if values is None:
-        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, masks, causal, rowless=True)
+    check_values(values)
+    inputs = checked_inputs(query, keys, values, masks, (causal, None), rowless=True)
     rank, (n, *lengths) = dist.get_rank(group), inputs.lengths
     for i, length in enumerate(lengths):
         if inputs.order.causal and rank and length != n:
@@ -112,7 +109,7 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
         return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
 
     # Masks are a rank's own affair, but what they leave is counted in arrays of one shape on all.
-    operands, _ = Operands.of(inputs.backend, inputs.arrays, inputs.views, scale)
+    operands = inputs.operands(scale)
     q, rows = operands.query, (*operands.keys, *operands.values)
     shapes = [(*view.leading, view.keys.shape[-2], 1) for view in operands.views]
     seen = [

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..attention import tensor_attention
 from ..backends.jax import BACKEND
-from ..checks import checked_dtype, checked_flags, checked_kind, checked_layer_call, checked_parameters
+from ..checks import checked_dtype, checked_flags, checked_kind
+from .checks import checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 
@@ -109,9 +110,7 @@ def apply(
     _checked_config(config)
     checked_flags(return_error=return_error)
     checked_parameters(params, config.parameter_shapes(), BACKEND)
-    contexts, masks = checked_layer_call(
-        x, contexts, key_masks, config.embed_dim, config.context_dims, like=params["q_proj.weight"], backend=BACKEND
-    )
+    contexts, masks = checked_layer_call(x, contexts, key_masks, config, params["q_proj.weight"])
 
     def project(name: str, rows: jax.Array) -> jax.Array:
         projected = rows @ params[f"{name}.weight"].T

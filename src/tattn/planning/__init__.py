@@ -118,7 +118,7 @@ def plan(
     >>> plan.method, plan.error < 1e-3
     ('polynomial', True)
     """
-    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
+    inputs = checked_inputs(query, keys, values, key_masks, (causal, window))
     if isinstance(method, _VALUES):
         number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
         asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}

@@ -14,6 +14,7 @@ from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite, warn_caller
 from ..methods import Banded, Call, Exact, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
+from ..operands import Upstream
 from ..plans import Plan
 from ..problem import ScoreRange
 from . import banded_candidates, measured, plan_inputs
@@ -38,27 +39,28 @@ class Work(NamedTuple):
     result: tuple[Array, ...] | None = None
 
 
-def chosen_work(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
+def chosen_work(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     """The cheapest way that meets `tol`, for values that can be read."""
-    work = _cheapest(inputs, scale, tol, method, certify)
+    work = _cheapest(inputs, scale, wish, certify)
     plan = work.plan
     flops = plan.flops_exact * (1.0 if plan.method == "exact" else plan.recomputed)
-    if method == "auto" and flops > _LONG:
+    if wish.method == "auto" and flops > _LONG:
         warn_caller(
-            f"tol={tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
+            f"tol={wish.tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
             "return_error=True, which bounds the rows as they come, takes none"
         )
     return work
 
 
-def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
+def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     """`chosen_work` without a word about what it costs."""
+    tol, method = wish.tol, wish.method
     refused: PlanError | None = None
     plan: Plan | None = None
     try:
         # Data call for another pruned basis each time, and so for another program.
         pruning = None if inputs.backend.compiles else True
-        plan = plan_inputs(inputs, scale, Wish(tol, method, gradients=pruning))
+        plan = plan_inputs(inputs, scale, wish._replace(gradients=pruning))
     except PlanError as cannot:
         refused = cannot
     if method == "exact" and plan:
@@ -230,17 +232,15 @@ def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
     return Call(method, inputs.views, plan.scale, inputs.order, certify, plan.problem.chain)
 
 
-def gradient_bounds(
-    work: Work, inputs: Inputs, out: Array, kept: Array, grad_out: Array, grad_lse: Array
-) -> tuple[Array, ...]:
+def gradient_bounds(work: Work, inputs: Inputs, out: Array, kept: Array, upstream: Upstream) -> tuple[Array, ...]:
     """Bounds of the errors of all gradients, in their shapes."""
     backend, plan = inputs.backend, work.plan
     arrays = backend.values_of(work.arrays)
-    out, kept, grad_out, grad_lse = backend.values_of((out, kept, grad_out, grad_lse))
+    out, kept, *grads = backend.values_of((out, kept, *upstream))
     call = work.call._replace(certify=True)
     if plan.certified:
         call = call._replace(stated=(plan.error, plan.grad_error))
     if plan.series == "banded" and not work.call.certify:
         kept = backend.run(forward, call, arrays)[2]
-    bounds: tuple[Array, ...] = backend.run(bounds_of_gradients, call, (*arrays, out, kept, grad_out, grad_lse))
+    bounds: tuple[Array, ...] = backend.run(bounds_of_gradients, call, (*arrays, out, kept, *grads))
     return bounds

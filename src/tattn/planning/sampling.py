@@ -20,6 +20,7 @@ from ..bounds.score_range import RangeCall, ranges
 from ..checks import (
     Inputs,
     PlanError,
+    check_values,
     checked_entries,
     checked_finite,
     checked_inputs,
@@ -158,9 +159,8 @@ def measure_error(
     >>> largest < 1e-3
     True
     """
-    if values is None:
-        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
+    check_values(values)
+    inputs = checked_inputs(query, keys, values, key_masks, (causal, window))
     number = checked_options(scale, inputs.dim, 1.0, "exact", inputs.views, inputs.dtype)
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)

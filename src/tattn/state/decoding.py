@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Array, backend_of
-from ..checks import checked_flags, checked_kind, checked_token
+from ..checks import checked_flags, checked_kind
 from ..plans import Plan
+from .checks import checked_token
 from .summary import Summary, check_same_plan, check_streams, summarize
 
 

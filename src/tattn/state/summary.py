@@ -14,20 +14,16 @@ from ..backends import Array, Backend, backend_of
 from ..bounds.rounding import computed_in
 from ..checks import (
     PlanError,
-    Views,
-    checked_addends,
     checked_array,
     checked_flags,
-    checked_output,
-    checked_reader,
-    checked_sums,
-    checked_views,
+    checked_gradients,
 )
 from ..features.monomials import Expansion
 from ..files import Archive, Path, replacing
 from ..plans import FACTS, Plan
 from ..stored import plan_of_facts
 from . import sums as summaries
+from .checks import Views, checked_addends, checked_reader, checked_sums, checked_views
 
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
 _DESCRIPTIVE = {
@@ -141,7 +137,7 @@ class Summary:
             For arrays that do not fit the plan or the summary, by name.
         """
         self._checked()
-        views = checked_views(keys, values, key_masks, **_expected(self.plan), sums=self.sums)
+        views = checked_views(keys, values, key_masks, self.plan.problem, self.sums)
         new = _summed(views, self.plan, progress)
         pairs: list[tuple[Array, Array]] = []
         for own, rest, more in zip(self.sums, self.rests, new, strict=True):
@@ -214,14 +210,9 @@ class Summary:
             out = backend.cast(computed, query.dtype)
 
         def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...]]:
-            checked_output("grad_out", grad_out, out.shape, out, backend)
-            if grad_lse is None:
-                with backend.on_device_of(lse):
-                    grad_lse = backend.xp.zeros_like(lse)
-            else:
-                grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
+            upstream = checked_gradients(grad_out, grad_lse, out, lse, backend)
             residuals = backend.residuals(summaries.read, call, arrays, (computed, rest))
-            dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, grad_out, grad_lse))
+            dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, *upstream))
             return dquery, tuple(dsums)
 
         return ((out, lse[..., 0]) if return_lse else out), pullback
@@ -357,7 +348,7 @@ def summarize(
     [100.0, 9.0]
     """
     check_streams(plan)
-    views = checked_views(keys, values, key_masks, **_expected(plan))
+    views = checked_views(keys, values, key_masks, plan.problem)
     return _of(plan, _filled(_summed(views, plan, progress), views, plan))
 
 
@@ -400,7 +391,7 @@ def summarize_vjp(
     (100, 4)
     """
     check_streams(plan)
-    views = checked_views(keys, values, key_masks, **_expected(plan))
+    views = checked_views(keys, values, key_masks, plan.problem)
     backend, call = views.backend, call_of(plan)
     computed = [None if rows is None else _sums(rows, call, backend) for rows in views.views]
     pairs = [None if c is None else (c[0], c[2]) for c in computed]
@@ -461,10 +452,6 @@ def call_of(plan: Plan) -> summaries.SumCall:
     return summaries.SumCall(expansion, plan.scale, plan.order - 1, plan.chain)
 
 
-def _expected(plan: Plan) -> dict[str, Any]:
-    return {"views": plan.order - 1, "dim": plan.dim, "dtype": plan.dtype}
-
-
 def _of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:
     """Summary of (sums, rests) for every view."""
     sums, rests = zip(*pairs, strict=True)
@@ -480,7 +467,7 @@ def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array]
     """(sums, rests) of the rows of every view, None where it is."""
     backend, call = views.backend, call_of(plan)
     report = _reporter(progress)
-    total = sum(rows[0].shape[-2] for rows in views.views if rows is not None)
+    total = sum(rows.keys.shape[-2] for rows in views.views if rows is not None)
     done = 0
     results: list[tuple[Array, Array] | None] = []
     for rows in views.views:
@@ -488,11 +475,11 @@ def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array]
             results.append(None)
             continue
         result: tuple[Array, Array] | None = None
-        n = rows[0].shape[-2]
+        n = rows.keys.shape[-2]
         # One go, or pieces between which progress is told.
         piece = n if report is None else _PIECE
         for start in range(0, max(n, 1), max(piece, 1)):
-            cut = [a if a is None or piece >= n else a[..., start : start + piece, :] for a in rows]
+            cut = rows if piece >= n else rows.rows(start, start + piece)
             sums, _, rest = _sums(cut, call, backend)
             result = (sums, rest) if result is None else backend.run(summaries.add_up, None, (*result, sums, rest))
             if report is not None:
