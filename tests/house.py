@@ -27,6 +27,7 @@ EXCEPTIONS = {
     "distributed.dask.tensor_attention": _PUBLIC,
     "distributed.dask.tensor_attention_vjp": _PUBLIC,
     "nn.torch.TensorAttention.__init__": _PUBLIC,
+    "nn.operator.planned_attention": "a call, its plan, and the text that an operator takes for it",
     "nn.operator._backward": _OPERATOR,
     "nn.operator._": _OPERATOR,
     "distributed.operator._forward": _OPERATOR,

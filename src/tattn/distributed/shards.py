@@ -20,21 +20,28 @@ from ..planning.selection import Wish
 from ..plans import Plan
 from ..problem import Problem
 from .agreement import Group, agree, all_reduce, facts, sums_may_kill
-from .promise import promised_plan
+from .promise import Asked, promised_plan
 
 
 def agreed(
-    given: tuple[Any, Any, Any, Any], group: Group, causal: Any, scale: Any, tol: Any, plan: Any, bound: Any, degree: Any,
-    check: Any, recording: bool | None = None, told: Mapping[str, Any] | None = None,
-) -> Plan:  # fmt: skip
-    """The plan of all ranks, once they are known to agree and this rank's arrays to fit."""
+    given: tuple[Any, Any, Any, Any],
+    asked: Asked,
+    group: Group,
+    check: Any = True,
+    recording: bool | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of all ranks, once they are known to agree and this rank's arrays to fit: (query, keys, values, masks).
+
+    `recording`: whether gradients are asked for, where the arrays do not tell; `flags`: further options, True or False.
+    """
     refused: Exception | None = None
     said = None
     try:
         check = true_or_false("check", check)
-        checked_flags(**(told or {}))
-        inputs = _checked(given, causal, group)
-        plan, number = promised_plan(inputs, plan, bound, scale, tol)
+        checked_flags(**(flags or {}))
+        inputs = _checked(given, asked.causal, group)
+        plan, number = promised_plan(inputs, asked)
         views = inputs.views
         if recording is None:
             recording = BACKEND.records(inputs.arrays[1 : 1 + 2 * views])
@@ -47,10 +54,10 @@ def agreed(
                 "dtype": inputs.dtype,
                 "dv": inputs.value_dim,
                 "causal": inputs.order.causal,
-                "plan or none": None if plan is not None else (number, degree),
+                "plan or none": None if plan is not None else (number, asked.degree),
                 "leading dimensions": _leading(inputs, alone=plan is None or plan.source == "data"),
                 "need of gradients": recording,
-                "tol": None if plan is not None else tol,
+                "tol": None if plan is not None else asked.tol,
             },
         )
     except (TypeError, ValueError) as own:
@@ -63,10 +70,10 @@ def agreed(
         found = _ranges(inputs, number, group)
         if plan is None:
             checked_finite(found.largest, inputs.views)
-            plan = plan_found(_problem(inputs, number, group), found, Wish(tol, "polynomial", degree))
+            plan = plan_found(_problem(inputs, number, group), found, Wish(asked.tol, "polynomial", asked.degree))
         else:
             check_ranges(plan, found, inputs.views)
-    return plan  # type: ignore[no-any-return]
+    return plan
 
 
 def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:

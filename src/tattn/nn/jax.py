@@ -131,9 +131,8 @@ def apply(
         query = project("q_proj", x)
         keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
         values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
-        out, error = attend(
-            config, attention, query, keys, values, masks, score_factor, jax.lax.stop_gradient, return_error
-        )
+        rows = query, keys, values, masks
+        out, error = attend(config, attention, rows, score_factor, jax.lax.stop_gradient, return_error)
         out = project("out_proj", out)
     return (out, error) if return_error else out
 

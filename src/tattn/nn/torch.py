@@ -188,9 +188,8 @@ class TensorAttention(nn.Module):
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
             return self._attention(q, ks, vs, masks, return_error)
 
-        out, error = attend(
-            self.config, attention, query, keys, values, masks, score_factor, torch.Tensor.detach, return_error
-        )
+        rows = query, keys, values, masks
+        out, error = attend(self.config, attention, rows, score_factor, torch.Tensor.detach, return_error)
         out = self.out_proj(out)
         return (out, error) if return_error else out
 
