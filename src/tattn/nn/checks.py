@@ -20,19 +20,17 @@ from .config import AttentionConfig
 
 
 def checked_layer_call(
-    x: Any,
-    contexts: Any,
-    key_masks: Any,
+    given: tuple[Any, Any, Any],
     config: AttentionConfig,
     like: Array,
+    backend: Backend,
     dtypes: Sequence[str] = FLOATS,
 ) -> tuple[tuple[Array, ...], tuple[Array | None, ...] | None]:
-    """Contexts and masks of a layer's call, one for each view; library and device are those of the weights, `like`.
+    """Contexts and masks of a layer's call on (x, contexts, key_masks), one for each view.
 
-    `dtypes` are those that go with the weights.
+    Library and device are those of the weights, `like`; `dtypes` are those that go with them.
     """
-    backend = backend_of(like)
-    assert backend is not None
+    x, contexts, key_masks = given
     embed_dim, context_dims = config.embed_dim, config.context_dims
     views = len(context_dims)
     named = [("x", x, embed_dim)]

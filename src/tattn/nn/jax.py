@@ -110,7 +110,7 @@ def apply(
     _checked_config(config)
     checked_flags(return_error=return_error)
     checked_parameters(params, config.parameter_shapes(), BACKEND)
-    contexts, masks = checked_layer_call(x, contexts, key_masks, config, params["q_proj.weight"])
+    contexts, masks = checked_layer_call((x, contexts, key_masks), config, params["q_proj.weight"], BACKEND)
 
     def project(name: str, rows: jax.Array) -> jax.Array:
         projected = rows @ params[f"{name}.weight"].T

@@ -179,7 +179,7 @@ class TensorAttention(nn.Module):
         """
         checked_flags(return_error=return_error)
         weight = self.q_proj.weight
-        contexts, masks = checked_layer_call(x, contexts, key_masks, self.config, weight, _served(weight))
+        contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
