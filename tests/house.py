@@ -21,7 +21,7 @@ EXCEPTIONS = {
     "attention.tensor_attention_vjp": _PUBLIC,
     "planning.plan": _PUBLIC,
     "planning.plan_for": _PUBLIC,
-    "planning.sampling.measure_error": _PUBLIC,
+    "planning.measure.measure_error": _PUBLIC,
     "distributed.torch.tensor_attention": _PUBLIC,
     "distributed.torch.plan": _PUBLIC,
     "distributed.dask.tensor_attention": _PUBLIC,

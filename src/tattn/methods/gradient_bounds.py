@@ -116,6 +116,20 @@ def told_error(operands: Operands, error: float) -> Array:
     return xp.where(xp.all(known, axis=-1, keepdims=True), told, inf)
 
 
+class OneError:
+    """What methods share whose error is stated once, for all rows alike."""
+
+    def gradient_bounds(
+        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
+    ) -> Gradients:
+        """From what is stated."""
+        return stated_bounds(operands, upstream, stated)
+
+    def row_errors(self, kept: Array) -> None:
+        """None: no row has an error of its own."""
+        return
+
+
 def _past_end(tops: Sequence[Array], operands: Operands) -> list[Array]:
     """By how much sums over all rows of values may leave the range: logarithms (..., 1, dv), below 0 where they do not."""
     end = log2_range(tops[0].dtype, operands.backend)[2]

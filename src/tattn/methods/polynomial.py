@@ -10,7 +10,6 @@ from typing import ClassVar
 from ..approximation.exponential import Polynomial as Approximation
 from ..approximation.exponential import minimax, taylor
 from ..approximation.pruning import dropped, sums_of
-from ..backends import Array
 from ..bounds.rounding import (
     USUAL_VALUE_DIM,
     Sums,
@@ -25,11 +24,11 @@ from ..engines.spans import span_of
 from ..features.monomials import Expansion, Grading, rank
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
-from .gradient_bounds import stated_bounds
+from .gradient_bounds import OneError
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(OneError):
     """One polynomial P of all scores, which are within ±bound: c_0 + c_1 x + …; of a pruned basis, with its grading.
 
     It is computed through features, or score by score where scores are fewer and round no more: by the shapes of a call alone.
@@ -103,16 +102,6 @@ class Polynomial:
         if self._by_scores(operands):
             return scorewise.backward(operands, self.coefficients, attended, upstream)
         return features.backward(operands, self.expansion, attended, upstream)
-
-    def gradient_bounds(
-        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
-    ) -> Gradients:
-        """From what is stated for all rows."""
-        return stated_bounds(operands, upstream, stated)
-
-    def row_errors(self, kept: Array) -> None:
-        """None: one error is stated for all rows."""
-        return
 
     def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
         """From its distance to exp, what a pruned basis lacks for channels of these sizes, and rounding."""

@@ -17,7 +17,8 @@ from ..methods import gradient_bounds as bounds_of_gradients
 from ..operands import Upstream
 from ..plans import Plan
 from ..problem import ScoreRange
-from . import banded_candidates, measured, plan_inputs
+from . import measured, plan_inputs
+from .banded import banded_candidates
 from .sampling import sampled_errors
 from .selection import Wish, why_overflows
 
