@@ -8,7 +8,7 @@ from ..checks import Inputs, checked_options, positive
 from ..planning import plan_for
 from ..planning.choice import check_kind
 from ..plans import Plan
-from ..state.summary import check_streams
+from ..state.checks import check_streams
 
 
 class Asked(NamedTuple):

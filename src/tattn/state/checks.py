@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..backends import Array, Backend
+from ..bounds.rounding import computed_in
 from ..checks import (
+    PlanError,
     check_device,
     check_library,
     check_mask,
@@ -16,7 +18,15 @@ from ..checks import (
     checked_sequence,
 )
 from ..operands import View
+from ..plans import FACTS, Plan
 from ..problem import Problem
+
+# Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
+_DESCRIPTIVE = {
+    "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
+    "workers", "bytes_sent", "seconds", "seconds_gradient",
+}  # fmt: skip
+AGREEING = tuple(name for name in FACTS if name not in _DESCRIPTIVE)
 
 
 class Views(NamedTuple):
@@ -25,6 +35,38 @@ class Views(NamedTuple):
     backend: Backend
     views: tuple[View | None, ...]
     value_dim: int
+
+
+def check_streams(plan: Any) -> None:
+    """PlanError unless summaries of different rows add up under the plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
+    if plan.method != "polynomial":
+        raise PlanError(
+            f"plan should be of the polynomial method to summarize, got method {plan.method!r}: {plan.reason}"
+        )
+    if plan.series == "banded":
+        raise PlanError(
+            "plan should have one polynomial for all rows to summarize, got series 'banded', which sorts all rows by norm: "
+            "give a bound of your own, tattn.plan_for(..., bound=...)"
+        )
+
+
+def check_same_plan(plan: Plan, other: Plan) -> None:
+    """PlanError that names where two plans differ, shapes and costs aside."""
+    for name in AGREEING:
+        a, b = getattr(plan, name), getattr(other, name)
+        if a != b:
+            raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
+
+
+def checked_parts(plan: Plan, sums: Any, rests: Any) -> Backend:
+    """The backend of a summary's arrays, once they are known to fit the plan: anyone may have put them together."""
+    check_streams(plan)
+    expected: Any = {"views": plan.order - 1, "rank": plan.rank, "dtype": computed_in(plan.dtype)}
+    backend = checked_sums("sums", sums, **expected)
+    checked_sums("rests", rests, **expected, like=sums)
+    return backend
 
 
 def checked_views(keys: Any, values: Any, key_masks: Any, problem: Problem, sums: Sequence[Array] = ()) -> Views:

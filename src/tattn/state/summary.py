@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..backends import Array, Backend, backend_of
 from ..bounds.rounding import computed_in
 from ..checks import (
-    PlanError,
     checked_array,
     checked_flags,
     checked_gradients,
 )
 from ..features.monomials import Expansion
-from ..files import Archive, Path, replacing
-from ..plans import FACTS, Plan
-from ..stored import plan_of_facts
+from ..files import Path
+from ..plans import Plan
+from . import saved
 from . import sums as summaries
-from .checks import Views, checked_addends, checked_reader, checked_sums, checked_views
+from .checks import (
+    Views,
+    check_same_plan,
+    check_streams,
+    checked_addends,
+    checked_parts,
+    checked_reader,
+    checked_sums,
+    checked_views,
+)
 
-# Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
-_DESCRIPTIVE = {
-    "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
-    "workers", "bytes_sent", "seconds", "seconds_gradient",
-}  # fmt: skip
-AGREEING = tuple(name for name in FACTS if name not in _DESCRIPTIVE)
-_FORMAT, _VERSION = "tattn.Summary", 1
 _PIECE = 1 << 18
 
 Progress = Callable[[int, int], object]
@@ -238,15 +235,10 @@ class Summary:
         and one of them is there in the end. Only what ends the process on the spot leaves a ``.part`` behind.
         """
         backend = self._checked()
-        arrays: Any = {}
-        for name, of_views in (("sums", self.sums), ("rests", self.rests)):
-            for i, a in enumerate(backend.values_of(of_views)):
-                arrays[f"{name}_{i}"] = backend.to_numpy(a)
-        facts = self.plan.facts()
-        plan_of_facts(facts)
-        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": facts})
-        with replacing(path) as file:
-            np.savez(file, about=np.array(about), **arrays)
+        parts = {"sums": self.sums, "rests": self.rests}
+        saved.write(
+            path, self.plan, {name: [backend.to_numpy(a) for a in backend.values_of(x)] for name, x in parts.items()}
+        )
 
     @classmethod
     def load(cls, path: Path, *, like: Array | None = None) -> Summary:
@@ -268,21 +260,17 @@ class Summary:
         its bound and its error are true is another matter: they are as good as whoever wrote the file.
         """
         backend = None if like is None else checked_array("like", like)
-        plan, of_views = _loaded(path)
+        plan, of_views = saved.read(path)
+        views = plan.order - 1
         if backend is not None:
             device, dtype = backend.device(like), str(of_views[0].dtype)
             of_views = [backend.xp.asarray(a, device=device) for a in of_views]
             if backend.dtype_name(of_views[0].dtype) != dtype:
                 raise ValueError(f"like should be of a library that is set up for {dtype}, {backend.name} is not")
-        return _summary(plan, of_views)
+        return cls(plan, tuple(of_views[:views]), tuple(of_views[views:]))
 
     def _checked(self) -> Backend:
-        """The backend, once the arrays are known to fit the plan: anyone may have put them together."""
-        check_streams(self.plan)
-        expected: Any = {"views": self.plan.order - 1, "rank": self.plan.rank, "dtype": computed_in(self.plan.dtype)}
-        backend = checked_sums("sums", self.sums, **expected)
-        checked_sums("rests", self.rests, **expected, like=self.sums)
-        return backend
+        return checked_parts(self.plan, self.sums, self.rests)
 
     def _reading(self, query: Array) -> tuple[Backend, summaries.SumCall, tuple[Array, ...]]:
         self._checked()
@@ -423,29 +411,6 @@ def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend
     return dk, dv
 
 
-def check_streams(plan: Any) -> None:
-    """PlanError unless summaries of different rows add up under the plan."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
-    if plan.method != "polynomial":
-        raise PlanError(
-            f"plan should be of the polynomial method to summarize, got method {plan.method!r}: {plan.reason}"
-        )
-    if plan.series == "banded":
-        raise PlanError(
-            "plan should have one polynomial for all rows to summarize, got series 'banded', which sorts all rows by norm: "
-            "give a bound of your own, tattn.plan_for(..., bound=...)"
-        )
-
-
-def check_same_plan(plan: Plan, other: Plan) -> None:
-    """PlanError that names where two plans differ, shapes and costs aside."""
-    for name in AGREEING:
-        a, b = getattr(plan, name), getattr(other, name)
-        if a != b:
-            raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
-
-
 def call_of(plan: Plan) -> summaries.SumCall:
     """What `summaries` computes for a plan."""
     expansion = Expansion(plan.coefficients, plan.grading)
@@ -523,45 +488,3 @@ def _reporter(progress: Any) -> Progress | None:
             bar.close()
 
     return show
-
-
-def _loaded(path: Path) -> tuple[Plan, list[np.ndarray]]:
-    """Plan, and sums and rests one after another, of a file that `Summary.save` wrote."""
-    with open(path, "rb") as file:
-        try:
-            archive = Archive(file)
-            plan = _about(archive.text("about"))
-            names = [f"{name}_{i}" for name in ("sums", "rests") for i in range(plan.order - 1)]
-            if archive.names != {"about", *names}:
-                raise ValueError(f"there should be sums and rests of {plan.order - 1} views, and nothing else")
-            # Arrays of these shapes that take no memory.
-            empty = (archive.header(name) for name in names)
-            _summary(
-                plan, [np.broadcast_to(np.empty((), e.dtype.newbyteorder("=")), e.shape) for e in empty]
-            )._checked()
-            return plan, [archive.array(name) for name in names]
-        except (TypeError, ValueError) as found:
-            raise ValueError(
-                f"path should be a file that Summary.save wrote, {os.fsdecode(path)!r} is not or is damaged: {found}"
-            ) from None
-
-
-def _about(text: str) -> Plan:
-    """The plan of a file, from what the file says of itself."""
-    try:
-        about = json.loads(text)
-    except RecursionError:
-        raise ValueError("its plan is no plan") from None
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise ValueError("it holds something else")
-    if about.get("version") != _VERSION:
-        raise ValueError(f"it is of version {about.get('version')!r:.40}, this is version {_VERSION}")
-    plan = plan_of_facts(about.get("plan"))
-    check_streams(plan)
-    return plan
-
-
-def _summary(plan: Plan, arrays: Sequence[Array]) -> Summary:
-    """Of sums and rests one after another."""
-    views = plan.order - 1
-    return Summary(plan, tuple(arrays[:views]), tuple(arrays[views:]))
