@@ -48,6 +48,7 @@ def lint(session: nox.Session) -> None:
     session.install("ruff>=0.12")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("python", "tests/house.py")
 
 
 @nox.session

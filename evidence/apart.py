@@ -24,7 +24,7 @@ import numpy as np
 from tattn.attention import tensor_attention_vjp
 from tattn.paper import TrainingProblem, exact_gradient, loss_gradient
 from tattn.planning import plan
-from tattn.planning.sampling import measure_error
+from tattn.planning.measure import measure_error
 from tattn.plans import Plan
 
 from .tables import Row

@@ -19,8 +19,8 @@ import tattn
 from tattn import planning
 from tattn.engines import features as lowrank
 from tattn.engines import tuples as exact
+from tattn.planning import estimated, selection
 from tattn.planning import sampling as estimation
-from tattn.planning import selection
 
 # Query, keys and values that fit.
 Q, A, B, U, V = np.random.default_rng(0).uniform(-1, 1, (5, 6, 4))
@@ -78,7 +78,7 @@ def no_forward(monkeypatch):
 def nothing_read(no_forward, monkeypatch):
     """No output is computed and no value is looked at."""
     monkeypatch.setattr(planning, "ranges", no_forward)
-    monkeypatch.setattr(planning, "estimate", no_forward)
+    monkeypatch.setattr(estimated, "estimate", no_forward)
     monkeypatch.setattr(estimation.Sample, "of", no_forward)
 
 
@@ -475,7 +475,7 @@ def test_a_promised_bound_reads_no_values(method, monkeypatch):
         pytest.fail("values were read")
 
     monkeypatch.setattr(planning, "ranges", read)
-    monkeypatch.setattr(planning, "estimate", read)
+    monkeypatch.setattr(estimated, "estimate", read)
     plan = tattn.plan(**ARRAYS, bound=1.0, method=method)
     assert plan.source == "promise"
     tattn.tensor_attention(**ARRAYS, plan=plan)

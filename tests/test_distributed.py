@@ -123,12 +123,14 @@ def alone(tmp_path: Path) -> Iterator[Any]:
 def test_compiled_gradients_of_narrow_dtypes_are_those_of_eager_calls(alone: Any) -> None:
     """The adjoint gets the output in the dtype of the computation: values far from 0 lose all digits else."""
     from tattn.distributed.operator import compiled_attention
+    from tattn.distributed.promise import Asked
 
     generator = torch.Generator().manual_seed(0)
     rows = [(2 * torch.rand(60, 4, generator=generator) - 1).bfloat16() for _ in range(3)]
     rows += [(torch.rand(60, 3, generator=generator) + 5).bfloat16() for _ in range(2)]
     g = torch.rand(60, 3, generator=generator).bfloat16()
     plan = tattn.plan_for(n=60, dim=4, bound=1.0, degree=4, dtype="bfloat16")
+    asked = Asked(None, 1e-3, plan)
 
     def gradients(function: Any) -> Any:
         leaves = [x.clone().requires_grad_() for x in rows]
@@ -137,7 +139,7 @@ def test_compiled_gradients_of_narrow_dtypes_are_those_of_eager_calls(alone: Any
         return torch.autograd.grad(out, leaves, g)
 
     eager = gradients(lambda x: sharded(x[0], x[1:3], x[3:], plan=plan))
-    compiled = gradients(lambda x: compiled_attention(x[0], x[1:3], x[3:], None, plan, None, None, True)[0])
+    compiled = gradients(lambda x: compiled_attention((x[0], x[1:3], x[3:], None), asked, None, True)[0])
     for one, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0.01 * float(other.abs().max()))
 
@@ -146,6 +148,7 @@ def test_compiled_gradients_of_narrow_dtypes_are_those_of_eager_calls(alone: Any
 def test_ranges_travel_in_arrays_of_one_size(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that agree add up as many numbers, whether they have masks or not; what would not add up is a fact."""
     from tattn.distributed import shards
+    from tattn.distributed.promise import Asked
 
     sizes: list[tuple[str, int]] = []
     facts: list[Any] = []
@@ -154,7 +157,7 @@ def test_ranges_travel_in_arrays_of_one_size(alone: Any, monkeypatch: pytest.Mon
 
     def told(query: Any, values: Any, masks: Any) -> tuple[Any, list[tuple[str, int]]]:
         sizes.clear()
-        shards.agreed((query, [rows, rows], [values, values], masks), alone, False, None, 1e-2, None, None, None, True)
+        shards.agreed((query, [rows, rows], [values, values], masks), Asked(None, 1e-2), alone)
         return facts[-1], list(sizes)
 
     rows = torch.rand(3, 5, 2)

@@ -20,7 +20,8 @@ import tattn
 from tattn.__main__ import main
 from tattn.bounds.score_range import exponents
 from tattn.checks import checked_inputs
-from tattn.planning import banded_candidates, measured
+from tattn.planning import measured
+from tattn.planning.banded import banded_candidates
 
 
 def draw(

@@ -7,7 +7,7 @@ from .attention import tensor_attention, tensor_attention_vjp
 from .checks import PlanError
 from .methods import Banded, Exact, Polynomial
 from .planning import plan, plan_for
-from .planning.sampling import measure_error
+from .planning.measure import measure_error
 from .plans import Plan
 from .state.decoding import DecodingState
 from .state.summary import Summary, summarize, summarize_vjp

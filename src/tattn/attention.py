@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .backends import Array
-from .checks import Inputs, PlanError, checked_flags, checked_inputs, checked_options, checked_output
+from .checks import (
+    Inputs,
+    PlanError,
+    check_values,
+    checked_flags,
+    checked_gradients,
+    checked_inputs,
+    checked_options,
+)
 from .methods import backward, forward, told_error
 from .operands import Gradients
 from .planning import exact_plan, plan_inputs
@@ -15,6 +23,17 @@ from .planning.selection import Wish
 from .plans import Plan
 
 Pullback = Callable[..., Any]
+
+
+class _Asked(NamedTuple):
+    """The options of a call as the caller gave them: what it is to meet, and what to return beside the output."""
+
+    tol: Any
+    method: Any
+    plan: Any
+    lse: Any
+    error: Any
+    returns_plan: Any
 
 
 def tensor_attention(
@@ -114,10 +133,10 @@ def tensor_attention(
     >>> tattn.tensor_attention(query, keys, values).shape
     (1000, 4)
     """
-    order = (causal, window)
-    told = return_lse, return_error, return_plan
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, told)
-    return _returned(_computed(work, inputs), inputs, work, query, return_lse, return_error, return_plan)[0]
+    asked = _Asked(tol, method, plan, return_lse, return_error, return_plan)
+    inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
+    work = _chosen(inputs, scale, asked)
+    return _returned(_computed(work, inputs), inputs, work, asked)[0]
 
 
 def tensor_attention_vjp(
@@ -175,33 +194,61 @@ def tensor_attention_vjp(
     >>> dquery.shape, len(dkeys), len(dvalues)
     ((500, 4), 2, 2)
     """
-    order = (causal, window)
-    told = return_lse, return_error, return_plan
-    inputs, work = _prepare(query, keys, values, scale, tol, method, plan, key_masks, order, told)
-    backend = inputs.backend
+    asked = _Asked(tol, method, plan, return_lse, return_error, return_plan)
+    inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
+    work, backend = _chosen(inputs, scale, asked), inputs.backend
     result = _computed(work, inputs)
     computed, lse, *kept = result
-    returned, out = _returned(result, inputs, work, query, return_lse, return_error, return_plan)
+    returned, out = _returned(result, inputs, work, asked)
 
     def pullback(grad_out: Array, grad_lse: Array | None = None, *, return_error: bool = False) -> Any:
         checked_flags(return_error=return_error)
-        checked_output("grad_out", grad_out, out.shape, out, backend)
-        if grad_lse is None:
-            with backend.on_device_of(lse):
-                grad_lse = backend.xp.zeros_like(lse)
-        else:
-            grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
+        upstream = checked_gradients(grad_out, grad_lse, out, lse, backend)
         residuals = backend.residuals(forward, work.call, work.arrays, (computed, *kept))
-        flat = backend.run(backward, work.call, (*work.arrays, *residuals, grad_out, grad_lse))
+        flat = backend.run(backward, work.call, (*work.arrays, *residuals, *upstream))
         grads = tuple(Gradients.of(flat))
         if not return_error:
             return grads
         known = work
-        if _unplanned(inputs, method, plan):
+        if _unplanned(inputs, asked):
             known = work._replace(plan=plan_inputs(inputs, work.plan.scale, Wish(tol, method)))
-        return grads, tuple(Gradients.of(gradient_bounds(known, inputs, computed, kept[0], grad_out, grad_lse)))
+        return grads, tuple(Gradients.of(gradient_bounds(known, inputs, computed, kept[0], upstream)))
 
     return returned, pullback
+
+
+def _checked(query: Any, keys: Any, values: Any, key_masks: Any, order: tuple[Any, Any], asked: _Asked) -> Inputs:
+    """The arrays of a call, and what it asked to be returned."""
+    checked_flags(return_lse=asked.lse, return_error=asked.error, return_plan=asked.returns_plan)
+    check_values(values)
+    return checked_inputs(query, keys, values, key_masks, order)
+
+
+def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
+    """What to compute for them."""
+    tol, method, plan = asked[:3]
+    certify = bool(asked.error)
+    if isinstance(plan, Plan) and scale is None:
+        scale = plan.scale
+    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
+    if plan is not None:
+        check_plan(plan, inputs, number, method)
+        return work_of(inputs, plan, certify)
+    if inputs.traced and method != "exact" and inputs.order.window is None:
+        raise PlanError(
+            "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound of your own, "
+            "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
+        )
+    if inputs.traced:
+        return work_of(inputs, plan_inputs(inputs, number, Wish(tol, method)), certify)
+    if _unplanned(inputs, asked) and not certify and not asked.returns_plan:
+        return work_of(inputs, exact_plan(inputs, number))
+    return chosen_work(inputs, number, Wish(tol, method), certify)
+
+
+def _unplanned(inputs: Inputs, asked: _Asked) -> bool:
+    """True if the exact method was requested: a plan is needed only to report an error bound."""
+    return asked.method == "exact" and asked.plan is None and not inputs.traced
 
 
 def _computed(work: Work, inputs: Inputs) -> tuple[Array, ...]:
@@ -211,71 +258,22 @@ def _computed(work: Work, inputs: Inputs) -> tuple[Array, ...]:
     return work.result
 
 
-def _returned(
-    result: tuple[Array, ...],
-    inputs: Inputs,
-    work: Work,
-    query: Array,
-    return_lse: bool,
-    return_error: bool,
-    return_plan: bool,
-) -> tuple[Any, Array]:
+def _returned(result: tuple[Array, ...], inputs: Inputs, work: Work, asked: _Asked) -> tuple[Any, Array]:
     """What the caller asked for, and the output."""
-    backend, plan = inputs.backend, work.plan
+    backend, plan, query = inputs.backend, work.plan, inputs.arrays[0]
     computed, lse, kept, *_ = result
     with backend.on_device_of(query):
-        out = backend.cast(computed, query.dtype)
-        asked = [out]
-        if return_lse:
-            asked.append(lse[..., 0])
-        if return_error:
+        out = backend.cast(computed, query.dtype)  # type: ignore[union-attr]
+        returned = [out]
+        if asked.lse:
+            returned.append(lse[..., 0])
+        if asked.error:
             errors = work.call.method.row_errors(kept)
             if errors is None:
                 plain: Any = backend.values_of((lse, *inputs.arrays))
                 (told,) = backend.run(told_error, stated_call(work), plain[1:])
                 errors = backend.xp.broadcast_to(told, tuple(plain[0].shape))[..., 0]
-            asked.append(errors)
-    if return_plan:
-        asked.append(plan)
-    return (tuple(asked) if len(asked) > 1 else out), out
-
-
-def _prepare(
-    query: Array,
-    keys: Any,
-    values: Any,
-    scale: Any,
-    tol: Any,
-    method: Any,
-    plan: Any,
-    key_masks: Any,
-    order: tuple[Any, Any],
-    told: tuple[Any, Any, Any],
-) -> tuple[Inputs, Work]:
-    """Inputs, checked, and what to compute for them."""
-    checked_flags(return_lse=told[0], return_error=told[1], return_plan=told[2])
-    if values is None:
-        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, key_masks, *order)
-    certify = bool(told[1])
-    if plan is not None and scale is None and isinstance(plan, Plan):
-        scale = plan.scale
-    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
-    if plan is not None:
-        check_plan(plan, inputs, number, method)
-        return inputs, work_of(inputs, plan, certify)
-    if inputs.traced and method != "exact" and inputs.order.window is None:
-        raise PlanError(
-            "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound of your own, "
-            "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
-        )
-    if inputs.traced:
-        return inputs, work_of(inputs, plan_inputs(inputs, number, Wish(tol, method)), certify)
-    if _unplanned(inputs, method, plan) and not certify and not told[2]:
-        return inputs, work_of(inputs, exact_plan(inputs, number))
-    return inputs, chosen_work(inputs, number, tol, method, certify)
-
-
-def _unplanned(inputs: Inputs, method: str, plan: Plan | None) -> bool:
-    """Whether the method is known without a plan; only what is said of the error then needs one."""
-    return method == "exact" and plan is None and not inputs.traced
+            returned.append(errors)
+    if asked.returns_plan:
+        returned.append(plan)
+    return (tuple(returned) if len(returned) > 1 else out), out

@@ -300,7 +300,7 @@ class Backend:
             return body(carry, *rows)
         if self.writable:
             whole = _Whole(n, self)
-            return self._scan_into(whole, body, carry, rows, block, 0, n), whole.arrays
+            return self._scan_into(whole, body, carry, rows, range(0, n, block)), whole.arrays
         pieces: list[tuple[Array, ...]] = []
         for start in range(0, n, block):
             carry, outputs = body(carry, *_cut(rows, start, min(start + block, n)))
@@ -313,16 +313,14 @@ class Backend:
         body: Body,
         carry: Any,
         rows: Sequence[Array | None],
-        block: int,
-        first: int,
-        last: int,
+        starts: range,
         stop: Event | None = None,
     ) -> Any:
-        """The carry of rows first … last, whose outputs are written into those of all rows; not of all once `stop` is set."""
-        for start in range(first, last, block):
+        """The carry of the blocks with these `starts`, outputs written into those of all rows; not of all once `stop` is set."""
+        for start in starts:
             if stop is not None and stop.is_set():
                 break
-            end = min(start + block, last)
+            end = min(start + starts.step, starts.stop)
             carry, outputs = body(carry, *_cut(rows, start, end))
             whole.write(outputs, start, end)
         return carry
@@ -353,8 +351,9 @@ class Backend:
             return [carry], outputs
         n = _length(rows)
         whole, stop = _Whole(n, self), Event()
-        scan = partial(self._scan_into, whole, body, carry, rows, block)
-        tasks = [partial(scan, first, last, stop) for first, last in pairwise(n * i // count for i in range(count + 1))]
+        scan = partial(self._scan_into, whole, body, carry, rows, stop=stop)
+        ends = pairwise(n * i // count for i in range(count + 1))
+        tasks = [partial(scan, range(first, last, block)) for first, last in ends]
         # One call at a time has the threads: another that runs meanwhile does the same by itself.
         if not SHARING.acquire(blocking=False):
             return [task() for task in tasks], whole.arrays

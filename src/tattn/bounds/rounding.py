@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import exp, inf, prod, sqrt
+from typing import NamedTuple
 
 from ..backends.kernels import CHAIN
 from ..features.basis import FEW_CHAINS
+from ..problem import Problem
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 LAMBDA = 4.0
@@ -49,42 +51,48 @@ def chain(terms: float) -> float:
     return max(LAMBDA * sqrt(terms), ALIKE * terms)
 
 
-def lowrank_rounding(
-    coefficients: Sequence[float],
-    bound: float,
-    lowest_mean: float,
-    *,
-    delta: float,
-    dim: int,
-    rank: int,
-    views: int,
-    value_dim: int,
-    dtype: str,
-    span: int = 0,
-    chain: int = CHAIN,
-) -> tuple[float, float]:
-    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser; prefixes in spans of so many rows, if any.
+class Sums(NamedTuple):
+    """What sums over features run over: channels, monomials, views, and channels of the values, at least `USUAL_VALUE_DIM`.
 
-    The monomials of degree t add up to at most |c_t| R^t for a pair in absolute value, whatever cancels; the mean of
-    P over all pairs is at least (1 − δ) exp of the mean score (Jensen).
+    `span`: rows of a span where there are prefixes, else 0; `chain`: terms that are added one after the other, at most.
     """
-    least = least_normaliser(delta, bound, lowest_mean)
+
+    dim: int
+    rank: int
+    views: int
+    value_dim: int
+    span: int = 0
+    chain: int = CHAIN
+
+    @classmethod
+    def of(cls, problem: Problem, rank: int, span: int = 0) -> Sums:
+        """Those of a plan."""
+        return cls(problem.dim, rank, problem.views, max(problem.value_dim, USUAL_VALUE_DIM), span, problem.chain)
+
+
+def polynomial_rounding(
+    coefficients: Sequence[float], bound: float, least: float, sums: Sums, dtype: str
+) -> tuple[float, float]:
+    """(ρ, ρ′): rounding of the sums with P and with P′, relative to the normaliser, whose mean over pairs is at `least` this.
+
+    The monomials of degree t add up to at most |c_t| R^t for a pair in absolute value, whatever cancels.
+    """
     if least <= 0:
         return inf, inf
-    plain, steep = _of_features(coefficients, bound, dim, rank, views, value_dim, span, longest=chain)
+    plain, steep = _of_features(coefficients, bound, sums)
     unit = UNIT[computed_in(dtype)]
     return unit * plain / least, unit * steep / least
 
 
 def least_normaliser(delta: float, bound: float, lowest_mean: float) -> float:
-    """What the mean of P over the pairs of a row is at least."""
+    """What the mean of P over the pairs of a row is at least: (1 − δ) exp of the mean score (Jensen)."""
     return (1 - delta) * exp(max(-bound, lowest_mean))
 
 
 def scores_round_less(
     coefficients: Sequence[float], bound: float, *, dim: int, rank: int, value_dim: int, lengths: Sequence[int]
 ) -> bool:
-    """Whether P of scores, for rows (n, n_1, …), rounds no more than `lowrank_rounding` allows for any number of rows."""
+    """Whether P of scores, for rows (n, n_1, …), rounds no more than `polynomial_rounding` allows for any number of rows."""
     views = len(lengths) - 1
     # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over one view
     # after the other, gradients of keys also over all pairs, in chains and what adds them up.
@@ -99,21 +107,13 @@ def scores_round_less(
         lambda t: t * score + head + chain(terms),
         lambda t: (t - 1) * score + head + chain(longest) + chain(value_dim + 1) + 2,
     )
-    allowed, allowed_steep = _of_features(coefficients, bound, dim, rank, views, value_dim)
+    allowed, allowed_steep = _of_features(coefficients, bound, Sums(dim, rank, views, value_dim))
     return plain <= allowed and steep <= allowed_steep
 
 
-def _of_features(
-    coefficients: Sequence[float],
-    bound: float,
-    dim: int,
-    rank: int,
-    views: int,
-    value_dim: int,
-    span: int = 0,
-    longest: int = CHAIN,
-) -> tuple[float, float]:
-    """`_of_sums` over features, `longest`: terms in a chain of additions."""
+def _of_features(coefficients: Sequence[float], bound: float, sums: Sums) -> tuple[float, float]:
+    """`_of_sums` over features."""
+    dim, rank, views, value_dim, span, longest = sums
     # In the read-out a chain, what adds up chains, and channels; for prefixes one over the rows of a span.
     lost = chains(views, longest + rank / CHAIN + dim + span, span, longest) + 4
 
@@ -133,7 +133,7 @@ def _of_sums(
     return plain, steep
 
 
-def lowrank_errors(
+def polynomial_errors(
     delta: float, delta_prime: float, rho: float, rho_prime: float, dropped: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[float, float]:
     """(error, grad_error) of the polynomial method from its relative errors; infinite where P could lose its sign.
@@ -163,4 +163,4 @@ def exact_errors(
     sums = max(LAMBDA * sqrt(EXACT_CHAIN * views + added), ALIKE * EXACT_CHAIN + LAMBDA * sqrt(added))
     rho = unit * (scores + views + 6 + sums)
     rho_prime = rho + unit * LAMBDA * sqrt(value_dim + 1)
-    return lowrank_errors(0.0, 0.0, rho, rho_prime)
+    return polynomial_errors(0.0, 0.0, rho, rho_prime)

@@ -178,7 +178,7 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
     mean = _lowest_product(q, prod_of([mean for _, mean in stats[1:]]), dtype, backend)
     units = _log_units([sizes for sizes, _ in stats], backend)
     norms = [
-        _largest_norms(x, mask, top, unit, call.views, dtype, backend)
+        _largest_norms(x, mask, top, unit, call.views, backend)
         for (x, mask), top, unit in zip(views, tops, units, strict=False)
     ]
     lowered, *sums = call.together("max", [-mean, *(s for s, _ in norms)])
@@ -254,7 +254,7 @@ def _log_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
 
 
 def _largest_norms(
-    x: Array, mask: Array | None, top: Array, units: Array, views: int, dtype: Any, backend: Backend
+    x: Array, mask: Array | None, top: Array, units: Array, views: int, backend: Backend
 ) -> tuple[Array, Array]:
     """The largest ℓ_p norm of a row, for each of `_wanted`, in each of some units whose logarithms are (..., units, d).
 
@@ -262,7 +262,7 @@ def _largest_norms(
     the largest entry, whose logarithm is (..., units, 1): so no power overflows, and what vanishes adds nothing to a sum that
     is at least 1. Sums are products with powers of the units.
     """
-    xp = backend.xp
+    xp, dtype = backend.xp, units.dtype
     whole = xp.where(top > 0, top, 1.0)
     # The reciprocal of a large number, and the unit of one, may vanish: some libraries take the smallest numbers for 0.
     near = xp.where(whole > 1, xp.full_like(whole, 2.0**-64), 2.0**64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import PlanError
 from ..plans import Plan
-from ..state.summary import AGREEING
+from ..state.checks import AGREEING
 
 Group = Any
 

@@ -23,7 +23,7 @@ from ..checks import Inputs, PlanError, checked_flags, checked_inputs, checked_o
 from ..plans import Plan
 from ..state.summary import Summary, row_gradients
 from ..state.summary import summarize as summarize_rows
-from .promise import promised_plan
+from .promise import Asked, promised_plan
 
 Pullback = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def tensor_attention(
     numbers for each view, twice, to the next. Its time and memory are those of `tattn.summarize` and
     `tattn.Summary.attend`.
     """
-    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every, return_lse)
+    call = _Call((query, keys, values, key_masks), Asked(scale, tol, plan, bound), split_every, return_lse)
     return call.outputs(return_lse)
 
 
@@ -122,29 +122,28 @@ def tensor_attention_vjp(
     The gradients of the summary are added in a tree, like the summaries. Outputs and gradients that are computed in one
     call, ``dask.compute(out, dquery, ...)``, share the summary. Otherwise it is made again.
     """
-    call = _Call(query, keys, values, plan, bound, scale, tol, key_masks, split_every, return_lse)
+    call = _Call((query, keys, values, key_masks), Asked(scale, tol, plan, bound), split_every, return_lse)
     return call.outputs(return_lse), call.gradients
 
 
 class _Call:
     """The arrays of a call in blocks, checked, and its summary as a task."""
 
-    def __init__(
-        self, query: Any, keys: Any, values: Any, plan: Any, bound: Any, scale: Any, tol: Any, masks: Any, every: Any,
-        return_lse: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, given: tuple[Any, Any, Any, Any], asked: Asked, every: Any, return_lse: Any) -> None:
+        query, keys, values, masks = given
         checked_flags(return_lse=return_lse)
         self.every = whole("split_every", every, 2)
         self.inputs = checked_inputs(
             _stand_in("query", query), _stand_ins("keys", keys), _stand_ins("values", values),
             _stand_ins("key_masks", masks), rowless=True,
         )  # fmt: skip
-        self.plan = _planned(self.inputs, plan, bound, scale, tol)
+        self.plan = _planned(self.inputs, asked)
         self.query, self.keys = query, list(keys)
-        given = [None] * len(self.keys) if masks is None else list(masks)
+        of_views = [None] * len(self.keys) if masks is None else list(masks)
         self.values = [v.rechunk({v.ndim - 2: k.chunks[-2]}) for v, k in zip(values, self.keys, strict=True)]
         self.masks = [
-            None if m is None else m.rechunk({m.ndim - 1: k.chunks[-2]}) for m, k in zip(given, self.keys, strict=True)
+            None if m is None else m.rechunk({m.ndim - 1: k.chunks[-2]})
+            for m, k in zip(of_views, self.keys, strict=True)
         ]
         views = [
             [_blocks(x, len(k.chunks[-2])) for x in (k, v, m)]
@@ -205,14 +204,14 @@ class _Call:
         return _array(blocks, (*leading, sum(rows), columns), rows, 2, like.dtype)
 
 
-def _planned(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -> Plan:
+def _planned(inputs: Inputs, asked: Asked) -> Plan:
     """The plan of a call, which reads no values."""
-    if plan is None and bound is None:
+    if asked.plan is None and asked.bound is None:
         raise PlanError(
             "a call on Dask arrays reads no values, so it needs a plan with a bound of your own, "
             "plan=tattn.plan_for(..., bound=...), or bound=..."
         )
-    made, _ = promised_plan(inputs, plan, bound, scale, tol)
+    made, _ = promised_plan(inputs, asked)
     assert made is not None
     if made.source == "data":
         raise PlanError(

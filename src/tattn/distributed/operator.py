@@ -19,21 +19,15 @@ from ..plans import Plan, plan_text
 from ..state import sums as summaries
 from ..state.summary import call_of, row_gradients, summarize
 from .agreement import agree_on_backward, all_reduce, checked_group, scan
+from .promise import Asked
 from .shards import agreed, columns, packed, split, widened
 
 
 def compiled_attention(
-    query: Tensor,
-    keys: Any,
-    values: Any,
-    key_masks: Any,
-    plan: Plan | None,
-    group: Any,
-    scale: float | None,
-    check: bool,
-    causal: bool = False,
+    given: tuple[Tensor, Any, Any, Any], asked: Asked, group: Any, check: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse (..., n) of a call that is being traced."""
+    """Output and lse (..., n) of a call that is being traced, for query, keys, values and masks."""
+    (query, keys, values, key_masks), plan = given, asked.plan
     if plan is None or plan.source == "data":
         raise PlanError(
             "the call is traced and its values cannot be read, so it needs a plan with a bound of your own, "
@@ -41,9 +35,9 @@ def compiled_attention(
         )
     masks = [None] * len(keys) if key_masks is None else list(key_masks)
     recording = torch.is_grad_enabled() and any(x.requires_grad for x in (*keys, *values))
-    factor = plan.scale if scale is None else scale
+    factor = plan.scale if asked.scale is None else asked.scale
     out, lse, _, _ = _forward(
-        query, list(keys), list(values), masks, _text(plan), _name(group), factor, recording, check, causal
+        query, list(keys), list(values), masks, _text(plan), _name(group), factor, recording, check, asked.causal
     )
     return out.to(query.dtype), lse[..., 0]
 
@@ -78,7 +72,7 @@ def _forward(
     """Output (..., n, dv), lse and normaliser (..., n, 1), and the sums that the rank reads in one row."""
     resolved = _resolve_process_group(group)
     given = (query, list(keys), list(values), list(masks))
-    made = agreed(given, resolved, causal, scale, 1e-3, plan_of_text(plan), None, None, check, recording)
+    made = agreed(given, Asked(scale, 1e-3, plan_of_text(plan), causal=causal), resolved, check, recording)
     local = summarize(keys, values, made, key_masks=masks)
     flat = packed(local.sums, local.rests)
     if causal:

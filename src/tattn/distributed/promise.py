@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checks import Inputs, checked_options, positive
 from ..planning import plan_for
 from ..planning.choice import check_kind
 from ..plans import Plan
-from ..state.summary import check_streams
+from ..state.checks import check_streams
 
 
-def promised_plan(inputs: Inputs, plan: Any, bound: Any, scale: Any, tol: Any) -> tuple[Plan | None, float]:
+class Asked(NamedTuple):
+    """The options of a call whose rows are spread, as the caller gave them."""
+
+    scale: Any
+    tol: Any
+    plan: Any = None
+    bound: Any = None
+    degree: Any = None
+    causal: Any = False
+
+
+def promised_plan(inputs: Inputs, asked: Asked) -> tuple[Plan | None, float]:
     """The plan, None if neither it nor a bound was given, and the scale; errors name what does not fit."""
+    scale, tol, plan, bound, *_ = asked
     if plan is not None:
         if bound is not None:
             raise ValueError("bound has no use with a plan, which has its own")

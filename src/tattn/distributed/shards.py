@@ -13,29 +13,35 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.score_range import RangeCall, Ranges, ranges
-from ..checks import Inputs, checked_finite, checked_flags, checked_inputs, true_or_false
-from ..operands import Operands
+from ..checks import Inputs, check_values, checked_finite, checked_flags, checked_inputs, true_or_false
 from ..planning import plan_found
 from ..planning.choice import check_ranges
 from ..planning.selection import Wish
 from ..plans import Plan
 from ..problem import Problem
 from .agreement import Group, agree, all_reduce, facts, sums_may_kill
-from .promise import promised_plan
+from .promise import Asked, promised_plan
 
 
 def agreed(
-    given: tuple[Any, Any, Any, Any], group: Group, causal: Any, scale: Any, tol: Any, plan: Any, bound: Any, degree: Any,
-    check: Any, recording: bool | None = None, told: Mapping[str, Any] | None = None,
-) -> Plan:  # fmt: skip
-    """The plan of all ranks, once they are known to agree and this rank's arrays to fit."""
+    given: tuple[Any, Any, Any, Any],
+    asked: Asked,
+    group: Group,
+    check: Any = True,
+    recording: bool | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of all ranks, once they are known to agree and this rank's arrays to fit: (query, keys, values, masks).
+
+    `recording`: whether gradients are asked for, where the arrays do not tell; `flags`: further options, True or False.
+    """
     refused: Exception | None = None
     said = None
     try:
         check = true_or_false("check", check)
-        checked_flags(**(told or {}))
-        inputs = _checked(given, causal, group)
-        plan, number = promised_plan(inputs, plan, bound, scale, tol)
+        checked_flags(**(flags or {}))
+        inputs = _checked(given, asked.causal, group)
+        plan, number = promised_plan(inputs, asked)
         views = inputs.views
         if recording is None:
             recording = BACKEND.records(inputs.arrays[1 : 1 + 2 * views])
@@ -48,10 +54,10 @@ def agreed(
                 "dtype": inputs.dtype,
                 "dv": inputs.value_dim,
                 "causal": inputs.order.causal,
-                "plan or none": None if plan is not None else (number, degree),
+                "plan or none": None if plan is not None else (number, asked.degree),
                 "leading dimensions": _leading(inputs, alone=plan is None or plan.source == "data"),
                 "need of gradients": recording,
-                "tol": None if plan is not None else tol,
+                "tol": None if plan is not None else asked.tol,
             },
         )
     except (TypeError, ValueError) as own:
@@ -64,16 +70,15 @@ def agreed(
         found = _ranges(inputs, number, group)
         if plan is None:
             checked_finite(found.largest, inputs.views)
-            plan = plan_found(_problem(inputs, number, group), found, Wish(tol, "polynomial", degree))
+            plan = plan_found(_problem(inputs, number, group), found, Wish(asked.tol, "polynomial", asked.degree))
         else:
             check_ranges(plan, found, inputs.views)
-    return plan  # type: ignore[no-any-return]
+    return plan
 
 
 def _leading(inputs: Inputs, alone: bool) -> tuple[tuple[int, ...], ...]:
     """Leading dimensions of every view, of which sums depend; and of each array `alone`, of which ranges do."""
-    operands, _ = Operands.of(inputs.backend, inputs.arrays, inputs.views, 1.0)
-    of_views = tuple(view.leading for view in operands.views)
+    of_views = tuple(view.leading for view in inputs.operands().views)
     rows = inputs.arrays[: 1 + 2 * inputs.views] if alone else ()
     return of_views + tuple(tuple(x.shape[:-2]) for x in rows)  # type: ignore[union-attr]
 
@@ -83,9 +88,8 @@ def _checked(given: tuple[Any, Any, Any, Any], causal: Any, group: Group) -> Inp
     query, keys, values, masks = given
     if not isinstance(query, Tensor):
         raise TypeError(f"query should be a torch tensor, got {type(query).__name__}")
-    if values is None:
-        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, masks, causal, rowless=True)
+    check_values(values)
+    inputs = checked_inputs(query, keys, values, masks, (causal, None), rowless=True)
     rank, (n, *lengths) = dist.get_rank(group), inputs.lengths
     for i, length in enumerate(lengths):
         if inputs.order.causal and rank and length != n:
@@ -112,7 +116,7 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
         return [p.reshape(a.shape).to(a.dtype) for p, a in zip(parts, arrays, strict=True)]
 
     # Masks are a rank's own affair, but what they leave is counted in arrays of one shape on all.
-    operands, _ = Operands.of(inputs.backend, inputs.arrays, inputs.views, scale)
+    operands = inputs.operands(scale)
     q, rows = operands.query, (*operands.keys, *operands.values)
     shapes = [(*view.leading, view.keys.shape[-2], 1) for view in operands.views]
     seen = [

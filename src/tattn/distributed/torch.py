@@ -30,6 +30,7 @@ from ..state import sums as summaries
 from ..state.summary import Summary, call_of, summarize
 from .agreement import Group, agree_on_backward, all_reduce, checked_group, scan
 from .operator import compiled_attention
+from .promise import Asked
 from .shards import agreed, columns, packed, split, widened
 
 
@@ -115,14 +116,13 @@ def tensor_attention(
     of ranks. Under ``torch.compile`` the call is one operator. It needs a plan with a promised bound and has no second
     derivatives.
     """
-    given = (query, keys, values, key_masks)
+    given, asked = (query, keys, values, key_masks), Asked(scale, tol, plan, bound, None, causal)
     if torch.compiler.is_compiling():
         checked_flags(check=check, return_lse=return_lse, return_plan=return_plan)
-        out, lse = compiled_attention(query, keys, values, key_masks, plan, group, scale, check, causal)
+        out, lse = compiled_attention(given, asked, group, check)
     else:
         group = checked_group(group)
-        told = {"return_lse": return_lse, "return_plan": return_plan}
-        plan = agreed(given, group, causal, scale, tol, plan, bound, None, check, told=told)
+        plan = agreed(given, asked, group, check, flags={"return_lse": return_lse, "return_plan": return_plan})
         used = plan
         if causal:
             keys, values = widened(keys), widened(values)
@@ -181,8 +181,8 @@ def plan(
     -----
     O(n + Σ n_μ) time, and five sums over the group of O(m d) numbers.
     """
-    given = (query, keys, values, key_masks)
-    return agreed(given, checked_group(group), causal, scale, tol, None, None, degree, True)
+    asked = Asked(scale, tol, degree=degree, causal=causal)
+    return agreed((query, keys, values, key_masks), asked, checked_group(group))
 
 
 class _OverRanks(torch.autograd.Function):

@@ -8,7 +8,7 @@ with S_μ(i) the summary of the rows up to i of view μ
 Rows pass in blocks, which take S_μ from one to the next; `spans` has what a block computes, in spans of `b` rows. A call may start
 from the sums of rows that came before, in units of the caller's: `Start`.
 
-Adjoint, for ĝ as in `lowrank`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
+Adjoint, for ĝ as in `features`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
 
     dũ_j = Φ(a_j) G_μ(j),   da_j pulls G_μ(j) ũ_j back,   dq_i pulls w Σ_e ĝ_ie Π_μ S_μ(i)_e back.
 
@@ -245,7 +245,7 @@ def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[t
             total = xp.matrix_transpose(start.sums[number]) * share
         head = view.keys.shape[-2] - n
         if head:
-            first = summary(*view.rows(0, head), unit, setting.degree, backend, setting.grading)
+            first = summary(view.rows(0, head), unit, setting.monomials, backend)
             total, lost = add((total, lost), xp.matrix_transpose(first) * share)
         sums.append((total, lost))
     rows = (*operands.keys, *operands.values, *operands.masks)
@@ -260,8 +260,7 @@ def _with_heads(setting: Setting, behind: Sequence[Array], found: Gradients, vie
     for i, (view, g) in enumerate(zip(views, behind, strict=True)):
         head = view.keys.shape[-2] - n
         if head:
-            own = view.rows(0, head), setting.units[i + 1], g
-            parts = key_adjoint(*own[0], *own[1:], setting.degree, backend, setting.grading)
+            parts = key_adjoint(view.rows(0, head), setting.units[i + 1], g, setting.monomials, backend)
             for grads, part in zip((d_keys, d_values), parts, strict=True):
                 grads[i] = backend.xp.concat([part, grads[i]], axis=-2)
     return Gradients(found.query, tuple(d_keys), tuple(d_values))

@@ -30,9 +30,9 @@ from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.kernels import CHAIN
 from ..features.balance import balanced_values, prod_in_range, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
-from ..features.monomials import Expansion, Grading, degrees, multinomials, rank
+from ..features.monomials import Expansion, Grading, Monomials, degrees, multinomials, rank
 from ..features.scaling import channel_units
-from ..operands import Attended, Gradients, Operands, Upstream
+from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
 
 # Blocks of rows that are worth a thread.
@@ -46,7 +46,7 @@ def forward(operands: Operands, expansion: Expansion) -> Attended:
     units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
     summaries = _summaries(operands, expansion, units)
     combined = weights(expansion, q, backend) * prod_in_range(summaries, backend)
-    out, normaliser = read_out(q, units[0], combined, operands.leading, expansion.degree, backend, expansion.grading)
+    out, normaliser = read_out(q, units[0], combined, expansion.monomials, backend)
     return Attended(out, log_normaliser(normaliser, operands.keys, backend), (normaliser, *summaries))
 
 
@@ -67,7 +67,7 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     Φ, du = Φ(a) (w · G ∘ B), da pulls [u, 1] (w · G ∘ B)ᵀ back, and so for the other views.
     """
     backend, q = operands.backend, operands.query
-    degree, grading = expansion.degree, expansion.grading
+    monomials = expansion.monomials
     normaliser, *known = attended.kept
     operands, known, powers = balanced_values(operands, known)
     units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
@@ -75,59 +75,52 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     summaries = known or _summaries(operands, expansion, units)
     columns = (attended.out, normaliser, *upstream)
     combined = w * prod_in_range(summaries, backend)
-    of_query, dq = query_adjoint(q, units[0], combined, columns, operands.leading, degree, backend, grading)
+    of_query, dq = query_adjoint(q, units[0], combined, columns, monomials, backend)
     d_keys, d_values = [], []
-    for view, (k, v, mask) in enumerate(operands.views):
-        others = [s for other, s in enumerate(summaries) if other != view]
-        own = w * prod_in_range([of_query, *others], backend) * (1 / k.shape[-2])
-        dk, dv = key_adjoint(k, v, mask, units[view + 1], own, degree, backend, grading)
+    for number, view in enumerate(operands.views):
+        others = [s for other, s in enumerate(summaries) if other != number]
+        own = w * prod_in_range([of_query, *others], backend) * (1 / view.keys.shape[-2])
+        dk, dv = key_adjoint(view, units[number + 1], own, monomials, backend)
         d_keys.append(dk)
         d_values.append(dv)
     return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
 
 
-def summary(
-    k: Array, v: Array, mask: Array | None, unit: Array, degree: int, backend: Backend, grading: Grading = ()
-) -> Array:
-    """Φ(k)ᵀ [v, 1], (..., r, dv + 1)."""
-    kernel = backend.kernel("moments", k, v, mask, unit, degree, grading)
+def summary(view: View, unit: Array, monomials: Monomials, backend: Backend) -> Array:
+    """Φ(k)ᵀ [v, 1] of a view, (..., r, dv + 1)."""
+    operands = (*view, unit, *monomials)
+    kernel = backend.kernel("moments", *operands)
     if kernel is not None:
-        result: Array = kernel(k, v, mask, unit, degree, grading)
+        result: Array = kernel(*operands)
         return result
-    basis = Basis.of(k.shape[-1], degree, v.shape[-1] + 1, grading)
-    return summed_rows(lambda rows: rows * unit, k, v, mask, basis, backend)[0]
+    basis = Basis.of(view.keys.shape[-1], monomials.degree, view.values.shape[-1] + 1, monomials.grading)
+    return summed_rows(lambda rows: rows * unit, view, basis, backend)[0]
 
 
-def summed_rows(
-    in_units: Callable[[Array], Array], k: Array, v: Array, mask: Array | None, basis: Basis, backend: Backend
-) -> Sum:
-    """Φ(k)ᵀ [v, 1] of keys `in_units`, (..., r, dv + 1), as a compensated sum."""
-    dtype = backend.compute_dtype(k.dtype)
+def summed_rows(in_units: Callable[[Array], Array], view: View, basis: Basis, backend: Backend) -> Sum:
+    """Φ(k)ᵀ [v, 1] of a view whose keys are taken `in_units`, (..., r, dv + 1), as a compensated sum."""
+    dtype = backend.compute_dtype(view.keys.dtype)
 
-    def prepare(v: Array, mask: Array | None) -> Array:
-        return with_ones(v, mask, dtype, backend)
+    def prepare(k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
+        return in_units(backend.cast(clean(k, mask, backend), dtype)), with_ones(v, mask, dtype, backend)
 
     def products(phi: Array, z: Array) -> tuple[Array]:
         return (basis.row_sums(phi, z, backend),)
 
-    shapes = [(basis.size, v.shape[-1] + 1)]
-    return summed_products(prepare, products, shapes, k, v, mask, in_units, basis, backend)[0]
+    shapes = [(basis.size, view.values.shape[-1] + 1)]
+    return summed_products(prepare, products, shapes, view, basis, backend)[0]
 
 
 def summed_products(
-    prepare: Callable[[Array, Array | None], Array],
+    prepare: Callable[[Array, Array, Array | None], tuple[Array, Array]],
     products: Callable[[Array, Array], tuple[Array, ...]],
     shapes: Sequence[tuple[int, int]],
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    in_units: Callable[[Array], Array],
+    view: View,
     basis: Basis,
     backend: Backend,
 ) -> list[Sum]:
-    """Sums over all rows of ``products(Φ(k), prepare(v, mask))`` of keys `in_units`, compensated, of these shapes."""
-    dtype = backend.compute_dtype(k.dtype)
-    leading = broadcast_leading(k, v, mask)
+    """Sums over all rows of ``products(Φ(x), z)`` with ``x, z = prepare(k, v, mask)``, compensated, of these shapes."""
+    dtype, leading = backend.compute_dtype(view.keys.dtype), view.leading
     block, together = blocks_of(basis, basis.width(sum(columns for _, columns in shapes)), dtype, leading, backend)
 
     features = basis.features(backend)
@@ -137,28 +130,19 @@ def summed_products(
         return found if sums is None else tuple(s + f for s, f in zip(sums, found, strict=True)), ()
 
     def body(carry: tuple[Sum, ...], k: Array, v: Array, mask: Array | None) -> tuple[tuple[Sum, ...], tuple[()]]:
-        x = in_units(backend.cast(clean(k, mask, backend), dtype))
-        sums, _ = backend.scan_rows(of_block, None, (x, prepare(v, mask)), block)
+        sums, _ = backend.scan_rows(of_block, None, prepare(k, v, mask), block)
         return tuple(add(c, s) for c, s in zip(carry, sums, strict=True)), ()
 
-    start = tuple(zero_sum((*leading, *shape), dtype, k, backend) for shape in shapes)
-    carries, _ = backend.share_rows(body, start, (k, v, mask), together, FEWEST_BLOCKS * block)
+    start = tuple(zero_sum((*leading, *shape), dtype, view.keys, backend) for shape in shapes)
+    carries, _ = backend.share_rows(body, start, view, together, FEWEST_BLOCKS * block)
     return [joined(sums) for sums in zip(*carries, strict=True)]
 
 
-def read_out(
-    q: Array,
-    unit: Array,
-    combined: Array,
-    leading: tuple[int, ...],
-    degree: int,
-    backend: Backend,
-    grading: Grading = (),
-) -> tuple[Array, Array]:
+def read_out(q: Array, unit: Array, combined: Array, monomials: Monomials, backend: Backend) -> tuple[Array, Array]:
     """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
     xp = backend.xp
-    dtype = backend.compute_dtype(q.dtype)
-    basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
+    dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
+    basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading)
     reader = basis.reader(combined, backend)
     block, together = blocks_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend, basis.lean)
 
@@ -187,19 +171,12 @@ def divided(numerator: Array, leading: tuple[int, ...], backend: Backend) -> tup
 
 
 def query_adjoint(
-    q: Array,
-    unit: Array,
-    combined: Array,
-    columns: Sequence[Array],
-    leading: tuple[int, ...],
-    degree: int,
-    backend: Backend,
-    grading: Grading = (),
+    q: Array, unit: Array, combined: Array, columns: Sequence[Array], monomials: Monomials, backend: Backend
 ) -> tuple[Array, Array]:
     """G (..., r, dv + 1) and dq, from C and the columns (o, l, g, g_lse)."""
     xp = backend.xp
-    dtype = backend.compute_dtype(q.dtype)
-    basis = Basis.of(q.shape[-1], degree, combined.shape[-1], grading)
+    dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
+    basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading)
     block, together = blocks_of(basis, basis.pulled(combined.shape[-1], backend), dtype, leading, backend)
 
     features, pull_back = basis.features(backend), basis.puller(combined, backend)
@@ -221,26 +198,17 @@ def query_adjoint(
     return joined(carries)[0], dq
 
 
-def key_adjoint(
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    unit: Array,
-    own: Array,
-    degree: int,
-    backend: Backend,
-    grading: Grading = (),
-) -> tuple[Array, Array]:
+def key_adjoint(view: View, unit: Array, own: Array, monomials: Monomials, backend: Backend) -> tuple[Array, Array]:
     """(dk, dv) of a view whose summary has the gradient `own` (..., r, dv + 1)."""
     xp = backend.xp
-    dtype = backend.compute_dtype(k.dtype)
-    columns = v.shape[-1] + 1
-    leading = broadcast_leading(k, v, mask)
+    degree, grading = monomials
+    dtype, leading = backend.compute_dtype(view.keys.dtype), view.leading
+    columns = view.values.shape[-1] + 1
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
     own = sum_to_leading(own, leading, backend)
     # With derivatives, these give the values' share of the highest degree as well.
     lean = degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable) and not grading
-    basis = Basis(k.shape[-1], degree, lean, grading)
+    basis = Basis(view.keys.shape[-1], degree, lean, grading)
     block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
 
     features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
@@ -257,7 +225,7 @@ def key_adjoint(
         dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
         return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
 
-    _, (dk, dv) = backend.share_rows(body, None, (k, v, mask), together, FEWEST_BLOCKS * block)
+    _, (dk, dv) = backend.share_rows(body, None, view, together, FEWEST_BLOCKS * block)
     return dk, dv
 
 
@@ -350,8 +318,8 @@ def _weights(coefficients: tuple[float, ...], dim: int, grading: Grading) -> np.
 def _summaries(operands: Operands, expansion: Expansion, units: Sequence[Array]) -> list[Array]:
     """Φ(k)ᵀ [v, 1] / n_μ for every view, (..., r, dv + 1)."""
     return [
-        summary(k, v, mask, unit, expansion.degree, operands.backend, expansion.grading) * (1 / k.shape[-2])
-        for unit, (k, v, mask) in zip(units[1:], operands.views, strict=True)
+        summary(view, unit, expansion.monomials, operands.backend) * (1 / view.keys.shape[-2])
+        for unit, view in zip(units[1:], operands.views, strict=True)
     ]
 
 

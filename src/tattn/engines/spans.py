@@ -1,6 +1,6 @@
 """A block of rows of causal attention by the polynomial method, in spans of a few rows: read-out and adjoint.
 
-Symbols as in `lowrank_causal`. A block consists of spans of `b` rows. Within a span S_μ(i) = C_μ + (the span's rows up to i), with
+Symbols as in `causal_features`. A block consists of spans of `b` rows. Within a span S_μ(i) = C_μ + (the span's rows up to i), with
 C_μ the summary of all rows before it. One view need not be summed up for each row: for X(i) = w Φ(q_i) ∘ Π_{ν > 1} S_ν(i),
 
     N_ie = Σ_α X(i)_αe C_1αe + Σ_{j ≤ i in the span} ũ_je Σ_α X(i)_αe Φ(a_j)_α,
@@ -20,7 +20,7 @@ from ..arrays import clean, prod_of, sum_to_leading, swap_outer
 from ..backends import Array, Backend
 from ..backends.base import memoized
 from ..features.basis import read
-from ..features.monomials import Grading, features, pull_back
+from ..features.monomials import Grading, Monomials, features, pull_back
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
 # Rows of a span: for one view, and for more.
@@ -39,6 +39,11 @@ class Setting(NamedTuple):
     tile: int
     leading: tuple[int, ...]
     backend: Backend
+
+    @property
+    def monomials(self) -> Monomials:
+        """Those that the polynomial has."""
+        return Monomials(self.degree, self.grading)
 
 
 def span_of(views: int) -> int:

@@ -89,6 +89,18 @@ class _Pass(NamedTuple):
     memory: Memory | None
 
 
+class _Rows(NamedTuple):
+    """A block of query rows for the adjoint: s (..., rows, d) and h = [g, −r] (..., rows, dv + 1).
+
+    Their weights are eˣ less the `shift`, and they stand at the places `at`, (..., rows, 1) each; None for none.
+    """
+
+    s: Array
+    h: Array
+    shift: Array | None
+    at: Array | None
+
+
 # [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is subtracted.
 State = tuple[Array, Array | None]
 
@@ -150,7 +162,7 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
             h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
         else:
             s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
-        ds, _, grads = _adjoint(run, s, h, shift, at, None, views)
+        ds, _, grads = _adjoint(run, _Rows(s, h, shift, at), None, views)
         return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
 
     start = None if q.shape[-2] <= run.blocks[0] else _zeros(views, backend)
@@ -385,35 +397,32 @@ def _merge(state: State | None, part: State, backend: Backend) -> State:
     return total * xp.exp(top - finite) + total_2 * xp.exp(top_2 - finite), best
 
 
-def _adjoint(
-    run: _Pass, s: Array, h: Array, shift: Array | None, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]
-) -> Any:
-    """(ds, (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for rows s (..., rows, d), h = [g, −r] (..., rows, dv + 1).
+def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]) -> Any:
+    """(ds, (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for a block of query rows.
 
-    The weights are eˣ less the `shift` (..., rows, 1); dkeys (..., d, tuples), dvalues (..., dv, tuples), if there are tuples.
+    dkeys (..., d, tuples) and dvalues (..., dv, tuples), if there are tuples.
     """
     backend, xp = run.backend, run.backend.xp
+    s, h = rows.s, rows.h
     if pairs is not None and not views:
         columns = transposed(s, backend), transposed(h[..., :-1], backend)
         ds: Any = None
         of_pairs = []
         for cut in _cuts(run, pairs):
-            part, *parts = _block_adjoint(run, s, h, columns, shift, at, cut)
+            part, *parts = _block_adjoint(run, rows, columns, cut)
             ds = _plus(ds, part)
             of_pairs.append(parts)
         return ds, tuple(_together(parts, backend) for parts in zip(*of_pairs, strict=True)), ()
 
-    def body(carry: Any, *rows: Any) -> tuple[Any, tuple[Array, Array]]:
-        ds, (dkeys, dvalues), inner = _adjoint(run, s, h, shift, at, _joined(pairs, Rows(*rows), backend), views[1:])
+    def body(carry: Any, *view: Any) -> tuple[Any, tuple[Array, Array]]:
+        k, v, *_ = view
+        ds, (dkeys, dvalues), inner = _adjoint(run, rows, _joined(pairs, Rows(*view), backend), views[1:])
         through: tuple[Array, ...] = ()
         if pairs is not None:
-            dkeys_in, dkeys = _split(dkeys, pairs.keys, rows[0], backend)
-            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :-1, :], rows[1][..., :-1], backend)
+            dkeys_in, dkeys = _split(dkeys, pairs.keys, k, backend)
+            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :-1, :], v[..., :-1], backend)
             through = dkeys_in, dvalues_in
-        dk, dv = (
-            sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend)
-            for x, y in ((dkeys, rows[0]), (dvalues, rows[1]))
-        )
+        dk, dv = (sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
         return _plus(carry, (ds, through, inner)), (dk, dv)
 
     block = run.blocks[-len(views)]
@@ -427,17 +436,10 @@ def _adjoint(
     return ds, through, (own, *inner)
 
 
-def _block_adjoint(
-    run: _Pass,
-    s: Array,
-    h: Array,
-    columns: tuple[Array, Array],
-    shift: Array | None,
-    at: Array | None,
-    pairs: Pairs,
-) -> tuple[Array, Array, Array]:
+def _block_adjoint(run: _Pass, rows: _Rows, columns: tuple[Array, Array], pairs: Pairs) -> tuple[Array, Array, Array]:
     """ds, dkeys and dvalues of `_adjoint` for one block; `columns` are those of s and of g, (..., d, rows), (..., dv, rows)."""
     backend, xp = run.backend, run.backend.xp
+    s, h, shift, at = rows
     f = backend.exp_less(backend.product(s, pairs.keys, run.memory, "scores"), shift)
     seen = _seen(at, *pairs[2:])
     if seen is not None and not (run.bounded and at is None):

@@ -28,6 +28,13 @@ from ..backends.base import memoized
 Grading = tuple[int, ...]
 
 
+class Monomials(NamedTuple):
+    """Which monomials: all of degree at most `degree`, or those of them that a `grading` leaves."""
+
+    degree: int
+    grading: Grading = ()
+
+
 class Expansion(NamedTuple):
     """A polynomial of the score as a sum over monomials: c_0 … c_g, and the grading of those that are kept, () for all."""
 
@@ -38,6 +45,11 @@ class Expansion(NamedTuple):
     def degree(self) -> int:
         """Degree g."""
         return len(self.coefficients) - 1
+
+    @property
+    def monomials(self) -> Monomials:
+        """Those that are kept."""
+        return Monomials(self.degree, self.grading)
 
 
 def rank(dim: int, degree: int, grading: Grading = ()) -> int:

@@ -20,7 +20,7 @@ from ..backends import Array, Backend
 from ..engines import features
 from ..engines.features import key_adjoint, log_normaliser, query_adjoint, read_out, summary
 from ..features.balance import balanced_values, with_powers
-from ..features.monomials import rank
+from ..features.monomials import Monomials, rank
 from ..features.scaling import channel_tops
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
@@ -56,7 +56,7 @@ class Banded:
         """
         backend, q = operands.backend, operands.query
         xp = backend.xp
-        call, leading = self._banding(operands), operands.leading
+        call, monomials = self._banding(operands), Monomials(self.degree)
         query, *views = sorted_views(call, operands)
         series = Series.of(call, [query, *views], q, backend)
         if certify:
@@ -71,15 +71,14 @@ class Banded:
             value_dim = operands.values[0].shape[-1]
             for band, cut in enumerate(edges(q.shape[-2], call.bands)):
                 rows = query.in_band(query.rows, *cut, backend)
-                combined = series.contract(call, 0, band, summaries, backend)
+                combined = series.contract(0, band, summaries, backend)
                 if not certify:
-                    yield read_out(rows, query.by.unit, combined, leading, call.degree, backend)
+                    yield read_out(rows, query.by.unit, combined, monomials, backend)
                     continue
-                moments = certificate.moment_columns(call, series, 0, band, [(0, sizes), (1, ones), (2, ones)], backend)
-                rounding = certificate.roundings(call, series, 0, band, shares, value_dim, backend)
-                yield certificate.read_out(
-                    call, rows, query.by.unit, combined, moments, rounding, tops, leading, backend
-                )
+                moments = certificate.moment_columns(series, 0, band, [(0, sizes), (1, ones), (2, ones)], backend)
+                rounding = certificate.roundings(series, 0, band, shares, value_dim, backend)
+                reading = certificate.Reading(combined, moments, rounding)
+                yield certificate.read_out(call, rows, query.by.unit, reading, tops, backend)
 
         out, columns = return_rows(bands(), query.by.order, backend)
         kept = [xp.reshape(s, (*s.shape[:-3], -1, s.shape[-1])) for s in summaries]
@@ -91,7 +90,7 @@ class Banded:
         """The exact derivative of `forward` for fixed bands, in the dtype of the computation."""
         backend, q = operands.backend, operands.query
         xp = backend.xp
-        call, m = self._banding(operands), len(operands.views)
+        call, m, monomials = self._banding(operands), len(operands.views), Monomials(self.degree)
         columns, *known = attended.kept
         operands, sums, powers = balanced_values(operands, known[:m])
         query, *views = sorted_views(call, operands, known[m:])
@@ -104,9 +103,9 @@ class Banded:
 
         def bands_of_query() -> Iterator[tuple[Array]]:
             for band, cut in enumerate(edges(q.shape[-2], call.bands)):
-                combined = series.contract(call, 0, band, summaries, backend)
+                combined = series.contract(0, band, summaries, backend)
                 rows, *own = (query.in_band(x, *cut, backend) for x in of_query)
-                found, dq = query_adjoint(rows, query.by.unit, combined, own, operands.leading, call.degree, backend)
+                found, dq = query_adjoint(rows, query.by.unit, combined, own, monomials, backend)
                 upstreams.append(found)
                 yield (dq,)
 
@@ -117,8 +116,8 @@ class Banded:
             view, n = views[number], operands.keys[number].shape[-2]
             tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
             for band, cut in enumerate(edges(n, call.bands)):
-                own = series.contract(call, number + 1, band, tensors, backend) * (1 / n)
-                yield key_adjoint(*view.band(*cut, backend), view.by.unit, own, call.degree, backend)
+                own = series.contract(number + 1, band, tensors, backend) * (1 / n)
+                yield key_adjoint(view.band(*cut, backend), view.by.unit, own, monomials, backend)
 
         d_keys, d_values = [], []
         for number, (k, v, _) in enumerate(operands.views):
@@ -162,5 +161,6 @@ class Banded:
 def _summaries(call: Banding, view: Sorted, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1] / n of every band, (..., B, r, dv + 1)."""
     n = view.rows.shape[-2]
-    parts = [summary(*view.band(*cut, backend), view.by.unit, call.degree, backend) for cut in edges(n, call.bands)]
+    cuts, monomials = edges(n, call.bands), Monomials(call.degree)
+    parts = [summary(view.band(*cut, backend), view.by.unit, monomials, backend) for cut in cuts]
     return backend.xp.stack(parts, axis=-3) * (1 / n)

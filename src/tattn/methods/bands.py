@@ -23,7 +23,7 @@ from ..bounds.score_range import balancing_units
 from ..features.balance import balanced_factors
 from ..features.monomials import multinomials
 from ..features.scaling import finite_sizes, units_of
-from ..operands import Operands
+from ..operands import Operands, View
 
 # Beyond the last range of the grid no polynomial is certified; its κ stands for that and keeps arithmetic finite.
 NO_BOUND = 1e30
@@ -59,12 +59,10 @@ class Sorted(NamedTuple):
     mask: Array | None
     by: Sorting
 
-    def band(self, start: int, stop: int, backend: Backend) -> tuple[Array, Array | None, Array | None]:
+    def band(self, start: int, stop: int, backend: Backend) -> View:
         """Rows, values and mask of a band; the first has the rows of the largest norms."""
-        rows, values, mask = (
-            None if x is None else self.in_band(x, start, stop, backend) for x in (self.rows, self.values, self.mask)
-        )
-        return rows, values, mask
+        given = (self.rows, self.values, self.mask)
+        return View(*(None if x is None else self.in_band(x, start, stop, backend) for x in given))
 
     def in_band(self, x: Array, start: int, stop: int, backend: Backend) -> Array:
         """Of what has one row for each of the view's, (..., n, k), those of a band."""
@@ -157,6 +155,7 @@ def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) 
 class Series(NamedTuple):
     """Coefficients, κ and the like for all tuples of bands: (..., bands of the query, of view 1, …, of view m, ·)."""
 
+    banding: Banding
     table: Array  # (..., B, …, B, g + 4): c_0 … c_g, κ, κ′² R^(t−2), K^t
     ranges: Array  # (..., B, …, B)
     dim: int
@@ -183,30 +182,30 @@ class Series(NamedTuple):
         flat = xp.reshape(backend.whole_numbers(index), (-1,))
         table = backend.table(_grid_table, call.degree, call.moment, like=like, dtype=dtype)
         chosen = xp.reshape(xp.take(table, flat, axis=0), (*index.shape, call.degree + 4))
-        return cls(chosen, reach, like.shape[-1])
+        return cls(call, chosen, reach, like.shape[-1])
 
-    def contract(self, call: Banding, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
+    def of_band(self, target: int, band: int, array: Array) -> Array:
+        """One band of the view `target` of (..., B, …, B, k): (..., B, …, B, k) with one B less."""
+        after = self.banding.views - target
+        return array[(Ellipsis, band, *(slice(None),) * after, slice(None))]
+
+    def contract(self, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
         """Coefficients w ∘ Σ c T_1 ∘ T_2 ∘ … over all bands of the other views, for one band of the view `target`: (..., r, k).
 
         `tensors`: (..., B, r, k) of every other view, in the order of the views.
         """
         xp = backend.xp
-        coefficients = of_band(call, target, band, self.table)
+        degree = self.banding.degree
+        coefficients = self.of_band(target, band, self.table)
         tensors = balanced_factors(tensors, backend, axes=2)
         parts = []
         start = 0
-        for t, size in enumerate(level_sizes(self.dim, call.degree)):
+        for t, size in enumerate(level_sizes(self.dim, degree)):
             part = [x[..., start : start + size, :] for x in tensors]
             parts.append(multiply_out(coefficients[..., t], part, backend))
             start += size
-        weights = backend.table(multinomials, self.dim, call.degree, like=tensors[0], dtype=tensors[0].dtype)
+        weights = backend.table(multinomials, self.dim, degree, like=tensors[0], dtype=tensors[0].dtype)
         return xp.concat(parts, axis=-2) * weights[:, None]
-
-
-def of_band(call: Banding, target: int, band: int, array: Array) -> Array:
-    """One band of the view `target` of (..., B, …, B, k): (..., B, …, B, k) with one B less."""
-    after = call.views - target
-    return array[(Ellipsis, band, *(slice(None),) * after, slice(None))]
 
 
 def multiply_out(coefficients: Array, tensors: Sequence[Array], backend: Backend) -> Array:

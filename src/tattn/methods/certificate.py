@@ -16,14 +16,14 @@ from math import log2, sqrt
 from typing import NamedTuple
 
 from ..approximation.exponential import DEFAULT_GRID
-from ..arrays import gather_rows, prod_of, with_leading
+from ..arrays import broadcast_leading, clean, gather_rows, prod_of, with_leading
 from ..backends import Array, Backend
 from ..backends.kernels import CHAIN
 from ..bounds.rounding import LAMBDA, UNIT, chains
 from ..engines.features import block_of, channels, divided, summed_products, with_ones
 from ..features.basis import Basis
 from ..features.monomials import multinomials, rank
-from .bands import Banding, Series, Sorted, edges, level_sizes, multiply_out, of_band
+from .bands import Banding, Series, Sorted, edges, level_sizes, multiply_out
 
 # Columns of what is kept for the adjoint.
 NORMALISER, ERROR, SPREAD, STEEP, ROUNDING, GROWTH, COLUMNS = range(7)
@@ -45,11 +45,8 @@ def summaries(call: Banding, view: Sorted, backend: Backend) -> tuple[Array, Arr
     basis = Basis.of(dim, call.degree, value_dim + 1)
     shapes = [(basis.size, value_dim + 1), (part.stop - part.start, value_dim)]
 
-    def prepare(v: Array, mask: Array | None) -> Array:
-        return with_ones(v, mask, dtype, backend)
-
-    def in_units(rows: Array) -> Array:
-        return rows * view.by.unit
+    def prepare(k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
+        return backend.cast(clean(k, mask, backend), dtype) * view.by.unit, with_ones(v, mask, dtype, backend)
 
     def products(phi: Array, z: Array) -> tuple[Array, Array]:
         sizes = basis.row_sums(phi, xp.abs(z[..., :-1]), backend, degree=call.moment)
@@ -58,26 +55,22 @@ def summaries(call: Banding, view: Sorted, backend: Backend) -> tuple[Array, Arr
     plain, sizes = [], []
     for start, stop in edges(n, call.bands):
         rows = view.band(start, stop, backend)
-        (one, _), (size, _) = summed_products(prepare, products, shapes, *rows, in_units, basis, backend)
+        (one, _), (size, _) = summed_products(prepare, products, shapes, rows, basis, backend)
         plain.append(one)
         sizes.append(xp.concat([size, one[..., part, -1:]], axis=-1))
     return xp.stack(plain, axis=-3) * (1 / n), xp.stack(sizes, axis=-3) * (1 / n)
 
 
 def moment_columns(
-    call: Banding,
-    series: Series,
-    target: int,
-    band: int,
-    groups: Sequence[tuple[int, Sequence[Array]]],
-    backend: Backend,
+    series: Series, target: int, band: int, groups: Sequence[tuple[int, Sequence[Array]]], backend: Backend
 ) -> Array:
     """Columns (..., r_t, k) that read out Σ coefficient x^t for a band of the view `target`.
 
     `groups`: (0, 1 or 2 for the coefficients κ, κ′² R^(t−2) or K^t; (..., B, r_t, k) of every other view).
     """
     xp = backend.xp
-    coefficients = of_band(call, target, band, series.table)[..., call.degree + 1 :]
+    call = series.banding
+    coefficients = series.of_band(target, band, series.table)[..., call.degree + 1 :]
     columns = xp.concat([multiply_out(coefficients[..., kind], tensors, backend) for kind, tensors in groups], axis=-1)
     weights = backend.table(multinomials, series.dim, call.moment, like=columns, dtype=columns.dtype)
     return columns * weights[block_t(call, series.dim)][:, None]
@@ -109,12 +102,13 @@ class Roundings(NamedTuple):
 
 
 def roundings(
-    call: Banding, series: Series, target: int, band: int, shares: Sequence[Array], value_dim: int, backend: Backend
+    series: Series, target: int, band: int, shares: Sequence[Array], value_dim: int, backend: Backend
 ) -> Roundings:
     """The model of `rounding` for a band of the view `target`; `shares`: the weight (..., B, 1, 1) of every other view's bands."""
     xp = backend.xp
-    table = xp.abs(of_band(call, target, band, series.table))
-    reach = of_band(call, target, band, series.ranges[..., None])[..., 0]
+    call = series.banding
+    table = xp.abs(series.of_band(target, band, series.table))
+    reach = series.of_band(target, band, series.ranges[..., None])[..., 0]
     m, t0, g = call.views, call.moment, call.degree
     lost = chains(m, CHAIN + rank(series.dim, g) / CHAIN + series.dim) + 4 + 2 * call.bands
     plain = steep = xp.zeros_like(reach)
@@ -144,26 +138,26 @@ def shares(call: Banding, view: Sorted, backend: Backend) -> Array:
     return xp.stack(parts, axis=-1)[..., None, None]
 
 
+class Reading(NamedTuple):
+    """What a band of the query reads out: summaries (..., r, dv + 1), moments (..., r_t, dv + 3), and how both round."""
+
+    combined: Array
+    moments: Array
+    rounding: Roundings
+
+
 def read_out(
-    call: Banding,
-    q: Array,
-    unit: Array,
-    combined: Array,
-    moments: Array,
-    rounding: Roundings,
-    value_tops: Sequence[Array],
-    leading: tuple[int, ...],
-    backend: Backend,
+    call: Banding, q: Array, unit: Array, reading: Reading, value_tops: Sequence[Array], backend: Backend
 ) -> tuple[Array, Array]:
     """The output (..., n, dv) of a band of the query, and `COLUMNS` columns of its certificate."""
     xp = backend.xp
-    dtype = backend.compute_dtype(q.dtype)
+    combined, moments, rounding = reading
+    dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
     t = call.moment
     basis = Basis.of(q.shape[-1], call.degree, combined.shape[-1])
     features = basis.features(backend)
     main, more = basis.reader(combined, backend), basis.reader(moments, backend, degree=t)
     inverses = [xp.matrix_transpose(xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0)) for t in value_tops]
-    value_dim = combined.shape[-1] - 1
     # Products of values that leave the range of the dtype lose what no bound knows of.
     safe = in_range(value_tops, 1.0, backend)
 
@@ -171,9 +165,7 @@ def read_out(
         phi = features(channels(block, unit, dtype, backend))
         numerator, sums = basis.read(phi, main, backend), basis.read(phi, more, backend, degree=t)
         out, normaliser = divided(xp.matrix_transpose(numerator), leading, backend)
-        sizes = prod_of([xp.abs(numerator[..., :-1, :]), *inverses])
-        weighted = prod_of([sums[..., :value_dim, :], *inverses])
-        errors = _row_errors(call, numerator[..., -1:, :], sizes, weighted, sums[..., value_dim:, :], rounding, backend)
+        errors = _row_errors(t, numerator, sums, inverses, rounding, backend)
         errors = xp.where(safe & rounding.known, errors, xp.inf)
         return None, (
             out,
@@ -186,20 +178,22 @@ def read_out(
 
 
 def _row_errors(
-    call: Banding,
-    normaliser: Array,
-    sizes: Array,
-    weighted: Array,
+    moment: int,
+    numerator: Array,
     sums: Array,
+    inverses: Sequence[Array],
     rounding: Roundings,
     backend: Backend,
 ) -> Array:
     """Error, d, e′, ρ′ and F of every row, (..., 5, rows), all sums being over pairs.
 
-    From the normaliser (..., 1, rows), |Ñ| and E[e] relative to the largest values (..., dv, rows), and
-    (Σ κ x^t, Σ κ′² R^(t−2) x^t, Σ K^t x^t), (..., 3, rows).
+    From Ñ and l̃ (..., dv + 1, rows), from E[e] and (Σ κ x^t, Σ κ′² R^(t−2) x^t, Σ K^t x^t), (..., dv + 3, rows), and one over the
+    largest values of every view (..., dv, 1).
     """
     xp = backend.xp
+    normaliser, value_dim = numerator[..., -1:, :], numerator.shape[-2] - 1
+    sizes = prod_of([xp.abs(numerator[..., :-1, :]), *inverses])
+    weighted, sums = prod_of([sums[..., :value_dim, :], *inverses]), sums[..., value_dim:, :]
 
     def positive(x: Array) -> Array:
         return xp.where(x <= 0, 0.0, x)  # and NaN stays
@@ -211,7 +205,7 @@ def _row_errors(
     own = xp.where(inside, (sizes / safe + of_channel) / xp.where(inside, 1 - d, 1.0), 1.0)
     error = xp.max(of_channel + d * xp.where(own < 1, own, 1.0), axis=-2, keepdims=True)
     steep = xp.sqrt(positive(sums[..., 1:2, :]) + rounding.squares) / safe
-    growth = (positive(sums[..., 2:3, :]) + rounding.growth) ** (1 / call.moment)
+    growth = (positive(sums[..., 2:3, :]) + rounding.growth) ** (1 / moment)
     finite = xp.isfinite(xp.max(sizes, axis=-2, keepdims=True))
     results = []
     for e in (error, d, steep, rounding.steep / safe, growth):

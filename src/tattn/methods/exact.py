@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from ..backends import Array
 from ..bounds.rounding import exact_errors
 from ..engines import causal_tuples, tuples
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
-from .gradient_bounds import stated_bounds
+from .gradient_bounds import OneError
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(OneError):
     """Attention by its definition: n Π n_μ scores, linear memory, no error but rounding."""
 
     name: ClassVar[str] = "exact"
@@ -31,16 +30,6 @@ class Exact:
         """The exact derivative, in the dtype of the computation."""
         backward = causal_tuples.backward if operands.order.causal else tuples.backward
         return backward(operands, attended.out, attended.kept[0], upstream)
-
-    def gradient_bounds(
-        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
-    ) -> Gradients:
-        """From what is stated for all rows."""
-        return stated_bounds(operands, upstream, stated)
-
-    def row_errors(self, kept: Array) -> None:
-        """None: one error is stated for all rows."""
-        return
 
     def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
         """Rounding alone."""

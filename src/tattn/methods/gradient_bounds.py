@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, log2
+from typing import NamedTuple
 
 from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_of, sum_to_leading
 from ..backends import Array, Backend
@@ -124,6 +125,20 @@ def told_error(operands: Operands, error: float) -> Array:
     return xp.where(xp.all(known, axis=-1, keepdims=True), told, inf)
 
 
+class OneError:
+    """What methods share whose error is stated once, for all rows alike."""
+
+    def gradient_bounds(
+        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
+    ) -> Gradients:
+        """From what is stated."""
+        return stated_bounds(operands, upstream, stated)
+
+    def row_errors(self, kept: Array) -> None:
+        """None: no row has an error of its own."""
+        return
+
+
 def _past_end(tops: Sequence[Array], operands: Operands) -> list[Array]:
     """By how much sums over all rows of values may leave the range: logarithms (..., 1, dv), below 0 where they do not."""
     end = log2_range(tops[0].dtype, operands.backend)[2]
@@ -149,10 +164,8 @@ def banded_bounds(call: Banding, operands: Operands, attended: Attended, upstrea
     of_query = _query_bound(call, views, value_tops, rms, per_row, backend)
     weights = _weights(value_tops, per_row, backend)
     top = over_rows(xp.max, xp.abs(backend.cast(upstream.out, weights.dtype)), backend)
-    of_views = [
-        _view_bounds(call, number, query, views, series, sizes, rms, weights, top, backend)
-        for number in range(call.views)
-    ]
+    known = _Known(series, query, views, sizes, rms, weights, top)
+    of_views = [_view_bounds(known, number, backend) for number in range(call.views)]
     safe = in_range([query.by.tops, *(v.by.tops for v in views), *value_tops, top], call.scale, backend)
     bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
     targets = (operands.query, *operands.keys, *operands.values)
@@ -257,20 +270,26 @@ def _promised(bound: Array, known: Array, nothing: Array, backend: Backend) -> A
 _SUMS = ((0, 0), (1, 0), (1, 2), (2, 1), (2, 3))
 
 
-def _view_bounds(
-    call: Banding,
-    number: int,
-    query: Sorted,
-    views: Sequence[Sorted],
-    series: Series,
-    sizes: Sequence[tuple[Array, Array]],
-    rms: Sequence[Array],
-    weights: Array,
-    grad_top: Array,
-    backend: Backend,
-) -> tuple[Array, Array]:
+class _Known(NamedTuple):
+    """What the bounds of all views take.
+
+    Sizes of values (..., 1, dv) and of their products with keys, weights of the query's rows, the largest gradient by channel.
+    """
+
+    series: Series
+    query: Sorted
+    views: Sequence[Sorted]
+    sizes: Sequence[tuple[Array, Array]]
+    rms: Sequence[Array]
+    weights: Array
+    grad_top: Array
+
+
+def _view_bounds(known: _Known, number: int, backend: Backend) -> tuple[Array, Array]:
     """(..., n_μ, d) for the keys of a view and (..., n_μ, dv) for its values."""
     xp = backend.xp
+    series, query, views, sizes, rms, weights, grad_top = known
+    call = series.banding
     view, t, dtype = views[number], call.moment, weights.dtype
     others = [i for i in range(call.views) if i != number]
     n, dim = view.rows.shape[-2:]
@@ -302,9 +321,9 @@ def _view_bounds(
 
     def of_rows(band: int, start: int, stop: int) -> tuple[Array, ...]:
         groups = [(kind, [of_query[..., w : w + 1], *of_others]) for kind, w in _SUMS]
-        reader = basis.reader(moment_columns(call, series, number + 1, band, groups, backend), backend, degree=t)
+        reader = basis.reader(moment_columns(series, number + 1, band, groups, backend), backend, degree=t)
         lost = [
-            roundings(call, series, number + 1, band, [share[..., w : w + 1], *other_shares], value_dim, backend)
+            roundings(series, number + 1, band, [share[..., w : w + 1], *other_shares], value_dim, backend)
             for w in range(4)
         ]
         added = xp.concat([lost[w][kind] for kind, w in _SUMS], axis=-1)
@@ -339,26 +358,22 @@ def _moments(call: Banding, view: Sorted, z: Array | None, backend: Backend) -> 
     """Φ_t(x)ᵀ z of every band, (..., B, r_t, k), for z (..., n, k) in the order of the bands; a column of ones if not given."""
     xp = backend.xp
     n, dim = view.rows.shape[-2:]
-    part = block_t(call, dim)
+    part, dtype = block_t(call, dim), backend.compute_dtype(view.rows.dtype)
     if z is None:
-        z = xp.ones((n, 1), dtype=backend.compute_dtype(view.rows.dtype), device=backend.device(view.rows))
+        z = xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
     basis = Basis.of(dim, call.moment, z.shape[-1])
     shape = (part.stop - part.start, z.shape[-1])
 
-    def prepare(z: Array, mask: Array | None) -> Array:
-        return clean(z, mask, backend)
-
-    def in_units(rows: Array) -> Array:
-        return rows * view.by.unit
+    def prepare(x: Array, z: Array, mask: Array | None) -> tuple[Array, Array]:
+        return backend.cast(clean(x, mask, backend), dtype) * view.by.unit, clean(z, mask, backend)
 
     def products(phi: Array, z: Array) -> tuple[Array]:
         return (basis.row_sums(phi, z, backend, degree=call.moment),)
 
     sums = []
     for start, stop in edges(n, call.bands):
-        rows, _, mask = view.band(start, stop, backend)
-        own = z[..., start:stop, :]
-        ((total, _),) = summed_products(prepare, products, [shape], rows, own, mask, in_units, basis, backend)
+        rows = view.band(start, stop, backend)._replace(values=z[..., start:stop, :])
+        ((total, _),) = summed_products(prepare, products, [shape], rows, basis, backend)
         sums.append(total)
     return xp.stack(sums, axis=-3)
 

@@ -10,19 +10,25 @@ from typing import ClassVar
 from ..approximation.exponential import Polynomial as Approximation
 from ..approximation.exponential import minimax, taylor
 from ..approximation.pruning import dropped, sums_of
-from ..backends import Array
-from ..bounds.rounding import USUAL_VALUE_DIM, least_normaliser, lowrank_errors, lowrank_rounding, scores_round_less
+from ..bounds.rounding import (
+    USUAL_VALUE_DIM,
+    Sums,
+    least_normaliser,
+    polynomial_errors,
+    polynomial_rounding,
+    scores_round_less,
+)
 from ..bounds.score_range import rounded_up
 from ..engines import causal_features, features, scorewise
 from ..engines.spans import span_of
 from ..features.monomials import Expansion, Grading, rank
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
-from .gradient_bounds import stated_bounds
+from .gradient_bounds import OneError
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(OneError):
     """One polynomial P of all scores, which are within ±bound: c_0 + c_1 x + …; of a pruned basis, with its grading.
 
     It is computed through features, or score by score where scores are fewer and round no more. The shapes of a call
@@ -98,34 +104,21 @@ class Polynomial:
             return scorewise.backward(operands, self.coefficients, attended, upstream)
         return features.backward(operands, self.expansion, attended, upstream)
 
-    def gradient_bounds(
-        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
-    ) -> Gradients:
-        """From what is stated for all rows."""
-        return stated_bounds(operands, upstream, stated)
-
-    def row_errors(self, kept: Array) -> None:
-        """None: one error is stated for all rows."""
-        return
-
     def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
         """From its distance to exp, what a pruned basis lacks for channels of these sizes, and rounding."""
         error, grad_error = inf, inf
         if self.delta < 1:
-            rho = lowrank_rounding(
-                self.coefficients, self.bound, scores.lowest_mean, delta=self.delta, dim=problem.dim,
-                rank=self.rank(problem.dim), views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM),
-                dtype=problem.dtype, span=span_of(problem.views) if problem.order.causal else 0, chain=problem.chain,
-            )  # fmt: skip
-            lost = self._dropped(scores)
-            error, grad_error = lowrank_errors(self.delta, self.delta_prime, *rho, lost)
+            least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
+            span = span_of(problem.views) if problem.order.causal else 0
+            sums = Sums.of(problem, self.rank(problem.dim), span)
+            rho = polynomial_rounding(self.coefficients, self.bound, least, sums, problem.dtype)
+            error, grad_error = polynomial_errors(self.delta, self.delta_prime, *rho, self._dropped(scores, least))
         return Guarantee(error, grad_error, isfinite(error))
 
-    def _dropped(self, scores: ScoreRange) -> tuple[float, float]:
-        """What the monomials that a pruned basis lacks add up to in P and P′, relative to the normaliser."""
+    def _dropped(self, scores: ScoreRange, least: float) -> tuple[float, float]:
+        """What the monomials that a pruned basis lacks add up to in P and P′, relative to the normaliser, at `least` this."""
         if not self.grading:
             return 0.0, 0.0
-        least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
         if not least > 0:
             return inf, inf
         lost, lost_prime = dropped(self.coefficients, self.grading, self.sums(scores))

@@ -17,7 +17,8 @@ from ..checks import (
     true_or_false,
     whole,
 )
-from ..planning import bands_fit, plan_for
+from ..planning import plan_for
+from ..planning.banded import bands_fit
 from ..planning.selection import MAX_RANK
 from ..plans import Plan
 

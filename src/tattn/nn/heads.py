@@ -17,20 +17,18 @@ from .config import AttentionConfig
 
 def attend(
     config: AttentionConfig,
-    attention: Callable[[Array, Sequence[Array], Sequence[Array], Sequence[Array | None] | None], Any],
-    query: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    key_masks: Sequence[Array | None] | None,
+    attention: Callable[..., Any],
+    rows: tuple[Array, Sequence[Array], Sequence[Array], Sequence[Array | None] | None],
     score_factor: Array | None,
     constant: Callable[[Array], Array],
     return_error: bool,
 ) -> tuple[Array, Array | None]:
     """Output (..., n, H · dv) in the query's dtype, and the errors (..., H, n) if asked for.
 
-    ``attention(query, keys, values, masks)`` computes the heads, `score_factor` (H,) multiplies their scores, and `constant`
-    takes an array out of differentiation.
+    ``attention(query, keys, values, masks)`` computes the heads of such `rows`, `score_factor` (H,) multiplies their scores, and
+    `constant` takes an array out of differentiation.
     """
+    query, keys, values, key_masks = rows
     backend = backend_of(query)
     assert backend is not None
     dtype = query.dtype

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..attention import tensor_attention
 from ..backends.jax import BACKEND
-from ..checks import checked_dtype, checked_flags, checked_kind, checked_layer_call, checked_parameters
+from ..checks import checked_dtype, checked_flags, checked_kind
+from .checks import checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 
@@ -110,9 +111,7 @@ def apply(
     _checked_config(config)
     checked_flags(return_error=return_error)
     checked_parameters(params, config.parameter_shapes(), BACKEND)
-    contexts, masks = checked_layer_call(
-        x, contexts, key_masks, config.embed_dim, config.context_dims, like=params["q_proj.weight"], backend=BACKEND
-    )
+    contexts, masks = checked_layer_call((x, contexts, key_masks), config, params["q_proj.weight"], BACKEND)
 
     def project(name: str, rows: jax.Array) -> jax.Array:
         projected = rows @ params[f"{name}.weight"].T
@@ -133,9 +132,8 @@ def apply(
         query = project("q_proj", x)
         keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
         values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
-        out, error = attend(
-            config, attention, query, keys, values, masks, score_factor, jax.lax.stop_gradient, return_error
-        )
+        rows = query, keys, values, masks
+        out, error = attend(config, attention, rows, score_factor, jax.lax.stop_gradient, return_error)
         out = project("out_proj", out)
     return (out, error) if return_error else out
 

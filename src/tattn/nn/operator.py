@@ -71,7 +71,7 @@ def plan_of_text(text: str) -> Plan:
 def _work(query: Tensor, keys: Any, values: Any, masks: Any, text: str, certify: bool) -> Work:
     plan = plan_of_text(text)
     given = [None if mask.shape == (0,) else mask for mask in masks]
-    inputs = checked_inputs(query, list(keys), list(values), given, plan.causal, plan.window)
+    inputs = checked_inputs(query, list(keys), list(values), given, (plan.causal, plan.window))
     return work_of(inputs, plan, certify)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..attention import tensor_attention
 from ..backends.torch import BACKEND
-from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind, checked_layer_call
+from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind
 from ..plans import Plan, plan_text
+from .checks import checked_layer_call
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 from .operator import planned_attention, traced_whole
@@ -180,10 +181,7 @@ class TensorAttention(nn.Module):
         """
         checked_flags(return_error=return_error)
         weight = self.q_proj.weight
-        contexts, masks = checked_layer_call(
-            x, contexts, key_masks, self.config.embed_dim, self.config.context_dims, like=weight, backend=BACKEND,
-            dtypes=_served(weight),
-        )  # fmt: skip
+        contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
@@ -192,9 +190,8 @@ class TensorAttention(nn.Module):
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
             return self._attention(q, ks, vs, masks, return_error)
 
-        out, error = attend(
-            self.config, attention, query, keys, values, masks, score_factor, torch.Tensor.detach, return_error
-        )
+        rows = query, keys, values, masks
+        out, error = attend(self.config, attention, rows, score_factor, torch.Tensor.detach, return_error)
         out = self.out_proj(out)
         return (out, error) if return_error else out
 

@@ -10,18 +10,10 @@ from ..arrays import broadcast_leading, sum_to_leading, with_leading
 from ..attention import tensor_attention, tensor_attention_vjp
 from ..backends import Array, Backend
 from ..bounds.rounding import UNIT
-from ..checks import (
-    PlanError,
-    checked_entries,
-    checked_inputs,
-    checked_kind,
-    checked_method,
-    checked_problem,
-    checked_upstream,
-    positive,
-)
+from ..checks import PlanError, checked_entries, checked_inputs, checked_kind, checked_method, positive
 from ..plans import Plan
 from . import algorithm1, closed_form, products
+from .checks import checked_problem, checked_upstream
 from .errors import SizesCall, sizes
 from .planning import PRODUCTS, GradientChoice
 

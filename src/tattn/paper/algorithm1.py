@@ -100,10 +100,9 @@ def factors(call: Algorithm1Call, backend: Backend, arrays: Sequence[Array]) -> 
     """(T1ᵀ, T2ᵀ, T3ᵀ), each (..., r (dv + 1), d_μ), scale included: the gradient is T1 (T2 ⊘ T3)ᵀ."""
     q, a, b, u, v, a1, a2, a3, target = arrays
     units = channel_units(q, [a, b], [None, None], call.scale, backend)
-    w = weights(Expansion(call.coefficients), q, backend)
     t2, s2 = _key_side(a, u, a2, units[1], call.degree, backend)
     t3, s3 = _key_side(b, v, a3, units[2], call.degree, backend)
-    t1 = _query_side(call, q, a1, target, units[0], w, s2 * s3, backend)
+    t1 = _query_side(call, (q, a1, target), units[0], s2 * s3, backend)
     return t1 * call.scale, t2, t3
 
 
@@ -158,14 +157,17 @@ def _key_side(k: Array, v: Array, a: Array, unit: Array, degree: int, backend: B
 
 
 def _query_side(
-    call: Algorithm1Call, q: Array, a1: Array, target: Array, unit: Array, w: Array, pairs: Array, backend: Backend
+    call: Algorithm1Call, rows: tuple[Array, Array, Array], unit: Array, pairs: Array, backend: Backend
 ) -> Array:
-    """T1ᵀ (..., r (dv + 1), d1); `pairs` (..., r, dv + 1) is the product of the summaries of [u, 1] and [v, 1].
+    """T1ᵀ (..., r (dv + 1), d1), for the rows of q, a1 and the target.
 
-    Those are means, not sums: U1 is larger by n2 n3, and T2 and T3, means too, make up for it.
+    `pairs` (..., r, dv + 1) is the product of the summaries of [u, 1] and [v, 1]. Those
+    are means, not sums: U1 is larger by n2 n3, and T2 and T3, means too, make up for it.
     """
+    q, a1, _ = rows
+    w = weights(Expansion(call.coefficients), q, backend)
     r, columns, width = w.shape[-2], pairs.shape[-1], a1.shape[-1]
-    leading = broadcast_leading(q, a1, target, pairs)
+    leading = broadcast_leading(*rows, pairs)
 
     def body(carry: Sum, q: Array, a1: Array, target: Array) -> tuple[Sum, tuple[()]]:
         u1 = query_factor(q, unit, w, pairs[..., -1:], call.degree, backend)
@@ -175,7 +177,7 @@ def _query_side(
 
     start = zero_sum((*leading, r * columns, width), q.dtype, q, backend)
     block = _block(2 * r + columns * width, q.dtype, leading, backend)
-    (t, _), _ = backend.scan_rows(body, start, (q, a1, target), block)
+    (t, _), _ = backend.scan_rows(body, start, rows, block)
     return t
 
 

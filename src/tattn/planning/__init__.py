@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, isqrt
+from math import inf
 from typing import Any
 
 from ..approximation.exponential import MAX_DEGREE
-from ..approximation.pruning import HIGHER
 from ..backends import Array
-from ..bounds.rounding import USUAL_VALUE_DIM, lowrank_errors, lowrank_rounding
 from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges
 from ..checks import (
     MAX_ORDER,
@@ -22,33 +20,22 @@ from ..checks import (
     checked_lengths,
     checked_options,
     checked_order,
-    checked_series,
     described,
     positive,
-    shown,
     true_or_false,
     whole,
 )
-from ..features.monomials import rank as rank_of
 from ..methods import Banded, Exact, Polynomial
-from ..plans import Plan, si, spread
-from ..problem import Guarantee, Problem, ScoreRange
-from .sampling import Estimate, estimate
-from .selection import Wish, affordable_degrees, beyond, check_rank, choose, largest_rank, plan_with, why_overflows
+from ..plans import Plan, spread
+from ..problem import Problem, ScoreRange
+from .banded import asked_banded, banded_plan, is_banded
+from .estimated import estimated_plan
+from .selection import Wish, check_rank, choose, plan_with, why_overflows
 
 # Methods that can be asked for as values.
 _VALUES = (Exact, Polynomial, Banded)
 # Scores of which nothing is known.
 _ANY = ScoreRange(inf, -inf, "promise")
-
-# The largest rank that is tried in bands before it is known whether that will do.
-_BANDED_RANK = 1 << 13
-# Tuples of norm bands, each with a polynomial of its own.
-_MAX_TUPLES = 1 << 26
-# Views of a banded call, each a dimension of one array beside those of the call.
-_MAX_BANDED_ORDER = 32
-# Fits to samples gain nothing beyond.
-_MOST_ESTIMATED = 12
 
 
 def plan(
@@ -119,16 +106,16 @@ def plan(
     >>> plan.method, plan.error < 1e-3
     ('polynomial', True)
     """
-    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
+    inputs = checked_inputs(query, keys, values, key_masks, (causal, window))
     if isinstance(method, _VALUES):
         number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
         asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}
         return _of_method(method, inputs.problem(number), **asked)
     number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
-    banded = _is_banded(series, bands, moment)
+    banded = is_banded(series, bands, moment)
     wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients))
     if banded:
-        return _asked_banded(inputs.problem(number), wish, bound, bands, moment)
+        return asked_banded(inputs.problem(number), wish, bound, bands, moment)
     return plan_inputs(inputs, number, wish, bound)
 
 
@@ -209,8 +196,8 @@ def plan_for(
         raise ValueError(f"bandwidth should come with workers, got {positive('bandwidth', bandwidth)} alone")
     if isinstance(method, _VALUES):
         made = _of_method(method, problem, degree=degree, bound=bound, series=series, bands=bands, moment=moment)
-    elif _is_banded(series, bands, moment):
-        made = _asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
+    elif is_banded(series, bands, moment):
+        made = asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
     else:
         made = choose(problem, _promised(bound), Wish(tol, method, degree, series))
     if workers is None and flops is None:
@@ -252,7 +239,7 @@ def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | N
             raise ValueError(
                 "bound='estimated' samples all pairs and has no use with causal=True: give a bound, or none"
             )
-        return _estimated(inputs, problem, found, wish)
+        return estimated_plan(inputs, problem, found, wish)
     return plan_found(problem, found, wish)
 
 
@@ -288,16 +275,6 @@ def _promised(bound: Any) -> ScoreRange:
     return ScoreRange(promised, -promised, "promise")
 
 
-def banded_candidates(problem: Problem) -> list[Plan]:
-    """Banded plans to try, the cheapest first."""
-    shortest = min(problem.lengths)
-    bands = 8 if shortest < 1 << 14 else 12
-    if problem.order.causal or shortest < 2 * bands or not bands_fit(bands, problem.views + 1):
-        return []
-    tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
-    return [_banded(problem, Banded(g, bands, t)) for g, t in tried if rank_of(problem.dim, g) <= _BANDED_RANK]
-
-
 def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_use: Any) -> Plan:
     """A plan for a method that was given as a value, which has what other options would say."""
     for name, value in without_use.items():
@@ -305,126 +282,10 @@ def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_
             raise ValueError(f"{name} has no use with a method that is a value, got {name}={described(value)}")
     reason = f"{type(method).__name__} was asked for"
     if isinstance(method, Banded):
-        return replace(_banded(problem, method), reason=reason)
+        return replace(banded_plan(problem, method), reason=reason)
     if isinstance(method, Exact):
         return plan_with(method, problem, _ANY, reason)
     if problem.order.window is not None:
         raise ValueError("window belongs to the exact method, got it with a Polynomial")
     check_rank(problem, method.degree)
     return plan_with(method, problem, _promised(method.bound), reason)
-
-
-def _is_banded(series: Any, bands: Any, moment: Any) -> bool:
-    """Whether the series is "banded"; ValueError for what belongs to it and to no other."""
-    if checked_series(series) == "banded":
-        return True
-    for name, value in (("bands", bands), ("moment", moment)):
-        if value is not None:
-            raise ValueError(f"{name} should come with series 'banded', got it with series {series!r}")
-    return False
-
-
-def _asked_banded(problem: Problem, wish: Wish, bound: Any, bands: int | None, moment: int | None) -> Plan:
-    """A banded plan, with what it does not go together with refused."""
-    if bound is not None:
-        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {described(bound)}")
-    if wish.method == "exact":
-        raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
-    degree, bands, moment = (
-        usual if given is None else given for given, usual in ((wish.degree, 2), (bands, 8), (moment, 2))
-    )
-    return _banded(problem, Banded(degree, bands, moment))
-
-
-def bands_fit(bands: int, order: int) -> bool:
-    """Whether a plan accepts so many norm bands of every view."""
-    return order <= _MAX_BANDED_ORDER and bands**order <= _MAX_TUPLES
-
-
-def _banded(problem: Problem, method: Banded) -> Plan:
-    """A plan whose error comes with the answer."""
-    if problem.order.causal:
-        raise ValueError(
-            "series 'banded' sorts rows by norm and has no use where their order counts, got it with causal=True"
-        )
-    order = problem.views + 1
-    if order > _MAX_BANDED_ORDER:
-        raise ValueError(f"order should be at most {_MAX_BANDED_ORDER} with series 'banded', got {order}")
-    degree = whole("degree", method.degree, 1, MAX_DEGREE)
-    bands, moment = whole("bands", method.bands, 1), whole("moment", method.moment, 2)
-    if not bands_fit(bands, order):
-        most = max(b for b in range(1, isqrt(_MAX_TUPLES) + 1) if bands_fit(b, order))
-        raise ValueError(
-            f"bands should be at most {most:,} for order {order}, got {shown(bands)}: each tuple of bands has a polynomial "
-            "of its own"
-        )
-    if bands > min(problem.lengths):
-        raise ValueError(f"bands should be at most the rows of every view, {min(problem.lengths)}, got {bands}")
-    if moment % 2:
-        raise ValueError(f"moment should be even, got {moment}")
-    if moment > degree:
-        raise ValueError(f"moment should be at most the degree {degree}, got {moment}: moments are sums of monomials")
-    check_rank(problem, degree)
-    scores = ScoreRange(inf, -inf, "answer")
-    return plan_with(Banded(degree, bands, moment), problem, scores, "banded was asked for")
-
-
-def _estimated(inputs: Inputs, problem: Problem, found: Ranges, wish: Wish) -> Plan:
-    """A plan from sampled scores; never certified."""
-    tol, degree = wish.tol, wish.degree
-
-    def rank_with(sampled: Estimate) -> int:
-        return sampled.pruned.rank if sampled.pruned else rank_of(problem.dim, len(sampled.coefficients) - 1)
-
-    def rounding_of(sampled: Estimate) -> tuple[float, float]:
-        rho, rho_prime = lowrank_rounding(
-            sampled.coefficients, sampled.bound, found.lowest_mean, delta=0.0, dim=problem.dim, rank=rank_with(sampled),
-            views=problem.views, value_dim=max(problem.value_dim, USUAL_VALUE_DIM), dtype=problem.dtype,
-        )  # fmt: skip
-        return lowrank_errors(0.0, 0.0, rho, rho_prime)
-
-    def exact(reason: str) -> Plan:
-        scores = ScoreRange(found.bound, found.lowest_mean, "data")
-        return replace(choose(problem, scores, Wish(tol, "exact")), reason=reason)
-
-    affordable = affordable_degrees(problem.dim, _MOST_ESTIMATED)
-    if degree is None and not affordable:
-        if wish.method == "polynomial":
-            raise PlanError(
-                f"degree 1 at dim {problem.dim} has rank {rank_of(problem.dim, 1):,}, {beyond(problem.dim)}. "
-                f"Use method='exact' ({si(Exact().cost(problem).flops)}flop)"
-            )
-        return exact("no degree has a rank that a plan accepts")
-    if degree is not None:
-        sampled = estimate(inputs, problem.scale, tol, [degree])
-    else:
-        higher = range(affordable[-1] + 1, affordable[-1] + HIGHER + 1)
-        most = 0 if wish.gradients is None else largest_rank(problem.dim)
-        sampled = estimate(
-            inputs, problem.scale, tol, affordable, higher, most, wish.gradients is True,
-            lambda found: rounding_of(found)[0],
-        )  # fmt: skip
-    error, grad_error = sampled.error, sampled.grad_error
-    if error < inf:
-        rounding, grad_rounding = rounding_of(sampled)
-        error, grad_error = error + rounding, grad_error + grad_rounding
-    grading = sampled.pruned.grading if sampled.pruned else ()
-    method = Polynomial("fitted", sampled.coefficients, sampled.bound, grading=grading)
-    plan = plan_with(
-        method,
-        problem,
-        ScoreRange(sampled.bound, found.lowest_mean, "estimate"),
-        f"degree {degree} was asked for" if degree is not None else f"estimated to meet tol={tol:g}",
-        Guarantee(error, grad_error, False),
-    )
-    if degree is None and error > tol:
-        if wish.method == "polynomial":
-            raise PlanError(
-                f"the polynomial method is estimated not to meet tol={tol:g}: sampled scores reach {sampled.bound:.4g}, and "
-                f"degree {plan.degree}, rank {plan.rank:,}, gives {error:.2g}. Use method='exact' "
-                f"({si(plan.flops_exact)}flop), a larger tol or degree=..."
-            )
-        return exact(f"no polynomial is estimated to meet tol={tol:g}")
-    if wish.method == "auto" and degree is None and plan.flops_exact <= plan.flops_polynomial:
-        return exact("exact takes fewer operations than the polynomial that was estimated to do")
-    return plan

@@ -14,9 +14,11 @@ from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite, warn_caller
 from ..methods import Banded, Call, Exact, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
+from ..operands import Upstream
 from ..plans import Plan
 from ..problem import ScoreRange
-from . import banded_candidates, measured, plan_inputs
+from . import measured, plan_inputs
+from .banded import banded_candidates
 from .sampling import sampled_errors
 from .selection import Wish, why_overflows
 
@@ -38,27 +40,28 @@ class Work(NamedTuple):
     result: tuple[Array, ...] | None = None
 
 
-def chosen_work(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
+def chosen_work(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     """The cheapest way that meets `tol`, for values that can be read."""
-    work = _cheapest(inputs, scale, tol, method, certify)
+    work = _cheapest(inputs, scale, wish, certify)
     plan = work.plan
     flops = plan.flops_exact * (1.0 if plan.method == "exact" else plan.recomputed)
-    if method == "auto" and flops > _LONG:
+    if wish.method == "auto" and flops > _LONG:
         warn_caller(
-            f"tol={tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
+            f"tol={wish.tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
             "return_error=True, which bounds the rows as they come, takes none"
         )
     return work
 
 
-def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bool) -> Work:
+def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     """`chosen_work` without a word about what it costs."""
+    tol, method = wish.tol, wish.method
     refused: PlanError | None = None
     plan: Plan | None = None
     try:
         # Data call for another pruned basis each time, and so for another program.
         pruning = None if inputs.backend.compiles else True
-        plan = plan_inputs(inputs, scale, Wish(tol, method, gradients=pruning))
+        plan = plan_inputs(inputs, scale, wish._replace(gradients=pruning))
     except PlanError as cannot:
         refused = cannot
     if method == "exact" and plan:
@@ -87,7 +90,8 @@ def _cheapest(inputs: Inputs, scale: float, tol: float, method: str, certify: bo
     cheaper = plan is None or _banded_work(candidate, inputs) + recomputed * plan.flops_exact < _flops(plan)
     if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
         reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
-        return _hybrid_work(inputs, work, replace(candidate, reason=reason), row_errors, most, values, found)
+        work = work._replace(plan=replace(candidate, reason=reason), result=found)
+        return _hybrid_work(inputs, work, row_errors, most, values)
     if plan is None:
         quantiles = ", ".join(
             f"{q:.0%}: {np.quantile(row_errors, q, method='higher'):.2g}" for q in (0.5, 0.9, 0.99, 1.0)
@@ -131,16 +135,15 @@ def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan
 def _hybrid_work(
     inputs: Inputs,
     work: Work,
-    candidate: Plan,
     row_errors: np.ndarray,
     most: int,
     values: tuple[Array | None, ...],
-    found: tuple[Array, ...],
 ) -> Work:
-    """The banded polynomial with the `most` worst rows of every problem recomputed."""
-    backend = inputs.backend
-    bound = measured(inputs, candidate.scale).bound
-    errors = Exact().guarantee(candidate.problem, ScoreRange(bound, -bound, "data"))
+    """Banded work, which is done, with the `most` worst rows of every problem recomputed."""
+    backend, plan = inputs.backend, work.plan
+    assert work.result is not None
+    bound = measured(inputs, plan.scale).bound
+    errors = Exact().guarantee(plan.problem, ScoreRange(bound, -bound, "data"))
     # The worst rows of every problem, as many as the problem with most of them needs.
     chosen = np.argsort(-row_errors, axis=-1, kind="stable")[..., :most]
     place = most + np.broadcast_to(np.arange(row_errors.shape[-1]), row_errors.shape).copy()
@@ -153,8 +156,8 @@ def _hybrid_work(
     return Work(
         call,
         (*inputs.arrays, *index),
-        replace(candidate, algorithm=method),
-        backend.run(forward, call, (*values, *index, *found[:3])),
+        replace(plan, algorithm=method),
+        backend.run(forward, call, (*values, *index, *work.result[:3])),
     )
 
 
@@ -236,15 +239,13 @@ def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
     return Call(method, inputs.views, plan.scale, inputs.order, certify, plan.problem.chain)
 
 
-def gradient_bounds(
-    work: Work, inputs: Inputs, out: Array, kept: Array, grad_out: Array, grad_lse: Array
-) -> tuple[Array, ...]:
+def gradient_bounds(work: Work, inputs: Inputs, out: Array, kept: Array, upstream: Upstream) -> tuple[Array, ...]:
     """Bounds of the errors of all gradients, in their shapes."""
     backend, plan = inputs.backend, work.plan
     arrays = backend.values_of(work.arrays)
-    out, kept, grad_out, grad_lse = backend.values_of((out, kept, grad_out, grad_lse))
+    out, kept, *grads = backend.values_of((out, kept, *upstream))
     call = stated_call(work)._replace(certify=True)
     if plan.series == "banded" and not work.call.certify:
         kept = backend.run(forward, call, arrays)[2]
-    bounds: tuple[Array, ...] = backend.run(bounds_of_gradients, call, (*arrays, out, kept, grad_out, grad_lse))
+    bounds: tuple[Array, ...] = backend.run(bounds_of_gradients, call, (*arrays, out, kept, *grads))
     return bounds

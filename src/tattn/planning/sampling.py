@@ -1,4 +1,4 @@
-"""What samples tell about a call: the range of its scores, a polynomial fitted to them, the error on some rows.
+"""What samples tell about a call: the range of its scores, a polynomial fitted to them, bounds of some rows.
 
 Nothing here is a bound.
 """
@@ -14,21 +14,11 @@ import numpy as np
 
 from ..approximation.exponential import minimax
 from ..approximation.pruning import HIGHER, Pruned, Shells, smallest_pruned, weights_of, worthwhile
-from ..backends import Array, Backend
+from ..backends import Backend
 from ..backends.numpy import BACKEND as numpy_backend
-from ..bounds.score_range import RangeCall, ranges
-from ..checks import (
-    Inputs,
-    PlanError,
-    checked_entries,
-    checked_finite,
-    checked_inputs,
-    checked_options,
-    checked_output,
-    whole,
-)
+from ..checks import Inputs
 from ..features.monomials import rank as rank_of
-from ..methods import Call, Exact, forward
+from ..methods import Call, forward
 
 _QUERIES, _PAIRS = 64, 1 << 18
 # How often a pruned basis that was chosen may turn out too small.
@@ -49,34 +39,37 @@ class Estimate(NamedTuple):
     pruned: Pruned | None = None
 
 
+class Pruning(NamedTuple):
+    """Which pruned bases to look at: of a rank up to `most`, also of the degrees in `higher`, with the `rounding` of each.
+
+    `gradients`: whether theirs are held to what those of the whole basis would be.
+    """
+
+    higher: Sequence[int]
+    most: float
+    gradients: bool
+    rounding: Callable[[Estimate], float]
+
+
 def estimate(
-    inputs: Inputs,
-    scale: float,
-    tol: float,
-    degrees: Sequence[int],
-    higher: Sequence[int] = (),
-    most: float = 0.0,
-    gradients: bool = True,
-    rounding: Callable[[Estimate], float] = lambda _: 0.0,
+    inputs: Inputs, scale: float, tol: float, degrees: Sequence[int], pruning: Pruning | None = None
 ) -> Estimate:
     """The least degree whose fitted polynomial keeps sampled rows within `tol`; the best degree if none does.
 
     Scores of sampled query rows with sampled rows of every view; the error is Σ |P/ΣP − softmax| of a row, which
-    bounds the output's for any values, the largest seen over the rows. Where a pruned basis of a rank up to `most` does as
-    well with fewer monomials, and with the `rounding` that comes to its error, that; degrees in `higher` are for such alone.
+    bounds the output's for any values, the largest seen over the rows. Where a pruned basis does as well with fewer monomials,
+    and with the rounding that comes to its error, that.
     """
     sample = Sample.of(inputs, scale)
     best = _of_least_degree(sample, tol, degrees)
-    if best.error <= tol:
-        whole, below = (
-            best,
-            min(most + 1, worthwhile(rank_of(inputs.dim, len(best.coefficients) - 1), inputs.value_dim)),
-        )
-    elif higher and best.error < inf:
-        whole, below = _of_least_degree(sample, tol, higher), most + 1
-    else:
+    if pruning is None:
         return best
-    found = _pruned(sample, whole, tol, below, gradients, rounding) if whole.error <= tol and below > 1 else None
+    whole, below = best, pruning.most + 1
+    if best.error <= tol:
+        below = min(below, worthwhile(rank_of(inputs.dim, len(best.coefficients) - 1), inputs.value_dim))
+    elif best.error < inf:
+        whole = _of_least_degree(sample, tol, pruning.higher)
+    found = _pruned(sample, whole, tol, below, pruning) if whole.error <= tol and below > 1 else None
     return found or best
 
 
@@ -103,115 +96,6 @@ def _of_least_degree(sample: Sample, tol: float, degrees: Sequence[int]) -> Esti
             return best
     assert best is not None
     return best
-
-
-def measure_error(
-    query: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    out: Array,
-    *,
-    rows: int = 16,
-    seed: int = 0,
-    scale: float | None = None,
-    key_masks: Sequence[Array | None] | None = None,
-    causal: bool = False,
-    window: Sequence[int] | None = None,
-) -> tuple[float, float]:
-    """Recompute some query rows exactly and compare.
-
-    Parameters
-    ----------
-    query, keys, values, scale, key_masks, causal, window
-        The same as in the call that returned `out`.
-    out : array (..., n, dv)
-        The output to check.
-    rows : int
-        How many query rows to recompute in each problem of the batch, drawn without repetition.
-    seed : int
-
-    Returns
-    -------
-    largest, mean : float
-        Error over the recomputed rows and all channels, relative to Π_μ max_j |values_μ[j, e]| like `tol`. Where this
-        product is 0, the output must be 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For arguments that do not fit, by name; NaN and infinities among them.
-    PlanError
-        If the call is traced, because values are read.
-
-    Notes
-    -----
-    In blocks: O(rows · Π n_μ (d + dv)) time for each problem of the batch, constant memory.
-
-    Examples
-    --------
-    >>> import numpy as np, tattn
-    >>> query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 200, 4))
-    >>> largest, mean = tattn.measure_error(query, keys, keys, tattn.tensor_attention(query, keys, keys))
-    >>> largest < 1e-3
-    True
-    """
-    if values is None:
-        raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
-    inputs = checked_inputs(query, keys, values, key_masks, causal, window)
-    number = checked_options(scale, inputs.dim, 1.0, "exact", inputs.views, inputs.dtype)
-    rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
-    expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
-    checked_output("out", out, expected, query, inputs.backend, "the query")
-    if inputs.traced or inputs.backend.is_traced([out]):
-        raise PlanError("the call is traced, and rows can only be compared where values can be read")
-    backend = inputs.backend
-    query, out, *rest = backend.values_of((query, out, *inputs.arrays[1:]))
-    chosen = np.random.default_rng(seed).permutation(inputs.lengths[0])[:rows]
-    with backend.on_device_of(query):
-        relative = _relative_errors(inputs, number, (query, *rest), out, np.sort(chosen))
-        xp = backend.xp
-        top = xp.max(xp.abs(backend.cast(out, relative.dtype)))
-        largest, mean, entry = map(float, backend.read([xp.max(relative), xp.mean(relative), top]))
-    if not isfinite(mean):
-        # Which argument is to blame is worth a look only now.
-        checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
-    checked_entries({"out": entry})
-    return largest, mean
-
-
-def _relative_errors(inputs: Inputs, scale: float, arrays: tuple[Array, ...], out: Array, chosen: np.ndarray) -> Array:
-    """How far the chosen rows of an output are from those computed exactly, in parts of `tol`'s measure: (..., rows, dv)."""
-    backend, xp = inputs.backend, inputs.backend.xp
-    query, *rest = arrays
-    values = rest[inputs.views : 2 * inputs.views]
-    index = backend.indices(chosen, query)
-    arrays = (xp.take(query, index, axis=-2), *rest)
-    if inputs.order.causal:
-        arrays = _each_with_its_keys(inputs, arrays, chosen)
-    dtype = backend.compute_dtype(query.dtype)
-    truth, *_ = backend.run(forward, Call(Exact(), inputs.views, scale), arrays)
-    if inputs.order.causal:
-        truth = truth[..., 0, :]
-    size: Array = 1.0
-    for v, mask in zip(values, rest[2 * inputs.views :], strict=True):
-        v = backend.cast(v, dtype)
-        largest = xp.max(xp.abs(v if mask is None else xp.where(mask, v, 0.0)), axis=-2, keepdims=True)
-        size = size * largest
-    difference = xp.abs(backend.cast(xp.take(out, index, axis=-2), dtype) - truth)
-    return difference / xp.where(size > 0, size, 1.0)
-
-
-def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: np.ndarray) -> tuple[Any, ...]:
-    """Query rows (..., rows, 1, d), each a problem with masks (..., rows, n_μ, 1) of the keys that the row of this number sees."""
-    backend, m = inputs.backend, inputs.views
-    apart: list[Any] = [arrays[0][..., None, :]]  # type: ignore[index]
-    apart += [a[..., None, :, :] for a in arrays[1 : 1 + 2 * m]]  # type: ignore[index]
-    for view, (length, mask) in enumerate(zip(inputs.lengths[1:], arrays[1 + 2 * m :], strict=True)):
-        behind = (chosen + length - inputs.lengths[0])[:, None] - np.arange(length)
-        window = length if inputs.order.window is None else inputs.order.window[view]
-        seen = backend.indices((behind >= 0) & (behind < window), arrays[0])[..., None] > 0
-        apart.append(seen if mask is None else seen & mask[..., None, :, :])
-    return tuple(apart)
 
 
 def sampled_errors(inputs: Inputs, calls: Sequence[Call]) -> Iterator[np.ndarray]:
@@ -296,15 +180,13 @@ class Sample(NamedTuple):
         return [float(s) for s in found]
 
 
-def _pruned(
-    sample: Sample, whole: Estimate, tol: float, below: float, gradients: bool, rounding: Callable[[Estimate], float]
-) -> Estimate | None:
+def _pruned(sample: Sample, whole: Estimate, tol: float, below: float, pruning: Pruning) -> Estimate | None:
     """The smallest pruned basis that keeps sampled rows within `tol`, fitted; None if there is none worth it.
 
     Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for.
     """
     degree = len(whole.coefficients) - 1
-    allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if gradients else inf
+    allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if pruning.gradients else inf
     few = sample.fewer()
 
     def measured(pruned: Pruned, sample: Sample) -> Estimate:
@@ -312,7 +194,7 @@ def _pruned(
         return Estimate(coefficients, whole.bound, error, grad_error, pruned)
 
     def meets(found: Estimate, share: float, share_grad: float) -> bool:
-        return found.error + rounding(found) <= share * tol and found.grad_error <= share_grad * allowed
+        return found.error + pruning.rounding(found) <= share * tol and found.grad_error <= share_grad * allowed
 
     degrees, sizes = range(degree, degree + HIGHER + 1), sample.sizes()
     share = share_grad = 1.0
@@ -326,7 +208,7 @@ def _pruned(
         if meets(found, 1.0, 1.0):
             return found
         # More rows show more: by about as much the choice has to be stricter.
-        share *= min(1.0, max(0.5, 0.95 * tol / (found.error + rounding(found))))
+        share *= min(1.0, max(0.5, 0.95 * tol / (found.error + pruning.rounding(found))))
         share_grad *= min(1.0, max(0.5, 0.95 * allowed / found.grad_error)) if isfinite(allowed) else 1.0
     return None
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..approximation.exponential import MAX_DEGREE, smallest
 from ..approximation.exponential import Polynomial as Approximation
 from ..approximation.pruning import HIGHER, Pruned, smallest_pruned, worthwhile
-from ..bounds.rounding import lowrank_errors
+from ..bounds.rounding import polynomial_errors
 from ..bounds.score_range import rounded_up
 from ..checks import PlanError, shown, warn_caller, whole
 from ..features.monomials import rank as rank_of
@@ -176,7 +176,7 @@ def _needed_degree(bound: float, wish: Wish) -> int | None:
     """The least degree whose polynomial would meet `tol` in exact arithmetic, whatever its rank."""
 
     def accept(found: Approximation) -> bool:
-        return found.degree >= 1 and lowrank_errors(found.delta, 0.0, 0.0, 0.0)[0] <= wish.tol
+        return found.degree >= 1 and polynomial_errors(found.delta, 0.0, 0.0, 0.0)[0] <= wish.tol
 
     best = smallest(bound, accept, series=wish.series, max_degree=_MAX_DEGREE)  # type: ignore[arg-type]
     return None if best is None else best.degree

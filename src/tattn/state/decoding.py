@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Array, backend_of
-from ..checks import checked_flags, checked_kind, checked_token
+from ..checks import checked_flags, checked_kind
 from ..plans import Plan
-from .summary import Summary, check_same_plan, check_streams, summarize
+from .checks import check_same_plan, check_streams, checked_token
+from .summary import Summary, summarize
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..backends import Array, Backend, backend_of
 from ..bounds.rounding import computed_in
 from ..checks import (
-    PlanError,
-    Views,
-    checked_addends,
     checked_array,
     checked_flags,
-    checked_output,
+    checked_gradients,
+)
+from ..features.monomials import Expansion
+from ..files import Path
+from ..plans import Plan
+from . import saved
+from . import sums as summaries
+from .checks import (
+    Views,
+    check_same_plan,
+    check_streams,
+    checked_addends,
+    checked_parts,
     checked_reader,
     checked_sums,
     checked_views,
 )
-from ..features.monomials import Expansion
-from ..files import Archive, Path, replacing
-from ..plans import FACTS, Plan
-from ..stored import plan_of_facts
-from . import sums as summaries
 
-# Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
-_DESCRIPTIVE = {
-    "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason",
-    "workers", "bytes_sent", "seconds", "seconds_gradient",
-}  # fmt: skip
-AGREEING = tuple(name for name in FACTS if name not in _DESCRIPTIVE)
-_FORMAT, _VERSION = "tattn.Summary", 1
 _PIECE = 1 << 18
 
 Progress = Callable[[int, int], object]
@@ -143,7 +136,7 @@ class Summary:
             For arrays that do not fit the plan or the summary, by name.
         """
         self._checked()
-        views = checked_views(keys, values, key_masks, **_expected(self.plan), sums=self.sums)
+        views = checked_views(keys, values, key_masks, self.plan.problem, self.sums)
         new = _summed(views, self.plan, progress)
         pairs: list[tuple[Array, Array]] = []
         for own, rest, more in zip(self.sums, self.rests, new, strict=True):
@@ -217,14 +210,9 @@ class Summary:
             out = backend.cast(computed, query.dtype)
 
         def pullback(grad_out: Array, grad_lse: Array | None = None) -> tuple[Array, tuple[Array, ...]]:
-            checked_output("grad_out", grad_out, out.shape, out, backend)
-            if grad_lse is None:
-                with backend.on_device_of(lse):
-                    grad_lse = backend.xp.zeros_like(lse)
-            else:
-                grad_lse = checked_output("grad_lse", grad_lse, lse.shape[:-1], lse, backend)[..., None]
+            upstream = checked_gradients(grad_out, grad_lse, out, lse, backend)
             residuals = backend.residuals(summaries.read, call, arrays, (computed, rest))
-            dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, grad_out, grad_lse))
+            dquery, *dsums = backend.run(summaries.read_backward, call, (*arrays, *residuals, *upstream))
             return dquery, tuple(dsums)
 
         return ((out, lse[..., 0]) if return_lse else out), pullback
@@ -251,15 +239,10 @@ class Summary:
         folder, and in the end one of them is at the path. A ``.part`` file stays only if the process is killed.
         """
         backend = self._checked()
-        arrays: Any = {}
-        for name, of_views in (("sums", self.sums), ("rests", self.rests)):
-            for i, a in enumerate(backend.values_of(of_views)):
-                arrays[f"{name}_{i}"] = backend.to_numpy(a)
-        facts = self.plan.facts()
-        plan_of_facts(facts)
-        about = json.dumps({"format": _FORMAT, "version": _VERSION, "plan": facts})
-        with replacing(path) as file:
-            np.savez(file, about=np.array(about), **arrays)
+        parts = {"sums": self.sums, "rests": self.rests}
+        saved.write(
+            path, self.plan, {name: [backend.to_numpy(a) for a in backend.values_of(x)] for name, x in parts.items()}
+        )
 
     @classmethod
     def load(cls, path: Path, *, like: Array | None = None) -> Summary:
@@ -282,21 +265,17 @@ class Summary:
         file.
         """
         backend = None if like is None else checked_array("like", like)
-        plan, of_views = _loaded(path)
+        plan, of_views = saved.read(path)
+        views = plan.order - 1
         if backend is not None:
             device, dtype = backend.device(like), str(of_views[0].dtype)
             of_views = [backend.xp.asarray(a, device=device) for a in of_views]
             if backend.dtype_name(of_views[0].dtype) != dtype:
                 raise ValueError(f"like should be of a library that is set up for {dtype}, {backend.name} is not")
-        return _summary(plan, of_views)
+        return cls(plan, tuple(of_views[:views]), tuple(of_views[views:]))
 
     def _checked(self) -> Backend:
-        """The backend, once the arrays are known to fit the plan: anyone may have put them together."""
-        check_streams(self.plan)
-        expected: Any = {"views": self.plan.order - 1, "rank": self.plan.rank, "dtype": computed_in(self.plan.dtype)}
-        backend = checked_sums("sums", self.sums, **expected)
-        checked_sums("rests", self.rests, **expected, like=self.sums)
-        return backend
+        return checked_parts(self.plan, self.sums, self.rests)
 
     def _reading(self, query: Array) -> tuple[Backend, summaries.SumCall, tuple[Array, ...]]:
         self._checked()
@@ -362,7 +341,7 @@ def summarize(
     [100.0, 9.0]
     """
     check_streams(plan)
-    views = checked_views(keys, values, key_masks, **_expected(plan))
+    views = checked_views(keys, values, key_masks, plan.problem)
     return _of(plan, _filled(_summed(views, plan, progress), views, plan))
 
 
@@ -405,7 +384,7 @@ def summarize_vjp(
     (100, 4)
     """
     check_streams(plan)
-    views = checked_views(keys, values, key_masks, **_expected(plan))
+    views = checked_views(keys, values, key_masks, plan.problem)
     backend, call = views.backend, call_of(plan)
     computed = [None if rows is None else _sums(rows, call, backend) for rows in views.views]
     pairs = [None if c is None else (c[0], c[2]) for c in computed]
@@ -437,37 +416,10 @@ def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend
     return dk, dv
 
 
-def check_streams(plan: Any) -> None:
-    """PlanError unless summaries of different rows add up under the plan."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
-    if plan.method != "polynomial":
-        raise PlanError(
-            f"plan should be of the polynomial method to summarize, got method {plan.method!r}: {plan.reason}"
-        )
-    if plan.series == "banded":
-        raise PlanError(
-            "plan should have one polynomial for all rows to summarize, got series 'banded', which sorts all rows by norm: "
-            "give a bound of your own, tattn.plan_for(..., bound=...)"
-        )
-
-
-def check_same_plan(plan: Plan, other: Plan) -> None:
-    """PlanError that names where two plans differ, shapes and costs aside."""
-    for name in AGREEING:
-        a, b = getattr(plan, name), getattr(other, name)
-        if a != b:
-            raise PlanError(f"summaries add up if their plans agree, got {name} {a} and {b}")
-
-
 def call_of(plan: Plan) -> summaries.SumCall:
     """What `summaries` computes for a plan."""
     expansion = Expansion(plan.coefficients, plan.grading)
     return summaries.SumCall(expansion, plan.scale, plan.order - 1, plan.chain)
-
-
-def _expected(plan: Plan) -> dict[str, Any]:
-    return {"views": plan.order - 1, "dim": plan.dim, "dtype": plan.dtype}
 
 
 def _of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:
@@ -485,7 +437,7 @@ def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array]
     """(sums, rests) of the rows of every view, None where it is."""
     backend, call = views.backend, call_of(plan)
     report = _reporter(progress)
-    total = sum(rows[0].shape[-2] for rows in views.views if rows is not None)
+    total = sum(rows.keys.shape[-2] for rows in views.views if rows is not None)
     done = 0
     results: list[tuple[Array, Array] | None] = []
     for rows in views.views:
@@ -493,11 +445,11 @@ def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array]
             results.append(None)
             continue
         result: tuple[Array, Array] | None = None
-        n = rows[0].shape[-2]
+        n = rows.keys.shape[-2]
         # One go, or pieces between which progress is told.
         piece = n if report is None else _PIECE
         for start in range(0, max(n, 1), max(piece, 1)):
-            cut = [a if a is None or piece >= n else a[..., start : start + piece, :] for a in rows]
+            cut = rows if piece >= n else rows.rows(start, start + piece)
             sums, _, rest = _sums(cut, call, backend)
             result = (sums, rest) if result is None else backend.run(summaries.add_up, None, (*result, sums, rest))
             if report is not None:
@@ -541,45 +493,3 @@ def _reporter(progress: Any) -> Progress | None:
             bar.close()
 
     return show
-
-
-def _loaded(path: Path) -> tuple[Plan, list[np.ndarray]]:
-    """Plan, and sums and rests one after another, of a file that `Summary.save` wrote."""
-    with open(path, "rb") as file:
-        try:
-            archive = Archive(file)
-            plan = _about(archive.text("about"))
-            names = [f"{name}_{i}" for name in ("sums", "rests") for i in range(plan.order - 1)]
-            if archive.names != {"about", *names}:
-                raise ValueError(f"there should be sums and rests of {plan.order - 1} views, and nothing else")
-            # Arrays of these shapes that take no memory.
-            empty = (archive.header(name) for name in names)
-            _summary(
-                plan, [np.broadcast_to(np.empty((), e.dtype.newbyteorder("=")), e.shape) for e in empty]
-            )._checked()
-            return plan, [archive.array(name) for name in names]
-        except (TypeError, ValueError) as found:
-            raise ValueError(
-                f"path should be a file that Summary.save wrote, {os.fsdecode(path)!r} is not or is damaged: {found}"
-            ) from None
-
-
-def _about(text: str) -> Plan:
-    """The plan of a file, from what the file says of itself."""
-    try:
-        about = json.loads(text)
-    except RecursionError:
-        raise ValueError("its plan is no plan") from None
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise ValueError("it holds something else")
-    if about.get("version") != _VERSION:
-        raise ValueError(f"it is of version {about.get('version')!r:.40}, this is version {_VERSION}")
-    plan = plan_of_facts(about.get("plan"))
-    check_streams(plan)
-    return plan
-
-
-def _summary(plan: Plan, arrays: Sequence[Array]) -> Summary:
-    """Of sums and rests one after another."""
-    views = plan.order - 1
-    return Summary(plan, tuple(arrays[:views]), tuple(arrays[views:]))

@@ -27,7 +27,7 @@ from functools import partial
 from math import log, log2
 from typing import NamedTuple
 
-from ..arrays import broadcast_leading, in_parts, sum_of, sum_to_leading
+from ..arrays import in_parts, sum_of, sum_to_leading
 from ..backends import Array, Backend
 from ..backends.kernels import CHAIN
 from ..engines import causal_features
@@ -43,7 +43,7 @@ from ..engines.features import (
 from ..features.balance import prod_in_range
 from ..features.basis import Basis
 from ..features.monomials import Expansion
-from ..operands import Attended, Operands, Upstream
+from ..operands import Attended, Operands, Upstream, View
 
 
 class SumCall(NamedTuple):
@@ -139,13 +139,13 @@ def _sum_rows(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -
     k, v, mask = arrays
     basis = Basis.of(k.shape[-1], call.expansion.degree, v.shape[-1] + 1, call.expansion.grading)  # type: ignore[union-attr]
     _, unit = units(call)
-    total, lost = summed_rows(lambda rows: _in_range(call, rows * unit, backend), k, v, mask, basis, backend)
+    total, lost = summed_rows(lambda rows: _in_range(call, rows * unit, backend), View(k, v, mask), basis, backend)
     return total, backend.xp.zeros((*total.shape[:-2], 1, 1), dtype=total.dtype, device=backend.device(k)), -lost
 
 
 def _sum_rows_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     k, v, mask, _, _, g, _ = arrays
-    return key_adjoint(k, v, mask, units(call)[1], g, call.expansion.degree, backend, call.expansion.grading)
+    return key_adjoint(View(k, v, mask), units(call)[1], g, call.expansion.monomials, backend)
 
 
 def _read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
@@ -155,8 +155,7 @@ def _read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tu
     combined = weights(call.expansion, q, backend) * prod_in_range(_scaled(sums, powers, backend), backend)
     wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
     wide = _in_range(call, wide * unit, backend)
-    leading = broadcast_leading(*arrays)
-    out, normaliser = read_out(wide, 1.0, combined, leading, call.expansion.degree, backend, call.expansion.grading)
+    out, normaliser = read_out(wide, 1.0, combined, call.expansion.monomials, backend)
     return out, log_normaliser(normaliser, (), backend) + sum_of(powers) * log(2.0), normaliser
 
 
@@ -166,11 +165,8 @@ def _read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | Non
     powers = _powers(sums, backend)
     scaled = _scaled(sums, powers, backend)
     w = weights(call.expansion, q, backend)
-    leading = broadcast_leading(q, *sums)
     unit, combined = units(call)[0], w * prod_in_range(scaled, backend)
-    upstream, dq = query_adjoint(
-        q, unit, combined, columns, leading, call.expansion.degree, backend, call.expansion.grading
-    )
+    upstream, dq = query_adjoint(q, unit, combined, columns, call.expansion.monomials, backend)
     d_sums = []
     for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
         others = [s for other, s in enumerate(scaled) if other != view]

@@ -1,0 +1,91 @@
+"""Errors of layers: what a caller gives them, raised before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..backends import Array, Backend, backend_of
+from ..checks import (
+    FLOATS,
+    check_device,
+    check_library,
+    check_mask,
+    check_shape,
+    checked_array,
+    checked_leading,
+    checked_sequence,
+)
+from .config import AttentionConfig
+
+
+def checked_layer_call(
+    given: tuple[Any, Any, Any],
+    config: AttentionConfig,
+    like: Array,
+    backend: Backend,
+    dtypes: Sequence[str] = FLOATS,
+) -> tuple[tuple[Array, ...], tuple[Array | None, ...] | None]:
+    """Contexts and masks of a layer's call on (x, contexts, key_masks), one for each view.
+
+    Library and device are those of the weights, `like`; `dtypes` are those that go with them.
+    """
+    x, contexts, key_masks = given
+    embed_dim, context_dims = config.embed_dim, config.context_dims
+    views = len(context_dims)
+    named = [("x", x, embed_dim)]
+    if contexts is not None:
+        given = checked_sequence("contexts", contexts)
+        if len(given) != views:
+            raise ValueError(f"contexts should be {views}, one for each view, got {len(given)}")
+        named += [(f"contexts[{i}]", c, width) for i, (c, width) in enumerate(zip(given, context_dims, strict=True))]
+    elif set(context_dims) != {embed_dim}:
+        raise ValueError(f"contexts should be given, with {', '.join(map(str, context_dims))} channels, got None")
+    for name, a, width in named:
+        check_library(name, a, backend, like="the weights")
+        dtype = backend.dtype_name(a.dtype)
+        if dtype not in FLOATS:
+            raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}")
+        if dtype not in dtypes:
+            raise TypeError(f"{name} should have the weights' dtype {backend.dtype_name(like.dtype)}, got {dtype}")
+        check_device(name, a, like, backend, like="the weights")
+        check_shape(name, a)
+        if a.shape[-1] != width:
+            raise ValueError(f"{name} should have {width} channels, got shape {tuple(a.shape)}")
+    attended = (x,) * views if contexts is None else tuple(contexts)
+    leading = [(name, a) for name, a, _ in named]
+    masks: tuple[Any, ...] | None = None
+    if key_masks is not None:
+        alone = not isinstance(key_masks, (list, tuple)) and backend_of(key_masks) is not None
+        if alone and contexts is not None:
+            raise TypeError("key_masks should be a list or tuple of arrays, one for each context, got a single one")
+        masks = (key_masks,) * views if alone else checked_sequence("key_masks", key_masks)
+        if len(masks) != views:
+            raise ValueError(f"key_masks should have one entry for each of the {views} views, got {len(masks)}")
+        for i, (mask, a) in enumerate(zip(masks, attended, strict=True)):
+            if mask is not None:
+                name = "key_masks" if alone else f"key_masks[{i}]"
+                check_mask(name, mask, "x" if contexts is None else f"contexts[{i}]", a, like, backend)
+                leading.append((name, mask[..., None]))
+    checked_leading(leading)
+    return attended, masks
+
+
+def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backend: Backend) -> None:
+    """A dict of floating arrays of a library with just these names and shapes."""
+    if not isinstance(params, dict):
+        raise TypeError(f"params should be a dict of arrays, got {type(params).__name__}")
+    for name, shape in shapes.items():
+        if name not in params:
+            raise ValueError(f"params should have {name!r}, got {', '.join(map(repr, params))}")
+        found = checked_array(f"params[{name!r}]", params[name])
+        if found is not backend:
+            raise TypeError(f"params[{name!r}] should be an array of {backend.name}, got one of {found.name}")
+        dtype = backend.dtype_name(params[name].dtype)
+        if dtype not in FLOATS:
+            raise TypeError(f"params[{name!r}] should have a dtype of {', '.join(FLOATS)}, got {dtype}")
+        if tuple(params[name].shape) != shape:
+            raise ValueError(f"params[{name!r}] should have shape {shape}, got {tuple(params[name].shape)}")
+    for name in params:
+        if name not in shapes:
+            raise ValueError(f"params should have nothing but {', '.join(map(repr, shapes))}, got {name!r}")
