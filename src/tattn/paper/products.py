@@ -17,8 +17,8 @@ from typing import Any
 
 from ..arrays import prod_of
 from ..backends import Array, Backend
-from ..checks import checked_dimensions, whole
-from .checks import checked_alike, checked_factors, checked_length, checked_pairs, checked_shape, factors
+from ..checks import checked_dimensions, checked_factors, checked_length, factors, whole
+from .checks import checked_alike, checked_pairs, checked_shape
 
 
 def kronecker(*matrices: Array) -> Array:

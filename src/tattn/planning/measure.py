@@ -42,29 +42,29 @@ def measure_error(
     Parameters
     ----------
     query, keys, values, scale, key_masks, causal, window
-        Those of the call that gave `out`.
+        The same as in the call that returned `out`.
     out : array (..., n, dv)
-        The answer to check.
+        The output to check.
     rows : int
-        How many query rows to recompute in each problem, drawn without repetition.
+        How many query rows to recompute in each problem of the batch, drawn without repetition.
     seed : int
 
     Returns
     -------
     largest, mean : float
-        Error over the recomputed rows and all channels, relative to Π_μ max_j |values_μ[j, e]| as `tol` is. Where that
-        product is 0, so must the output be.
+        Error over the recomputed rows and all channels, relative to Π_μ max_j |values_μ[j, e]| like `tol`. Where this
+        product is 0, the output must be 0.
 
     Raises
     ------
     TypeError, ValueError
         For arguments that do not fit, by name; NaN and infinities among them.
     PlanError
-        Where the call is traced: values are looked at.
+        If the call is traced, because values are read.
 
     Notes
     -----
-    Streamed: O(rows · Π n_μ (d + dv)) time for each leading index, constant memory.
+    In blocks: O(rows · Π n_μ (d + dv)) time for each problem of the batch, constant memory.
 
     Examples
     --------
