@@ -10,7 +10,6 @@ from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from .base import Array, Backend
 from .threads import run_threads
@@ -102,8 +101,11 @@ class NumpyBackend(Backend):
 
 
 @cache
-def _blas() -> ThreadpoolController:
+def _blas() -> Any:
     """The libraries that matrix products run in."""
+    # Small calls have no need of it.
+    from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController().select(user_api="blas")
 
 
