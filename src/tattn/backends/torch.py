@@ -425,6 +425,4 @@ _TABLES = Tables()
 _VARIANTS = {(w, a): TorchBackend(writable=w, accelerator=a) for w in (True, False) for a in (True, False)}
 BACKEND = _VARIANTS[True, False]
 # Where nothing records the call, and arrays are on the host.
-BACKEND.kernels = compiled.kernels_for(
-    _plain, BACKEND.share, BACKEND.threads, lambda t: t.detach().numpy(), torch.from_numpy
-)
+BACKEND.kernels = compiled.kernels_for(BACKEND, _plain, lambda t: t.detach().numpy(), torch.from_numpy)

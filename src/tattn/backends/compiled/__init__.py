@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels import Kernel, Prefix
+from ..threads import MOST_THREADS
 
 Array = Any
 OPERATIONS = ("prefix_read", "prefix_pull")
@@ -24,7 +25,7 @@ OPERATIONS = ("prefix_read", "prefix_pull")
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
 _OLDEST = (0, 61)
-# Multiplications and additions of a problem that are worth a thread.
+# Multiplications that are worth a thread.
 _FEWEST = 1 << 20
 
 
@@ -153,22 +154,19 @@ def _alone(task: Callable[[slice], None], work: tuple[int, float]) -> None:
 
 
 def kernels_for(
+    backend: Any,
     takes: Callable[..., bool],
-    share: Callable[[Sequence[Callable[[], Any]]], Any],
-    threads: Callable[[], int],
     values: Callable[[Array], np.ndarray] = np.asarray,
     wrapped: Callable[[np.ndarray], Array] = np.asarray,
 ) -> tuple[Kernel, ...]:
-    """The kernels of a library whose arrays are, by their `values`, NumPy arrays on the same memory.
+    """The kernels of a backend whose arrays are, by their `values`, NumPy arrays on the same memory.
 
     Parameters
     ----------
+    backend : Backend
+        Whose threads are used.
     takes : callable
         Whether arrays of the library are such ones.
-    share : callable
-        Does tasks side by side.
-    threads : callable
-        In how many threads.
     values, wrapped : callable
         From an array to NumPy's, and back.
     """
@@ -186,7 +184,7 @@ def kernels_for(
 
     def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
         rows = Prefix(values(block.w), block.runs, *as_numpy(block[2:]))
-        return back(operation(rows, *as_numpy(given), partial(_spread, share, threads)))
+        return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     functions: tuple[Callable[..., Any], ...] = (prefix_read, prefix_pull)
     return tuple(
@@ -282,18 +280,12 @@ def _padded(w: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([w, np.zeros(-len(w) % width, w.dtype)])
 
 
-def _spread(
-    share: Callable[[Sequence[Callable[[], Any]]], Any],
-    threads: Callable[[], int],
-    task: Callable[[slice], None],
-    work: tuple[int, float],
-) -> None:
+def _spread(backend: Any, task: Callable[[slice], None], work: tuple[int, float]) -> None:
     """Do the task for all problems, some in each thread where that is worth it."""
     problems, each = work
-    count = max(1, min(threads(), problems, int(problems * each / _FEWEST)))
-    ends = [problems * i // count for i in range(count + 1)]
-    tasks = [partial(task, slice(low, high)) for low, high in pairwise(ends)]
+    count = max(1, min(backend.threads(), MOST_THREADS, problems, int(problems * each / _FEWEST)))
+    tasks = [partial(task, slice(*ends)) for ends in pairwise(problems * i // count for i in range(count + 1))]
     if count == 1:
         tasks[0]()
     else:
-        share(tasks)
+        backend.share(tasks)
