@@ -16,6 +16,7 @@ MOST_PARAMETERS, LONG_LINE, LONG_FILE = 6, 120, 400
 # Functions that take more, and why.
 _PUBLIC = "public: one keyword for each option"
 _OPERATOR = "torch reads an operator's arguments from its schema, one by one"
+_LOOP = "numba compiles loops over arrays and numbers, and no records of them"
 EXCEPTIONS = {
     "attention.tensor_attention": _PUBLIC,
     "attention.tensor_attention_vjp": _PUBLIC,
@@ -32,6 +33,10 @@ EXCEPTIONS = {
     "nn.operator._": _OPERATOR,
     "distributed.operator._forward": _OPERATOR,
     "distributed.operator._backward": _OPERATOR,
+    "backends.compiled.causal._pull_features": _LOOP,
+    "backends.compiled.causal._behind": _LOOP,
+    "backends.compiled.causal.read": _LOOP,
+    "backends.compiled.causal.pull": _LOOP,
 }
 
 

@@ -423,9 +423,10 @@ def test_what_does_not_go_with_an_order() -> None:
 
 
 def test_the_adjoint_keeps_few_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of some 40 blocks, as many as there are segments, and then as many as there are blocks in one."""
+    """Of some 40 blocks of the array form, as many as there are segments, and then as many as there are blocks in one."""
     from tattn.engines import causal_features as lowrank_causal
 
+    monkeypatch.setenv("TATTN_KERNELS", "0")
     kept: list[int] = []
     starts = lowrank_causal._starts
 

@@ -350,7 +350,7 @@ def test_libraries_that_cannot_be_used_say_why_and_the_others_are_reported(tmp_p
     lines = run(code, tmp_path)
     assert lines[0].startswith(f"tattn {tattn.__version__}, Python {platform.python_version()}, ")
     told = {line.split()[0].rstrip(":"): line for line in lines[2:]}
-    assert set(told) == {*seen.LIBRARIES, "otherlib"}
+    assert set(told) == {*seen.LIBRARIES, "otherlib", "kernels"}
     assert told["numpy"].startswith(f"numpy {np.__version__}: cpu; ")
     assert told["torch"].endswith(": cannot be used: OSError: libcudart.so.13: no such file")
     assert "cupy: cannot be used: ImportError: " in told["cupy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import distributed, nn, paper, scores
 from .attention import tensor_attention, tensor_attention_vjp
+from .backends.compiled import warm_up
 from .checks import PlanError
 from .methods import Banded, Exact, Polynomial
 from .planning import plan, plan_for
@@ -34,4 +35,5 @@ __all__ = [
     "summarize_vjp",
     "tensor_attention",
     "tensor_attention_vjp",
+    "warm_up",
 ]

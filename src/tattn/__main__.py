@@ -72,16 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _info(as_json: bool) -> None:
     """Print what `tattn` can run on here."""
     # Only who asks has all libraries imported.
-    from .backends import seen
+    from .backends import kernels, seen
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = {"tattn": __version__, "python": platform.python_version(), "cores": cores}
     if as_json:
-        print(strict_json({**about, "libraries": [asdict(library) for library in seen.libraries()]}))
+        print(
+            strict_json(
+                {**about, "libraries": [asdict(library) for library in seen.libraries()], "kernels": asdict(kernels())}
+            )
+        )
         return
     print(f"tattn {__version__}, Python {about['python']}, {cores} core{'s' * (cores != 1)}\n")
     for library in seen.libraries():
         print(library, flush=True)
+    print(kernels())
 
 
 if __name__ == "__main__":

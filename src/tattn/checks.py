@@ -446,31 +446,3 @@ def checked_broadcast(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int
                 f"got {own}"
             ) from None
     return leading
-
-
-def factors(name: str, matrices: Any) -> list[tuple[str, Any, int]]:
-    """The matrices of a list or tuple as (name, array, number of its own dimensions)."""
-    return [(f"{name}[{i}]", a, 2) for i, a in enumerate(checked_sequence(name, matrices, "factor"))]
-
-
-def checked_factors(named: Sequence[tuple[str, Any, int]]) -> Backend:
-    """Backend of the (name, array, number of its own dimensions) of a product; all further dimensions broadcast."""
-    like, first, _ = named[0]
-    backend = checked_array(like, first)
-    for name, a, own in named:
-        check_library(name, a, backend, like)
-        check_floating(name, a, first, backend, like)
-        shape = tuple(a.shape)
-        if len(shape) < own:
-            dimensions = "dimension" if own == 1 else "dimensions"
-            raise ValueError(f"{name} should have at least {own} {dimensions}, got shape {shape}")
-        check_not_empty(name, shape)
-    checked_broadcast([(name, tuple(a.shape[: a.ndim - own])) for name, a, own in named])
-    return backend
-
-
-def checked_length(name: str, array: Any, axis: int, length: int, of: str) -> None:
-    """ValueError unless the array has so many rows (axis −2) or columns (axis −1), as many as `of` says."""
-    if array.shape[axis] != length:
-        what = "columns" if axis == -1 else "rows"
-        raise ValueError(f"{name} should have {length} {what}, as many as {of}, got shape {tuple(array.shape)}")

@@ -13,7 +13,10 @@ import array_api_compat
 
 from .base import Array, Backend, lacks, memoized
 
-__all__ = ["Array", "Backend", "backend_of"]
+# A function of the name of a module, which stays what `from .kernels import …` imports from.
+from .compiled import Kernels, kernels
+
+__all__ = ["Array", "Backend", "Kernels", "backend_of", "kernels"]
 
 
 def backend_of(array: Any) -> Backend | None:

@@ -354,11 +354,17 @@ class Backend:
         scan = partial(self._scan_into, whole, body, carry, rows, stop=stop)
         ends = pairwise(n * i // count for i in range(count + 1))
         tasks = [partial(scan, range(first, last, block)) for first, last in ends]
-        # One call at a time has the threads: another that runs meanwhile does the same by itself.
+        return self.share(tasks, stop), whole.arrays
+
+    def share(self, tasks: Sequence[Callable[[], Any]], stop: Event | None = None) -> list[Any]:
+        """Results of the tasks, which end early once `stop` is set, side by side in the threads.
+
+        One call at a time has these: another that runs meanwhile does its tasks one after another.
+        """
         if not SHARING.acquire(blocking=False):
-            return [task() for task in tasks], whole.arrays
+            return [task() for task in tasks]
         try:
-            return self.in_threads(tasks, stop), whole.arrays
+            return self.in_threads(tasks, stop or Event())
         finally:
             SHARING.release()
 

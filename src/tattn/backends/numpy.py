@@ -11,6 +11,7 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
+from . import compiled
 from .base import Array, Backend
 from .threads import run_threads
 
@@ -110,3 +111,4 @@ def _blas() -> Any:
 
 
 BACKEND = NumpyBackend(xp)
+BACKEND.kernels = compiled.kernels_for(BACKEND, lambda *arrays: True)

@@ -11,6 +11,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
+from . import compiled
 from .base import MOST_POWER, Array, Backend, Tables, memoized, powers_of_two
 from .threads import run_threads
 
@@ -109,9 +110,8 @@ class TorchBackend(Backend):
     def threads(self) -> int:
         if not self.reads:
             return 1
-        # Who looks at operations, to count or to record them, looks at those of this thread.
-        watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing()
-        return 1 if watched else torch.get_num_threads()
+        # Who looks at operations looks at those of this thread.
+        return 1 if _watched() else torch.get_num_threads()
 
     def in_threads(self, tasks: Sequence[Callable[[], Any]], stop: Event) -> list[Any]:
         inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
@@ -233,6 +233,17 @@ def _numbers(function: Callable[..., np.ndarray], *args: Any) -> list[Any]:
     """A table as numbers, which torch.compile can take for constants."""
     numbers: list[Any] = function(*args).tolist()
     return numbers
+
+
+def _watched() -> bool:
+    """Whether somebody looks at operations, to count or to record them."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(modes or torch._C._is_tracing())
+
+
+def _plain(*tensors: Array) -> bool:
+    """Whether tensors of this thread's eager mode are nothing but numbers in memory."""
+    return not _watched() and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _needs_gradient(array: Array | None) -> bool:
@@ -413,3 +424,5 @@ _TABLES = Tables()
 # By (writable, accelerator): in-place writes would break a graph that is being recorded.
 _VARIANTS = {(w, a): TorchBackend(writable=w, accelerator=a) for w in (True, False) for a in (True, False)}
 BACKEND = _VARIANTS[True, False]
+# Where nothing records the call, and arrays are on the host.
+BACKEND.kernels = compiled.kernels_for(BACKEND, _plain, lambda t: t.detach().numpy(), torch.from_numpy)

@@ -19,17 +19,20 @@ the rows of a span; memory O(b r dv), in the adjoint O(r dv √n) and copies of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-from ..arrays import clean
+import numpy as np
+
+from ..arrays import clean, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN
+from ..backends.base import memoized
+from ..backends.kernels import CHAIN, Prefix
 from ..features.balance import balanced_values, with_one, with_powers
 from ..features.basis import Basis
-from ..features.monomials import Expansion, rank
+from ..features.monomials import Expansion, Grading, rank, runs
 from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
@@ -53,6 +56,8 @@ from .spoiled import Columns, backward_apart, forward_apart
 
 # log2 of monomials whose products with values are numbers.
 _LARGEST = {"float32": 96, "float64": 900}
+# Rows of a block that a kernel takes, at most.
+_KERNEL_ROWS = 1 << 13
 
 
 class Start(NamedTuple):
@@ -84,9 +89,9 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
     """`read_rows` of rows that hold numbers."""
     backend = setting.backend
     sums, views = _split(setting, operands, start)
-    kernel = backend.kernel("prefix_read", setting, sums, (operands.query, *views))
+    kernel = _kernel("prefix_read", operands)
     if kernel is not None:
-        return divided(kernel(setting, sums, (operands.query, *views)), setting.leading, backend)
+        return _read_by(kernel, setting, sums, (operands.query, *views))
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         # The last block may be short of whole spans.
@@ -100,6 +105,50 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
 
     _, (out, normaliser) = backend.scan_rows(body, sums, (operands.query, *views), block)
     return out, normaliser
+
+
+def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
+    """What takes the place of the loops over spans, if anything does for these arrays."""
+    return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
+
+
+def _read_by(
+    kernel: Callable[..., Any], setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]
+) -> tuple[Array, Array]:
+    """`_read_rows` by a kernel, from sums and the rows of query and views."""
+    backend = setting.backend
+    columns = sum(x.shape[-1] + 1 for x in rows if x is not None)
+    row = columns * prod(setting.leading) * backend.itemsize(setting.w.dtype)
+
+    def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
+        carry, found = kernel(_prefix(setting, rows), carry)
+        return carry, divided(found, setting.leading, backend)
+
+    block = max(64, min(backend.workspace // (2 * row), _KERNEL_ROWS))
+    _, (out, normaliser) = backend.scan_rows(body, sums, rows, block)
+    return out, normaliser
+
+
+def _prefix(setting: Setting, rows: Sequence[Array | None]) -> Prefix:
+    """The rows of query and views as kernels take them."""
+    backend, dtype, m = setting.backend, setting.w.dtype, len(rows) // 3
+    q, keys, values, masks = rows[0], rows[1 : m + 1], rows[m + 1 : 2 * m + 1], rows[2 * m + 1 :]
+    of_all = [
+        backend.cast(clean(x, mask, backend), dtype) * unit
+        for x, mask, unit in zip((q, *keys), (None, *masks), setting.units, strict=True)
+    ]
+    shares = [
+        with_ones(v, mask, dtype, backend) * share for v, mask, share in zip(values, masks, setting.shares, strict=True)
+    ]
+    table = _runs(q.shape[-1], setting.degree, setting.grading)  # type: ignore[union-attr]
+    return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares)
+
+
+@memoized
+def _runs(dim: int, degree: int, grading: Grading) -> np.ndarray:
+    """All runs of monomials, one after another, (count, 4)."""
+    table = np.asarray([run for level in runs(dim, degree, grading) for run in level], dtype=np.int64)
+    return table.reshape(-1, 4)
 
 
 def backward(
@@ -124,18 +173,20 @@ def _backward(
     xp = backend.xp
     n, m = q.shape[-2], len(operands.views)
     sums, views = _split(setting, operands, start)
-    kernel = backend.kernel("prefix_pull", setting, sums, (q, *views))
+    kernel = _kernel("prefix_pull", operands)
+    dtype = setting.w.dtype
+    shapes = [tuple(s.shape) for s, _ in sums]
+    of_block = adjoint
+    carried = shapes
     if kernel is not None:
-        o, l, g, g_lse = columns
-        found, behind = kernel(setting, sums, (q, *views), scaled_gradient(o, l, g, g_lse, backend))
-        return _with_sums(setting, operands, found, behind, start)
+        of_block = partial(_adjoint_by, kernel)
+        carried = [(*setting.leading, *shape[-2:]) for shape in shapes]
+        block = _rows_to_pull(setting, n, sum(prod(shape[-2:]) for shape in shapes))
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
     inner = -(-blocks // segments)
     rows = [_padded(x, segments * inner * block, backend) for x in (q, *columns, *views)]
     folded = [_folded(x, segments, backend) for x in rows]
-    dtype = setting.w.dtype
-    shapes = [tuple(s.shape) for s, _ in sums]
 
     def states(given: Sequence[Array]) -> list[Array]:
         return [xp.reshape(s, shape) for s, shape in zip(given, shapes, strict=True)]
@@ -144,25 +195,59 @@ def _backward(
         starts = tuple((s, xp.zeros_like(s)) for s in states(given[:m]))
         whole = [_unfolded(x, inner * block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
         pieces = [_folded(x, inner, backend) for x in whole]
-        starts_of_blocks = _starts(setting, starts, pieces[-3 * m :], rows[-3 * m :], block)
+        starts_of_blocks = _starts(setting, starts, pieces[-3 * m :], rows[-3 * m :], block, inner)
 
         def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
             cut = [_unfolded(x, block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
-            carry, grads = adjoint(setting, carry, states(given[:m]), cut, m)
+            carry, grads = of_block(setting, carry, states(given[:m]), cut, m)
             return carry, tuple(_folded(g, 1, backend) for g in grads)
 
         carry, grads = backend.scan_rows(body, carry, [_flipped(x, backend) for x in (*starts_of_blocks, *pieces)], 1)
         return carry, tuple(_folded(_flipped(g, backend), 1, backend) for g in grads)
 
-    starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block)
-    carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in shapes)
+    starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block, segments)
+    carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in carried)
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
     targets = (q, *operands.keys, *operands.values)
     found = [
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, targets, strict=True)
     ]
-    return _with_sums(setting, operands, found, [g for g, _ in carry], start)
+    behind = [sum_to_leading(g, shape[:-2], backend) for (g, _), shape in zip(carry, shapes, strict=True)]
+    return _with_sums(setting, operands, found, behind, start)
+
+
+def _rows_to_pull(setting: Setting, n: int, size: int) -> int:
+    """Rows of a block of the adjoint by a kernel, which keeps sums of so many numbers for every 32 of them."""
+    itemsize = setting.backend.itemsize(setting.w.dtype)
+    most = max(64, min(2 * setting.backend.workspace // (size * itemsize) * 32, _KERNEL_ROWS))
+    # Blocks of one length, so that few rows stand behind the last.
+    return -(-n // -(-n // most))
+
+
+def _adjoint_by(
+    kernel: Callable[..., Any],
+    setting: Setting,
+    carry: tuple[Sum, ...],
+    starts: Sequence[Array],
+    rows: Sequence[Any],
+    m: int,
+) -> tuple[tuple[Sum, ...], list[Array]]:
+    """`spans.adjoint` by a kernel, with sums of the gradients for every problem apart."""
+    backend, dtype = setting.backend, setting.w.dtype
+    q, o, l, g, g_lse, *views = rows
+    o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
+    g_hat = scaled_gradient(o, l, g, g_lse, backend)
+    carry, (dq, d_keys, d_shares) = kernel(_prefix(setting, (q, *views)), starts, carry, g_hat)
+
+    def of_rows(gradient: Array, factor: Any, mask: Array | None, like: Array) -> Array:
+        return sum_to_leading(clean(gradient * factor, mask, backend), like.shape[:-2], backend)
+
+    keys, values, masks = views[:m], views[m : 2 * m], views[2 * m :]
+    found = [of_rows(dq, setting.units[0], None, q)]
+    found += [of_rows(*of_view) for of_view in zip(d_keys, setting.units[1:], masks, keys, strict=True)]
+    d_values = [dz[..., :-1] for dz in d_shares]
+    return carry, found + [of_rows(*v) for v in zip(d_values, setting.shares, masks, values, strict=True)]
 
 
 def _balanced(operands: Operands, start: Start | None) -> tuple[Operands, Start | None, list[Array]]:
@@ -267,12 +352,21 @@ def _with_heads(setting: Setting, behind: Sequence[Array], found: Gradients, vie
 
 
 def _starts(
-    setting: Setting, sums: tuple[Sum, ...], folded: Sequence[Array | None], like: Sequence[Array | None], rows: int
+    setting: Setting,
+    sums: tuple[Sum, ...],
+    folded: Sequence[Array | None],
+    like: Sequence[Array | None],
+    rows: int,
+    count: int,
 ) -> tuple[Array, ...]:
-    """What each piece of so many rows begins with, (..., pieces, (dv + 1) r) for every view, from pieces one below another."""
+    """What each of so many pieces of `rows` rows begins with, (..., count, (dv + 1) r) for every view, from pieces one below
+    another.
+    """
     backend, m = setting.backend, len(sums)
     xp = backend.xp
     r = setting.w.shape[0]
+    if count == 1:
+        return tuple(_folded(total, 1, backend) for total, _ in sums)
 
     def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
         pieces = [_unfolded(x, rows, shape, backend) for x, shape in zip(given, like, strict=True)]

@@ -1,0 +1,291 @@
+"""Kernels for processors, compiled by numba where it is installed: the optional extra ``fast``.
+
+numba is imported by the first call that can use a kernel, and not before. Where it is missing, too old or raises anything, there
+are no kernels, and `why_not` says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..kernels import Kernel, Prefix
+from ..threads import MOST_THREADS
+
+Array = Any
+OPERATIONS = ("prefix_read", "prefix_pull")
+# Switches kernels off where it is "0".
+SWITCH = "TATTN_KERNELS"
+# (major, minor) of numba: older ones know no NumPy 2.
+_OLDEST = (0, 61)
+# Multiplications that are worth a thread.
+_FEWEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What there is of compiled code.
+
+    Attributes
+    ----------
+    operations : tuple of str
+        Which operations are computed by it, for NumPy arrays and for torch tensors on the processor.
+    version : str
+        Of numba; empty if it cannot be used.
+    problem : str
+        Why there are none; empty if there are.
+    """
+
+    operations: tuple[str, ...] = ()
+    version: str = ""
+    problem: str = ""
+
+    @property
+    def on(self) -> bool:
+        """Whether calls use them."""
+        return not self.problem
+
+    def __str__(self) -> str:
+        if not self.on:
+            return f"kernels: none: {self.problem}"
+        return f"kernels: numba {self.version}: {', '.join(self.operations)}"
+
+
+def kernels() -> Kernels:
+    """Which kernels there are, and whether calls use them; numba is imported for this."""
+    problem = why_not()
+    loops, version = _loaded()[0], ""
+    if loops is not None:
+        import numba
+
+        version = str(numba.__version__)
+    return Kernels((), version, problem) if problem else Kernels(OPERATIONS, version)
+
+
+def warm_up(dtypes: Sequence[str] = ("float32",)) -> bool:
+    """Compile the kernels for calls that compute in these dtypes, which takes seconds, before the first call does.
+
+    What is compiled is kept on disk, for other processes too.
+
+    Parameters
+    ----------
+    dtypes : sequence of str
+        "float32" (which narrower inputs are computed in as well), "float64".
+
+    Returns
+    -------
+    bool
+        Whether there are kernels for all of them. Calls work without (`tattn.backends.kernels` says why there are none).
+
+    Raises
+    ------
+    ValueError
+        For another dtype.
+    """
+    for dtype in dtypes:
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtypes should be 'float32' or 'float64', got {dtype!r}")
+    return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in OPERATIONS)
+
+
+def why_not() -> str:
+    """Why there are no kernels; empty if there are."""
+    if os.environ.get(SWITCH) == "0":
+        return f"turned off by {SWITCH}=0"
+    return _loaded()[1] or next(iter(_failed.values()), "")
+
+
+@cache
+def _loaded() -> tuple[Any, str]:
+    """The compiled loops, or why they cannot be used."""
+    try:
+        import numba
+
+        version = str(numba.__version__)
+        if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+            return None, f"numba should be {'.'.join(map(str, _OLDEST))} or newer, got {version}"
+        from . import causal
+    except ModuleNotFoundError as error:
+        return None, "numba is not installed" if error.name == "numba" else _told(error)
+    except Exception as error:
+        # A library that cannot be used may raise anything.
+        return None, _told(error)
+    return causal, ""
+
+
+# What operations raised for a dtype when they were tried.
+_failed: dict[tuple[str, str], str] = {}
+
+
+@cache
+def _fails(operation: str, dtype: str) -> bool:
+    """Whether an operation cannot be compiled, or computes something else than it should, for a row of ones."""
+    try:
+        ones = np.ones((1, 1, 1), dtype)
+        block = Prefix(np.ones(1, dtype), np.empty((0, 4), np.int64), ones, [ones], [ones])
+        zero = [(np.zeros_like(ones), np.zeros_like(ones))]
+        if operation == "prefix_read":
+            found = prefix_read(block, zero, _alone)[1]
+        else:
+            found = prefix_pull(block, [zero[0][0]], zero, ones, _alone)[1][2][0]
+        if found != 1:
+            raise ArithmeticError(f"{operation} of ones should be 1, got {found}")
+    except Exception as error:
+        _failed[operation, dtype] = _told(error)
+        return True
+    return False
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _alone(task: Callable[[slice], None], work: tuple[int, float]) -> None:
+    """Do the task for all problems here."""
+    task(slice(0, work[0]))
+
+
+def kernels_for(
+    backend: Any,
+    takes: Callable[..., bool],
+    values: Callable[[Array], np.ndarray] = np.asarray,
+    wrapped: Callable[[np.ndarray], Array] = np.asarray,
+) -> tuple[Kernel, ...]:
+    """The kernels of a backend whose arrays are, by their `values`, NumPy arrays on the same memory.
+
+    Parameters
+    ----------
+    backend : Backend
+        Whose threads are used.
+    takes : callable
+        Whether arrays of the library are such ones.
+    values, wrapped : callable
+        From an array to NumPy's, and back.
+    """
+
+    def taken(operation: str, *arrays: Array) -> bool:
+        if not takes(*arrays) or why_not():
+            return False
+        return not _fails(operation, "float64" if str(arrays[0].dtype).endswith("float64") else "float32")
+
+    def as_numpy(x: Any) -> Any:
+        return [as_numpy(a) for a in x] if isinstance(x, (list, tuple)) else values(x)
+
+    def back(x: Any) -> Any:
+        return tuple(back(a) for a in x) if isinstance(x, (list, tuple)) else wrapped(x)
+
+    def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
+        rows = Prefix(values(block.w), block.runs, *as_numpy(block[2:]))
+        return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
+
+    functions: tuple[Callable[..., Any], ...] = (prefix_read, prefix_pull)
+    return tuple(
+        Kernel(operation, partial(run, function), partial(taken, operation))
+        for operation, function in zip(OPERATIONS, functions, strict=True)
+    )
+
+
+def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., None]) -> Any:
+    """The operation `prefix_read` for NumPy arrays."""
+    loops = _loaded()[0]
+    problems = _Problems(block, [total for total, _ in sums])
+    total, lost = problems.views([s for s, _ in sums]), problems.views([s for _, s in sums])
+    out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
+    w = _padded(block.w, loops.WIDTH)
+    spread(
+        lambda p: loops.read(problems.q[p], problems.k[p], problems.z[p], w, block.runs, total[p], lost[p], out[p]),
+        problems.work(total),
+    )
+    return problems.of_views(total, lost, [s for s, _ in sums]), problems.whole(out)
+
+
+def prefix_pull(
+    block: Prefix,
+    starts: Sequence[np.ndarray],
+    behind: Sequence[Sequence[np.ndarray]],
+    upstream: np.ndarray,
+    spread: Callable[..., None],
+) -> Any:
+    """The operation `prefix_pull` for NumPy arrays."""
+    loops = _loaded()[0]
+    problems = _Problems(block, starts, upstream)
+    total = problems.views(starts)
+    after, missed = problems.views([s for s, _ in behind]), problems.views([s for _, s in behind])
+    q, k, z, g = problems.q, problems.k, problems.z, problems.together(upstream)
+    dq, dk, dz = np.empty_like(q), np.empty_like(k), np.empty_like(z)
+    w = _padded(block.w, loops.WIDTH)
+
+    def pull(p: slice) -> None:
+        loops.pull(q[p], k[p], z[p], g[p], w, block.runs, total[p], after[p], missed[p], dq[p], dk[p], dz[p])
+
+    spread(pull, problems.work(total))
+    gradients = problems.whole(dq), problems.whole_views(dk), problems.whole_views(dz)
+    return problems.of_views(after, missed, [s for s, _ in behind]), gradients
+
+
+class _Problems:
+    """The rows of a block with one leading dimension, that of the problems, copied where arrays broadcast."""
+
+    def __init__(self, block: Prefix, sums: Sequence[np.ndarray], *others: np.ndarray) -> None:
+        every = (block.q, *block.keys, *block.shares, *sums, *others)
+        self.leading = np.broadcast_shapes(*(x.shape[:-2] for x in every))
+        self.q = self.together(block.q)
+        self.k, self.z = self.views(block.keys), self.views(block.shares)
+
+    def together(self, x: np.ndarray) -> np.ndarray:
+        """(..., n, k) → (P, n, k)."""
+        x = np.broadcast_to(x, (*self.leading, *x.shape[-2:]))
+        return np.ascontiguousarray(x.reshape(prod(self.leading), *x.shape[-2:]))
+
+    def views(self, xs: Sequence[np.ndarray]) -> np.ndarray:
+        """(..., n, k) for every view → (P, m, n, k), a copy."""
+        return np.stack([self.together(x) for x in xs], axis=1)
+
+    def whole(self, x: np.ndarray) -> np.ndarray:
+        """The reverse of `together`."""
+        return x.reshape(*self.leading, *x.shape[1:])
+
+    def whole_views(self, x: np.ndarray) -> list[np.ndarray]:
+        """The reverse of `views`."""
+        return [self.whole(x[:, view]) for view in range(x.shape[1])]
+
+    def of_views(self, total: np.ndarray, lost: np.ndarray, like: Sequence[np.ndarray]) -> list[Any]:
+        """Compensated sums of every view, in the leading dimensions of those in `like`: the problems that share a view agree."""
+        cuts = [tuple(slice(0, size) for size in s.shape[:-2]) for s in like]
+        both = zip(self.whole_views(total), self.whole_views(lost), strict=True)
+        return [tuple(_last(x, len(cut))[cut] for x in pair) for pair, cut in zip(both, cuts, strict=True)]
+
+    def work(self, sums: np.ndarray) -> tuple[int, float]:
+        """How many problems there are, and the multiplications of one of them."""
+        return len(self.q), float(self.q.shape[1]) * prod(sums.shape[1:])
+
+
+def _last(x: np.ndarray, leading: int) -> np.ndarray:
+    """The first problem along all but the last so many leading dimensions."""
+    for _ in range(x.ndim - 2 - leading):
+        x = x[0]
+    return x
+
+
+def _padded(w: np.ndarray, width: int) -> np.ndarray:
+    """Weights (r,) with zeros behind, to whole parts of the monomials."""
+    return np.concatenate([w, np.zeros(-len(w) % width, w.dtype)])
+
+
+def _spread(backend: Any, task: Callable[[slice], None], work: tuple[int, float]) -> None:
+    """Do the task for all problems, some in each thread where that is worth it."""
+    problems, each = work
+    count = max(1, min(backend.threads(), MOST_THREADS, problems, int(problems * each / _FEWEST)))
+    tasks = [partial(task, slice(*ends)) for ends in pairwise(problems * i // count for i in range(count + 1))]
+    if count == 1:
+        tasks[0]()
+    else:
+        backend.share(tasks)

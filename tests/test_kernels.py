@@ -1,0 +1,534 @@
+"""Compiled code in place of array code: where it is used, that it computes the same, and that all works without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import Dense, dense, value_sizes
+
+import tattn
+from tattn.backends import compiled, kernels
+from tattn.backends.kernels import CHAIN, Kernel
+from tattn.backends.numpy import BACKEND
+from tattn.engines import causal_features
+from tattn.features.monomials import features
+
+SOURCE = Path(tattn.__file__).parents[1]
+
+
+@pytest.fixture
+def loops() -> Any:
+    """The compiled loops, which only numba makes."""
+    pytest.importorskip("numba")
+    return compiled._loaded()[0]
+
+
+@pytest.fixture
+def used(loops: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tells of every time that a compiled loop runs."""
+    assert tattn.warm_up(("float32", "float64"))
+    told: list[str] = []
+    for name in ("read", "pull"):
+        monkeypatch.setattr(loops, name, noting(told, name, getattr(loops, name)))
+    return told
+
+
+def noting(told: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, each call of which is noted."""
+
+    def noted(*given: Any) -> Any:
+        told.append(name)
+        return function(*given)
+
+    return noted
+
+
+@pytest.fixture
+def moments(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str]]]:
+    """Gives NumPy's backend a kernel for `moments` with chains of so many terms, which tells when it is used."""
+
+    def offered(chain: int) -> list[str]:
+        told: list[str] = []
+
+        def function(k: Any, v: Any, mask: Any, unit: Any, degree: int, grading: Any) -> Any:
+            phi = features(np.swapaxes(k * unit, -1, -2), degree, BACKEND, grading)
+            return phi @ np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
+
+        kernel = Kernel("moments", noting(told, "moments", function), lambda *given: given[2] is None, chain)
+        monkeypatch.setattr(BACKEND, "kernels", (kernel,))
+        return told
+
+    yield offered
+
+
+def call_of(n: int = 50) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    query, *rest = np.random.default_rng(0).uniform(-1, 1, (5, n, 3))
+    return query, rest[:2], rest[2:]
+
+
+def test_a_kernel_with_short_chains_is_used_under_every_plan(moments):
+    query, keys, values = call_of()
+    before = tattn.plan(query, keys, values, degree=4)
+    expected = tattn.tensor_attention(query, keys, values, plan=before)
+    told = moments(CHAIN)
+    plan = tattn.plan(query, keys, values, degree=4)
+    assert (plan.chain, plan.error) == (CHAIN, before.error)
+    for serving in (before, plan):
+        told.clear()
+        np.testing.assert_allclose(tattn.tensor_attention(query, keys, values, plan=serving), expected, rtol=1e-12)
+        assert told == ["moments"] * 2
+
+
+def test_plans_count_with_the_chains_of_kernels_and_shut_out_longer_ones(moments):
+    query, keys, values = call_of()
+    before = tattn.plan(query, keys, values, degree=12)
+    told = moments(4096)
+    plan = tattn.plan(query, keys, values, degree=12)
+    assert plan.chain == 4096
+    assert plan.error > 1.5 * before.error
+    tattn.tensor_attention(query, keys, values, plan=before)
+    assert told == []
+    tattn.tensor_attention(query, keys, values, plan=plan)
+    assert told == ["moments"] * 2
+
+
+def test_a_kernel_is_used_for_what_it_takes_alone(moments):
+    query, keys, values = call_of()
+    told = moments(CHAIN)
+    masks = [np.arange(50) % 3 > 0, None]
+    plan = tattn.plan(query, keys, values, degree=4)
+    tattn.tensor_attention(query, keys, values, plan=plan, key_masks=masks)
+    assert told == ["moments"]
+
+
+LEADING = {
+    "one": ((),) * 4,
+    "heads": ((3,),) * 4,
+    "shared": ((2, 3), (2, 1), (3,), (2, 1)),
+}
+
+
+def drawn(
+    n: int, views: int, dtype: str, leading: str = "one", masked: bool = False, dim: int = 3, value_dim: int = 2
+) -> dict[str, Any]:
+    """Query, keys, values, masks, and gradients of output and lse."""
+    rng = np.random.default_rng([n, views])
+    of_query, of_keys, of_values, of_masks = LEADING[leading]
+    more = (0, 3, 40, 0)[:views]
+    masks = [rng.random((*of_masks, n + extra)) < 0.6 for extra in more]
+    return {
+        "query": rng.uniform(-1, 1, (*of_query, n, dim)).astype(dtype),
+        "keys": [rng.uniform(-1, 1, (*of_keys, n + extra, dim)).astype(dtype) for extra in more],
+        "values": [rng.normal(size=(*of_values, n + extra, value_dim)).astype(dtype) for extra in more],
+        "key_masks": [masks[0], *[None] * (views - 1)] if masked else None,
+        "grad_out": rng.normal(size=(*of_query, n, value_dim)).astype(dtype),
+        "grad_lse": rng.normal(size=(*of_query, n)).astype(dtype),
+    }
+
+
+def computed(call: dict[str, Any], **options: Any) -> list[Any]:
+    """Output, lse and all gradients of a causal call."""
+    inputs = {name: x for name, x in call.items() if not name.startswith("grad")}
+    (out, lse), pullback = tattn.tensor_attention_vjp(**inputs, causal=True, return_lse=True, **options)
+    dquery, dkeys, dvalues = pullback(call["grad_out"], call["grad_lse"])
+    return [out, lse, dquery, *dkeys, *dvalues]
+
+
+def plan_of(call: dict[str, Any], degree: int = 4, **options: Any) -> tattn.Plan:
+    lengths = [x.shape[-2] for x in (call["query"], *call["keys"])]
+    facts = {"dim": call["query"].shape[-1], "order": len(call["keys"]) + 1, "dtype": str(call["query"].dtype)}
+    return tattn.plan_for(n=lengths, bound=1.0, degree=degree, causal=True, **facts, **options)
+
+
+def assert_the_same(call: dict[str, Any], plan: tattn.Plan, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels and without: a call's numbers, to rounding."""
+    used.clear()
+    got = computed(call, plan=plan)
+    assert set(used) == {"read", "pull"}
+    used.clear()
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = computed(call, plan=plan)
+    monkeypatch.delenv(compiled.SWITCH)
+    assert used == []
+    tolerance = 2e-4 if plan.dtype == "float32" else 1e-12
+    for x, y in zip(got, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        finite = np.isfinite(y)
+        np.testing.assert_array_equal(x[~finite], y[~finite])
+        largest = np.max(np.abs(y[finite]), initial=0.0)
+        np.testing.assert_allclose(x[finite], y[finite], rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3, 4])
+@pytest.mark.parametrize("leading", list(LEADING))
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_compute_what_the_array_form_does(dtype, views, leading, masked, used, monkeypatch):
+    call = drawn(37, views, dtype, leading, masked)
+    assert_the_same(call, plan_of(call), used, monkeypatch)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 130, 300])
+@pytest.mark.parametrize("views", [1, 2])
+def test_rows_of_all_numbers(n, views, used, monkeypatch):
+    """In one block, in several, and in several segments of these."""
+    call = drawn(n, views, "float64", "shared", masked=n > 2)
+    plan = plan_of(call)
+    assert_the_same(call, plan, used, monkeypatch)
+    monkeypatch.setattr(causal_features, "_KERNEL_ROWS", 64)
+    monkeypatch.setattr(BACKEND, "workspace", 1 << 10)
+    assert_the_same(call, plan, used, monkeypatch)
+
+
+@pytest.mark.parametrize(("dim", "degree", "value_dim"), [(1, 1, 1), (2, 9, 5), (8, 4, 8), (5, 6, 1), (16, 2, 40)])
+def test_monomials_of_all_numbers(dim, degree, value_dim, used, monkeypatch):
+    call = drawn(45, 2, "float64", dim=dim, value_dim=value_dim)
+    assert_the_same(call, plan_of(call, degree), used, monkeypatch)
+
+
+def test_pruned_monomials(used, monkeypatch):
+    call = drawn(45, 2, "float64", dim=6)
+    for x in (call["query"], *call["keys"]):
+        x[:, 2:] *= 0.1
+    plan = tattn.plan(call["query"], call["keys"], call["values"], method="polynomial", causal=True, tol=3e-2, scale=0.3,
+                      gradients=False)  # fmt: skip
+    assert plan.grading
+    assert_the_same(call, plan, used, monkeypatch)
+
+
+@pytest.mark.parametrize("layout", ["strided", "reversed", "transposed", "broadcast", "read-only"])
+def test_inputs_of_all_layouts(layout, used):
+    call = drawn(40, 2, "float32", "heads")
+    plan = plan_of(call)
+
+    def laid_out(x: np.ndarray) -> np.ndarray:
+        if layout == "strided":
+            wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan, x.dtype)
+            wide[..., ::2] = x
+            return wide[..., ::2]
+        if layout == "reversed":
+            return np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1]
+        if layout == "transposed":
+            return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -1, -2)), -1, -2)
+        if layout == "broadcast":
+            return np.broadcast_to(x[:1], x.shape)
+        x = x.copy()
+        x.setflags(write=False)
+        return x
+
+    if layout == "broadcast":
+        call = {name: _each(lambda x: np.array(laid_out(x)), x) for name, x in call.items()}
+    expected = computed(call, plan=plan)
+    before = {name: _each(np.copy, x) for name, x in call.items()}
+    used.clear()
+    found = computed({name: _each(laid_out, x) for name, x in call.items()}, plan=plan)
+    assert set(used) == {"read", "pull"}
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    for name, x in call.items():
+        _each(np.testing.assert_array_equal, x, before[name])
+
+
+def _each(function: Callable[..., Any], *given: Any) -> Any:
+    """The function of an array, or of each in a list; None stays."""
+    if isinstance(given[0], list):
+        return [_each(function, *x) for x in zip(*given, strict=True)]
+    return None if given[0] is None else function(*given)
+
+
+def test_rows_without_numbers_spoil_those_that_see_them(used):
+    call = drawn(40, 2, "float64")
+    plan = plan_of(call)
+    clean = computed(call, plan=plan)[0]
+    call["values"][0][20, 1] = np.inf
+    call["keys"][1][33, 0] = np.nan
+    out = computed(call, plan=plan)[0]
+    np.testing.assert_array_equal(out[:20], clean[:20])
+    assert np.isfinite(out[20:30, 0]).all()
+    assert np.isnan(out[20:, 1]).all()
+    assert np.isnan(out[30:]).all()
+
+
+def test_problems_are_spread_over_threads(used, monkeypatch):
+    call = drawn(200, 2, "float64", "shared", dim=8, value_dim=8)
+    plan = plan_of(call)
+    expected = computed(call, plan=plan)
+    alone = len(used)
+    monkeypatch.setattr(type(BACKEND), "threads", lambda self: 2)
+    shared = computed(call, plan=plan)
+    assert len(used) == 3 * alone
+    for x, y in zip(shared, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_error_exceeds_the_plan(dtype, used):
+    """Rows of all kinds, sizes over decades: causal calls by kernels, outputs and gradients, against a wider dtype."""
+    exact = np.float64 if dtype == "float32" else np.longdouble
+    worst = 0.0
+    for seed in range(300 if dtype == "float32" else 60):
+        rng = np.random.default_rng(seed)
+        views, degree, bound = (
+            int(rng.integers(1, 5)),
+            int(rng.integers(2, 10)),
+            float(rng.choice([0.1, 0.5, 1.0, 2.0])),
+        )
+        n, dim, value_dim = int(rng.integers(1, (150, 60, 24, 12)[views - 1])), int(rng.integers(1, 5)), 3
+        arrays = [entries(rng, (n + int(rng.integers(0, 4)) * (i > 0), dim)) for i in range(views + 1)]
+        query, *keys = [(x * 10.0 ** rng.uniform(-6, 6)).astype(dtype) for x in arrays]
+        tops = np.prod([np.abs(x.astype(float)).max(0) for x in (query, *keys)], 0)
+        scale = bound / tops.sum()
+        values = [(entries(rng, (len(k), value_dim)) * 10.0 ** rng.uniform(-4, 4)).astype(dtype) for k in keys]
+        grad = rng.normal(size=(n, value_dim)).astype(dtype)
+        plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
+                              causal=True, dtype=dtype, scale=scale)  # fmt: skip
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True)
+        dquery, dkeys, dvalues = pullback(grad)
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, causal=True, precision=exact)
+        found = Dense(out, out, dquery, list(dkeys), list(dvalues))
+        ratio = largest_ratio(plan, keys, values, grad, found, truth)
+        assert ratio <= 1, (seed, ratio, str(plan))
+        worst = max(worst, ratio)
+    assert set(used) == {"read", "pull"}
+    # A draw that comes near to nothing would show nothing.
+    assert worst > 0.1
+
+
+def entries(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Numbers within ±1: uniform, signs, all alike, or of rows whose sizes differ by decades."""
+    kind = rng.integers(4)
+    x = rng.uniform(-1, 1, shape)
+    if kind == 1:
+        return np.where(x < 0, -1.0, 1.0)
+    if kind == 2:
+        return np.full(shape, rng.uniform(0.1, 1))
+    return x * 10.0 ** rng.uniform(-3, 0, (shape[0], 1)) if kind == 3 else x
+
+
+def largest_ratio(plan: tattn.Plan, keys: Any, values: Any, grad: np.ndarray, got: Dense, truth: Dense) -> float:
+    """Largest error of output, dquery and dvalues over what the plan allows for it."""
+    sizes = value_sizes(values)[0]
+    g = np.abs(grad.astype(float))
+    tops = np.prod([np.abs(k.astype(float)).max(0) for k in keys], 0)
+    allowed = [plan.error * sizes, plan.grad_error * plan.scale * tops * (g * sizes).sum(-1)[:, None]]
+    pairs = [(got.out, truth.out), (got.dquery, truth.dquery)]
+    for i, (x, y) in enumerate(zip(got.dvalues, truth.dvalues, strict=True)):
+        others = [np.abs(v.astype(float)).max(0) for j, v in enumerate(values) if j != i]
+        allowed.append(plan.error * np.prod([np.ones(grad.shape[1]), *others], 0) * g.sum(0))
+        pairs.append((x, y))
+    return max(float(np.max(np.abs(x - y) / a)) for (x, y), a in zip(pairs, allowed, strict=True))
+
+
+def test_kernels_are_switched_by_the_environment(used, monkeypatch):
+    call = drawn(9, 1, "float64")
+    found = kernels()
+    assert found.on
+    assert found.operations == ("prefix_read", "prefix_pull")
+    assert str(found) == f"kernels: numba {found.version}: prefix_read, prefix_pull"
+    monkeypatch.setenv("TATTN_KERNELS", "0")
+    assert not kernels().on
+    assert str(kernels()) == "kernels: none: turned off by TATTN_KERNELS=0"
+    assert not tattn.warm_up()
+    computed(call, plan=plan_of(call))
+    assert used == []
+    monkeypatch.setenv("TATTN_KERNELS", "1")
+    computed(call, plan=plan_of(call))
+    assert used == ["read", "pull"]
+
+
+def test_what_does_not_compile_or_computes_nonsense_is_left_out(loops, monkeypatch):
+    call = drawn(9, 1, "float64")
+    plan = plan_of(call)
+    expected = computed(call, plan=plan)
+
+    def broken(*given: Any) -> None:
+        raise ValueError("no\n such instruction")
+
+    for replaced, problem in ((broken, "ValueError: no such instruction"), (lambda *given: None, "ArithmeticError")):
+        monkeypatch.setattr(compiled, "_failed", {})
+        compiled._fails.cache_clear()
+        monkeypatch.setattr(loops, "read", replaced)
+        for x, y in zip(computed(call, plan=plan), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-10)
+        assert problem in kernels().problem
+        assert not tattn.warm_up()
+    monkeypatch.undo()
+    compiled._fails.cache_clear()
+    assert kernels().on
+    assert tattn.warm_up()
+
+
+def test_warm_up_takes_dtypes():
+    with pytest.raises(ValueError, match="dtypes should be 'float32' or 'float64', got 'int8'"):
+        tattn.warm_up(("int8",))
+
+
+def test_without_a_folder_to_write_to_code_is_compiled_for_each_process(loops, monkeypatch):
+    import numba
+
+    from tattn.backends.compiled import jit
+
+    original = numba.njit
+
+    def njit(**options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return original(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    double = jit.compiled()(lambda x: 2 * x)
+    assert double(2.0) == 4.0
+    assert double.signatures
+
+
+CALL = """
+    import sys
+    import numpy as np
+    import tattn
+
+    query = np.ones((5, 2))
+    plan = tattn.plan_for(n=5, dim=2, bound=1.0, degree=3, order=2, causal=True, dtype="float64")
+    print("numba" in sys.modules)
+    tattn.tensor_attention(query, [query], [query])
+    print("numba" in sys.modules)
+    print(tattn.tensor_attention(query, [query], [query], plan=plan, causal=True).tolist() == query.tolist())
+    print(tattn.backends.kernels().problem)
+    from tattn.__main__ import main
+
+    main(["info"])
+"""
+
+
+def run(code: str, *folders: Path, **environment: str) -> list[str]:
+    """Lines that the code prints in a process of its own, with the folders first on its path."""
+    paths = os.pathsep.join(map(str, (*folders, SOURCE)))
+    command = [sys.executable, "-W", "error", "-c", dedent(code)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("raise OSError('libLLVM.so:\\n no such file')", "OSError: libLLVM.so: no such file"),
+        ("raise ModuleNotFoundError('no numba', name='numba')", "numba is not installed"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("__version__ = '0.60.2'", "numba should be 0.61 or newer, got 0.60.2"),
+        ("__version__ = '0.99.0'", "AttributeError: "),
+    ],
+)
+def test_where_numba_cannot_be_used_the_array_form_computes_and_the_command_says_so(text, problem, tmp_path):
+    (tmp_path / "numba.py").write_text(text + "\n", encoding="utf-8")
+    unused, after, right, told, *info = run(CALL, tmp_path)
+    assert (unused, after, right) == ("False", "False", "True")
+    assert told.startswith(problem)
+    assert info[-1] == f"kernels: none: {told}"
+
+
+def test_numba_is_imported_by_the_first_causal_call_alone(loops):
+    unused, after, right, told, *info = run(CALL)
+    assert (unused, after, right, told) == ("False", "False", "True", "")
+    assert info[-1].startswith("kernels: numba ")
+
+
+def test_numba_is_not_imported_where_kernels_are_switched_off(loops):
+    code = """
+        import sys
+        import numpy as np
+        import tattn
+
+        query = np.ones((5, 2), np.float32)
+        plan = tattn.plan_for(n=5, dim=2, bound=1.0, degree=3, order=2, causal=True)
+        tattn.tensor_attention(query, [query], [query], plan=plan, causal=True)
+        print("numba" in sys.modules)
+    """
+    assert run(code, TATTN_KERNELS="0") == ["False"]
+
+
+class TestTorch:
+    """Tensors on the processor, with the same loops on the same memory."""
+
+    @pytest.fixture
+    def torch(self) -> Any:
+        return pytest.importorskip("torch")
+
+    def call(self, torch: Any, dtype: str = "float64") -> dict[str, Any]:
+        return {name: _each(torch.from_numpy, x) for name, x in drawn(70, 2, dtype, "shared", masked=True).items()}
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_it_is_what_numpy_has(self, torch, dtype, used):
+        arrays = drawn(70, 2, dtype, "shared", masked=True)
+        found = computed({name: _each(torch.from_numpy, x) for name, x in arrays.items()}, plan=plan_of(arrays))
+        assert set(used) == {"read", "pull"}
+        for x, y in zip(found, computed(arrays, plan=plan_of(arrays)), strict=True):
+            tolerance = 1e-5 if dtype == "float32" else 1e-13
+            np.testing.assert_allclose(x.numpy(), y, rtol=tolerance, atol=tolerance * np.abs(y).max())
+
+    def test_autograd_and_gradients_of_gradients(self, torch, used):
+        arrays = drawn(6, 2, "float64", masked=True)
+        call = {name: _each(torch.from_numpy, x) for name, x in arrays.items()}
+        plan = plan_of(arrays)
+        inputs = call["query"], *call["keys"], *call["values"]
+        for x in inputs:
+            x.requires_grad_()
+
+        def function(query: Any, *views: Any) -> Any:
+            masks = call["key_masks"]
+            return tattn.tensor_attention(query, views[:2], views[2:], key_masks=masks, plan=plan, causal=True)
+
+        out = function(*inputs)
+        assert used == ["read"]
+        out.backward(call["grad_out"])
+        assert used == ["read", "pull"]
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+    def test_transformations_do_without(self, torch, used):
+        arrays = drawn(6, 2, "float64", "heads")
+        call = {name: _each(torch.from_numpy, x) for name, x in arrays.items()}
+        plan = plan_of(arrays)
+
+        def function(query: Any, keys: Any, values: Any) -> Any:
+            return tattn.tensor_attention(query, keys, values, plan=plan, causal=True)
+
+        from torch.utils.flop_counter import FlopCounterMode
+
+        given = call["query"], call["keys"], call["values"]
+        expected = function(*given)
+        used.clear()
+        with FlopCounterMode(display=False):
+            found = [function(*given)]
+        found.append(torch.compile(function, fullgraph=True, backend="eager")(*given))
+        assert used == []
+        # Tangents go through the operations, the values that they belong to through the loops.
+        found.append(torch.func.jvp(function, given, given)[0])
+        assert used == ["read"]
+        # A mapped axis is one more leading axis of plain tensors.
+        found.append(torch.vmap(function)(*given))
+        assert used == ["read"] * 2
+        for x in found:
+            torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+    def test_narrow_dtypes_and_inference_mode(self, torch, used):
+        arrays = drawn(40, 2, "float32")
+        with torch.inference_mode():
+            query, *rest = (
+                torch.from_numpy(x).bfloat16() for x in (arrays["query"], *arrays["keys"], *arrays["values"])
+            )
+            plan = tattn.plan_for(n=[40, 40, 43], dim=3, bound=1.0, degree=4, dtype="bfloat16", causal=True)
+            out = tattn.tensor_attention(query, rest[:2], rest[2:], plan=plan, causal=True)
+        assert used == ["read"]
+        assert out.dtype == torch.bfloat16
+        wide = [x.double().numpy() for x in (query, *rest)]
+        expected = dense(wide[0], wide[1:3], wide[3:], causal=True).out
+        np.testing.assert_allclose(out.float().numpy(), expected, atol=2e-2)
