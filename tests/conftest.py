@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -101,9 +102,21 @@ def _cupy() -> Library:
     return Library("cupy", cupy.asarray, cupy.asnumpy, lambda x: isinstance(x, cupy.ndarray), lambda x: x.device)
 
 
+def package_of(name: str) -> str:
+    """What has to be installed for a library."""
+    return {"strict": "array_api_strict"}.get(name, name.partition("-")[0])
+
+
+def pairs(names: Iterable[str]) -> list[Any]:
+    """Any two of several libraries, in either order, to be tested with the later one."""
+    names = list(names)
+    two = [(a, b) for a in names for b in names if a != b]
+    return [pytest.param(p, marks=pytest.mark.libraries(max(p, key=CPU.index)), id="-".join(p)) for p in two]
+
+
 def make_library(name: str) -> Library:
     """A library by name; skips where the package or the device is missing."""
-    package = {"strict": "array_api_strict"}.get(name, name.partition("-")[0])
+    package = package_of(name)
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     device = "cuda" if name.endswith("-cuda") else "cpu"
@@ -115,52 +128,79 @@ def make_library(name: str) -> Library:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--library", action="append", default=[], help="only this array library; may be repeated")
-    parser.addoption("--every-case", action="store_true", help="JAX takes a grid whole, too")
+    parser.addoption("--thorough", dest="take", action="store_const", const="all", help="all draws and all cases")
+    parser.addoption("--rest", dest="take", action="store_const", const="rest", help="only what else needs --thorough")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with the fixture `library` runs on those chosen of its mark `libraries`, or of all; on GPUs if asked for."""
     if "library" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--library") or LIBRARIES
+        mark = metafunc.definition.get_closest_marker("libraries")
+        about = [n for n in LIBRARIES if not mark or n.partition("-")[0] in mark.args]
+        chosen = metafunc.config.getoption("--library") or about
         params = [
             pytest.param(n, marks=[] if n in CPU else [pytest.mark.gpu])
-            for n in LIBRARIES
-            if n in chosen or n not in CPU
+            for n in about
+            if n in chosen and (n in CPU or asks_for_gpu(metafunc.config))
         ]
         metafunc.parametrize("library", params, indirect=True, scope="session")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With a library chosen other than NumPy, only what depends on the library; NumPy runs the rest for all.
+def asks_for_gpu(config: pytest.Config) -> bool:
+    return "gpu" in config.option.markexpr
 
-    JAX, which compiles every case anew, takes every third case of a test marked as a grid.
-    """
-    if not config.getoption("--every-case"):
-        left_out = {item for item in items if item.get_closest_marker("grid") and not _is_taken(item)}
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = [item for item in items if item not in left_out]
-    chosen = config.getoption("--library")
-    if not chosen or "numpy" in chosen:
-        return
-    of_libraries = {
-        "test_torch",
-        "test_distributed",
-        "test_jax",
-        "test_nn_torch",
-        "test_nn_jax",
-        "test_checks",
-        "test_plugging",
-        "test_examples",
-    }
-    kept = [item for item in items if "library" in getattr(item, "fixturenames", ()) or item.path.stem in of_libraries]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what other libraries run, and what waits for --thorough; what is about no library runs with NumPy."""
+    chosen, take = {*map(package_of, config.getoption("--library"))}, config.getoption("take")
+    before: Counter[tuple[Any, ...]] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        libraries, packages = libraries_of(item), {*map(package_of, libraries_of(item))}
+        function = (item.parent, getattr(item, "originalname", item.name), *libraries)
+        waits = not take_now(item, before[function])
+        before[function] += 1
+        for_all = "draws" in getattr(item, "fixturenames", ())
+        wanted = for_all or waits == (take == "rest") or take == "all"
+        wanted &= not chosen or not packages.isdisjoint(chosen)
+        wanted &= not item.get_closest_marker("gpu") or asks_for_gpu(config)
+        (kept if wanted else left_out).append(item)
+        for package in packages:
+            if find_spec(package) is None:
+                item.add_marker(pytest.mark.skip(reason=f"{package} is not installed"))
+    config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 
 
-def _is_taken(item: Any) -> bool:
-    """Whether a library takes this case of a grid: JAX every third, others all."""
-    places: dict[str, int] = dict(item.callspec.indices)
-    places.pop("library")
-    return not str(item.callspec.params["library"]).startswith("jax") or sum(places.values()) % 3 == 0
+def libraries_of(item: Any) -> frozenset[str]:
+    """The libraries that a test is about."""
+    library = getattr(getattr(item, "callspec", None), "params", {}).get("library")
+    if isinstance(library, str):
+        return frozenset([library])
+    # If none of those chosen is one of the mark, pytest makes a case without a parameter.
+    mark = item.get_closest_marker("libraries")
+    return frozenset(mark.args if mark else ["numpy"])
+
+
+def take_now(item: pytest.Item, before: int) -> bool:
+    """Whether a test does not wait for --thorough: of a grid one case in five does not, along the diagonals."""
+    packages = {*map(package_of, libraries_of(item))}
+    grid, thorough = item.get_closest_marker("grid"), item.get_closest_marker("thorough")
+    if thorough and (not thorough.args or packages & {*thorough.args}):
+        return False
+    return not (grid and packages & {*(grid.args or ["jax"])}) or (before + before // 5) % 5 == 0
+
+
+@pytest.fixture
+def draws(request: pytest.FixtureRequest) -> Callable[[int], range]:
+    """Seeds of so many random draws: the first fifth of them, the others with --rest, all with --thorough."""
+    take = request.config.getoption("take")
+
+    def seeds(count: int) -> range:
+        first = -(-count // 5)
+        return range(first if take == "rest" else 0, count if take else first)
+
+    return seeds
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -93,6 +93,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.grid
 def test_exact_is_the_definition(library: Any, case: dict[str, Any]) -> None:
     call = draw(**case, size=3.0)
     got, _ = run(library, call, method="exact")
@@ -103,6 +104,7 @@ def test_exact_is_the_definition(library: Any, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.grid
 def test_polynomial_is_the_definition_with_its_polynomial(library: Any, case: dict[str, Any]) -> None:
     """Forward and adjoint of the polynomial method are exactly those of softmax with P in place of exp."""
     call = draw(**case)
@@ -145,6 +147,7 @@ def test_inputs_are_left_alone(library: Any) -> None:
         assert np.array_equal(library.numpy(a), b)
 
 
+@pytest.mark.thorough("jax")
 def test_blocks_and_chains_are_joined(library: Any) -> None:
     """More rows than a block and than a chain, a remainder in both; more monomials than a chain."""
     rng = np.random.default_rng(1)
@@ -165,6 +168,7 @@ def test_blocks_and_chains_are_joined(library: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.grid
 def test_many_problems_are_taken_in_parts(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed one after another or side by side, heads give the same; shared keys collect their gradients."""
     from tattn.engines import features as lowrank
@@ -215,6 +219,7 @@ def test_gradients_are_finite_differences(views: int, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.grid
 def test_masked_rows_do_not_matter_whatever_they_hold(library: Any, method: str) -> None:
     call = draw(2, masked=True)
     keys, values = [k.copy() for k in call.keys], [v.copy() for v in call.values]
@@ -230,6 +235,7 @@ def test_masked_rows_do_not_matter_whatever_they_hold(library: Any, method: str)
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.grid
 def test_nothing_to_attend_to_gives_zeros(library: Any, method: str) -> None:
     call = draw(2)
     masks = [np.zeros(k.shape[0], bool) for k in call.keys]
@@ -298,6 +304,7 @@ def test_a_channel_that_is_zero_still_has_a_gradient() -> None:
 
 @pytest.mark.parametrize(("size", "key_size"), [(0.0, 1e-20), (1e-33, 1.0)])
 @pytest.mark.parametrize("value_dim", [4, 20])
+@pytest.mark.grid
 def test_a_channel_that_the_query_lacks_gives_keys_no_gradient(
     library: Any, size: float, key_size: float, value_dim: int
 ) -> None:
@@ -316,6 +323,7 @@ def test_a_channel_that_the_query_lacks_gives_keys_no_gradient(
         np.testing.assert_allclose(found, wanted[:, 1], rtol=1e-2, atol=1e-2 * np.abs(wanted[:, 1]).max())
 
 
+@pytest.mark.libraries("torch")
 def test_shared_narrow_gradients_are_summed_in_float32() -> None:
     """bfloat16 counts to 256: thousands of heads that share keys are added up before the result is narrowed."""
     torch = pytest.importorskip("torch")
@@ -372,6 +380,7 @@ def test_scores_beyond_the_dtype_are_not_taken_for_masked() -> None:
     assert np.isnan(lse).all()
 
 
+@pytest.mark.libraries("torch")
 def test_torch_tables_survive_modes() -> None:
     """A first call in inference mode leaves nothing behind that autograd cannot take."""
     torch = pytest.importorskip("torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,13 @@ DRAWS = 460  # times eleven kinds and two dtypes: more than ten thousand
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", list(ALL))
-def test_no_row_exceeds_its_bound(kind: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_row_exceeds_its_bound(
+    kind: str, dtype: str, draws: Callable[[int], range], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Output and all gradients; a bound that is not finite promises nothing, and is counted."""
     precision = np.float64 if dtype == "float32" else np.longdouble
     slack, loose, promised, total = [], [], 0, 0
-    for seed in range(DRAWS):
+    for seed in draws(DRAWS):
         rng = np.random.default_rng([seed, len(kind)])
         views, dim, value_dim = int(rng.integers(1, 4)), int(rng.integers(1, 5)), int(rng.integers(1, 3))
         lengths = rng.integers(3, 18, views + 1)
@@ -237,6 +240,7 @@ def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
 
 @pytest.mark.usefixtures("bands_at_any_length")
 @pytest.mark.parametrize("heads", [False, True], ids=["one problem", "heads and masks"])
+@pytest.mark.grid
 def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.MonkeyPatch, heads: bool) -> None:
     """The same on a size that every library compiles in seconds."""
     rng = np.random.default_rng(5)
@@ -288,6 +292,7 @@ def test_recomputed_rows_with_heads_masks_and_shared_keys(library: Any) -> None:
 
 
 @pytest.mark.usefixtures("bands_at_any_length")
+@pytest.mark.libraries("torch")
 def test_recomputed_rows_have_torch_gradients() -> None:
     torch = pytest.importorskip("torch")
     call = heavy_tailed()
@@ -405,6 +410,7 @@ def test_a_plan_with_more_bands_than_rows_is_refused() -> None:
         tattn.tensor_attention(call.query, call.keys, call.values, plan=plan)
 
 
+@pytest.mark.libraries("torch")
 def test_torch_transformations() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
@@ -434,6 +440,7 @@ def test_torch_transformations() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.libraries("jax")
 def test_jax_transformations() -> None:
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
@@ -558,6 +565,7 @@ def test_table_bounds_what_it_says(degree: int, moment: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["polynomial", "exact", "banded"])
+@pytest.mark.grid
 def test_bounds_know_of_a_gradient_of_lse_alone(library: Any, method: str) -> None:
     call = draw(2)
     call = call._replace(grad_out=np.zeros_like(call.grad_out))
@@ -576,6 +584,7 @@ def test_bounds_know_of_a_gradient_of_lse_alone(library: Any, method: str) -> No
 
 
 @pytest.mark.parametrize(("levels", "n", "count"), [(1, 40, 6), (2, 40, 6), (5, 40, 6), (40, 40, 6), (300, 300, 256)])
+@pytest.mark.grid
 def test_bands_are_of_falling_norms(library: Any, levels: int, n: int, count: int) -> None:
     """However many rows are of one size: the largest of each band is not above that of a sort."""
     rng = np.random.default_rng(levels)
@@ -592,6 +601,7 @@ def test_bands_are_of_falling_norms(library: Any, levels: int, n: int, count: in
     np.testing.assert_allclose(norms[..., 0] / norms[:, :1, 0], tops / tops[:, :1], rtol=1e-12)
 
 
+@pytest.mark.thorough("jax")
 def test_a_masked_key_has_no_gradient_even_where_rows_are_lost(library: Any) -> None:
     """Query rows whose normaliser loses its sign are NaN, and so are gradients, but not those of what takes no part."""
     rng = np.random.default_rng(0)
@@ -636,6 +646,7 @@ def test_bounds_of_gradients_near_the_ends_of_the_range() -> None:
 
 
 @pytest.mark.parametrize("method", ["polynomial", "exact", "banded"])
+@pytest.mark.grid
 def test_masks_with_more_problems_than_their_keys(library: Any, method: str) -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 8, 2)), rng.normal(size=(7, 2)), rng.normal(size=(7, 2))
@@ -670,6 +681,7 @@ def test_a_scale_beyond_the_dtype_with_rows_that_make_up_for_it() -> None:
         ("float64", (1e-290, 1e-290, 1e300), 1e279),
     ],
 )
+@pytest.mark.grid
 def test_views_that_differ_by_many_decades(library: Any, dtype: str, sizes: tuple[float, ...], scale: float) -> None:
     """Bounds as good as for rows of one size, though squares vanish or overflow: scores are made of products."""
     rng = np.random.default_rng(0)
@@ -691,6 +703,7 @@ def test_views_that_differ_by_many_decades(library: Any, dtype: str, sizes: tupl
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
+@pytest.mark.grid
 def test_nothing_is_promised_beyond_the_largest_range(library: Any, size: float) -> None:
     """There P itself, of a degree above the moment's, grows faster than what is to bound its error."""
     rng = np.random.default_rng(0)

@@ -84,6 +84,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("n", "views", "masked", "broadcast"), CASES)
+@pytest.mark.grid
 def test_exact_is_the_definition(library: Any, n: int, views: int, masked: bool, broadcast: bool) -> None:
     call = draw(n, views, masked=masked, broadcast=broadcast)
     assert_close(run(library, call, method="exact", causal=True), expected(call), 1e-12)
@@ -132,12 +133,14 @@ def test_windows_are_the_definition(library: Any, n: int, views: int, masked: bo
 
 
 @pytest.mark.parametrize("window", [None, (40, 25), (1000, 1)])
+@pytest.mark.grid
 def test_exact_in_several_runs(library: Any, window: tuple[int, ...] | None) -> None:
     """More rows than a run has, and keys before the first row."""
     call = draw(70, 2, more=(0, 21), masked=True)
     assert_close(run(library, call, method="exact", causal=True, window=window), expected(call, window=window), 1e-12)
 
 
+@pytest.mark.thorough("jax")
 def test_polynomial_in_several_blocks(library: Any) -> None:
     """Of so many monomials that blocks are short, and segments of several blocks."""
     rng = np.random.default_rng(1)

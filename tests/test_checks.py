@@ -6,13 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from itertools import permutations
 from math import comb, inf, nan
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_library
+from conftest import make_library, pairs
 from reference import changed
 
 import tattn
@@ -293,7 +292,7 @@ TITLES = {"numpy": "NumPy", "torch": "torch", "jax": "JAX", "strict": "array-api
 
 
 @pytest.mark.parametrize("argument", ["keys[1]", "values[0]", "key_masks[0]"])
-@pytest.mark.parametrize("pair", list(permutations(TITLES, 2)), ids="-".join)
+@pytest.mark.parametrize("pair", pairs(TITLES))
 def test_mixed_libraries(pair, argument, nothing_read):
     ours, theirs = map(make_library, pair)
     query, keys, values, masks = ours.arrays(Q, [A, B], [U, V], [MASK, MASK])
@@ -318,6 +317,7 @@ def test_mixed_dtypes_of_every_library(library, nothing_read):
 
 
 @pytest.mark.parametrize("argument", ["query", "keys[0]"])
+@pytest.mark.libraries("torch")
 def test_sparse_tensors(argument, nothing_read):
     torch = make_library("torch")
     query, keys, values = torch.arrays(Q, [A, B], [U, V])
@@ -330,6 +330,7 @@ def test_sparse_tensors(argument, nothing_read):
 
 
 @pytest.mark.parametrize("argument", ["keys[1]", "values[0]", "key_masks[0]"])
+@pytest.mark.libraries("strict")
 def test_mixed_devices(argument, nothing_read):
     xp = pytest.importorskip("array_api_strict")
     here, there = xp.Device("CPU_DEVICE"), xp.Device("device1")
@@ -342,7 +343,7 @@ def test_mixed_devices(argument, nothing_read):
     refuse(tattn.tensor_attention, ValueError, message, query, **named)
 
 
-@pytest.mark.parametrize("theirs", ["torch", "jax"])
+@pytest.mark.parametrize("theirs", [pytest.param(name, marks=pytest.mark.libraries(name)) for name in ("torch", "jax")])
 def test_summaries_of_another_library(theirs):
     """On a device of the same name."""
     other = make_library(theirs)
@@ -361,6 +362,7 @@ def test_summaries_of_another_library(theirs):
     )
 
 
+@pytest.mark.libraries("torch")
 def test_devices_of_traced_tensors(nothing_read):
     """Of which all is known but the values."""
     torch = make_library("torch")
@@ -388,6 +390,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.libraries("jax")
 def test_mixed_devices_of_jax():
     pytest.importorskip("jax")
     # How many devices a CPU counts as is settled when JAX starts.
@@ -399,6 +402,7 @@ def test_mixed_devices_of_jax():
 
 
 @pytest.mark.gpu
+@pytest.mark.libraries("torch")
 def test_mixed_devices_of_torch(nothing_read):
     cpu, cuda = make_library("torch"), make_library("torch-cuda")
     query, keys, values = cpu.arrays(Q, [A, B], [U, V])
@@ -770,7 +774,7 @@ TRACED = [
 ]
 
 
-@pytest.fixture(params=TRACED, ids=" ".join)
+@pytest.fixture(params=[pytest.param(of, marks=pytest.mark.libraries(of[0]), id=" ".join(of)) for of in TRACED])
 def traced(request):
     """Calls that a transformation of a library traces: function of what to do with the arrays of a call."""
     package, name = request.param
@@ -808,6 +812,7 @@ def test_measuring_in_a_traced_call(traced, nothing_read):
     refuse(traced, tattn.PlanError, "traced", lambda *arrays: tattn.measure_error(*arrays, arrays[0]))
 
 
+@pytest.mark.libraries("torch")
 def test_a_compiled_whole_graph_without_a_plan(nothing_read):
     torch = pytest.importorskip("torch")
     query, keys, values = make_library("torch").arrays(*ARRAYS.values())
@@ -844,6 +849,7 @@ def test_gradients_given_to_a_pullback(method, given, error, message, request):
     refuse(pullback, error, message, *given)
 
 
+@pytest.mark.libraries("torch")
 def test_gradients_of_another_library():
     torch = make_library("torch")
     _, pullback = tattn.tensor_attention_vjp(**ARRAYS)
@@ -896,6 +902,7 @@ def test_answers_that_are_not_finite(library, row, entry, word):
     )
 
 
+@pytest.mark.libraries("torch")
 def test_answers_of_another_library(nothing_read):
     out = make_library("torch").array(U)
     refuse(measure_error, TypeError, "^out should be .*NumPy.*, got .*torch", **ARRAYS, out=out)

@@ -11,11 +11,20 @@ from test_attention import CASES, draw, run
 
 import tattn
 
+others = pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(n, marks=[pytest.mark.libraries(n), *([] if n in CPU else [pytest.mark.gpu])])
+        for n in LIBRARIES[1:]
+    ],
+)
 
+
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("other", [pytest.param(n, marks=[] if n in CPU else [pytest.mark.gpu]) for n in LIBRARIES[1:]])
+@others
 def test_every_library_agrees_with_numpy(other: str, case: dict[str, Any], method: str, dtype: str) -> None:
     call = draw(**case)
     call = call._replace(
@@ -37,7 +46,7 @@ def test_every_library_agrees_with_numpy(other: str, case: dict[str, Any], metho
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("other", [pytest.param(n, marks=[] if n in CPU else [pytest.mark.gpu]) for n in LIBRARIES[1:]])
+@others
 def test_every_library_makes_the_same_plan(other: str) -> None:
     call = draw(2, masked=True, broadcast=True)
     plans = []

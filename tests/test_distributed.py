@@ -14,6 +14,8 @@ import pytest
 import tattn
 
 torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.libraries("torch")
 sharded = tattn.distributed.tensor_attention
 PROGRAMS = Path(__file__).parent / "programs"
 

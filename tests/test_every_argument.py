@@ -246,6 +246,7 @@ def test_all_arguments_are_tried(module: Any, cases: dict[str, Case]) -> None:
             assert expected <= tried, f"{name}: {expected - tried}"
 
 
+@pytest.mark.libraries("torch")
 def test_layers() -> None:
     torch = pytest.importorskip("torch")
     check(case(tattn.nn.AttentionConfig, ("bound", "None"), **CONFIG))
@@ -262,6 +263,7 @@ def test_layers() -> None:
     check(case(layer.forward, x=x, contexts=None, key_masks=mask, return_error=False))
 
 
+@pytest.mark.libraries("jax")
 def test_layers_of_jax() -> None:
     jax = pytest.importorskip("jax")
     from tattn.nn.jax import apply, init

@@ -14,6 +14,7 @@ PAGES = ROOT / "docs" / "examples"
 
 
 @pytest.mark.parametrize("name", ["triple_detection", "three_modalities", "drop_in"])
+@pytest.mark.libraries("torch")
 def test_the_page_is_made_from_the_tables(name: str) -> None:
     pytest.importorskip("torch")
     example, shared = (importlib.import_module(f"examples.{module}") for module in (name, "shared"))

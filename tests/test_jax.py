@@ -16,6 +16,8 @@ jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
 check_grads = pytest.importorskip("jax.test_util").check_grads
 
+pytestmark = pytest.mark.libraries("jax")
+
 PLANS = {
     "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
     "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),

@@ -154,6 +154,8 @@ def reference(
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.libraries("torch", "jax")
+@pytest.mark.grid
 def test_the_numbers_of_the_definition(layered: Library, case: str) -> None:
     for method in ("polynomial", "exact") if layered.name == "torch" or case == "self" else ("polynomial",):
         config = config_of(**CASES[case], method=method)
@@ -169,6 +171,7 @@ def test_the_numbers_of_the_definition(layered: Library, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["self", "contexts", "shared keys"])
+@pytest.mark.libraries("torch", "jax")
 def test_masks_say_where_to_attend(layered: Library, case: str) -> None:
     config = config_of(**CASES[case], method="exact")
     params, (x, contexts) = weights_of(config), inputs_of(config)
@@ -195,6 +198,7 @@ def test_masks_say_where_to_attend(layered: Library, case: str) -> None:
     dim=st.integers(1, 33),
     dtype=st.sampled_from(["float32", "float64"]),
 )
+@pytest.mark.libraries("torch", "jax")
 def test_no_score_exceeds_the_bound(
     layered: Library, seed: int, exponents: list[float], order: int, dim: int, dtype: str
 ) -> None:
@@ -223,6 +227,7 @@ def test_no_score_exceeds_the_bound(
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e6, 1e12])
+@pytest.mark.libraries("torch", "jax")
 def test_weights_of_any_size_keep_the_error(layered: Library, size: float) -> None:
     config = config_of(bound=2.0, tol=1e-3, learn_bound=True)
     params = weights_of(config)
@@ -235,6 +240,7 @@ def test_weights_of_any_size_keep_the_error(layered: Library, size: float) -> No
     assert (np.abs(Layer(layered, config, params)(x) - expected) <= allowed).all()
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_gradients_at_rows_of_zeros_are_finite(layered: Library) -> None:
     config = config_of()
     params = weights_of(config)
@@ -250,6 +256,7 @@ def test_gradients_at_rows_of_zeros_are_finite(layered: Library) -> None:
             assert np.abs(g).max() < 1e6 / config.eps
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_gradients_are_those_of_finite_differences(layered: Library) -> None:
     config = config_of(**CASES["learned"])
     params = weights_of(config)
@@ -271,6 +278,8 @@ def test_gradients_are_those_of_finite_differences(layered: Library) -> None:
     np.testing.assert_allclose((ahead - behind) / 2e-5, (dx * along).sum(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.libraries("torch", "jax")
+@pytest.mark.thorough("jax")
 def test_leading_dimensions(layered: Library) -> None:
     config = config_of(**CASES["contexts"], degree=2)
     layer = Layer(layered, config, weights_of(config))
@@ -281,6 +290,7 @@ def test_leading_dimensions(layered: Library) -> None:
     np.testing.assert_allclose(shared[0, 0], out[0, 0], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_auto_takes_exact_for_few_rows_alone(layered: Library) -> None:
     config = config_of(method="auto", degree=None)
     plans = plans_of(config, "float64")
@@ -298,6 +308,8 @@ def test_auto_takes_exact_for_few_rows_alone(layered: Library) -> None:
     )
 
 
+@pytest.mark.libraries("torch", "jax")
+@pytest.mark.thorough("jax")
 def test_errors_come_with_the_answer(layered: Library) -> None:
     config = config_of()
     out, error = Layer(layered, config, weights_of(config))(inputs_of(config)[0], return_error=True)
@@ -313,6 +325,7 @@ def test_errors_come_with_the_answer(layered: Library) -> None:
     assert (np.abs(out - expected) <= allowed + 1e-12).all()
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_without_a_bound_the_data_decide(layered: Library) -> None:
     config = config_of(bound=None)
     assert config.plan() is None
@@ -331,6 +344,7 @@ def test_without_a_bound_the_data_decide(layered: Library) -> None:
             jax.jit(lambda x: layer.apply(layer.params, x))(x)
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_narrow_dtypes_attend_in_float32(layered: Library) -> None:
     config = config_of(bound=2.0, tol=1e-3)
     params, (x, _) = weights_of(config), inputs_of(config)
@@ -374,6 +388,7 @@ CALLS: list[tuple[type, str, Any]] = [
 
 
 @pytest.mark.parametrize("error,message,of", CALLS, ids=[m[1:30] for _, m, _ in CALLS])
+@pytest.mark.libraries("torch", "jax")
 def test_calls_that_do_not_fit(layered: Library, error: type, message: str, of: Any) -> None:
     if "leading" in message and layered.name.startswith("jax"):
         pytest.skip("the array is made by torch's repeat")
@@ -385,6 +400,7 @@ def test_calls_that_do_not_fit(layered: Library, error: type, message: str, of: 
     assert type(caught.value) is error
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_another_library_and_missing_contexts_are_refused(layered: Library) -> None:
     config = config_of(**CASES["contexts"])
     layer = Layer(layered, config, weights_of(config))
@@ -516,6 +532,7 @@ def test_the_table_in_the_guide() -> None:
                 assert plan.rank == comb(dim + plan.degree, plan.degree)
 
 
+@pytest.mark.libraries("torch", "jax")
 def test_drawn_weights_keep_variance(layered: Library) -> None:
     config = AttentionConfig(64, 8, learn_bound=True)
     if layered.name.startswith("torch"):

@@ -11,6 +11,8 @@ from test_nn import CASES, EMBED, config_of, inputs_of
 
 jax = pytest.importorskip("jax")
 
+pytestmark = pytest.mark.libraries("jax")
+
 
 @pytest.fixture(autouse=True)
 def wide() -> None:

@@ -19,6 +19,8 @@ from tattn.nn.config import plans_of
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.libraries("torch")
+
 
 def module(dtype: Any = None, **changes: Any) -> Any:
     torch.manual_seed(0)

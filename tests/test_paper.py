@@ -294,6 +294,7 @@ def rows_times(m: Matrices, count: int) -> Matrices:
     return {name: np.tile(value, (count, 1)) if name[0] in "ae" else value for name, value in m.items()}
 
 
+@pytest.mark.libraries("strict")
 def test_theorem_4_2_operations_grow_with_the_rows(library: Any, operations: Operations) -> None:
     m = draw(lengths=(300, 200, 250), widths=(2,) * 5, dim=2, value_dim=2, size=0.5)
     counts, degrees = [], []
@@ -307,6 +308,7 @@ def test_theorem_4_2_operations_grow_with_the_rows(library: Any, operations: Ope
     assert counts[2] < 2.01 * counts[1]
 
 
+@pytest.mark.libraries("strict")
 def test_lemma_4_1_operations_grow_with_the_rows(library: Any, operations: Operations) -> None:
     """Forward, and forward with gradients."""
     arrays = np.random.default_rng(0).uniform(-1, 1, (5, 300, 3))
@@ -327,6 +329,7 @@ def test_lemma_4_1_operations_grow_with_the_rows(library: Any, operations: Opera
         assert computed(2, gradient) < 2.01 * computed(1, gradient)
 
 
+@pytest.mark.libraries("strict")
 def test_theorem_3_3_operations_grow_with_the_cube(library: Any, operations: Operations) -> None:
     """The closed form takes every triple of rows; remark E.1."""
     m = draw(lengths=(16, 16, 16), widths=(2,) * 5, dim=2, value_dim=2)
@@ -335,6 +338,7 @@ def test_theorem_3_3_operations_grow_with_the_cube(library: Any, operations: Ope
     assert 40 < large / small <= 64
 
 
+@pytest.mark.libraries("strict")
 def test_definition_3_2_operations_are_those_that_a_plan_states(library: Any, operations: Operations) -> None:
     """2 a b c for a product of (a, b) and (b, c): the greater part of what either method does."""
     rng = np.random.default_rng(0)

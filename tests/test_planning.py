@@ -121,6 +121,7 @@ def test_holder_beats_channels_on_rows_of_one_length() -> None:
 
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.grid
 def test_the_range_is_the_smallest_of_all_bounds(library: Any, views: int, seed: int) -> None:
     """Entries, channels, and Hölder's with channels balanced by largest entries or by root mean squares; rows in several blocks."""
     rng = np.random.default_rng(seed)
@@ -181,6 +182,7 @@ def test_a_plan_is_checked_on_other_data() -> None:
     tattn.tensor_attention(2 * query, keys, values, plan=promise)
 
 
+@pytest.mark.thorough("jax")
 def test_an_estimated_plan_is_not_certified_and_can_be_checked(library: Any) -> None:
     """Rows of large norm that never meet: the certified range is far beyond what scores do."""
     rng = np.random.default_rng(0)
@@ -211,6 +213,7 @@ def test_measure_error_finds_an_error() -> None:
     )
 
 
+@pytest.mark.libraries("torch")
 def test_estimates_under_gradients() -> None:
     """A torch input that records gradients plans without a warning and without a graph."""
     torch = pytest.importorskip("torch")

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import CPU, package_of
 
 import tattn
 from tattn.backends import Backend, seen
@@ -108,6 +109,7 @@ print("imported", "array_api_strict" in sys.modules)
 RIGHT = ["gap True"] * 3 + ["measured True", "estimated estimate", "imported False"]
 
 
+@pytest.mark.libraries("strict")
 def test_a_library_plugged_in_computes_through_its_backend(site):
     plug_in(site, "plug:BACKEND")
     lines = run(CALL, site)
@@ -115,6 +117,7 @@ def test_a_library_plugged_in_computes_through_its_backend(site):
     assert {"run _survey", "run forward", "run backward"} <= set(lines)
 
 
+@pytest.mark.libraries("strict")
 def test_a_library_that_follows_the_standard_needs_no_plug(site):
     assert run(CALL, site) == RIGHT
 
@@ -214,6 +217,7 @@ for query, key in ((other, ones), (ones, other), (other, otherlib.astype(other, 
 """
 
 
+@pytest.mark.libraries("strict")
 def test_arrays_of_a_library_plugged_in_are_checked(site):
     plug_in(site, "plug:BACKEND")
     assert run(REFUSED, site) == [
@@ -227,6 +231,7 @@ NO_BACKENDS = [("plug:OtherBackend", "type"), ("plug:otherlib", "module"), ("plu
 
 
 @pytest.mark.parametrize(("value", "given"), NO_BACKENDS)
+@pytest.mark.libraries("strict")
 def test_a_plug_that_is_no_backend(site, value, given):
     plug_in(site, value)
     code = """
@@ -244,6 +249,7 @@ def test_a_plug_that_is_no_backend(site, value, given):
     assert run(code, site) == [message + given] * 2
 
 
+@pytest.mark.libraries("strict")
 def test_a_plug_is_loaded_only_for_its_arrays(site):
     plug_in(site, "plug:BACKEND")
     code = """
@@ -267,6 +273,7 @@ def test_importing_brings_no_array_library_but_numpy():
     assert run(code) == ["[] True"]
 
 
+@pytest.mark.libraries("torch")
 def test_layers_bring_their_library_when_asked_for():
     pytest.importorskip("torch")
     code = """
@@ -282,9 +289,9 @@ def test_layers_bring_their_library_when_asked_for():
     assert run(code) == ["False False", "True False"]
 
 
-@pytest.mark.parametrize("ours", ["numpy", "torch", "jax", "array_api_strict"])
+@pytest.mark.parametrize("ours", [pytest.param(name, marks=pytest.mark.libraries(name)) for name in CPU])
 def test_a_call_brings_no_other_array_library(ours):
-    pytest.importorskip(ours)
+    ours = package_of(ours)
     # JAX brings scipy along.
     others = set(LIBRARIES) - {ours} - ({"scipy"} if ours == "jax" else set())
     namespace = {"jax": "jax.numpy"}.get(ours, ours)
@@ -319,6 +326,8 @@ def test_every_backend_is_looked_for():
     assert set(seen.LIBRARIES) <= files
 
 
+# With libraries that are installed and without.
+@pytest.mark.libraries("numpy", "strict")
 @pytest.mark.parametrize("module", seen.LIBRARIES)
 def test_what_is_seen_of_a_library(module):
     found = seen.library(module)
@@ -357,6 +366,7 @@ def test_libraries_that_cannot_be_used_say_why_and_the_others_are_reported(tmp_p
     assert told["otherlib"] == "otherlib: cannot be used: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.libraries("strict")
 def test_a_library_plugged_in_is_seen(site):
     plug_in(site, "plug:BACKEND")
     code = """

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import permutations
 from itertools import product as all_of
 from typing import Any
 
 import array_api_compat
 import numpy as np
 import pytest
-from conftest import Library, make_library
+from conftest import CPU, Library, make_library, pairs
 from test_checks import refuse
 
 from tattn.paper import products
@@ -150,6 +149,7 @@ def test_vec_stacks_rows_and_tensor_undoes_matrix(on: Products, draw: Draw) -> N
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.grid
 def test_any_number_of_factors(on: Products, draw: Draw, count: int) -> None:
     rows, columns = draw.sizes(count), draw.sizes(count)
     d, k = draw.sizes(2)
@@ -497,7 +497,7 @@ def test_arguments_that_do_not_fit(
     refuse(function, error, message, *given, **options)
 
 
-@pytest.mark.parametrize("pair", list(permutations(["numpy", "strict", "torch", "jax"], 2)), ids="-".join)
+@pytest.mark.parametrize("pair", pairs(CPU))
 def test_mixed_libraries(pair: tuple[str, str]) -> None:
     ours, theirs = map(make_library, pair)
     mixed = [ours.array(A), theirs.array(A)]
@@ -508,6 +508,7 @@ def test_mixed_libraries(pair: tuple[str, str]) -> None:
     refuse(products.multilinear, TypeError, message % (r"matrices\[0\]", "core"), mixed[0], mixed[1], mixed[0])
 
 
+@pytest.mark.libraries("strict")
 def test_mixed_devices() -> None:
     xp = pytest.importorskip("array_api_strict")
     here, there = (xp.asarray(A, device=xp.Device(name)) for name in ("CPU_DEVICE", "device1"))

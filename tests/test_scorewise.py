@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("scorewise")
 
 @pytest.mark.parametrize("blocks", [None, 2], ids=["one block", "blocks"])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.grid
 def test_it_is_the_definition_with_its_polynomial(
     library: Any, case: dict[str, Any], blocks: int | None, scorewise: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,11 +73,12 @@ def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_no_error_exceeds_the_plan(kind: str, dtype: str) -> None:
+def test_no_error_exceeds_the_plan(kind: str, dtype: str, draws: Callable[[int], range]) -> None:
     """The same plan, the same promise, wherever the rounding is found to be no more than that of features."""
     tried = 0
     precision = np.float64 if dtype == "float32" else np.longdouble
-    for seed in range(200):
+    seeds = draws(200)
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         views, bound = int(rng.integers(1, 4)), float(rng.choice([0.1, 0.5, 1.0, 2.0, 3.0]))
         drawn, scale = sample(kind, seed, views, bound, dtype)
@@ -90,7 +93,7 @@ def test_no_error_exceeds_the_plan(kind: str, dtype: str) -> None:
         found = ratios(plan, drawn, Dense(out, out, dquery, list(dkeys), list(dvalues)), truth)
         assert max(found) <= 1, (seed, found, str(plan))
         tried += 1
-    assert tried > 50
+    assert tried > len(seeds) / 4
 
 
 def rounds_less(plan: tattn.Plan) -> bool:

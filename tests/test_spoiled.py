@@ -129,6 +129,7 @@ def test_a_row_spoils_nothing_but_what_depends_on_it(
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.grid
 def test_masked_rows_may_hold_anything(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit."""
     call = draw(method, LEADING[0])
@@ -182,6 +183,7 @@ def test_garbage_in_most_rows_of_the_query(library: Any, method: str, monkeypatc
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.grid
 def test_a_gradient_that_is_no_number(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goes to its row, and to what that sees."""
     call = draw(method, LEADING[0])
@@ -221,6 +223,7 @@ def test_streams_of_a_batch_keep_apart(library: Any) -> None:
     assert np.isnan(got[lost]).all()
 
 
+@pytest.mark.libraries("torch")
 def test_torch_where_operations_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under torch.func: nothing is read, and nothing written in place."""
     torch = pytest.importorskip("torch")

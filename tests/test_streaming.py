@@ -94,6 +94,7 @@ def same_summary(library: Any, a: tattn.Summary, b: tattn.Summary) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.grid
 def test_any_pieces_in_any_order_are_the_whole_call(library: Any, case: dict[str, Any]) -> None:
     call, plan = drawn(case), PLANS[case["views"]]
     rng = np.random.default_rng(5)
@@ -337,6 +338,7 @@ def joined(first: Sequence[Any], second: Sequence[Any], library: Any) -> list[np
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.grid
 def test_gradients_of_two_workers_are_those_of_one(library: Any, case: dict[str, Any]) -> None:
     """Each pulls the gradient of the sum back to its own rows; a shard of one view is empty."""
     call, plan = drawn(case), PLANS[case["views"]]
@@ -401,6 +403,7 @@ def test_gradients_of_views_that_are_none(library: Any) -> None:
     assert tuple(dkeys[1].shape) == (6, 3)
 
 
+@pytest.mark.thorough("jax")
 def test_the_librarys_own_gradients(library: Any) -> None:
     """Autograd of torch and JAX through summarize, +, update and attend; elsewhere the pullbacks, in finite differences."""
     call, plan = drawn({"views": 2, "masked": True}), PLANS[2]
@@ -760,6 +763,7 @@ def test_rows_that_do_not_fit(
     refuse(error, match, summary.update, **rows)
 
 
+@pytest.mark.libraries("torch")
 def test_rows_that_do_not_fit_the_summary() -> None:
     torch = pytest.importorskip("torch")
     summary = tattn.summarize(KEYS, VALUES, PLANS[2])

@@ -109,6 +109,7 @@ CALLS = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @CALLS
+@pytest.mark.libraries("numpy", "torch")
 def test_the_numbers_are_those_of_one_thread(
     library: Any,
     backend: Backend,
@@ -145,6 +146,7 @@ def test_the_numbers_are_those_of_one_thread(
     ],
     ids=str,
 )
+@pytest.mark.libraries("numpy", "torch")
 def test_any_call(
     library: Any,
     backend: Backend,
@@ -184,6 +186,7 @@ def test_any_call(
         np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-11 * max(1.0, np.nanmax(np.abs(e[np.isfinite(e)]))))
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_sums_of_a_stream(library: Any, backend: Backend, shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     query, keys, values, _, _ = draw(3)
     moved = library.arrays(query, keys, values)
@@ -199,6 +202,7 @@ def test_sums_of_a_stream(library: Any, backend: Backend, shared: list[int], mon
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_what_one_thread_raises_is_raised(backend: Backend, shared: list[int], library: Any) -> None:
     """And the next call is shared again."""
     rows = library.array(np.zeros((100, 2)))
@@ -224,6 +228,7 @@ def in_a_new_thread(backend: Backend) -> int:
     return found[0]
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_an_interrupted_call_waits_for_its_threads(library: Any, backend: Backend, shared: list[int]) -> None:
     """Ctrl-C, several times: a call ends when its threads have, which is early, and limits are put back then."""
     rows, inside, blocks, over = library.array(np.zeros((300, 2))), [], [], threading.Event()
@@ -255,6 +260,7 @@ def test_an_interrupted_call_waits_for_its_threads(library: Any, backend: Backen
 
 
 @pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.libraries("numpy", "torch")
 def test_an_interrupt_while_threads_are_started(
     library: Any, backend: Backend, shared: list[int], monkeypatch: pytest.MonkeyPatch, begins: bool
 ) -> None:
@@ -288,6 +294,7 @@ def test_an_interrupt_while_threads_are_started(
     assert len(ran) == after
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_settings_are_those_of_the_caller(library: Any, backend: Backend, shared: list[int]) -> None:
     """Four callers at once: one has the threads, all the same numbers but for rounding, and nothing is left changed."""
     given = draw(3)
@@ -315,6 +322,7 @@ def test_settings_are_those_of_the_caller(library: Any, backend: Backend, shared
     assert real_threads(backend) == 2
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_threads_end_early_where_one_failed(library: Any, backend: Backend, shared: list[int]) -> None:
     blocks: list[str] = []
 
@@ -330,6 +338,7 @@ def test_threads_end_early_where_one_failed(library: Any, backend: Backend, shar
     assert len(blocks) < 20
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_without_further_threads(library: Any, shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of the interpreter, say: this thread does what no other can be started for."""
     given = draw(3)
@@ -355,6 +364,7 @@ def test_sums_that_are_joined_keep_what_they_lost() -> None:
     assert total - lost == 6.25
 
 
+@pytest.mark.libraries("numpy", "torch")
 def test_overflow_in_a_thread_is_as_quiet(library: Any, shared: list[int]) -> None:
     """Values near the largest float32: sums overflow, in NumPy without a warning, and the answer is not finite."""
     query, keys, values, _, _ = draw(3)
@@ -372,6 +382,7 @@ def torch(library: Any) -> Any:
     return pytest.importorskip("torch")
 
 
+@pytest.mark.libraries("torch")
 def test_inference_mode_and_autograd_reach_the_threads(library: Any, torch: Any, shared: list[int]) -> None:
     given = draw(3)
     query, keys, values, _, grad = library.arrays(*given)
@@ -390,6 +401,7 @@ def test_inference_mode_and_autograd_reach_the_threads(library: Any, torch: Any,
         np.testing.assert_allclose(a.detach().numpy(), e, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.libraries("torch")
 def test_operations_that_are_counted_stay_in_their_thread(torch: Any, backend: Backend, shared: list[int]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -400,6 +412,7 @@ def test_operations_that_are_counted_stay_in_their_thread(torch: Any, backend: B
         assert real_threads(backend) == 1
 
 
+@pytest.mark.libraries("torch")
 def test_what_is_recorded_stays_in_its_thread(library: Any, torch: Any, shared: list[int]) -> None:
     """A trace holds for other numbers, too."""
     query, keys, values, _, _ = library.arrays(*draw(3))
@@ -416,6 +429,7 @@ def test_what_is_recorded_stays_in_its_thread(library: Any, torch: Any, shared: 
     np.testing.assert_allclose(traced(*others).numpy(), function(*others).numpy(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.libraries("torch")
 def test_threads_born_meanwhile_have_their_number(
     library: Any, torch: Any, backend: Backend, shared: list[int]
 ) -> None:

@@ -21,7 +21,10 @@ from tattn.methods import Polynomial
 
 torch = pytest.importorskip("torch")
 torch_backend = pytest.importorskip("tattn.backends.torch")
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+pytestmark = [
+    pytest.mark.libraries("torch"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad"),
+]
 
 PLANS = {
     "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
@@ -260,6 +263,7 @@ def test_checkpoints_of_rows_that_are_recomputed() -> None:
 
 
 @pytest.mark.parametrize("called", ["window", "unplanned exact", "unplanned causal"], indirect=True)
+@pytest.mark.grid("torch")
 def test_compile_without_a_plan(called: Callable[..., Any], tensors: list[Any]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
@@ -274,6 +278,7 @@ def test_compile_without_a_plan(called: Callable[..., Any], tensors: list[Any]) 
     ],
     indirect=["called"],
 )
+@pytest.mark.grid("torch")
 def test_compiled_checkpoints(called: Callable[..., Any], tensors: list[Any], outside: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -286,6 +291,7 @@ def test_compiled_checkpoints(called: Callable[..., Any], tensors: list[Any], ou
     same(slopes(of, tensors), slopes(called, tensors))
 
 
+@pytest.mark.grid("torch")
 def test_recorders_of_operations(called: Callable[..., Any], tensors: list[Any]) -> None:
     """What records operations without a compiler holds for other values."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -306,6 +312,7 @@ def test_recorders_of_operations(called: Callable[..., Any], tensors: list[Any])
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.grid("torch")
 def test_compile(plan: tattn.Plan, tensors: list[Any], compiler: str) -> None:
     of = loss(plan)
     torch._dynamo.reset()
@@ -316,6 +323,7 @@ def test_compile(plan: tattn.Plan, tensors: list[Any], compiler: str) -> None:
         same(a, b)
 
 
+@pytest.mark.thorough
 def test_compile_over_many_blocks() -> None:
     rng = np.random.default_rng(2)
     arrays = [torch.tensor(rng.uniform(-1, 1, (9000, 3)), requires_grad=True) for _ in range(5)]
@@ -482,6 +490,7 @@ def test_products_are_full_whatever_the_settings(
 
 @by_kind
 @pytest.mark.parametrize("settings", [WRITTEN[i] for i in (0, 2, 5, 10, 12)], ids=str)
+@pytest.mark.grid("torch")
 def test_compiled_calls_want_full_products(
     precision: Callable[[], Any], tensors: list[Any], settings: list[tuple[str, ...]]
 ) -> None:
@@ -682,6 +691,7 @@ _FAR: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("transformation", ["none", "grad", "vmap"])
 @pytest.mark.parametrize("name", list(_FAR))
+@pytest.mark.grid("torch")
 def test_tables_are_copied_to_a_device_once(name: str, transformation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a CUDA graph is captured, which no copy can be a part of."""
     monkeypatch.setattr(torch_backend._TABLES, "_held", {})
@@ -707,6 +717,7 @@ def test_tables_are_copied_to_a_device_once(name: str, transformation: str, monk
 
 
 @pytest.mark.parametrize("name", list(_FAR))
+@pytest.mark.grid("torch")
 def test_kept_tables_serve_every_kind_of_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made under one transformation, mode or device context, used under another."""
     from torch._subclasses import FakeTensorMode

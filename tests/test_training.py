@@ -91,6 +91,7 @@ class Factors:
 
 
 @pytest.mark.parametrize("leading", [(), (2,)])
+@pytest.mark.grid
 def test_attention_is_of_low_rank(library: Any, leading: tuple[int, ...]) -> None:
     """Lemma F.1: U1 (U2 ⊘ U3)ᵀ is softmax with P in place of exp."""
     made = Factors(library, leading)
@@ -158,6 +159,7 @@ def test_assembly_is_the_tensor_trick(library: Any) -> None:
 
 @pytest.mark.parametrize("upstream", [False, True])
 @pytest.mark.parametrize("shared", ["", "a2 a4 x2 y1 e", "a1 x1"])
+@pytest.mark.grid
 def test_algorithm_is_the_closed_form_with_its_polynomial(library: Any, shared: str, upstream: bool) -> None:
     m = draw(leading=(2,), shared=shared)
     polynomial = minimax(3, 1.0)
@@ -183,9 +185,8 @@ def test_exact_gradient_is_the_derivative_of_the_loss(library: Any) -> None:
     np.testing.assert_allclose(library.numpy(got), expected, atol=1e-11)
 
 
+@pytest.mark.libraries("torch")
 def test_gradients_are_those_of_autograd_through_the_core(library: Any) -> None:
-    if not library.name.startswith("torch"):
-        pytest.skip("torch only")
     import torch
 
     m = draw(lengths=(9, 8, 7))
@@ -203,6 +204,7 @@ def test_gradients_are_those_of_autograd_through_the_core(library: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.grid
 def test_loss_is_the_definition(library: Any, method: str) -> None:
     m = draw(leading=(3,), shared="a2 x1")
     got = loss(problem_of(library, m), method=method, tol=1e-9)
@@ -211,6 +213,7 @@ def test_loss_is_the_definition(library: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.grid
 def test_weight_gradients_are_derivatives_of_the_loss(library: Any, method: str) -> None:
     """Finite differences; a weight that problems share takes the sum, also where E alone has many problems."""
     for shared in ("x1 y2 a3", "a1 a2 a3 a4 a5 x1 x2 x3 y1 y2"):
@@ -222,9 +225,8 @@ def test_weight_gradients_are_derivatives_of_the_loss(library: Any, method: str)
             np.testing.assert_allclose(library.numpy(array), expected, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.libraries("torch")
 def test_weight_gradients_are_those_of_autograd(library: Any) -> None:
-    if not library.name.startswith("torch"):
-        pytest.skip("torch only")
     problem = problem_of(library, draw())
     for name in ("x1", "x2", "x3", "y1", "y2"):
         getattr(problem, name).requires_grad_()
@@ -259,6 +261,7 @@ KINDS = {"uniform": None, "corners": corners, "aligned": aligned, "heavy": heavy
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.grid
 def test_no_gradient_is_further_off_than_promised(
     library: Any, kind: str, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +335,7 @@ def test_bound_holds_for_the_worst_polynomial(upstream: bool) -> None:
 
 @pytest.mark.parametrize("upstream", [False, True])
 @pytest.mark.parametrize("rounded", ["scores", "values"])
+@pytest.mark.grid
 def test_bound_holds_for_rounding_of_the_products_alone(library: Any, rounded: str, upstream: bool) -> None:
     """The gradient with A1 X1, A2 X2, A3 X3, or with A4 Y1, A5 Y2, in float32 and all else in float64."""
     for seed in range(10):
@@ -373,6 +377,7 @@ def test_narrow_types_compute_in_float32() -> None:
 # Modules, heads, modalities.
 
 
+@pytest.mark.thorough("jax")
 def test_upstream_gradient_takes_the_place_of_the_residual(library: Any) -> None:
     """Upstream output − E gives the gradients of the loss; any other, those of Σ upstream ∘ output."""
     m = draw()
@@ -397,6 +402,7 @@ def test_upstream_gradient_takes_the_place_of_the_residual(library: Any) -> None
         np.testing.assert_allclose(library.numpy(array), weight, atol=1e-10, err_msg=name)
 
 
+@pytest.mark.thorough("jax")
 def test_heads_are_leading_dimensions(library: Any) -> None:
     """Heads share the inputs and have weights of their own: each gradient is that of its head alone."""
     m = draw(leading=(2, 3), shared="a1 a2 a3 a4 a5 e", size=0.5)
@@ -410,6 +416,7 @@ def test_heads_are_leading_dimensions(library: Any) -> None:
         assert np.abs(library.numpy(together.gradient)[head] - truth).max() <= together.error
 
 
+@pytest.mark.thorough("jax")
 def test_five_modalities_at_once_and_two_by_two(library: Any) -> None:
     """Text attends to four more modalities: by one attention of order five, and by two layers of order three."""
     rng = np.random.default_rng(0)
@@ -440,6 +447,7 @@ def test_example_of_modalities_runs(capsys: pytest.CaptureFixture[str]) -> None:
 # Streaming.
 
 
+@pytest.mark.thorough("jax")
 def test_small_blocks_change_nothing(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of this test's own, since JAX keeps what it compiled for a workspace."""
     m = draw(lengths=(53, 41, 37), leading=(2,), shared="a1 x2 e", size=0.5)
@@ -581,6 +589,7 @@ def test_auto_takes_the_cheaper_method() -> None:
         assert (plan.flops_polynomial < plan.flops_exact) == (method == "polynomial")
 
 
+@pytest.mark.libraries("jax")
 def test_traced_values_cannot_be_certified() -> None:
     jax = pytest.importorskip("jax")
     matrices = {name: jax.numpy.asarray(value, jax.numpy.float32) for name, value in draw().items()}
@@ -593,6 +602,7 @@ def test_traced_values_cannot_be_certified() -> None:
 
 @pytest.mark.parametrize("method", ["polynomial", "exact"])
 @pytest.mark.parametrize(("values", "inputs"), [(1e-12, 1e10), (1e-25, 1e10), (1e5, 1e-10)])
+@pytest.mark.grid
 def test_the_error_holds_where_products_of_sizes_vanish(
     library: Any, method: str, values: float, inputs: float
 ) -> None:
