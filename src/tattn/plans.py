@@ -355,13 +355,17 @@ class Plan:
                 "score bound R",
                 f"{self.bound:.4g}, {kind}" if isfinite(self.bound) else "for each band" if banded else "unknown",
             ),
-            ("error", f"{self.error:.2e}, {word}" if isfinite(self.error) else unknown),
-            ("gradient error", f"{self.grad_error:.2e}, {word}" if isfinite(self.grad_error) else unknown),
+            ("error", f"{at_most(self.error)}, {word}" if isfinite(self.error) else unknown),
+            ("gradient error", f"{at_most(self.grad_error)}, {word}" if isfinite(self.grad_error) else unknown),
             ("scale", f"{self.scale:.6g}"),
             ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
             ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
             ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
-            ("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B"),
+            *(
+                [("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B")]
+                if isfinite(self.flops_polynomial)
+                else []
+            ),
             *(
                 [("computed", "score by score, with fewer operations")]
                 if len(self.lengths) == self.order and self.by_scores(self.lengths, self.value_dim)
@@ -377,6 +381,13 @@ class Plan:
         rows.append(("reason", self.reason))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def at_most(bound: float) -> str:
+    """A bound in three digits, rounded up."""
+    text = f"{bound:.2e}"
+    unit = float(f"1e{int(text.partition('e')[2]) - 2}")
+    return text if float(text) >= bound else f"{float(text) + unit:.2e}"
 
 
 def spread(plan: Plan, workers: int, bandwidth: float | None, flops: float | None) -> Plan:

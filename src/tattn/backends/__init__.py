@@ -7,6 +7,8 @@ A library is imported only if an array of it arrives. Other libraries plug in th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import array_api_compat
@@ -16,7 +18,19 @@ from .base import Array, Backend, lacks, memoized
 # A function of the name of a module, which stays what `from .kernels import …` imports from.
 from .compiled import Kernels, kernels
 
-__all__ = ["Array", "Backend", "Kernels", "backend_of", "kernels"]
+__all__ = ["Array", "Backend", "Kernels", "backend_of", "kernels", "needed"]
+
+
+@contextmanager
+def needed(library: str, by: str) -> Iterator[None]:
+    """An import of a library that something of `tattn` rests on: where it is missing, the error says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        text = f"{by} needs {library}, which is not installed: pip install 'tattn[{library}]'"
+        raise ModuleNotFoundError(text, name=library) from error
 
 
 def backend_of(array: Any) -> Backend | None:

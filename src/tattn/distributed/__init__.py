@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..backends import needed
+
 if TYPE_CHECKING:
     from .torch import plan, tensor_attention
 
@@ -17,7 +19,8 @@ __all__ = ["plan", "tensor_attention"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import torch
+        with needed("torch", f"tattn.distributed.{name}"):
+            from . import torch
 
         return getattr(torch, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..backends import needed
 from .config import AttentionConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ __all__ = ["AttentionConfig", "TensorAttention"]
 
 def __getattr__(name: str) -> Any:
     if name == "TensorAttention":
-        from .torch import TensorAttention
+        with needed("torch", f"tattn.nn.{name}"):
+            from .torch import TensorAttention
 
         return TensorAttention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from ..checks import Inputs, PlanError, checked_finite, warn_caller
 from ..methods import Banded, Call, Exact, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
 from ..operands import Upstream
-from ..plans import Plan
+from ..plans import Plan, at_most
 from ..problem import ScoreRange
 from . import measured, plan_inputs
 from .banded import banded_candidates
@@ -82,7 +82,7 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     share = float(over.mean())
     name = f"degree {candidate.degree} in {candidate.bands} norm bands"
     if share == 0:
-        reason = f"{name} is certified to {row_errors.max():.2g} by the bound returned with the answer"
+        reason = f"{name} is certified to {at_most(row_errors.max())} by the bound returned with the answer"
         return work._replace(plan=replace(candidate, reason=reason), result=found)
     most = int(over.sum(axis=-1).max())
     # A polynomial that was certified beforehand may cost less than the rows that would have to be recomputed.
