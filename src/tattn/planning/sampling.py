@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
 class Pruning(NamedTuple):
     """Which pruned bases to look at: of a rank up to `most`, also of the degrees in `higher`, with the `rounding` of each.
 
-    `gradients`: whether theirs are held to what those of the whole basis would be.
+    `gradients`: whether their gradients have a limit too (`_pruned`).
     """
 
     higher: Sequence[int]
@@ -183,7 +183,7 @@ class Sample(NamedTuple):
 def _pruned(sample: Sample, whole: Estimate, tol: float, below: float, pruning: Pruning) -> Estimate | None:
     """The smallest pruned basis that keeps sampled rows within `tol`, fitted; None if there is none worth it.
 
-    Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for.
+    If gradients are asked for, their error may be as large as that of the whole basis would be at an error of just `tol`.
     """
     degree = len(whole.coefficients) - 1
     allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if pruning.gradients else inf
