@@ -80,17 +80,24 @@ def imports(name: str, trees: dict[str, ast.Module]) -> set[str]:
     return found
 
 
+def crossings(trees: dict[str, ast.Module]) -> set[tuple[str, str]]:
+    """Modules and the other rooms that they import from; anything knows the version."""
+    found = {
+        (name, other.split(".")[0]) for name in trees if name not in ("", "__main__") for other in imports(name, trees)
+    }
+    return {(name, room) for name, room in found if room not in (name.split(".")[0], "__version__")}
+
+
 def upward(trees: dict[str, ast.Module]) -> list[str]:
     """Imports between rooms that do not lead to a line below, and circles of files."""
     line = {room: number for number, names in enumerate(layers()) for room in names}
-    graph = {name: imports(name, trees) for name in trees if name not in ("", "__main__")}
-    found = []
-    for name, others in graph.items():
-        room = name.split(".")[0]
-        targets = {other.split(".")[0] for other in others} - {room, "__version__"}
-        found += [f"{name} imports {t}, which is no line below" for t in targets if line.get(t, -1) <= line[room]]
+    found = [
+        f"{name} imports {room}, which is no line below"
+        for name, room in sorted(crossings(trees))
+        if line.get(room, -1) <= line[name.split(".")[0]]
+    ]
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter({name: imports(name, trees) for name in trees if name}).prepare()
     except CycleError as circle:
         found.append(f"a circle: {' → '.join(circle.args[1])}")
     return found
@@ -122,12 +129,12 @@ def main() -> int:
     """Print the numbers, and what is wrong."""
     trees = modules()
     lines = {f.relative_to(SOURCE): f.read_text(encoding="utf-8").splitlines() for f in SOURCE.rglob("*.py")}
-    crossing = {(a, b) for name in trees if name for a, b in _between(name, trees)}
+    between = {(name.split(".")[0], room) for name, room in crossings(trees)}
     many, above = wide(trees), upward(trees)
     long_files = sorted((len(text), str(file)) for file, text in lines.items() if len(text) > LONG_FILE)
     for what, number in (
         ("rooms", len(rooms())),
-        ("imports between rooms", len(crossing)),
+        ("imports between rooms", len(between)),
         ("imports upward, and circles", len(above)),
         (f"functions with more than {MOST_PARAMETERS} parameters", len(many)),
         (f"lines over {LONG_LINE} characters", sum(len(x) > LONG_LINE for text in lines.values() for x in text)),
@@ -140,11 +147,6 @@ def main() -> int:
     for text in wrong:
         print(text, file=sys.stderr)
     return bool(wrong)
-
-
-def _between(name: str, trees: dict[str, ast.Module]) -> set[tuple[str, str]]:
-    room = name.split(".")[0]
-    return {(room, other.split(".")[0]) for other in imports(name, trees)} - {(room, room), (room, "__version__")}
 
 
 if __name__ == "__main__":

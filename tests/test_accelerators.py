@@ -17,7 +17,7 @@ import pytest
 
 import tattn
 from tattn.backends import Backend, backend_of
-from tattn.backends.base import Tables
+from tattn.backends.tables import Tables
 from tattn.conformance import check
 from tattn.methods import Call, Polynomial, backward, forward
 
@@ -248,8 +248,8 @@ def test_functions_asked_of_a_namespace_are_those_used() -> None:
 
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """By number and by size; the newest is held whatever its size, and those of a captured graph for good."""
-    monkeypatch.setattr("tattn.backends.base.REMEMBERED", 3)
-    monkeypatch.setattr("tattn.backends.base._TABLE_BYTES", 100)
+    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 3)
+    monkeypatch.setattr("tattn.backends.tables._TABLE_BYTES", 100)
     tables = Tables()
     for i in range(3):
         assert tables.add(i, f"table {i}", 10) == []
@@ -266,7 +266,7 @@ def test_threads_share_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """While tables are let go of all the time."""
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr("tattn.backends.base.REMEMBERED", 3)
+    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 3)
     backend, like = Backend(xp), xp.ones(2)
 
     def right(seed: int) -> bool:
@@ -296,7 +296,7 @@ def test_tables_of_captured_calls_are_never_given_back(monkeypatch: pytest.Monke
     import gc
     import weakref
 
-    monkeypatch.setattr("tattn.backends.base.REMEMBERED", 1)
+    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 1)
     backend, like = _Capturing(xp), xp.ones(2)
     backend.waited = []
     first = weakref.ref(backend.table(np.arange, 3, like=like))

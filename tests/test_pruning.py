@@ -12,7 +12,7 @@ from reference import changed, dense
 
 import tattn
 from tattn.approximation.pruning import Shells, dropped, smallest_pruned, sums_of, weights_of
-from tattn.backends.base import REMEMBERED, memoized
+from tattn.backends.tables import REMEMBERED, memoized
 from tattn.features.monomials import rank
 
 GRADING, DEGREE = (6, 2, 3, 2, 9), 3

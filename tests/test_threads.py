@@ -17,8 +17,9 @@ import pytest
 
 import tattn
 from tattn.backends import backend_of
-from tattn.backends.base import Backend, memoized
+from tattn.backends.base import Backend
 from tattn.backends.numpy import _blas
+from tattn.backends.tables import memoized
 from tattn.engines.features import joined
 
 N, KEYS = 300, (290, 200)
@@ -448,7 +449,7 @@ def test_threads_born_meanwhile_have_their_number(
 
 def test_what_is_computed_once_may_be_asked_for_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that are dropped meanwhile, too."""
-    monkeypatch.setattr("tattn.backends.base.REMEMBERED", 2)
+    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 2)
     square = memoized(lambda i: i * i)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -13,7 +13,8 @@ from typing import Any
 
 import array_api_compat
 
-from .base import Array, Backend, lacks, memoized
+from .base import Array, Backend, lacks
+from .tables import memoized
 
 # A function of the name of a module, which stays what `from .kernels import …` imports from.
 from .compiled import Kernels, kernels

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from functools import partial, wraps
+from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
 from threading import Event, Lock
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from .kernels import CHAIN, Kernel
+from .tables import Tables, memoized
 from .threads import MOST_THREADS, SHARING, Memory
 
 Array = Any
-F = TypeVar("F", bound=Callable[..., Any])
-REMEMBERED = 256
 # Bytes of a block of rows on a processor, of the library that makes the largest.
 LARGEST_WORKSPACE = 8 << 20
 # What is used of a namespace, beside dtypes and constants.
@@ -32,8 +31,6 @@ FUNCTIONS = (
     "reshape", "round", "sort", "sqrt", "stack", "sum", "take", "where", "zeros", "zeros_like",
 )  # fmt: skip
 DTYPES = ("bool", "float32", "int32", "int64", "uint8")
-# Bytes of the tables that are kept on devices.
-_TABLE_BYTES = 256 << 20
 # Powers of two that are tabled: beyond what float64 holds.
 MOST_POWER = 1 << 12
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
@@ -416,42 +413,6 @@ def lacks(backend: Backend, array: Array) -> list[str]:
     return lacking + [name for name in (*FUNCTIONS, *DTYPES) if not hasattr(backend.xp, name)]
 
 
-class Tables:
-    """Tables on devices, the last that were made: `REMEMBERED` of them and `_TABLE_BYTES`, or one that is larger."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._held: dict[Any, tuple[Array, int]] = {}
-        self._pinned: dict[Any, list[Array]] = {}
-        self._bytes = 0
-
-    def find(self, key: Any) -> Array | None:
-        """The table of a key, if it is held."""
-        found = self._held.get(key)
-        return None if found is None else found[0]
-
-    def add(self, key: Any, table: Array, size: int) -> list[Array]:
-        """Hold a table of so many bytes; those that are let go of for it."""
-        dropped = []
-        with self._lock:
-            # Another thread may have made the same one.
-            replaced = self._held.pop(key, None)
-            self._held[key] = table, size
-            self._bytes += size - (replaced[1] if replaced else 0)
-            while len(self._held) > 1 and (len(self._held) > REMEMBERED or self._bytes > _TABLE_BYTES):
-                oldest, freed = self._held.pop(next(iter(self._held)))
-                self._bytes -= freed
-                dropped.append(oldest)
-        return dropped if replaced is None else [*dropped, replaced[0]]
-
-    def pin(self, key: Any, table: Array) -> None:
-        """Never give the memory of this table back: a captured graph does not say when it is gone."""
-        with self._lock:
-            pinned = self._pinned.setdefault(key, [])
-            if not any(table is other for other in pinned):
-                pinned.append(table)
-
-
 class _Whole:
     """The outputs of all rows, which threads write those of their blocks into."""
 
@@ -487,30 +448,6 @@ def product_shape(left: Array, right: Array) -> tuple[int, ...]:
     """Shape of a matrix product (..., n, k) of (..., k, m)."""
     leading = np.broadcast_shapes(left.shape[:-2], right.shape[:-2]) if left.ndim + right.ndim > 4 else ()
     return (*leading, left.shape[-2], right.shape[-1])
-
-
-def memoized(function: F) -> F:
-    """Compute once for each tuple of hashable arguments; compilers that trace Python take the result as it is.
-
-    The last `REMEMBERED` results are kept: bases that are pruned for the data at hand are many.
-    """
-    results: dict[Any, Any] = {}
-
-    @wraps(function)
-    def look_up(*args: Any) -> Any:
-        found = results.get(args, results)
-        if found is results:
-            found = function(*args)
-            if len(results) >= REMEMBERED:
-                # Another thread may do the same: one result more or less does not matter.
-                with suppress(KeyError, RuntimeError, StopIteration):
-                    results.pop(next(iter(results)))
-            results[args] = found
-        return found
-
-    # What torch.compiler.assume_constant_result sets; torch must not be imported for it.
-    look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return look_up  # type: ignore[return-value]
 
 
 @memoized

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from . import compiled
-from .base import MOST_POWER, Array, Backend, Tables, memoized, powers_of_two
+from .base import MOST_POWER, Array, Backend, powers_of_two
+from .tables import Tables, memoized
 from .threads import run_threads
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..arrays import clean, prod_of, sum_to_leading, swap_outer
 from ..backends import Array, Backend
-from ..backends.base import memoized
+from ..backends.tables import memoized
 from ..features.basis import read
 from ..features.monomials import Grading, Monomials, features, pull_back
 from .features import Sum, add, channels, scaled_gradient, with_ones

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, with_leading
 from ..backends import Array, Backend
-from ..backends.base import LARGEST_WORKSPACE, memoized
+from ..backends.base import LARGEST_WORKSPACE
+from ..backends.tables import memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.balance import balanced_values, with_powers

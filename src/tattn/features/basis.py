@@ -23,8 +23,8 @@ import numpy as np
 
 from ..arrays import broadcast_leading, swap_outer, transposed
 from ..backends import Array, Backend
-from ..backends.base import memoized
 from ..backends.kernels import CHAIN
+from ..backends.tables import memoized
 from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
 
 # Chains that are added one after the other, at most: `rounding` counts so many additions.
@@ -75,7 +75,7 @@ class Basis(NamedTuple):
         return self.size + columns if self.in_place(backend) else columns * (self.dim + 1)
 
     def in_place(self, backend: Backend) -> bool:
-        """Whether `puller` needs no wide product: it looks at the channels of a block first."""
+        """Whether `puller` works in place (`InPlace`), without wide products. It then reads the channels of each block first."""
         return backend.writable and backend.reads and not self.lean
 
     def level(self, degree: int) -> slice:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backends import Array, Backend
-from ..backends.base import memoized
+from ..backends.tables import memoized
 
 Grading = tuple[int, ...]
 

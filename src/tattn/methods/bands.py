@@ -18,7 +18,7 @@ import numpy as np
 from ..approximation.exponential import DEFAULT_GRID, crowded_table
 from ..arrays import clean, gather_rows, max_to_leading, prod_of, rows_together, sum_of
 from ..backends import Array, Backend
-from ..backends.base import memoized
+from ..backends.tables import memoized
 from ..bounds.score_range import balancing_units
 from ..features.balance import balanced_factors
 from ..features.monomials import multinomials

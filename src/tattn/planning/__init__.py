@@ -259,7 +259,7 @@ def plan_found(problem: Problem, found: Ranges, wish: Wish) -> Plan:
 
 
 def exact_plan(inputs: Inputs, scale: float) -> Plan:
-    """A plan for the exact method that says nothing of its error, for which nothing but that all is finite is looked at."""
+    """A plan for the exact method that states no error. It checks that all values are finite, and looks at nothing else."""
     call = RangeCall(scale, inputs.views)
     checked_finite(largest_entries(call, inputs.backend, inputs.backend.values_of(inputs.arrays)), inputs.views)
     return choose(inputs.problem(scale), _ANY, Wish(inf, "exact"))

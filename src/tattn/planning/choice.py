@@ -24,10 +24,10 @@ from .selection import Wish, why_overflows
 
 # Rows that "auto" recomputes exactly before it takes the exact method for all.
 MOST_RECOMPUTED = 0.05
-# What bands take besides their operations, as operations that take as long: to sort, gather and certify a row, some 0.3 µs, and a
-# call with its trial on samples, some 30 ms on one thread.
+# Overhead of the banded method in equivalent operations, on one thread: 0.3 µs a row to sort, gather and certify it, and 30 ms a
+# call with its trial on samples.
 _BANDS_ROW, _BANDS_CALL = 1e4, 1e9
-# Operations that one would want to hear of before: days on a processor, a quarter of an hour on an accelerator.
+# More operations than this are warned of: they take days on a processor, a quarter of an hour on an accelerator.
 _LONG = 1e16
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, isfinite
-from typing import Any
 
 import numpy as np
 
 from ..backends import Array
 from ..bounds.score_range import RangeCall, ranges
 from ..checks import (
-    Inputs,
     PlanError,
     check_values,
     checked_entries,
@@ -22,6 +20,7 @@ from ..checks import (
     whole,
 )
 from ..methods import Call, Exact, forward
+from ..operands import EVERY_ROW, Operands, View
 
 
 def measure_error(
@@ -83,50 +82,46 @@ def measure_error(
     if inputs.traced or inputs.backend.is_traced([out]):
         raise PlanError("the call is traced, and rows can only be compared where values can be read")
     backend = inputs.backend
-    query, out, *rest = backend.values_of((query, out, *inputs.arrays[1:]))
+    operands, (out,) = inputs.operands(number).with_arrays(backend.values_of((*inputs.arrays, out)))
     chosen = np.random.default_rng(seed).permutation(inputs.lengths[0])[:rows]
-    with backend.on_device_of(query):
-        relative = _relative_errors(inputs, number, (query, *rest), out, np.sort(chosen))
+    with backend.on_device_of(operands.query):
+        relative = _relative_errors(operands, out, np.sort(chosen))
         xp = backend.xp
         top = xp.max(xp.abs(backend.cast(out, relative.dtype)))
         largest, mean, entry = map(float, backend.read([xp.max(relative), xp.mean(relative), top]))
     if not isfinite(mean):
         # Which argument is to blame is worth a look only now.
-        checked_finite(ranges(RangeCall(number, inputs.views), backend, (query, *rest)).largest, inputs.views)
+        checked_finite(ranges(RangeCall(number, inputs.views), backend, operands.flat()).largest, inputs.views)
     checked_entries({"out": entry})
     return largest, mean
 
 
-def _relative_errors(inputs: Inputs, scale: float, arrays: tuple[Array, ...], out: Array, chosen: np.ndarray) -> Array:
+def _relative_errors(operands: Operands, out: Array, chosen: np.ndarray) -> Array:
     """How far the chosen rows of an output are from those computed exactly, in parts of `tol`'s measure: (..., rows, dv)."""
-    backend, xp = inputs.backend, inputs.backend.xp
-    query, *rest = arrays
-    values = rest[inputs.views : 2 * inputs.views]
-    index = backend.indices(chosen, query)
-    arrays = (xp.take(query, index, axis=-2), *rest)
-    if inputs.order.causal:
-        arrays = _each_with_its_keys(inputs, arrays, chosen)
-    dtype = backend.compute_dtype(query.dtype)
-    truth, *_ = backend.run(forward, Call(Exact(), inputs.views, scale), arrays)
-    if inputs.order.causal:
+    backend, xp, dtype = operands.backend, operands.backend.xp, operands.dtype
+    index = backend.indices(chosen, operands.query)
+    some = operands._replace(query=xp.take(operands.query, index, axis=-2))
+    if operands.order.causal:
+        some = _each_with_its_keys(some, operands.lengths[0], chosen)
+    truth, *_ = backend.run(forward, Call(Exact(), len(some.views), some.scale), some.flat())
+    if operands.order.causal:
         truth = truth[..., 0, :]
     size: Array = 1.0
-    for v, mask in zip(values, rest[2 * inputs.views :], strict=True):
+    for _, v, mask in operands.views:
         v = backend.cast(v, dtype)
-        largest = xp.max(xp.abs(v if mask is None else xp.where(mask, v, 0.0)), axis=-2, keepdims=True)
-        size = size * largest
+        size = size * xp.max(xp.abs(v if mask is None else xp.where(mask, v, 0.0)), axis=-2, keepdims=True)
     difference = xp.abs(backend.cast(xp.take(out, index, axis=-2), dtype) - truth)
     return difference / xp.where(size > 0, size, 1.0)
 
 
-def _each_with_its_keys(inputs: Inputs, arrays: Sequence[Array | None], chosen: np.ndarray) -> tuple[Any, ...]:
-    """Query rows (..., rows, 1, d), each a problem with masks (..., rows, n_μ, 1) of the keys that the row of this number sees."""
-    backend, m = inputs.backend, inputs.views
-    apart: list[Any] = [arrays[0][..., None, :]]  # type: ignore[index]
-    apart += [a[..., None, :, :] for a in arrays[1 : 1 + 2 * m]]  # type: ignore[index]
-    for view, (length, mask) in enumerate(zip(inputs.lengths[1:], arrays[1 + 2 * m :], strict=True)):
-        behind = (chosen + length - inputs.lengths[0])[:, None] - np.arange(length)
-        window = length if inputs.order.window is None else inputs.order.window[view]
-        seen = backend.indices((behind >= 0) & (behind < window), arrays[0])[..., None] > 0
-        apart.append(seen if mask is None else seen & mask[..., None, :, :])
-    return tuple(apart)
+def _each_with_its_keys(some: Operands, n: int, chosen: np.ndarray) -> Operands:
+    """Query rows (..., rows, 1, d), each a problem of its own, with masks (..., rows, n_μ, 1) of the keys that it sees."""
+    backend, views = some.backend, []
+    for number, (k, v, mask) in enumerate(some.views):
+        length = k.shape[-2]
+        behind = (chosen + length - n)[:, None] - np.arange(length)
+        window = length if some.order.window is None else some.order.window[number]
+        seen = backend.indices((behind >= 0) & (behind < window), some.query)[..., None] > 0
+        apart = seen if mask is None else seen & mask[..., None, :, :]
+        views.append(View(k[..., None, :, :], v[..., None, :, :], apart))
+    return some._replace(query=some.query[..., None, :], views=tuple(views), order=EVERY_ROW)

@@ -14,11 +14,12 @@ import numpy as np
 
 from ..approximation.exponential import minimax
 from ..approximation.pruning import HIGHER, Pruned, Shells, smallest_pruned, weights_of, worthwhile
-from ..backends import Backend
+from ..backends import Array, Backend
 from ..backends.numpy import BACKEND as numpy_backend
 from ..checks import Inputs
 from ..features.monomials import rank as rank_of
 from ..methods import Call, forward
+from ..operands import View
 
 _QUERIES, _PAIRS = 64, 1 << 18
 # How often a pruned basis that was chosen may turn out too small.
@@ -42,7 +43,7 @@ class Estimate(NamedTuple):
 class Pruning(NamedTuple):
     """Which pruned bases to look at: of a rank up to `most`, also of the degrees in `higher`, with the `rounding` of each.
 
-    `gradients`: whether theirs are held to what those of the whole basis would be.
+    `gradients`: whether their gradients have a limit too (`_pruned`).
     """
 
     higher: Sequence[int]
@@ -100,22 +101,30 @@ def _of_least_degree(sample: Sample, tol: float, degrees: Sequence[int]) -> Esti
 
 def sampled_errors(inputs: Inputs, calls: Sequence[Call]) -> Iterator[np.ndarray]:
     """Bounds of some rows, (problems, rows) for each call, as if sampled rows were all there are."""
-    m = inputs.views
+    operands = inputs.operands()
     rng = np.random.default_rng(0)
     total = int(np.prod(inputs.leading, dtype=np.int64))
     problems = rng.permutation(total)[:4]
-    arrays: list[Any] = []
     rows = []
     for n in inputs.lengths:
         # A sixteenth of all rows at most, unless there are few.
         size = max(256, min(2048, n * total // (16 * len(problems))))
         rows.append(np.sort(rng.permutation(n)[:size]))
-    for i, array in enumerate(inputs.arrays):
+
+    def taken(array: Array | None, rows: np.ndarray) -> Any:
         if array is None:
-            arrays.append(None)
-            continue
-        taken = _rows_of(array, rows[0 if i == 0 else 1 + (i - 1) % m], problems, inputs=inputs, backend=inputs.backend)
-        arrays.append(taken > 0 if i > 2 * m else taken if inputs.dtype == "float64" else taken.astype(np.float32))
+            return None
+        found = _rows_of(array, rows, problems, inputs=inputs, backend=inputs.backend)
+        return found if inputs.dtype == "float64" else found.astype(np.float32)
+
+    def present(mask: Array | None, rows: np.ndarray) -> Any:
+        return None if mask is None else taken(mask, rows) > 0
+
+    views = tuple(
+        View(taken(k, some), taken(v, some), present(mask, some))
+        for (k, v, mask), some in zip(operands.views, rows[1:], strict=True)
+    )
+    arrays = operands._replace(query=taken(operands.query, rows[0]), views=views).flat()
     for call in calls:
         kept: np.ndarray = numpy_backend.run(forward, call, arrays)[2]
         yield np.asarray(call.method.row_errors(kept))
@@ -131,20 +140,18 @@ class Sample(NamedTuple):
     @classmethod
     def of(cls, inputs: Inputs, scale: float) -> Sample:
         """Drawn from the arrays of a call."""
-        backend: Backend = inputs.backend
-        m = inputs.views
+        operands, m = inputs.operands(), inputs.views
         rng = np.random.default_rng(0)
         leading = int(np.prod(inputs.leading, dtype=np.int64))
         problems = rng.permutation(leading)[:8]
         queries, side = max(1, _QUERIES // len(problems)), max(4, round(_PAIRS ** (1 / m) / 4))
         rows = [np.sort(rng.permutation(n)[: (queries if i == 0 else side)]) for i, n in enumerate(inputs.lengths)]
-        take = partial(_rows_of, inputs=inputs, backend=backend)
-        q = take(inputs.arrays[0], rows[0], problems) * scale
-        keys = tuple(take(inputs.arrays[1 + i], rows[1 + i], problems) for i in range(m))
+        take = partial(_rows_of, inputs=inputs, backend=inputs.backend)
+        q = take(operands.query, rows[0], problems) * scale
+        keys = tuple(take(view.keys, some, problems) for view, some in zip(operands.views, rows[1:], strict=True))
         present = np.ones((len(problems), 1), bool)
-        for i, k in enumerate(keys):
-            mask = inputs.arrays[1 + 2 * m + i]
-            seen = np.ones(k.shape[:2], bool) if mask is None else take(mask, rows[1 + i], problems)[..., 0] > 0
+        for k, mask, some in zip(keys, operands.masks, rows[1:], strict=True):
+            seen = np.ones(k.shape[:2], bool) if mask is None else take(mask, some, problems)[..., 0] > 0
             present = (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
         shape = (len(problems), q.shape[1], present.shape[-1])
         return cls(q, keys, np.broadcast_to(present[:, None, :], shape).reshape(-1, shape[-1]))
@@ -183,7 +190,7 @@ class Sample(NamedTuple):
 def _pruned(sample: Sample, whole: Estimate, tol: float, below: float, pruning: Pruning) -> Estimate | None:
     """The smallest pruned basis that keeps sampled rows within `tol`, fitted; None if there is none worth it.
 
-    Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for.
+    If gradients are asked for, their error may be as large as that of the whole basis would be at an error of just `tol`.
     """
     degree = len(whole.coefficients) - 1
     allowed = max(whole.grad_error, whole.grad_error / max(whole.error, 1e-300) * tol) if pruning.gradients else inf

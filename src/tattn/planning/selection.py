@@ -132,8 +132,8 @@ def _candidate(problem: Problem, scores: ScoreRange, wish: Wish) -> tuple[Polyno
 def _pruned(problem: Problem, scores: ScoreRange, wish: Wish, needed: int) -> Polynomial | None:
     """The smallest pruned basis that meets `tol` and is worth its shorter runs; None for the whole one, or for little work.
 
-    Its gradients are held to what those of the whole basis would be if its error were just `tol`, unless none are asked for:
-    channels that add little to the scores would have none, and training could not wake them.
+    If gradients are asked for, their error may be as large as that of the whole basis would be at an error of just `tol`: with no
+    such limit, channels that add little to the scores would have no gradients, and training could not wake them.
     """
     whole = rank_of(problem.dim, needed)
     worth = _WORTH_PRUNING if wish.method == "auto" else 0.0

@@ -223,7 +223,7 @@ def _powers(sums: Sequence[Array], backend: Backend, more: Sequence[int] | None 
 
 
 def _scaled(sums: Sequence[Array], powers: Sequence[Array], backend: Backend) -> list[Array]:
-    """Sums over powers of two, which round nothing and of which no result depends."""
+    """Sums divided by powers of two. This is exact, and no result depends on the powers."""
     return [_times_power(s, -p, backend) for s, p in zip(sums, powers, strict=True)]
 
 
