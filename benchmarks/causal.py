@@ -30,7 +30,7 @@ from .turns import seconds
 SHAPES = (
     (1, 8, 4, 8, 16384),
     (2, 8, 4, 8, 8192),
-    (2, 8, 4, 32, 4096),
+    (2, 8, 4, 64, 8192),
     (2, 16, 3, 16, 4096),
     (2, 8, 7, 8, 1024),
     (3, 8, 3, 8, 768),
@@ -38,7 +38,7 @@ SHAPES = (
 
 
 def cost(library: str, quick: bool) -> None:
-    """Causal over all rows, forward and gradient, and the largest difference from rows computed exactly."""
+    """Causal over all rows, forward and with the gradient, by kernels and by array operations, and the error of a few rows."""
     move: Callable[[np.ndarray], Any] = np.asarray
     if library == "torch":
         import torch
@@ -46,9 +46,11 @@ def cost(library: str, quick: bool) -> None:
         torch.set_num_threads(1)
         move = torch.tensor
     print(
-        "| views | d | degree | rank | dv | rows | causal, s | over all rows | its gradient, s | over all rows | error | stated |"
+        "| views | d | degree | rank | dv | rows | causal, s | over all rows | without kernels | with its gradient, s "
+        "| over all rows | without kernels | error | stated |"
     )
-    print("|" + "---|" * 12)
+    print("|" + "---|" * 14)
+    tattn.warm_up()
     for views, dim, degree, value_dim, n in SHAPES[:2] if quick else SHAPES:
         rng = np.random.default_rng(0)
         query, *keys = (move(2 * rng.random((n, dim), dtype=np.float32) - 1) for _ in range(views + 1))
@@ -59,15 +61,32 @@ def cost(library: str, quick: bool) -> None:
         def forward(plan: tattn.Plan) -> Any:
             return tattn.tensor_attention(query, keys, values, plan=plan, causal=plan.causal)  # noqa: B023
 
-        pairs = [tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=plan.causal) for plan in plans]
-        plain, causal = seconds([partial(forward, plan) for plan in plans], 3)
-        plain_gradient, gradient = seconds([partial(pullback, out) for out, pullback in pairs], 3)
-        error, _ = tattn.measure_error(query, keys, values, pairs[1][0], causal=True, rows=4)
+        def both(plan: tattn.Plan) -> Any:
+            out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=plan.causal)  # noqa: B023
+            return pullback(out)
+
+        taken = []
+        for function in (forward, both):
+            all_rows, prefixes = (partial(function, plan) for plan in plans)
+            taken += seconds([all_rows, prefixes, partial(without_kernels, prefixes)], 3)
+        plain, causal, arrays, plain_both, causal_both, arrays_both = taken
+        error, _ = tattn.measure_error(query, keys, values, forward(plans[1]), causal=True, rows=4)
         print(
-            f"| {views} | {dim} | {degree} | {plans[1].rank} | {value_dim} | {n} | {causal:.3f} | {causal / plain:.1f} "
-            f"| {gradient:.3f} | {gradient / plain_gradient:.1f} | {error:.1e} | {plans[1].error:.1e} |",
+            f"| {views} | {dim} | {degree} | {plans[1].rank} | {value_dim} | {n} "
+            f"| {causal:.3f} | {causal / plain:.2f} | {arrays / plain:.1f} "
+            f"| {causal_both:.3f} | {causal_both / plain_both:.2f} | {arrays_both / plain_both:.1f} "
+            f"| {error:.1e} | {plans[1].error:.1e} |",
             flush=True,
         )
+
+
+def without_kernels(function: Callable[[], Any]) -> Any:
+    """What a call computes by array operations."""
+    os.environ["TATTN_KERNELS"] = "0"
+    try:
+        return function()
+    finally:
+        del os.environ["TATTN_KERNELS"]
 
 
 def decoding(tokens: int, quick: bool) -> None:

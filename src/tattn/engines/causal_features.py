@@ -28,8 +28,8 @@ import numpy as np
 
 from ..arrays import clean, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.base import memoized
 from ..backends.kernels import CHAIN, Prefix
+from ..backends.tables import memoized
 from ..features.balance import balanced_values, with_one, with_powers
 from ..features.basis import Basis
 from ..features.monomials import Expansion, Grading, rank, runs
@@ -58,6 +58,7 @@ from .spoiled import Columns, backward_apart, forward_apart
 _LARGEST = {"float32": 96, "float64": 900}
 # Rows of a block that a kernel takes, at most.
 _KERNEL_ROWS = 1 << 13
+_FEW_BLOCKS = 16
 
 
 class Start(NamedTuple):
@@ -184,6 +185,9 @@ def _backward(
         block = _rows_to_pull(setting, n, sum(prod(shape[-2:]) for shape in shapes))
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
+    if kernel is not None and blocks <= _FEW_BLOCKS:
+        # Sums before a few long blocks are few numbers, and then no rows are summed up twice.
+        segments = blocks
     inner = -(-blocks // segments)
     rows = [_padded(x, segments * inner * block, backend) for x in (q, *columns, *views)]
     folded = [_folded(x, segments, backend) for x in rows]
@@ -218,9 +222,9 @@ def _backward(
 
 
 def _rows_to_pull(setting: Setting, n: int, size: int) -> int:
-    """Rows of a block of the adjoint by a kernel, which keeps sums of so many numbers for every 32 of them."""
+    """Rows of a block of the adjoint by a kernel, which keeps sums of so many numbers for every 64 of them."""
     itemsize = setting.backend.itemsize(setting.w.dtype)
-    most = max(64, min(2 * setting.backend.workspace // (size * itemsize) * 32, _KERNEL_ROWS))
+    most = max(64, min(2 * setting.backend.workspace // (size * itemsize) * 64, _KERNEL_ROWS))
     # Blocks of one length, so that few rows stand behind the last.
     return -(-n // -(-n // most))
 
@@ -367,13 +371,18 @@ def _starts(
     r = setting.w.shape[0]
     if count == 1:
         return tuple(_folded(total, 1, backend) for total, _ in sums)
+    # Nothing begins after the last.
+    folded = [None if x is None else x[..., : count - 1, :] for x in folded]
 
     def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
         pieces = [_unfolded(x, rows, shape, backend) for x, shape in zip(given, like, strict=True)]
         after = tuple(_with_rows(setting, view, total, *pieces[view::m]) for view, total in enumerate(carry))
         return after, tuple(xp.reshape(total, (*total.shape[:-2], 1, total.shape[-2] * r)) for total, _ in carry)
 
-    return backend.scan_rows(body, sums, folded, 1)[1]
+    after, starts = backend.scan_rows(body, sums, folded, 1)
+    return tuple(
+        xp.concat([found, _folded(total, 1, backend)], axis=-2) for found, (total, _) in zip(starts, after, strict=True)
+    )
 
 
 def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Array, masks: Array | None) -> Sum:
