@@ -32,7 +32,7 @@ COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # A worker that has nothing left to do takes tests from another.
 SPREAD = ("-n", "auto", "--dist", "worksteal")
 # Sessions of their own, or part of one.
-ELSEWHERE = [f"--ignore=tests/test_{name}.py" for name in ("conformance", "distributed", "dask")]
+ELSEWHERE = ("--ignore=tests/test_conformance.py", "--ignore=tests/distributed")
 SEES_A_GPU = """
 import sys, cupy, jax, torch
 seen = {"torch": torch.cuda.is_available(), "CuPy": cupy.cuda.is_available(), "JAX": jax.default_backend() == "gpu"}
@@ -92,7 +92,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["everything"])
 def distributed(session: nox.Session) -> None:
     """Rows spread over processes: torch.distributed by torchrun, Dask on a cluster of processes, and their examples."""
-    run(session, "pytest", "tests/test_distributed.py", "tests/test_dask.py", *session.posargs)
+    run(session, "pytest", "tests/distributed", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
@@ -101,7 +101,7 @@ def thorough(session: nox.Session) -> None:
     for library in ("numpy", "strict", "torch", "jax"):
         run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
     run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
-    run(session, "pytest", "--rest", "tests/test_distributed.py", "tests/test_dask.py")
+    run(session, "pytest", "--rest", "tests/distributed")
 
 
 @nox.session(venv_backend="none", requires=["everything"])

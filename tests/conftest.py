@@ -211,34 +211,11 @@ def programs_of_one_module() -> Iterator[None]:
         sys.modules["jax"].clear_caches()
 
 
-@pytest.fixture(autouse=True)
-def through_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The polynomial method computes features at any length; tests/test_scorewise.py is about calls that need none."""
-    monkeypatch.setattr("tattn.methods.Polynomial.by_scores", lambda *_: False)
-
-
 @pytest.fixture
 def bands_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands are weighed by their operations alone, so that calls too short for them take some."""
     monkeypatch.setattr("tattn.planning.choice._BANDS_CALL", 0.0)
     monkeypatch.setattr("tattn.planning.choice._BANDS_ROW", 0.0)
-
-
-@pytest.fixture
-def scorewise(through_features: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every polynomial is computed score by score; the list tells of calls that were."""
-    from tattn.engines import scorewise as engine
-
-    monkeypatch.setattr("tattn.methods.Polynomial.by_scores", lambda *_: True)
-    taken: list[str] = []
-    forward = engine.forward
-
-    def recorded(*given: Any) -> Any:
-        taken.append("scores")
-        return forward(*given)
-
-    monkeypatch.setattr(engine, "forward", recorded)
-    return taken
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tattn.methods import Polynomial
 from tattn.stored import plan_of_facts
 
 LETTERS = "abcd"
@@ -111,3 +113,34 @@ def value_sizes(values: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]
 def changed(plan: Any, **facts: Any) -> Any:
     """The plan with some of its attributes changed."""
     return plan_of_facts(plan.facts() | facts)
+
+
+class ByFeatures(Polynomial):
+    """The polynomial method through features, however short the call."""
+
+    def by_scores(self, *_: Any) -> bool:
+        return False
+
+
+class ByScores(Polynomial):
+    """The polynomial method score by score, however long the call."""
+
+    def by_scores(self, *_: Any) -> bool:
+        return True
+
+
+def through_features(plan: Any) -> Any:
+    """The plan, of whose polynomial features are computed; others as they are."""
+    return _of_kind(plan, ByFeatures)
+
+
+def score_by_score(plan: Any) -> Any:
+    """The plan, whose polynomial is computed of every score."""
+    return _of_kind(plan, ByScores)
+
+
+def _of_kind(plan: Any, kind: type[Polynomial]) -> Any:
+    method = plan.algorithm
+    if not isinstance(method, Polynomial):
+        return plan
+    return replace(plan, algorithm=kind(**{field.name: getattr(method, field.name) for field in fields(method)}))

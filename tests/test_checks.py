@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import refuse
 from conftest import make_library, pairs
 from reference import changed
 
 import tattn
 from tattn import planning
 from tattn.engines import features as lowrank
+from tattn.engines import scorewise
 from tattn.engines import tuples as exact
 from tattn.planning import estimated, selection
 from tattn.planning import sampling as estimation
@@ -52,14 +54,6 @@ def case(label: str, error: type, name: str, expected: str, given: str, **change
     return pytest.param(changes, error, message, id=f"{name}-{label}")
 
 
-def refuse(function: Any, error: type, message: str, *positional: Any, **arguments: Any) -> None:
-    """Check that a call raises just this kind of error, with a message of one line."""
-    with pytest.raises(error, match=message) as caught:
-        function(*positional, **arguments)
-    assert type(caught.value) is error
-    assert "\n" not in str(caught.value)
-
-
 @pytest.fixture
 def no_forward(monkeypatch):
     """No output is computed."""
@@ -67,7 +61,7 @@ def no_forward(monkeypatch):
     def computed(*_: Any, **__: Any) -> None:
         pytest.fail("computed with arguments that do not fit")
 
-    for module in (exact, lowrank):
+    for module in (exact, lowrank, scorewise):
         monkeypatch.setattr(module, "forward", computed)
         monkeypatch.setattr(module, "backward", computed)
     return computed
@@ -253,6 +247,7 @@ def test_flags(function, name, given, nothing_read):
 
 @pytest.mark.parametrize("order", [{}, {"causal": True}, {"window": (3, 2)}], ids=str)
 @pytest.mark.parametrize("options", [{"method": "exact"}, {"degree": 2}], ids=str)
+@pytest.mark.grid
 def test_as_many_dimensions_as_are_allowed(library, options, order):
     """24 in all: what computes has room for those that it adds."""
     if "degree" in options and "window" in order:

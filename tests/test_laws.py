@@ -1,4 +1,4 @@
-"""What tensor attention must satisfy whatever the numbers, by both methods."""
+"""What tensor attention must satisfy whatever the numbers, by every method."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import METHODS, methods
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import value_sizes
+from reference import score_by_score, through_features, value_sizes
 
 import tattn
 
@@ -25,14 +26,16 @@ def calls(draw: st.DrawFn) -> Arrays:
     return arrays[0], arrays[1:], [rng.normal(size=(n, value_dim)) for n in lengths[1:]]
 
 
+def plan_of(method: str, q: np.ndarray, keys: Any, bound: float = 1.0) -> tattn.Plan:
+    lengths = [len(x) for x in (q, *keys)]
+    return METHODS[method].plan(n=lengths, dim=q.shape[-1], order=len(lengths), bound=bound)
+
+
 def attend(q: np.ndarray, keys: Any, values: Any, method: str, **options: Any) -> np.ndarray:
-    plan = tattn.plan_for(
-        n=9, dim=q.shape[-1], order=len(keys) + 1, bound=1.0, dtype="float64", tol=1e-2, method=method
-    )
-    return tattn.tensor_attention(q, keys, values, plan=plan, **options)
+    return tattn.tensor_attention(q, keys, values, plan=plan_of(method, q, keys), **options)
 
 
-methods = pytest.mark.parametrize("method", ["exact", "polynomial"])
+of_scores = pytest.mark.parametrize("method", [name for name, way in METHODS.items() if way.of_scores])
 
 
 def close(a: np.ndarray, b: np.ndarray) -> None:
@@ -83,7 +86,7 @@ def test_scale_moves_between_query_and_keys(method: str, call: Arrays) -> None:
     close(attend(3 * q, [keys[0] / 3, *keys[1:]], values, method), expected)
 
 
-@methods
+@of_scores
 @given(call=calls())
 def test_a_view_of_ones_leaves_the_rest(method: str, call: Arrays) -> None:
     """Order 2 with one view of ones more is ordinary attention still."""
@@ -92,7 +95,7 @@ def test_a_view_of_ones_leaves_the_rest(method: str, call: Arrays) -> None:
     close(attend(q, [*keys, ones[0]], [*values, ones[1]], method), attend(q, keys, values, method))
 
 
-@methods
+@of_scores
 @given(call=calls(), data=st.data())
 def test_masked_rows_are_absent_rows(method: str, call: Arrays, data: st.DataObject) -> None:
     q, keys, values = call
@@ -107,8 +110,10 @@ def test_masked_rows_are_absent_rows(method: str, call: Arrays, data: st.DataObj
 def test_methods_differ_by_the_bound_at_most(call: Arrays, degree: int) -> None:
     q, keys, values = call
     plan = tattn.plan(q, keys, values, degree=degree)
-    difference = np.abs(attend(q, keys, values, "exact") - tattn.tensor_attention(q, keys, values, plan=plan))
-    assert (difference <= (plan.error + 1e-12) * value_sizes(values)).all()
+    exact = attend(q, keys, values, "exact")
+    for way in (through_features(plan), score_by_score(plan)):
+        difference = np.abs(exact - tattn.tensor_attention(q, keys, values, plan=way))
+        assert (difference <= (plan.error + 1e-12) * value_sizes(values)).all()
 
 
 @methods
@@ -117,9 +122,7 @@ def test_the_pullback_is_the_transpose(method: str, call: Arrays, seed: int) -> 
     """⟨g, J t⟩ = ⟨Jᵀ g, t⟩, J t by finite differences."""
     q, keys, values = call
     rng = np.random.default_rng(seed)
-    plan = tattn.plan_for(
-        n=9, dim=q.shape[-1], order=len(keys) + 1, bound=1.1, dtype="float64", tol=1e-2, method=method
-    )
+    plan = plan_of(method, q, keys, 1.1)
     arrays = [q, *keys, *values]
     tangents = [rng.normal(size=a.shape) for a in arrays]
     out, pullback = tattn.tensor_attention_vjp(q, keys, values, plan=plan)

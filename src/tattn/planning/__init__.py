@@ -273,8 +273,8 @@ def measured(inputs: Inputs, scale: float) -> Ranges:
 def _promised(bound: Any) -> ScoreRange:
     if bound is None:
         raise TypeError(
-            "bound should be a number, your promise of how large scores are, got None: without one, series='banded' finds "
-            "ranges on the way, and tattn.plan reads them from arrays"
+            "bound should be a number, got NoneType: it is your promise of how large scores are. Without one, "
+            "series='banded' finds ranges on the way, and tattn.plan reads them from arrays"
         )
     promised = positive("bound", bound)
     return ScoreRange(promised, -promised, "promise")

@@ -86,9 +86,11 @@ def warm_up(dtypes: Sequence[str] = ("float32",)) -> bool:
 
     Raises
     ------
-    ValueError
-        For another dtype.
+    TypeError, ValueError
+        For what is no list of these.
     """
+    if not isinstance(dtypes, (list, tuple)):
+        raise TypeError(f"dtypes should be a list or tuple of names, got {type(dtypes).__name__}")
     for dtype in dtypes:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtypes should be 'float32' or 'float64', got {dtype!r}")

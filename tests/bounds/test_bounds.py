@@ -7,107 +7,16 @@ the errors are measured in the units of `tattn.Plan`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-from reference import Dense, dense, value_sizes
+from cases import KINDS, Sample, ratios, sample
+from reference import Dense, dense, through_features, value_sizes
 
 import tattn
 
 DRAWS = 300
-
-
-class Sample(NamedTuple):
-    query: np.ndarray
-    keys: list[np.ndarray]
-    values: list[np.ndarray]
-    grad: np.ndarray
-
-
-Kind = Callable[[np.random.Generator, tuple[int, ...], int], np.ndarray]
-
-
-def heavy(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
-    return rng.standard_t(2.5, shape)
-
-
-def one_channel(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
-    x = rng.normal(size=shape) * 1e-3
-    x[:, 0] = rng.normal(size=shape[0]) * 1e3
-    return x
-
-
-def corners(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
-    """Every entry ±B: the bound on the range is attained."""
-    return np.where(rng.random(shape) < 0.5, -1.0, 1.0)
-
-
-def aligned(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
-    """Every score is −R: all keys are one row, and the series cancels most."""
-    return np.ones(shape) * (-0.7 if view == 0 else 0.7)
-
-
-def two_sided(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
-    """Every score is +R or −R."""
-    return np.ones(shape) * np.where(rng.random((shape[0], 1)) < 0.5, -0.9, 0.9)
-
-
-def one_huge_row(rng: np.random.Generator, shape: tuple[int, ...], view: int) -> np.ndarray:
-    x = rng.normal(size=shape) * 0.1
-    x[rng.integers(shape[0])] *= 30
-    return x
-
-
-KINDS: dict[str, Kind] = {
-    "uniform": lambda rng, shape, view: rng.uniform(-1, 1, shape),
-    "normal": lambda rng, shape, view: rng.normal(size=shape),
-    "heavy": heavy,
-    "one channel": one_channel,
-    "corners": corners,
-    "aligned": aligned,
-    "two-sided": two_sided,
-    "one huge row": one_huge_row,
-}
-
-
-def sample(kind: str, seed: int, views: int, bound: float, dtype: str) -> tuple[Sample, float]:
-    """A draw, scaled so that its scores reach about `bound`, and the scale."""
-    rng = np.random.default_rng([seed, views, len(kind)])
-    dim, value_dim = int(rng.integers(1, 5)), int(rng.integers(1, 4))
-    lengths = rng.integers(1, 24, views + 1)
-    arrays = [KINDS[kind](rng, (int(n), dim), i).astype(dtype) for i, n in enumerate(lengths)]
-    q, *keys = [np.abs(a.astype(float)) for a in arrays]
-    top = q
-    for k in keys:
-        top = (top[:, None, :] * k[None]).reshape(-1, dim)
-    reach = top.sum(-1).max()
-    signs = rng.choice([-1.0, 1.0])
-    values = [
-        np.where(rng.random((int(n), value_dim)) < 0.5, 1.0, signs) * rng.choice([1.0, rng.random()])
-        for n in lengths[1:]
-    ]
-    grad = rng.normal(size=(int(lengths[0]), value_dim))
-    return Sample(arrays[0], arrays[1:], [v.astype(dtype) for v in values], grad.astype(dtype)), float(bound / reach)
-
-
-def ratios(plan: tattn.Plan, drawn: Sample, got: Dense, truth: Dense) -> list[float]:
-    """Largest error of output, dquery, dkeys and dvalues over what the plan allows for it."""
-    q, keys, values, g = (np.asarray(drawn.query, float), [k.astype(float) for k in drawn.keys],
-                          [v.astype(float) for v in drawn.values], np.abs(drawn.grad.astype(float)))  # fmt: skip
-    sizes = value_sizes(values)[0]
-    weight = (g * sizes).sum(-1)  # W_i
-    tops = [np.abs(k).max(0) for k in keys]
-    result = [np.abs(got.out - truth.out) / (plan.error * sizes)]
-    result.append(
-        np.abs(got.dquery - truth.dquery) / (plan.grad_error * plan.scale * np.prod(tops, 0) * weight[:, None])
-    )
-    for i in range(len(keys)):
-        others = np.prod([np.abs(q).max(0), *tops[:i], *tops[i + 1 :]], 0)
-        result.append(np.abs(got.dkeys[i] - truth.dkeys[i]) / (plan.grad_error * plan.scale * others * weight.sum()))
-        rest = np.prod([np.ones(sizes.shape), *(np.abs(v).max(0) for j, v in enumerate(values) if j != i)], 0)
-        result.append(np.abs(got.dvalues[i] - truth.dvalues[i]) / (plan.error * rest * g.sum(0)))
-    return [float(np.nanmax(r)) for r in result]
 
 
 def errors_over_bounds(plan: tattn.Plan, drawn: Sample, scale: float, dtype: str) -> list[float]:
@@ -133,7 +42,7 @@ def test_no_error_exceeds_the_plan(
         options = [{"degree": int(rng.integers(1, 9))}, {"method": "exact"}]
         for option in options:
             promise = {} if seed % 2 else {"bound": bound * (1 + 1e-6)}
-            plan = tattn.plan(drawn.query, drawn.keys, drawn.values, scale=scale, **promise, **option)
+            plan = through_features(tattn.plan(drawn.query, drawn.keys, drawn.values, scale=scale, **promise, **option))
             if not np.isfinite(plan.error):
                 continue
             found = errors_over_bounds(plan, drawn, scale, dtype)
@@ -233,6 +142,7 @@ def test_exact_sums_of_one_number_stay_within_the_rounding_model() -> None:
     ("keys", "values", "grads", "scale"),
     [(1e8, 1e-6, 1e-9, 1e-24), (1e-8, 1e-9, 1e-9, 1e24), (1.0, 1e-14, 1e-6, 1.0), (1e5, 1e12, 1e12, 1e-15)],
 )
+@pytest.mark.grid
 def test_gradient_bounds_hold_where_products_of_sizes_vanish(
     library: Any, method: str, keys: float, values: float, grads: float, scale: float
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from reference import dense, value_sizes
+from reference import dense, through_features, value_sizes
 
 import tattn
 from tattn.backends import backend_of
@@ -86,15 +86,17 @@ def calls(library: Any, views: int, scale: float, dtype: str) -> Iterator[tuple[
         }
         if not drawn.denormal and drawn.reach <= PROMISED:
             options["promised"] = {
-                "plan": tattn.plan_for(
-                    **shapes, order=views + 1, value_dim=2, bound=PROMISED, dtype=dtype, scale=scale, tol=1e-2
+                "plan": through_features(
+                    tattn.plan_for(
+                        **shapes, order=views + 1, value_dim=2, bound=PROMISED, dtype=dtype, scale=scale, tol=1e-2
+                    )
                 )
             }
         if library.name[:3] != "jax":
             # JAX compiles for every plan.
             options["auto"] = {"tol": 1e-2}
             try:
-                options["degree"] = {"plan": tattn.plan(*arrays, degree=7, scale=scale)}
+                options["degree"] = {"plan": through_features(tattn.plan(*arrays, degree=7, scale=scale))}
             except tattn.PlanError as error:
                 assert drawn.denormal and "powers overflow" in str(error)
         for way, given in options.items():
@@ -104,6 +106,7 @@ def calls(library: Any, views: int, scale: float, dtype: str) -> Iterator[tuple[
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("views", "scale"), [(1, 1.0), (2, 1.0), (2, 2.0**100), (3, 2.0**-90)])
+@pytest.mark.grid
 def test_every_bound_holds_over_all_magnitudes(library: Any, views: int, scale: float, dtype: str) -> None:
     finite = 0
     for name, drawn, (arrays, options) in calls(library, views, scale, dtype):

@@ -440,7 +440,7 @@ def test_five_modalities_at_once_and_two_by_two(library: Any) -> None:
 
 
 def test_example_of_modalities_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "modalities.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "modalities.py"), run_name="__main__")
     assert "five modalities" in capsys.readouterr().out
 
 

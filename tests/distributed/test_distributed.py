@@ -23,7 +23,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 def launch(script: str, processes: int, *options: str, **environment: str) -> str:
     """What the processes print; their errors if one fails."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    path = os.pathsep.join([str(PROGRAMS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(PROGRAMS.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, str(PROGRAMS / script), *options], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
@@ -109,7 +109,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 @pytest.mark.parametrize("options", [(), ("--causal",)])
 def test_the_example(options: tuple[str, ...]) -> None:
-    examples = Path(__file__).parent.parent / "examples"
+    examples = Path(__file__).parents[2] / "examples"
     assert "the same" in launch(str(examples / "sequence_parallel.py"), 2, *options)
 
 

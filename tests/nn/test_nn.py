@@ -517,7 +517,7 @@ def test_layers_of_many_views() -> None:
 
 
 def test_the_table_in_the_guide() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "layers.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 9
     for bound, tol, degree, *ranks in lines[1:]:

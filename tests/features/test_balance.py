@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import dense, value_sizes
-from test_scorewise import BY_SCORES
+from reference import dense, score_by_score, through_features, value_sizes
 
 import tattn
 from tattn.backends import backend_of
-from tattn.methods import Polynomial
 from tattn.state import sums as summaries
 from tattn.state.summary import call_of
 
@@ -42,7 +40,8 @@ def options_of(method: str, views: int, n: int) -> dict[str, Any]:
         return {"plan": tattn.plan_for(bound=1.0, method="exact", **order)}
     if method == "banded":
         return {"plan": tattn.plan_for(series="banded", degree=8, bands=2, **order)}
-    return {"plan": tattn.plan_for(bound=1.0, degree=8, **causal, **order), **causal}
+    plan = tattn.plan_for(bound=1.0, degree=8, **causal, **order)
+    return {"plan": score_by_score(plan) if method == "scores" else through_features(plan), **causal}
 
 
 def assert_near(got: Any, truth: Any, size: Any) -> None:
@@ -58,10 +57,7 @@ def test_products_over_views_stay_in_range(
     method: str,
     sizes: tuple[float, ...],
     of_grad: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if method == "scores":
-        monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
     query, keys, values, grad = draw(sizes, of_grad)
     options = options_of(method, len(sizes), len(query))
     out, pullback = tattn.tensor_attention_vjp(*library.arrays(query, keys, values), **options)

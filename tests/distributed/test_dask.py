@@ -232,7 +232,7 @@ def test_other_functions_say_where_dask_arrays_go(function: Any) -> None:
 
 def test_the_example() -> None:
     pytest.importorskip("zarr")
-    program = Path(__file__).parent.parent / "examples" / "dask_attention.py"
+    program = Path(__file__).parents[2] / "examples" / "dask_attention.py"
     command = [sys.executable, str(program), "--rows", "60000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

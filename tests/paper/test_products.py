@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import product as all_of
 from typing import Any
 
 import array_api_compat
 import numpy as np
 import pytest
+from cases import CALLS, arguments, refuse
 from conftest import CPU, Library, make_library, pairs
-from test_checks import refuse
 
 from tattn.paper import products
 
@@ -337,42 +336,8 @@ def test_kronecker_product_too_large_to_form(on: Products) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
 
 
-def entries(names: str) -> Callable[..., np.ndarray]:
-    return partial(np.einsum, names)
-
-
 # Each with the shapes of its arguments, and with what NumPy makes of them, the same entries in row-major order.
-CALLS: dict[str, tuple[Callable[..., Any], list[Shape], Callable[..., np.ndarray]]] = {
-    "kronecker": (products.kronecker, [(3, 2), (2, 4), (1, 2)], entries("ai,bj,ck->abcijk")),
-    "khatri_rao": (products.khatri_rao, [(3, 2), (2, 4, 2)], entries("ai,...bi->...abi")),
-    "face_splitting": (products.face_splitting, [(3, 2), (2, 3, 4)], entries("ai,...aj->...aij")),
-    "third_mode": (products.third_mode, [(3, 2), (4, 2), (5, 2)], entries("ai,bi,ci->abc")),
-    "multilinear": (products.multilinear, [(2, 2, 3, 4), (3, 2), (4, 3), (1, 4)], entries("...ijk,ai,bj,ck->...abc")),
-    "vec": (products.vec, [(2, 3, 4)], entries("...->...")),
-    "matrix": (products.matrix, [(2, 3, 4)], entries("...->...")),
-    "tensor": (lambda a: products.tensor(a, (2, 3, 2)), [(4, 2, 6)], entries("...->...")),
-    "khatri_rao_gram": (
-        lambda *a: products.khatri_rao_gram(a[:2], a[2:]),
-        [(3, 2), (4, 2), (3, 5), (2, 4, 5)],
-        entries("ai,bi,aj,...bj->...ij"),
-    ),
-    "apply_kronecker": (
-        lambda *a: products.apply_kronecker(a[:2], a[2]),
-        [(3, 2), (2, 4, 5), (10, 3)],
-        lambda a, b, x: np.kron(a, b) @ x,
-    ),
-    "apply_kronecker to a vector": (
-        lambda *a: products.apply_kronecker(a[:2], a[2]),
-        [(3, 2), (4, 5), (10,)],
-        lambda a, b, x: np.kron(a, b) @ x,
-    ),
-}
 calls = pytest.mark.parametrize("call", list(CALLS))
-
-
-def arguments(call: str, dtype: str = "float64") -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.uniform(0.5, 1, shape).astype(dtype) for shape in CALLS[call][1]]
 
 
 @calls

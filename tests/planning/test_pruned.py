@@ -83,6 +83,7 @@ def test_alike_weights_are_the_whole_basis_in_its_order(dim: int, degree: int) -
 
 
 @pytest.mark.parametrize(("degree", "grading"), CASES)
+@pytest.mark.grid
 def test_features_and_both_adjoints_are_dense_sums(library: Any, degree: int, grading: tuple[int, ...]) -> None:
     rng = np.random.default_rng(degree)
     dim, rows, columns = len(grading), 9, 3
@@ -173,6 +174,7 @@ def flat(grads: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("views", "degree", "grading"), [(1, 3, (4, 2, 3, 2, 9)), (2, 4, (2, 3, 7, 4)), (3, 2, (3, 2, 5))]
 )
+@pytest.mark.grid
 def test_output_and_gradients_are_those_of_the_truncated_polynomial(
     library: Any, views: int, degree: int, grading: tuple[int, ...], causal: bool
 ) -> None:
@@ -187,6 +189,7 @@ def test_output_and_gradients_are_those_of_the_truncated_polynomial(
         np.testing.assert_allclose(library.numpy(got), expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.thorough("jax")
 def test_leading_dimensions_broadcast(library: Any) -> None:
     plan = pruned_plan(3, (4, 2, 3, 2, 9), 2)
     rng = np.random.default_rng(0)
@@ -256,8 +259,7 @@ def test_decoding_goes_token_by_token() -> None:
         np.testing.assert_allclose(out[0], wanted[i], rtol=1e-11, atol=1e-13)
 
 
-def test_a_pruned_plan_says_what_it_leaves_out_and_never_goes_by_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_a_pruned_plan_says_what_it_leaves_out_and_never_goes_by_scores() -> None:
     plan = pruned_plan(3, (1, 2, 3, 1), 2)
     assert f"3, {plan.rank} of 35" in str(plan)
     assert changed(plan, grading=(), rank=35).by_scores((3, 3, 3), 4) and not plan.by_scores((3, 3, 3), 4)

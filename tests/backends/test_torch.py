@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import changed
-from test_banded import heavy_tailed
-from test_products import CALLS, arguments
-from test_scorewise import BY_SCORES
+from cases import CALLS, arguments, heavy_tailed
+from reference import changed, through_features
 
 import tattn
 from tattn.features.monomials import rank
-from tattn.methods import Polynomial
 
 torch = pytest.importorskip("torch")
 torch_backend = pytest.importorskip("tattn.backends.torch")
@@ -27,7 +24,7 @@ pytestmark = [
 ]
 
 PLANS = {
-    "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
+    "polynomial": through_features(tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64")),
     "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),
     "causal polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64", causal=True),
     "causal exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64", causal=True),
@@ -565,7 +562,7 @@ def test_float32_products_are_full_whatever_the_setting(tensors: list[Any]) -> N
     assert torch.equal(got, expected)
 
 
-SINGLE = tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float32")
+SINGLE = through_features(tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float32"))
 
 
 def attend_float32(arrays: list[Any]) -> Any:
@@ -696,7 +693,7 @@ def test_tables_are_copied_to_a_device_once(name: str, transformation: str, monk
     """As where a CUDA graph is captured, which no copy can be a part of."""
     monkeypatch.setattr(torch_backend._TABLES, "_held", {})
     n = 700
-    plan = tattn.plan_for(n=n, dim=3, tol=1e-2, **_FAR[name])
+    plan = through_features(tattn.plan_for(n=n, dim=3, tol=1e-2, **_FAR[name]))
     leading = (2,) if transformation == "vmap" else ()
     q, a, b, u, v = (torch.empty(*leading, n, 3, device="meta") for _ in range(5))
 
@@ -722,7 +719,7 @@ def test_kept_tables_serve_every_kind_of_call(name: str, monkeypatch: pytest.Mon
     """Made under one transformation, mode or device context, used under another."""
     from torch._subclasses import FakeTensorMode
 
-    plan = tattn.plan_for(n=9, dim=3, tol=1e-2, dtype="float64", **_FAR[name])
+    plan = through_features(tattn.plan_for(n=9, dim=3, tol=1e-2, dtype="float64", **_FAR[name]))
     arrays = list(torch.tensor(np.random.default_rng(0).uniform(-1, 1, (5, 9, 3))))
 
     def call(*x: Any) -> Any:
@@ -763,10 +760,10 @@ def test_modules_are_no_arrays() -> None:
         tattn.tensor_attention(torch.nn.Linear(2, 2), [torch.ones(3, 2)], [torch.ones(3, 2)])
 
 
-def test_compile_score_by_score(scorewise: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_score_by_score() -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
     plan = tattn.plan_for(n=5, dim=8, bound=1.0, degree=4, dtype="float64")
+    assert plan.by_scores((5, 5, 5), 8)
 
     def attend(q: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return tattn.tensor_attention(q, [a, b], [a + 1, b + 1], plan=plan)
@@ -780,7 +777,6 @@ def test_compile_score_by_score(scorewise: list[str], monkeypatch: pytest.Monkey
         results.append((out.detach(), *(x.grad for x in given)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert scorewise
 
 
 @pytest.mark.parametrize("default", [False, True])

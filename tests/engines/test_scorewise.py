@@ -7,25 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import CASES, KINDS, assert_close, draw, ratios, run, sample
 from numpy.polynomial.polynomial import polyder, polyval
-from reference import Dense, dense, value_sizes
-from test_attention import CASES, assert_close, draw, run
-from test_bounds import KINDS, ratios, sample
+from reference import Dense, dense, score_by_score, through_features, value_sizes
 
 import tattn
 from tattn.bounds.rounding import scores_round_less
 from tattn.engines import scorewise as engine
-from tattn.methods import Polynomial
-
-BY_SCORES = Polynomial.by_scores
-pytestmark = pytest.mark.usefixtures("scorewise")
 
 
 @pytest.mark.parametrize("blocks", [None, 2], ids=["one block", "blocks"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.grid
 def test_it_is_the_definition_with_its_polynomial(
-    library: Any, case: dict[str, Any], blocks: int | None, scorewise: list[str], monkeypatch: pytest.MonkeyPatch
+    library: Any, case: dict[str, Any], blocks: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blocks and library.name == "jax" and case["broadcast"]:
         pytest.skip("JAX compiles every block for long")
@@ -34,6 +29,7 @@ def test_it_is_the_definition_with_its_polynomial(
     call = draw(**case, seed=blocks or 0)
     # A degree for each kind of blocks, since JAX finds again what it compiled for the same call.
     plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=3 if blocks else 4, dtype="float64")
+    plan = score_by_score(plan)
     got, _ = run(library, call, plan=plan)
     p = plan.coefficients
     expected = dense(
@@ -41,27 +37,27 @@ def test_it_is_the_definition_with_its_polynomial(
         function=lambda x: polyval(x, p), derivative=lambda x: polyval(x, polyder(p)),
     )  # fmt: skip
     assert_close(got, expected, 1e-12)
-    assert scorewise
 
 
-def test_short_calls_take_it_and_long_ones_do_not(
-    library: Any, scorewise: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One plan for all lengths: what it computes is the same function."""
-    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
+def test_short_calls_take_it_and_long_ones_do_not(library: Any) -> None:
+    """One plan for all lengths: what it computes is the same function, to the last bit by the way that is taken."""
     plan = tattn.plan_for(n=1000, dim=8, bound=1.0, degree=4, dtype="float64")
     p, rng = plan.coefficients, np.random.default_rng(0)
     for n in (6, 60):
         drawn = [rng.uniform(-1, 1, (n, 8)) for _ in range(3)]
         query, *keys = library.arrays(*drawn)
-        out = library.numpy(tattn.tensor_attention(query, keys, keys, plan=plan))
+        by_plan, scores, features = (
+            library.numpy(tattn.tensor_attention(query, keys, keys, plan=way))
+            for way in (plan, score_by_score(plan), through_features(plan))
+        )
         expected = dense(*drawn[:1], drawn[1:], drawn[1:], function=lambda x: polyval(x, p)).out
-        np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
-        assert len(scorewise) == 1
+        np.testing.assert_allclose(by_plan, expected, rtol=1e-12, atol=1e-12)
+        taken, other = (scores, features) if n == 6 else (features, scores)
+        np.testing.assert_array_equal(by_plan, taken)
+        assert (by_plan != other).any()
 
 
-def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
+def test_the_plan_says_so() -> None:
     options: dict[str, Any] = {"dim": 16, "bound": 3.0, "degree": 4}
     short, long = (tattn.plan_for(n=n, **options) for n in (12, 1000))
     assert "score by score" in str(short)
@@ -87,6 +83,7 @@ def test_no_error_exceeds_the_plan(kind: str, dtype: str, draws: Callable[[int],
         )
         if not np.isfinite(plan.error) or not rounds_less(plan):
             continue
+        plan = score_by_score(plan)
         out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan)
         dquery, dkeys, dvalues = pullback(drawn.grad)
         truth = dense(drawn.query, drawn.keys, drawn.values, scale=scale, grad_out=drawn.grad, precision=precision)
@@ -112,7 +109,7 @@ def test_sums_of_one_number_stay_within_the_rounding_model(value: float) -> None
     plan = tattn.plan_for(n=(4, n, n), dim=dim, bound=2 * (1 + 1e-6), degree=8, scale=scale, value_dim=3)
     assert rounds_less(plan)
     assert plan.error < 0.01
-    out = tattn.tensor_attention(query, keys, values, plan=plan)
+    out = tattn.tensor_attention(query, keys, values, plan=score_by_score(plan))
     exact = values[0].astype(float).mean(0) * values[1].astype(float).mean(0)
     assert (np.abs(out - exact) <= plan.error * value_sizes(values)[0]).all()
 
@@ -125,18 +122,17 @@ def test_more_rounding_than_stated_is_not_taken() -> None:
     assert not scores_round_less(coefficients, 2.0, **options, lengths=(500, 500, 500))
 
 
-def test_large_values_of_a_view_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_values_of_a_view_do_not_overflow() -> None:
     """Sums over pairs are means, view by view, as they are of features."""
     rng = np.random.default_rng(0)
     query, *keys = rng.uniform(-1, 1, (3, 12, 4)).astype(np.float32)
     values = [np.full((12, 4), 5e36, np.float32), np.ones((12, 4), np.float32)]
     plan = tattn.plan_for(n=12, dim=4, bound=1.0, degree=4)
-    out = tattn.tensor_attention(query, keys, values, plan=plan)
+    out = tattn.tensor_attention(query, keys, values, plan=score_by_score(plan))
     np.testing.assert_allclose(out, 5e36, rtol=1e-5)
 
 
-def test_lengths_are_those_of_all_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Polynomial, "by_scores", BY_SCORES)
+def test_lengths_are_those_of_all_views() -> None:
     plan = tattn.plan_for(n=12, dim=4, bound=1.0, degree=4)
     with pytest.raises(ValueError, match=r"^lengths should be 3 numbers of rows, .* got \(12, 12\)"):
         plan.by_scores((12, 12), 4)

@@ -86,6 +86,7 @@ def test_no_number_takes_part_in_more_additions_than_the_bounds_count():
 
 
 @pytest.mark.parametrize("value_dim", [2, 16])
+@pytest.mark.grid
 def test_blocks_as_large_as_those_of_an_accelerator_compute_the_same(library, value_dim):
     rng = np.random.default_rng(0)
     rows, dim = 20_000, 6

@@ -35,7 +35,7 @@ def test_what_is_not_known_is_not_printed():
 
 
 def test_a_plan_without_a_bound_says_what_to_do():
-    with pytest.raises(TypeError, match=r"^bound should be a number, .* got None: .*series='banded'.*tattn\.plan "):
+    with pytest.raises(TypeError, match=r"^bound should be a number, got NoneType: .*series='banded'.*tattn\.plan "):
         tattn.plan_for(n=1000, dim=8)
 
 

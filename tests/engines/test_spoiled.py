@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_attention import Call, run
+from cases import Call, run
+from reference import score_by_score, through_features
 
 import tattn
 
@@ -37,9 +38,8 @@ def draw(method: str, leading: Any, views: int = 2, n: int = 150) -> Call:
     )
 
 
-def options(method: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def options(method: str, call: Call) -> dict[str, Any]:
     """A plan that is promised a bound, or finds its own on the way, and what else the call wants."""
-    monkeypatch.setattr("tattn.methods.Polynomial.by_scores", lambda *_: method == "by scores")
     window = tuple(9 + 4 * i for i in range(len(call.keys)))
     how: dict[str, Any] = {
         "banded": {"series": "banded", "degree": 2, "bands": 4},
@@ -50,6 +50,7 @@ def options(method: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> dict[st
     }.get(method, {"bound": 1.0, "degree": 4})
     lengths = [call.query.shape[-2], *(k.shape[-2] for k in call.keys)]
     plan = tattn.plan_for(n=lengths, dim=DIM, order=len(lengths), value_dim=VALUE_DIM, **how)
+    plan = score_by_score(plan) if method == "by scores" else through_features(plan)
     order = {name: how[name] for name in ("causal", "window") if name in how}
     return {"plan": plan, **order}
 
@@ -94,11 +95,9 @@ def bad_entries(method: str, name: str) -> Iterator[float]:
 @pytest.mark.grid
 @pytest.mark.parametrize("leading", LEADING, ids=["one problem", "two", "shared keys"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_row_spoils_nothing_but_what_depends_on_it(
-    library: Any, method: str, leading: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_spoils_nothing_but_what_depends_on_it(library: Any, method: str, leading: Any) -> None:
     call = draw(method, leading)
-    order = options(method, call, monkeypatch)
+    order = options(method, call)
     whole = np.broadcast_shapes(*(x.shape[:-2] for x in (call.query, *call.keys, *call.values)))
     shared = call.keys[0].ndim < call.query.ndim
     for name, view in (("query", 0), ("keys", 0), ("keys", 1), ("values", 0), ("values", 1)):
@@ -130,10 +129,10 @@ def test_a_row_spoils_nothing_but_what_depends_on_it(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.grid
-def test_masked_rows_may_hold_anything(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_rows_may_hold_anything(library: Any, method: str) -> None:
     """To the last bit."""
     call = draw(method, LEADING[0])
-    order = options(method, call, monkeypatch)
+    order = options(method, call)
     masks: list[np.ndarray | None] = [np.arange(k.shape[0]) % 5 != 1 for k in call.keys]
     results = []
     for entry in (0.0, np.nan, np.inf, -1e30):
@@ -150,11 +149,9 @@ def test_masked_rows_may_hold_anything(library: Any, method: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_rows_have_no_gradient_though_it_leaves_the_range(
-    library: Any, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masked_rows_have_no_gradient_though_it_leaves_the_range(library: Any, method: str) -> None:
     call = draw(method, LEADING[0])
-    order = options(method, call, monkeypatch)
+    order = options(method, call)
     masks: list[np.ndarray | None] = [np.arange(k.shape[0]) % 5 != 1 for k in call.keys]
     huge = call._replace(
         values=[v * np.float32(1e30) for v in call.values], grad_out=call.grad_out * np.float32(1e30), masks=masks
@@ -166,10 +163,10 @@ def test_masked_rows_have_no_gradient_though_it_leaves_the_range(
 
 
 @pytest.mark.parametrize("method", ["polynomial", "causal polynomial"])
-def test_garbage_in_most_rows_of_the_query(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_in_most_rows_of_the_query(library: Any, method: str) -> None:
     """As padding holds it."""
     call = draw(method, LEADING[0])
-    order = options(method, call, monkeypatch)
+    order = options(method, call)
     expected, _ = run(library, call, **order)
     query = call.query.copy()
     query[50:] = np.random.default_rng(1).choice(
@@ -184,10 +181,10 @@ def test_garbage_in_most_rows_of_the_query(library: Any, method: str, monkeypatc
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.grid
-def test_a_gradient_that_is_no_number(library: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_no_number(library: Any, method: str) -> None:
     """Goes to its row, and to what that sees."""
     call = draw(method, LEADING[0])
-    order = options(method, call, monkeypatch)
+    order = options(method, call)
     upstream = [call.grad_out.copy(), call.grad_out.copy()]
     upstream[0][BAD], upstream[1][BAD, 1] = 0.0, np.nan
     expected, got = (run(library, call._replace(grad_out=g), **order)[0] for g in upstream)
@@ -224,12 +221,12 @@ def test_streams_of_a_batch_keep_apart(library: Any) -> None:
 
 
 @pytest.mark.libraries("torch")
-def test_torch_where_operations_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_where_operations_are_recorded() -> None:
     """As under torch.func: nothing is read, and nothing written in place."""
     torch = pytest.importorskip("torch")
     for method in ("causal polynomial", "causal exact", "polynomial"):
         call = draw(method, LEADING[0], n=60)
-        order = options(method, call, monkeypatch)
+        order = options(method, call)
 
         def loss(query: Any, call: Call = call, order: dict[str, Any] = order) -> Any:
             keys, values = ([torch.tensor(x) for x in xs] for xs in (call.keys, call.values))

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import CASES, KINDS, METHODS, Call, assert_close, draw, heavy_tailed, methods, run
 from reference import Dense, dense, value_sizes
-from test_attention import CASES, Call, assert_close, draw, run
-from test_bounds import KINDS
 
 import tattn
 from tattn.approximation.exponential import DEFAULT_GRID, crowded
@@ -122,7 +121,7 @@ def test_every_library_gives_the_same(library: Any, case: dict[str, Any]) -> Non
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("method", ["banded", "polynomial", "exact"])
+@methods
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_with_their_bounds(library: Any, case: dict[str, Any], method: str) -> None:
     """Every gradient within its bound of the definition's, in its own shape; the bounds as NumPy's."""
@@ -130,17 +129,12 @@ def test_gradients_with_their_bounds(library: Any, case: dict[str, Any], method:
 
     call = draw(**case)
     truth = dense(call.query, call.keys, call.values, masks=call.masks, grad_out=call.grad_out, grad_lse=call.grad_lse)
-    options = {"method": method}
-    if method == "banded":
-        views = case["views"]
-        options = {
-            "plan": tattn.plan_for(n=9, dim=3, order=views + 1, series="banded", degree=3, dtype="float64", bands=2)
-        }
+    plan = METHODS[method].plan(n=9, dim=3, order=case["views"] + 1)
     found = []
     for lib in (library, make_library("numpy")):
         arrays = lib.arrays(call.query, call.keys, call.values)
         masks = None if call.masks is None else lib.arrays(call.masks)
-        _, pullback = tattn.tensor_attention_vjp(*arrays, key_masks=masks, **options)
+        _, pullback = tattn.tensor_attention_vjp(*arrays, key_masks=masks, plan=plan)
         gradients, bounds = pullback(*lib.arrays(call.grad_out, call.grad_lse), return_error=True)
         found.append([bounds[0], *bounds[1], *bounds[2]])
         assert all(lib.is_array(b) for b in found[-1])
@@ -189,14 +183,6 @@ def test_gradients_are_finite_differences(views: int) -> None:
         np.testing.assert_allclose(
             (loss(ahead) - loss(behind)) / 2e-6, (gradient * direction).sum(), rtol=1e-6, atol=1e-7
         )
-
-
-def heavy_tailed(seed: int = 0, n: int = 300) -> Call:
-    """Mostly small rows, and a few whose scores no polynomial of low degree follows."""
-    rng = np.random.default_rng(seed)
-    query, *keys = rng.uniform(-1, 1, (3, n, 12))
-    query[:4] *= 12
-    return Call(query, keys, list(rng.normal(size=(2, n, 3))), None, rng.normal(size=(n, 3)), rng.normal(size=n))
 
 
 def not_compiled(library: Any) -> None:
@@ -441,6 +427,7 @@ def test_torch_transformations() -> None:
 
 
 @pytest.mark.libraries("jax")
+@pytest.mark.thorough("jax")
 def test_jax_transformations() -> None:
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
@@ -729,6 +716,7 @@ def test_a_channel_of_ones_bounds_lse(library: Any, size: float) -> None:
     assert (np.abs(library.numpy(lse) - truth.lse) <= allowed).all()
 
 
+@pytest.mark.thorough("jax")
 def test_a_query_row_with_a_tiny_gradient_has_a_bound(library: Any) -> None:
     """Products of such a gradient with the values vanish, and what is lost of them is bounded."""
     rng = np.random.default_rng(5)

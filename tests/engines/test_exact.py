@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import test_causal
+from cases import Call, assert_close, draw, run
 from reference import dense
-from test_attention import Call, assert_close, draw, run
 
 import tattn
 from tattn.backends import backend_of
@@ -43,6 +43,7 @@ def test_many_blocks_are_the_definition(
 
 @pytest.mark.parametrize("size", [1.0, 4.0], ids=["small scores", "large scores"])
 @pytest.mark.parametrize("window", [None, (2, 3)])
+@pytest.mark.grid
 def test_many_blocks_of_a_causal_call(library: Any, tiny: None, window: tuple[int, ...] | None, size: float) -> None:
     query, *rest = test_causal.draw(11, 2, masked=True)
     call = (query * size**3, *rest)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import Call, draw
 from numpy.polynomial.polynomial import polyval
 from reference import changed, dense, value_sizes
-from test_attention import Call, draw
 
 import tattn
 from tattn.state import summary as streaming
@@ -958,7 +958,7 @@ def test_tokens_that_do_not_fit() -> None:
 
 def example(name: str, *arguments: str) -> str:
     """What it prints, in a process of its own: it may limit its memory."""
-    program = Path(__file__).parent.parent / "examples" / name
+    program = Path(__file__).parents[2] / "examples" / name
     done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

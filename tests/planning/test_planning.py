@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from dataclasses import FrozenInstanceError
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,7 @@ def test_memory_stays_in_what_was_stated(shape: tuple[int, ...]) -> None:
     """That of the plan, for one problem and for many; as the operating system counts it."""
     script = """
 import resource, sys, numpy as np, tattn
+from reference import through_features
 def peak(): return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 def now(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 rng = np.random.default_rng(0)
@@ -259,8 +261,9 @@ def call(n, heads, dim, value_dim, degree):
     q, a, b = rng.random((3, heads, n, dim), dtype=np.float32)
     u, v, g = rng.random((3, heads, n, value_dim), dtype=np.float32)
     plan = tattn.plan(q, [a, b], [u, v], bound=1.0, degree=degree)
-    tattn.methods.Polynomial.by_scores = lambda *_: False  # nine rows have fewer scores than features
-    tattn.tensor_attention(q[:1, :9], [a[:1, :9], b[:1, :9]], [u[:1, :9], v[:1, :9]], plan=plan)
+    # Nine rows have fewer scores than features.
+    few = through_features(plan)
+    tattn.tensor_attention(q[:1, :9], [a[:1, :9], b[:1, :9]], [u[:1, :9], v[:1, :9]], plan=few)
     before = now()
     out, pullback = tattn.tensor_attention_vjp(q, [a, b], [u, v], plan=plan)
     forward = peak() - before - out.nbytes
@@ -270,7 +273,8 @@ def call(n, heads, dim, value_dim, degree):
 call(*map(int, sys.argv[1:]))
 """
     # Another thread would have buffers of its own.
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", script, *map(str, shape)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
     forward, gradient, stated = map(float, done.stdout.split())

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_products import CALLS, arguments
+from cases import CALLS, arguments
+from reference import score_by_score, through_features
 
 import tattn
 
@@ -19,7 +20,7 @@ check_grads = pytest.importorskip("jax.test_util").check_grads
 pytestmark = pytest.mark.libraries("jax")
 
 PLANS = {
-    "polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64"),
+    "polynomial": through_features(tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64")),
     "exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64"),
     "causal polynomial": tattn.plan_for(n=6, dim=3, bound=1.5, degree=5, dtype="float64", causal=True),
     "causal exact": tattn.plan_for(n=6, dim=3, bound=1.5, method="exact", dtype="float64", causal=True),
@@ -73,6 +74,7 @@ def test_vmap(plan: tattn.Plan, arrays: list[Any]) -> None:
             same(a[i], b)
 
 
+@pytest.mark.grid
 def test_second_derivatives(plan: tattn.Plan, arrays: list[Any]) -> None:
     of = loss(plan)
 
@@ -112,6 +114,7 @@ def test_traced_calls_say_what_they_need(arrays: list[Any]) -> None:
         jax.grad(lambda q: tattn.tensor_attention(q, [a, b], [u, v], plan=planned).sum())(q)
 
 
+@pytest.mark.grid
 def test_hessians(plan: tattn.Plan, arrays: list[Any]) -> None:
     """Forward over reverse: the adjoint has a forward mode."""
 
@@ -121,6 +124,7 @@ def test_hessians(plan: tattn.Plan, arrays: list[Any]) -> None:
     same(jax.hessian(of)(arrays[0]), jax.jacrev(jax.grad(of))(arrays[0]))
 
 
+@pytest.mark.grid
 def test_ranks_need_not_be_promoted_by_the_caller(plan: tattn.Plan, arrays: list[Any]) -> None:
     q, a, b, u, v = arrays
     mask = jnp.asarray([True, False, True, True, True])
@@ -220,6 +224,7 @@ def test_decoding_in_a_scan(arrays: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("call", list(CALLS))
+@pytest.mark.grid
 def test_products_differentiate_as_they_are(call: str) -> None:
     jax.config.update("jax_enable_x64", True)
     of = CALLS[call][0]
@@ -232,9 +237,9 @@ def test_products_differentiate_as_they_are(call: str) -> None:
     same(mapped[1], of(*(2 * a for a in given)))
 
 
-def test_transformations_score_by_score(scorewise: list[str]) -> None:
+def test_transformations_score_by_score() -> None:
     jax.config.update("jax_enable_x64", True)
-    plan = tattn.plan_for(n=5, dim=3, bound=1.0, degree=5, dtype="float64")
+    plan = score_by_score(tattn.plan_for(n=5, dim=3, bound=1.0, degree=5, dtype="float64"))
     x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 3)))
 
     def loss(x: Any) -> Any:
@@ -246,4 +251,3 @@ def test_transformations_score_by_score(scorewise: list[str]) -> None:
         step = 1e-6 * jnp.cos(jnp.arange(15.0).reshape(5, 3))
         slope = (loss(given + step) - loss(given - step)) / 2
         np.testing.assert_allclose((got * step).sum(), slope, rtol=1e-6)
-    assert scorewise
