@@ -12,10 +12,10 @@ from typing import Any
 import array_api_compat
 
 from .base import Array, Backend, lacks
-from .tables import memoized
 
 # A function of the name of a module, which stays what `from .kernels import …` imports from.
 from .compiled import Kernels, kernels
+from .tables import memoized
 
 __all__ = ["Array", "Backend", "Kernels", "backend_of", "kernels"]
 
