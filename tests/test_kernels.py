@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ SOURCE = Path(tattn.__file__).parents[1]
 def loops() -> Any:
     """The compiled loops, which only numba makes."""
     pytest.importorskip("numba")
-    return compiled._loaded()[0]
+    return compiled._loaded()[0].causal
 
 
 @pytest.fixture
@@ -327,12 +329,37 @@ def largest_ratio(plan: tattn.Plan, keys: Any, values: Any, grad: np.ndarray, go
     return max(float(np.max(np.abs(x - y) / a)) for (x, y), a in zip(pairs, allowed, strict=True))
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_sums_of_long_sequences_do_not_drift(views, used):
+    """Equal rows, which round alike: chunk after chunk, block after block, and in the sums of the gradients as well."""
+    n = 300_000
+    query, key, value = (np.full((n, 1), x, np.float32) for x in (0.1, 0.3, 0.7))
+    plan = tattn.plan_for(n=n, dim=1, bound=0.1, degree=4, order=views + 1, causal=True)
+    out, pullback = tattn.tensor_attention_vjp(query, [key] * views, [value] * views, plan=plan, causal=True)
+    exact = float(np.float32(0.7)) ** views
+    assert np.max(np.abs(out / exact - 1)) <= plan.error < 2e-5
+    _, _, dvalues = pullback(np.ones_like(out))
+    # Row j has 1/(i + 1) of every row i behind it.
+    behind = np.cumsum(1 / np.arange(n, 0, -1.0))[::-1] * exact / float(np.float32(0.7))
+    assert np.max(np.abs(dvalues[0][:, 0] / behind - 1)) <= plan.error
+
+
+def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):
+    """Each dtype has one version of it: others would be compiled while somebody waits."""
+    for leading in LEADING:
+        for dtype in ("float32", "float64"):
+            call = drawn(5, 2, dtype, leading)
+            computed(call, plan=plan_of(call))
+    assert len(loops.read.signatures) <= 2
+    assert len(loops.pull.signatures) <= 2
+
+
 def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     call = drawn(9, 1, "float64")
     found = kernels()
     assert found.on
-    assert found.operations == ("prefix_read", "prefix_pull")
-    assert str(found) == f"kernels: numba {found.version}: prefix_read, prefix_pull"
+    assert found.operations == ("prefix_read", "prefix_pull", "step")
+    assert str(found) == f"kernels: numba {found.version}: prefix_read, prefix_pull, step"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on
     assert str(kernels()) == "kernels: none: turned off by TATTN_KERNELS=0"
@@ -387,6 +414,101 @@ def test_without_a_folder_to_write_to_code_is_compiled_for_each_process(loops, m
     double = jit.compiled()(lambda x: 2 * x)
     assert double(2.0) == 4.0
     assert double.signatures
+
+
+def stream(state: tattn.DecodingState, call: dict[str, Any], **options: Any) -> tuple[list[Any], tattn.DecodingState]:
+    """Outputs and lse of all tokens, one after another, and the last state."""
+    found = []
+    for i in range(call["query"].shape[-2]):
+        at = (Ellipsis, slice(i, i + 1), slice(None))
+        rows = call["query"][at], [k[at] for k in call["keys"]], [v[at] for v in call["values"]]
+        (out, lse), state = state.step(*rows, return_lse=True, **options)
+        found += [out, lse]
+    return found, state
+
+
+@pytest.fixture
+def steps(loops: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tells of every token that compiled code computes."""
+    assert tattn.warm_up(("float32", "float64"))
+    told: list[str] = []
+    decoding = compiled._loaded()[0].decoding
+    monkeypatch.setattr(decoding, "read", noting(told, "step", decoding.read))
+    return told
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", ["one", "heads"])
+def test_tokens_are_what_array_operations_compute(dtype, views, leading, steps, monkeypatch):
+    call = drawn(20, views, dtype, leading, value_dim=4)
+    plan = plan_of(call)
+    found, state = stream(tattn.DecodingState(plan), call)
+    # The first is checked, and tells what the others are like.
+    assert len(steps) == (0 if views > 2 else 19)
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected, other = stream(tattn.DecodingState(plan), call)
+    assert len(steps) == (0 if views > 2 else 19)
+    tolerance = 1e-5 if dtype == "float32" else 1e-13
+    for x, y in zip([*found, *state.summary.sums], [*expected, *other.summary.sums], strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+    for x, y in zip(state.summary.rests, other.summary.rests, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def test_a_state_is_continued_in_several_ways_copied_and_pickled(steps):
+    call = drawn(8, 2, "float64")
+    _, state = stream(tattn.DecodingState(plan_of(call)), call)
+    kept = [x.copy() for x in (*state.summary.sums, *state.summary.rests)]
+    steps.clear()
+    first, _ = stream(state, call)
+    for again in (state, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        for x, y in zip(stream(again, call)[0], first, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert len(steps) == 4 * 8
+    for x, y in zip((*state.summary.sums, *state.summary.rests), kept, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_tokens_that_differ_from_the_one_before_are_checked(steps):
+    call = drawn(2, 2, "float64")
+    _, state = stream(tattn.DecodingState(plan_of(call)), call)
+    query, keys, values = call["query"][:1], [k[:1] for k in call["keys"]], [v[:1] for v in call["values"]]
+    steps.clear()
+    for wrong, error, message in (
+        ((query.astype("float32"), keys, values), TypeError, "query should have"),
+        ((query, keys[:1], values), ValueError, "keys should have one entry"),
+        ((query, keys, [values[0], values[1][:, :1]]), ValueError, "values.1. should have"),
+        ((query, keys, [values[0], None]), TypeError, "values.1. should be an array"),
+        ((call["query"], call["keys"], call["values"]), ValueError, "one row for the token"),
+    ):
+        with pytest.raises(error, match=message):
+            state.step(*wrong)
+    masked = state.step(query, keys, values, key_masks=[np.zeros(1, bool)] * 2)[1]
+    assert steps == []
+    np.testing.assert_array_equal(masked.summary.sums[0], state.summary.sums[0])
+    wide = state.step(np.stack([query] * 3), keys, values)[0]
+    assert steps == []
+    np.testing.assert_allclose(wide, np.stack([state.step(query, keys, values)[0]] * 3), rtol=1e-13)
+    assert steps == ["step"]
+
+
+def test_entries_without_numbers_and_normalisers_that_lost_their_sign_give_nan(steps, monkeypatch):
+    call = drawn(4, 2, "float32")
+    plan = plan_of(call, degree=3)
+    for place, value in (("query", np.nan), ("query", 1e30), ("keys", np.inf), ("values", np.inf), ("query", -40.0)):
+        spoiled = {name: _each(np.copy, x) for name, x in call.items()}
+        rows = spoiled[place] if place == "query" else spoiled[place][1]
+        rows[2] = value
+        steps.clear()
+        found, _ = stream(tattn.DecodingState(plan), spoiled)
+        assert len(steps) == 3
+        monkeypatch.setenv(compiled.SWITCH, "0")
+        expected, _ = stream(tattn.DecodingState(plan), spoiled)
+        monkeypatch.delenv(compiled.SWITCH)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 CALL = """
@@ -518,6 +640,20 @@ class TestTorch:
         assert used == ["read"] * 2
         for x in found:
             torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+    def test_tokens_are_computed_where_no_gradient_is_asked_for(self, torch, steps):
+        arrays = drawn(5, 2, "float64")
+        call = {name: _each(torch.from_numpy, x) for name, x in arrays.items()}
+        found, state = stream(tattn.DecodingState(plan_of(arrays)), call)
+        assert len(steps) == 4
+        for x, y in zip(found, stream(tattn.DecodingState(plan_of(arrays)), arrays)[0], strict=True):
+            np.testing.assert_allclose(x.numpy(), y, rtol=1e-12, atol=1e-12)
+        steps.clear()
+        call["keys"][0].requires_grad_()
+        out, _ = stream(state, call)
+        assert steps == []
+        out[-2].sum().backward()
+        assert call["keys"][0].grad is not None
 
     def test_narrow_dtypes_and_inference_mode(self, torch, used):
         arrays = drawn(40, 2, "float32")

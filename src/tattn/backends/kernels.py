@@ -10,6 +10,9 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys and all shares
+step           ``(token, query, keys, values, sums, rests)``, a `Token`, rows (..., 1, ·) of a token, and what two views at most
+               have been summed up to, (..., r, dv + 1), all with the same leading dimensions → output (..., 1, dv), lse
+               (..., 1), sums and rests with the token
 =============  =====================================================================================================
 
 A backend offers a kernel in `Backend.kernels`. It says for which arrays it is there, and how long its chains of additions are: a
@@ -22,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-OPERATIONS = ("moments", "prefix_read", "prefix_pull")
+OPERATIONS = ("moments", "prefix_read", "prefix_pull", "step")
 # Terms in a chain of additions of the array form.
 CHAIN = 128
 
@@ -30,13 +33,27 @@ CHAIN = 128
 class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 
-    ``takes`` gets what `moments` does, or the query, keys and values of a causal call.
+    ``takes`` gets what `moments` does, or query, keys and values, of a causal call or of a token.
     """
 
     operation: str
     function: Callable[..., Any]
     takes: Callable[..., bool]
     chain: int = CHAIN
+
+
+class Token(NamedTuple):
+    """What all tokens of a stream are computed with.
+
+    Weights w (r,) for each of dv + 1 columns, one after another (r (dv + 1),), and runs of monomials as in `Prefix`, both of
+    NumPy; factors of the channels of queries and keys, and the largest |entry| in these.
+    """
+
+    w: Any
+    runs: Any
+    of_query: float
+    of_keys: float
+    largest: float
 
 
 class Prefix(NamedTuple):

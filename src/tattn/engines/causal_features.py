@@ -58,7 +58,7 @@ from .spoiled import Columns, backward_apart, forward_apart
 _LARGEST = {"float32": 96, "float64": 900}
 # Rows of a block that a kernel takes, at most.
 _KERNEL_ROWS = 1 << 13
-_FEW_BLOCKS = 16
+_FEW_BLOCKS = 64
 
 
 class Start(NamedTuple):
@@ -141,12 +141,12 @@ def _prefix(setting: Setting, rows: Sequence[Array | None]) -> Prefix:
     shares = [
         with_ones(v, mask, dtype, backend) * share for v, mask, share in zip(values, masks, setting.shares, strict=True)
     ]
-    table = _runs(q.shape[-1], setting.degree, setting.grading)  # type: ignore[union-attr]
+    table = run_table(q.shape[-1], setting.degree, setting.grading)  # type: ignore[union-attr]
     return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares)
 
 
 @memoized
-def _runs(dim: int, degree: int, grading: Grading) -> np.ndarray:
+def run_table(dim: int, degree: int, grading: Grading) -> np.ndarray:
     """All runs of monomials, one after another, (count, 4)."""
     table = np.asarray([run for level in runs(dim, degree, grading) for run in level], dtype=np.int64)
     return table.reshape(-1, 4)

@@ -304,10 +304,12 @@ def weights(expansion: Expansion, like: Array, backend: Backend) -> Array:
     """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
     dtype = backend.compute_dtype(like.dtype)
     # By plain tuples, which torch.compile takes for constants.
-    return backend.table(_weights, expansion.coefficients, like.shape[-1], expansion.grading, like=like, dtype=dtype)
+    return backend.table(
+        weight_table, expansion.coefficients, like.shape[-1], expansion.grading, like=like, dtype=dtype
+    )
 
 
-def _weights(coefficients: tuple[float, ...], dim: int, grading: Grading) -> np.ndarray:
+def weight_table(coefficients: tuple[float, ...], dim: int, grading: Grading) -> np.ndarray:
     """The table of `weights`."""
     which = dim, len(coefficients) - 1, grading
     of_degree = np.asarray(coefficients)[degrees(*which)]

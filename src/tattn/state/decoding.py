@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..backends import Array, backend_of
+from ..backends.kernels import Token
+from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_kind
 from ..plans import Plan
 from .checks import check_same_plan, check_streams, checked_token
-from .summary import Summary, summarize
+from .summary import Summary, call_of, summarize
+from .sums import token_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +90,16 @@ class DecodingState:
 
         Notes
         -----
-        O(m r dv) time and memory, whatever the number of tokens before.
+        O(m r dv) time and memory, whatever the number of tokens before. Tokens like the one before are computed by
+        compiled code where there is some, for two views at most.
         """
         checked_flags(return_lse=return_lse)
+        known: _Known | None = vars(self).get("_known")
+        if known is not None and key_masks is None:
+            stepped = known.step(self, query, keys, values)
+            if stepped is not None:
+                out, lse, state = stepped
+                return ((out, lse) if return_lse else out), state
         check_streams(self.plan)
         checked_token(query, keys)
         if self.summary is None:
@@ -98,4 +108,58 @@ class DecodingState:
             checked_kind("summary", self.summary, Summary, "a tattn.Summary or None")
             check_same_plan(self.plan, self.summary.plan)
             summary = self.summary.update(keys, values, key_masks)
-        return summary.attend(query, return_lse=return_lse), DecodingState(self.plan, summary)
+        state = DecodingState(self.plan, summary)
+        found = summary.attend(query, return_lse=return_lse)
+        known = _Known.of(self.plan, summary, query, keys, values)
+        if known is not None:
+            # Not a field: nothing of it is part of the state.
+            object.__setattr__(state, "_known", known)
+        return found, state
+
+
+class _Known(NamedTuple):
+    """What is known of a stream by a token that was checked: what its arrays are like, and what a kernel computes the next with."""
+
+    token: Token
+    chain: int
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, plan: Plan, summary: Summary, query: Array, keys: Sequence[Array], values: Sequence[Array]
+    ) -> _Known | None:
+        """None where no kernel serves such tokens."""
+        backend, call, dtype = backend_of(query), call_of(plan), computed_in(plan.dtype)
+        if backend is None or not backend.reads or plan.dtype != dtype or call.views > 2:
+            return None
+        leading = tuple(query.shape[:-2])
+        if any(tuple(x.shape[:-2]) != leading for x in (*keys, *values, *summary.sums, *summary.rests)):
+            return None
+        token = token_of(call, plan.dim, values[0].shape[-1] + 1, dtype)
+        return cls(token, call.chain, _kind(query, keys, values))
+
+    def step(
+        self, state: DecodingState, query: Array, keys: Sequence[Array], values: Sequence[Array]
+    ) -> tuple[Array, Array, DecodingState] | None:
+        """Output, lse and the state after a token like the one before; None for another."""
+        summary = state.summary
+        if summary is None or not isinstance(keys, (list, tuple)) or not isinstance(values, (list, tuple)):
+            return None
+        backend = backend_of(query)
+        if backend is None or _kind(query, keys, values) != self.kind:
+            return None
+        backend = backend.for_arrays((query, *keys, *values, *summary.sums)).within(self.chain)
+        kernel = backend.kernel("step", query, *keys, *values)
+        if kernel is None:
+            return None
+        out, lse, sums, rests = kernel(self.token, query, keys, values, summary.sums, summary.rests)
+        after = DecodingState(state.plan, Summary(summary.plan, tuple(sums), tuple(rests)))
+        object.__setattr__(after, "_known", self)
+        return out, lse, after
+
+
+def _kind(query: Array, keys: Sequence[Array], values: Sequence[Array]) -> tuple[Any, ...]:
+    """What arrays of a token have to have in common with those of another to be as good as those."""
+    return len(keys), *(
+        (type(x), getattr(x, "dtype", None), getattr(x, "shape", None)) for x in (query, *keys, *values)
+    )

@@ -27,9 +27,12 @@ from functools import partial
 from math import log, log2
 from typing import NamedTuple
 
+import numpy as np
+
 from ..arrays import in_parts, sum_of, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN
+from ..backends.kernels import CHAIN, Token
+from ..backends.tables import memoized
 from ..engines import causal_features
 from ..engines.features import (
     key_adjoint,
@@ -38,6 +41,7 @@ from ..engines.features import (
     query_adjoint,
     read_out,
     summed_rows,
+    weight_table,
     weights,
 )
 from ..features.balance import prod_in_range
@@ -68,6 +72,17 @@ def units(call: SumCall) -> tuple[float, float]:
 def largest(call: SumCall, dtype: str) -> float:
     """The largest |entry|, times its unit, that is computed with: m of them to the power g times what underflows is below eps."""
     return float(2.0 ** (_RANGE[dtype] / (call.views * call.expansion.degree)))
+
+
+@memoized
+def token_of(call: SumCall, dim: int, columns: int, dtype: str) -> Token:
+    """What kernels compute a token with."""
+    expansion = call.expansion
+    w = np.repeat(weight_table(expansion.coefficients, dim, expansion.grading), columns).astype(dtype)
+    of_query, of_keys = units(call)
+    return Token(
+        w, causal_features.run_table(dim, expansion.degree, expansion.grading), of_query, of_keys, largest(call, dtype)
+    )
 
 
 def sum_rows(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:

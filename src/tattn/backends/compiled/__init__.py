@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from ..kernels import Kernel, Prefix
+from ..kernels import Kernel, Prefix, Token
 from ..threads import MOST_THREADS
 
 Array = Any
-OPERATIONS = ("prefix_read", "prefix_pull")
+OPERATIONS = ("prefix_read", "prefix_pull", "step")
 # Switches kernels off where it is "0".
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
@@ -113,13 +114,13 @@ def _loaded() -> tuple[Any, str]:
         version = str(numba.__version__)
         if tuple(map(int, version.split(".")[:2])) < _OLDEST:
             return None, f"numba should be {'.'.join(map(str, _OLDEST))} or newer, got {version}"
-        from . import causal
+        from . import causal, decoding
     except ModuleNotFoundError as error:
         return None, "numba is not installed" if error.name == "numba" else _told(error)
     except Exception as error:
         # A library that cannot be used may raise anything.
         return None, _told(error)
-    return causal, ""
+    return SimpleNamespace(causal=causal, decoding=decoding), ""
 
 
 # What operations raised for a dtype when they were tried.
@@ -135,6 +136,9 @@ def _fails(operation: str, dtype: str) -> bool:
         zero = [(np.zeros_like(ones), np.zeros_like(ones))]
         if operation == "prefix_read":
             found = prefix_read(block, zero, _alone)[1]
+        elif operation == "step":
+            sums = [np.zeros((1, 1, 2), dtype)]
+            found = step(Token(np.ones(2, dtype), block.runs, 1.0, 1.0, 1.0), ones, [ones], [ones], sums, sums)[0]
         else:
             found = prefix_pull(block, [zero[0][0]], zero, ones, _alone)[1][2][0]
         if found != 1:
@@ -188,16 +192,19 @@ def kernels_for(
         rows = Prefix(values(block.w), block.runs, *as_numpy(block[2:]))
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
-    functions: tuple[Callable[..., Any], ...] = (prefix_read, prefix_pull)
+    def run_step(token: Token, *given: Any) -> Any:
+        return back(step(token, *as_numpy(given)))
+
+    functions: tuple[Callable[..., Any], ...] = (partial(run, prefix_read), partial(run, prefix_pull), run_step)
     return tuple(
-        Kernel(operation, partial(run, function), partial(taken, operation))
+        Kernel(operation, function, partial(taken, operation))
         for operation, function in zip(OPERATIONS, functions, strict=True)
     )
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., None]) -> Any:
     """The operation `prefix_read` for NumPy arrays."""
-    loops = _loaded()[0]
+    loops = _loaded()[0].causal
     problems = _Problems(block, [total for total, _ in sums])
     total, lost = problems.views([s for s, _ in sums]), problems.views([s for _, s in sums])
     out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
@@ -217,7 +224,7 @@ def prefix_pull(
     spread: Callable[..., None],
 ) -> Any:
     """The operation `prefix_pull` for NumPy arrays."""
-    loops = _loaded()[0]
+    loops = _loaded()[0].causal
     problems = _Problems(block, starts, upstream)
     total = problems.views(starts)
     after, missed = problems.views([s for s, _ in behind]), problems.views([s for _, s in behind])
@@ -233,6 +240,46 @@ def prefix_pull(
     return problems.of_views(after, missed, [s for s, _ in behind]), gradients
 
 
+def step(
+    token: Token,
+    query: np.ndarray,
+    keys: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    sums: Sequence[np.ndarray],
+    rests: Sequence[np.ndarray],
+) -> Any:
+    """The operation `step` for NumPy arrays."""
+    loops = _loaded()[0].decoding
+    *leading, _, dim = query.shape
+    problems, dtype, (r, columns) = prod(leading), query.dtype, sums[0].shape[-2:]
+    shape, size = sums[0].shape, r * columns
+    combined, powers = np.empty((problems, size), dtype), np.zeros(problems)
+    combined[...] = token.w
+    phi, term, room = np.empty(r, dtype), np.empty(size, dtype), np.empty((2, columns), dtype)
+    kind = dtype.type
+    of_keys, most = kind(token.of_keys), kind(token.largest)
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for k, v, total, rest in zip(keys, values, sums, rests, strict=True):
+        new = np.empty((2, problems, size), dtype)
+        # Copies, since compiled code tells arrays that may not be written to from others.
+        loops.take_in(
+            np.array(k).reshape(problems, dim), np.array(v).reshape(problems, -1), of_keys, most, token.runs, phi, term,
+            _writable(total).reshape(problems, size), _writable(rest).reshape(problems, size), new[0], new[1], combined, powers,
+        )  # fmt: skip
+        for of_kind, x in zip(found, new, strict=True):
+            of_kind.append(x.reshape(shape))
+    out, lse = np.empty((problems, columns - 1), dtype), np.empty((problems, 1), dtype)
+    q = np.array(query).reshape(problems, dim)
+    of_query = kind(token.of_query)
+    loops.read(q, of_query, most, token.runs, phi, combined, powers, room[0], room[1], out, lse)
+    return out.reshape(*leading, 1, -1), lse.reshape(*leading, 1), *found
+
+
+def _writable(x: np.ndarray) -> np.ndarray:
+    """The array, contiguous and such that it may be written to, which it is not."""
+    return x if x.flags.c_contiguous and x.flags.writeable else x.copy()
+
+
 class _Problems:
     """The rows of a block with one leading dimension, that of the problems, copied where arrays broadcast."""
 
@@ -244,8 +291,9 @@ class _Problems:
 
     def together(self, x: np.ndarray) -> np.ndarray:
         """(..., n, k) → (P, n, k)."""
-        x = np.broadcast_to(x, (*self.leading, *x.shape[-2:]))
-        return np.ascontiguousarray(x.reshape(prod(self.leading), *x.shape[-2:]))
+        if x.shape[:-2] != self.leading:
+            x = np.broadcast_to(x, (*self.leading, *x.shape[-2:]))
+        return _writable(x.reshape(prod(self.leading), *x.shape[-2:]))
 
     def views(self, xs: Sequence[np.ndarray]) -> np.ndarray:
         """(..., n, k) for every view → (P, m, n, k), a copy."""
