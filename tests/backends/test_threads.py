@@ -111,6 +111,7 @@ CALLS = pytest.mark.parametrize(
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @CALLS
 @pytest.mark.libraries("numpy", "torch")
+@pytest.mark.grid("torch")
 def test_the_numbers_are_those_of_one_thread(
     library: Any,
     backend: Backend,
@@ -148,6 +149,7 @@ def test_the_numbers_are_those_of_one_thread(
     ids=str,
 )
 @pytest.mark.libraries("numpy", "torch")
+@pytest.mark.grid("torch")
 def test_any_call(
     library: Any,
     backend: Backend,

@@ -72,12 +72,14 @@ def same(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.grid("torch")
 def test_first_and_second_derivatives(plan: tattn.Plan, tensors: list[Any]) -> None:
     both = attend(plan, return_lse=True)
     assert torch.autograd.gradcheck(both, tensors)
     assert torch.autograd.gradgradcheck(both, tensors)
 
 
+@pytest.mark.grid("torch")
 def test_with_masks_and_shared_keys(plan: tattn.Plan, tensors: list[Any]) -> None:
     q, a, b, u, v = tensors
     mask = torch.tensor([True, False, True, True, False], device=q.device)

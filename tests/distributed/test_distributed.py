@@ -32,7 +32,7 @@ def launch(script: str, processes: int, *options: str, **environment: str) -> st
     return done.stdout
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("processes", [*(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2, 4)), 3])
 def test_shards_are_the_whole(processes: int) -> None:
     """Output, lse, all gradients and second derivatives, plans from data, bytes that travel, compiled and not."""
     printed = launch("equality.py", processes)
@@ -107,7 +107,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
         tattn.distributed.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("options", [(), ("--causal",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--causal",), marks=pytest.mark.thorough)])
 def test_the_example(options: tuple[str, ...]) -> None:
     examples = Path(__file__).parents[2] / "examples"
     assert "the same" in launch(str(examples / "sequence_parallel.py"), 2, *options)

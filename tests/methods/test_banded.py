@@ -397,6 +397,7 @@ def test_a_plan_with_more_bands_than_rows_is_refused() -> None:
 
 
 @pytest.mark.libraries("torch")
+@pytest.mark.thorough
 def test_torch_transformations() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
