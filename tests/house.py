@@ -33,7 +33,7 @@ EXCEPTIONS = {
     "nn.operator._": _OPERATOR,
     "distributed.operator._forward": _OPERATOR,
     "distributed.operator._backward": _OPERATOR,
-    "backends.compiled.causal": _LOOP,
+    "backends.compiled": _LOOP,
 }
 
 
