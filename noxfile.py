@@ -9,7 +9,17 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "tests", "doctest", "libraries", "conformance", "distributed", "types", "docs"]
+nox.options.sessions = [
+    "lint",
+    "tests",
+    "doctest",
+    "libraries",
+    "kernels",
+    "conformance",
+    "distributed",
+    "types",
+    "docs",
+]
 
 # One version for all sessions; what runs on a GPU asks for no version.
 TORCH = "torch==2.13.0"
@@ -32,7 +42,13 @@ COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # A worker that has nothing left to do takes tests from another.
 SPREAD = ("-n", "auto", "--dist", "worksteal")
 # Sessions of their own, or part of one.
-ELSEWHERE = ("--ignore=tests/test_conformance.py", "--ignore=tests/distributed")
+ELSEWHERE = (
+    "--ignore=tests/test_conformance.py",
+    "--ignore=tests/distributed",
+    "--ignore=tests/backends/test_kernels.py",
+)
+# What compiled code computes.
+COMPILED = ("tests/engines/test_causal.py", "tests/engines/test_spoiled.py", "tests/state")
 SEES_A_GPU = """
 import sys, cupy, jax, torch
 seen = {"torch": torch.cuda.is_available(), "CuPy": cupy.cuda.is_available(), "JAX": jax.default_backend() == "gpu"}
@@ -61,7 +77,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def everything(session: nox.Session) -> None:
     """The environment of the sessions that need more than NumPy."""
-    install(session, "-e", ".[dask]", *TEST, *DEMO, *DOCS, *LIBRARIES, ZARR, "mypy>=1.15")
+    install(session, "-e", ".[dask,fast]", *TEST, *DEMO, *DOCS, *LIBRARIES, ZARR, "mypy>=1.15")
     install(session, "--no-deps", MODEL)
 
 
@@ -84,6 +100,13 @@ def libraries(session: nox.Session, library: str) -> None:
 
 
 @nox.session(venv_backend="none", requires=["everything"])
+def kernels(session: nox.Session) -> None:
+    """Compiled code, and NumPy's tests of what it computes; without numba these are part of `tests`."""
+    run(session, "pytest", *SPREAD, "tests/backends/test_kernels.py", *session.posargs)
+    run(session, "pytest", *SPREAD, "--library=numpy", *COMPILED, *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
 def conformance(session: nox.Session) -> None:
     """The same numbers from all libraries, side by side in one process."""
     run(session, "pytest", *SPREAD, "tests/test_conformance.py", *session.posargs)
@@ -100,6 +123,7 @@ def thorough(session: nox.Session) -> None:
     """What all of these leave out for its time: further draws, further cases of JAX, half an hour."""
     for library in ("numpy", "strict", "torch", "jax"):
         run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
+    run(session, "pytest", *SPREAD, "--library=torch", *COMPILED, env={"TATTN_KERNELS": "0"})
     run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
     run(session, "pytest", "--rest", "tests/distributed")
 
