@@ -26,6 +26,12 @@ from tattn.features.monomials import features
 SOURCE = Path(tattn.__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment of the tests says."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+
+
 @pytest.fixture
 def loops() -> Any:
     """The compiled loops, which only numba makes."""
