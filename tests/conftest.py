@@ -145,6 +145,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "test_torch",
         "test_distributed",
         "test_jax",
+        "test_kernels",
         "test_nn_torch",
         "test_nn_jax",
         "test_checks",
