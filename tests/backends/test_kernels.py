@@ -26,6 +26,12 @@ from tattn.features.monomials import features
 SOURCE = Path(tattn.__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment of the tests says."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+
+
 @pytest.fixture
 def loops() -> Any:
     """The compiled loops, which only numba makes."""
@@ -349,7 +355,11 @@ def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):
     for leading in LEADING:
         for dtype in ("float32", "float64"):
             call = drawn(5, 2, dtype, leading)
-            computed(call, plan=plan_of(call))
+            plan = plan_of(call)
+            computed(call, plan=plan)
+            # Views of what broadcasts may not be written to.
+            keys = [k[None] for k in call["keys"]]
+            tattn.tensor_attention(call["query"], keys, call["values"], plan=plan, causal=True)
     assert len(loops.read.signatures) <= 2
     assert len(loops.pull.signatures) <= 2
 
@@ -497,7 +507,9 @@ def test_tokens_that_differ_from_the_one_before_are_checked(steps):
 def test_entries_without_numbers_and_normalisers_that_lost_their_sign_give_nan(steps, monkeypatch):
     call = drawn(4, 2, "float32")
     plan = plan_of(call, degree=3)
-    for place, value in (("query", np.nan), ("query", 1e30), ("keys", np.inf), ("values", np.inf), ("query", -40.0)):
+    # Where monomials overflow, and where they do not yet; of either sign, or the normaliser loses its own.
+    queries = [("query", x) for x in (np.nan, 1e30, 1e6, -1e6, -40.0)]
+    for place, value in (*queries, ("keys", np.inf), ("keys", 1e6), ("values", np.inf)):
         spoiled = {name: _each(np.copy, x) for name, x in call.items()}
         rows = spoiled[place] if place == "query" else spoiled[place][1]
         rows[2] = value

@@ -231,6 +231,14 @@ def in_a_new_thread(backend: Backend) -> int:
     return found[0]
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A program that a shell starts in the background ignores interrupts, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.libraries("numpy", "torch")
 def test_an_interrupted_call_waits_for_its_threads(library: Any, backend: Backend, shared: list[int]) -> None:
     """Ctrl-C, several times: a call ends when its threads have, which is early, and limits are put back then."""
