@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .backends.kernels import CHAIN
+from .backends.operations import CHAIN
 from .operands import EVERY_ROW, Order
 
 
@@ -13,7 +13,7 @@ from .operands import EVERY_ROW, Order
 class Problem:
     """A call in numbers: lengths (n, n_1, …, n_m), and the batch, the number of such problems side by side.
 
-    `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.kernels`).
+    `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.operations`).
     """
 
     views: int

@@ -18,8 +18,8 @@ from reference import Dense, dense, value_sizes
 
 import tattn
 from tattn.backends import compiled, kernels
-from tattn.backends.kernels import CHAIN, Kernel
 from tattn.backends.numpy import BACKEND
+from tattn.backends.operations import CHAIN, Kernel
 from tattn.engines import causal_features
 from tattn.features.monomials import features
 

@@ -14,8 +14,6 @@ from typing import Any
 import array_api_compat
 
 from .base import Array, Backend, lacks
-
-# A function of the name of a module, which stays what `from .kernels import …` imports from.
 from .compiled import Kernels, kernels
 from .tables import memoized
 

@@ -16,7 +16,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from .kernels import CHAIN, Kernel
+from .operations import CHAIN, Kernel
 from .tables import Tables, memoized
 from .threads import MOST_THREADS, SHARING, Memory
 
@@ -61,7 +61,7 @@ class Backend:
     reads : bool
         Whether values can be read at once: they are on the host, and nothing records or traces the call.
     kernels : tuple of Kernel
-        Compiled code for named operations (`tattn.backends.kernels`).
+        Compiled code for named operations (`tattn.backends.operations`).
     """
 
     name = "array API"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from math import exp, inf, prod, sqrt
 from typing import NamedTuple
 
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..features.basis import FEW_CHAINS
 from ..problem import Problem
 

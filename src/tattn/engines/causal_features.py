@@ -28,7 +28,7 @@ import numpy as np
 
 from ..arrays import clean, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN, Prefix
+from ..backends.operations import CHAIN, Prefix
 from ..backends.tables import memoized
 from ..features.balance import balanced_values, with_one, with_powers
 from ..features.basis import Basis

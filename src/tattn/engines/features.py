@@ -27,7 +27,7 @@ import numpy as np
 from ..arrays import broadcast_leading, clean, sum_to_leading, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..features.balance import balanced_values, prod_in_range, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.monomials import Expansion, Grading, Monomials, degrees, multinomials, rank

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import row_products
 from ..features.scaling import channel_units

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..arrays import broadcast_leading, swap_outer, transposed
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..backends.tables import memoized
 from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..approximation.exponential import DEFAULT_GRID
 from ..arrays import broadcast_leading, clean, gather_rows, prod_of, with_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..bounds.rounding import LAMBDA, UNIT, chains
 from ..engines.features import block_of, channels, divided, summed_products, with_ones
 from ..features.basis import Basis

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from ..arrays import in_parts, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..operands import EVERY_ROW, Attended, Gradients, Operands, Order, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 from .gradient_bounds import told_error as told_of_values

@@ -22,7 +22,7 @@ from ..approximation.exponential import Polynomial
 from ..arrays import broadcast_leading, channel_pairs, in_parts, with_leading
 from ..backends import Array, Backend
 from ..backends.base import block_rows
-from ..backends.kernels import CHAIN
+from ..backends.operations import CHAIN
 from ..bounds.rounding import UNIT, chains, computed_in
 from ..engines.features import add, channels, weights, with_ones, zero_sum
 from ..features.basis import FEW_CHAINS, read, row_products

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..backends import Array, backend_of
-from ..backends.kernels import Token
+from ..backends.operations import Token
 from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_kind
 from ..plans import Plan

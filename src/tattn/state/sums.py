@@ -31,7 +31,7 @@ import numpy as np
 
 from ..arrays import in_parts, sum_of, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.kernels import CHAIN, Token
+from ..backends.operations import CHAIN, Token
 from ..backends.tables import memoized
 from ..engines import causal_features
 from ..engines.features import (

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import Kernel, Prefix, Token
+from ..operations import Kernel, Prefix, Token
 from ..threads import MOST_THREADS
 
 Array = Any
