@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from torch.utils._device import DeviceContext
 
 from . import compiled
 from .base import MOST_POWER, Array, Backend, powers_of_two
@@ -244,7 +245,12 @@ def _watched() -> bool:
 
 def _plain(*tensors: Array) -> bool:
     """Whether tensors of this thread's eager mode are nothing but numbers in memory."""
-    return not _watched() and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return False
+    # A default device only says where new tensors go.
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    watched = any(type(mode) is not DeviceContext for mode in modes)
+    return not watched and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _needs_gradient(array: Array | None) -> bool:
