@@ -609,6 +609,15 @@ class TestTorch:
             tolerance = 1e-5 if dtype == "float32" else 1e-13
             np.testing.assert_allclose(x.numpy(), y, rtol=tolerance, atol=tolerance * np.abs(y).max())
 
+    def test_a_default_device_changes_nothing(self, torch, used):
+        call, plan = self.call(torch), plan_of(drawn(70, 2, "float64", "shared", masked=True))
+        expected = computed(call, plan=plan)
+        used.clear()
+        with torch.device("meta"):
+            found = computed(call, plan=plan)
+        assert set(used) == {"read", "pull"}
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
     def test_autograd_and_gradients_of_gradients(self, torch, used):
         arrays = drawn(6, 2, "float64", masked=True)
         call = {name: _each(torch.from_numpy, x) for name, x in arrays.items()}
