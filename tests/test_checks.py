@@ -120,8 +120,8 @@ ARRAY_CASES = [
     case("None", TypeError, "keys", "list or tuple", "None", keys=None),
     case("none", ValueError, "keys", "at least one array", "none", keys=[]),
     case("none", ValueError, "values", "at least one array", "none", values=[]),
-    case("fewer", ValueError, "keys and values", "as many", "2 keys and 1 values", values=[U]),
-    case("more", ValueError, "keys and values", "as many", "2 keys and 3 values", values=[U] * 3),
+    case("fewer", ValueError, "keys and values", "the same number of arrays", "2 keys and 1 values", values=[U]),
+    case("more", ValueError, "keys and values", "the same number of arrays", "2 keys and 3 values", values=[U] * 3),
     # Dtypes.
     case("int", TypeError, "query", "dtype of .*float32, float64", "int64", query=Q.astype(np.int64)),
     case("complex", TypeError, "query", "dtype of .*float64", "complex128", query=Q.astype(complex)),
@@ -553,7 +553,7 @@ def test_what_belongs_to_a_polynomial_alone(no_forward):
     message = "^series belongs to the polynomial method, got 'taylor' with method 'exact'"
     refuse(tattn.plan, ValueError, message, **ARRAYS, series="taylor", method="exact")
     refuse(tattn.plan_for, ValueError, message, **NUMBERS_ALONE, series="taylor", method="exact")
-    message = "^bound='estimated' .* has no use with method 'exact'"
+    message = "^bound='estimated' .* cannot be combined with method 'exact'"
     refuse(tattn.plan, ValueError, message, **ARRAYS, bound="estimated", method="exact")
 
 
@@ -799,7 +799,7 @@ def test_a_data_plan_in_a_traced_call(traced, bound, request):
 
 @pytest.mark.parametrize("bound", [None, "estimated"])
 def test_planning_in_a_traced_call(traced, bound, nothing_read):
-    message = "^the arrays are traced and their range cannot be read: give a bound of your own, bound="
+    message = "^the arrays are traced and their range cannot be read: give a bound that you promise, bound="
     refuse(traced, tattn.PlanError, message, lambda *arrays: tattn.plan(*arrays, bound=bound))
 
 

@@ -236,7 +236,7 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
         return work_of(inputs, plan, certify)
     if inputs.traced and method != "exact" and inputs.order.window is None:
         raise PlanError(
-            "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound of your own, "
+            "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound that you promise, "
             "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
         )
     if inputs.traced:

@@ -83,7 +83,9 @@ def checked_inputs(
     else:
         values = checked_sequence("values", values)
         if len(keys) != len(values):
-            raise ValueError(f"keys and values should be as many, got {len(keys)} keys and {len(values)} values")
+            raise ValueError(
+                f"keys and values should have the same number of arrays, got {len(keys)} keys and {len(values)} values"
+            )
     if key_masks is None:
         masks: tuple[Any, ...] = (None,) * len(keys)
     else:

@@ -359,7 +359,7 @@ class Plan:
             ("gradient error", f"{at_most(self.grad_error)}, {word}" if isfinite(self.grad_error) else unknown),
             ("scale", f"{self.scale:.6g}"),
             ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
-            ("rows", size + (f", {self.leading} side by side" if self.leading > 1 else "")),
+            ("rows", size + (f", batch of {self.leading}" if self.leading > 1 else "")),
             ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
             *(
                 [("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B")]

@@ -288,11 +288,11 @@ class TestSmallest:
 
     def test_degrees_that_take_minutes_are_refused(self):
         for function in (minimax, taylor, lambda degree, bound: crowded(degree, 2, bound)):
-            with pytest.raises(ValueError, match=r"^degree must be at most 100, got 101$"):
+            with pytest.raises(ValueError, match=r"^degree should be at most 100, got 101$"):
                 function(101, 1.0)
-        with pytest.raises(ValueError, match=r"^degree must be at most 2048, got 2049$"):
+        with pytest.raises(ValueError, match=r"^degree should be at most 2048, got 2049$"):
             least_error(2049, 1.0)
-        with pytest.raises(ValueError, match=r"^max_degree must be at most 100, got 101$"):
+        with pytest.raises(ValueError, match=r"^max_degree should be at most 100, got 101$"):
             smallest(1.0, lambda _: False, max_degree=101)
         with pytest.raises(ValueError, match=r"at most 101, got 102$"):
             exponential.errors([1.0] * 102, 1.0)

@@ -199,7 +199,7 @@ MEASURED = tattn.plan(N + 0.1, [N + 0.1] * 2, degree=3)
         (ValueError, r"^key_masks\[0\] should have shape \(..., 6\)", {"key_masks": [da.ones(5, dtype=bool), None]}),
         (ValueError, r"^query should have blocks of known sizes, .*compute_chunk_sizes", {"query": Q[Q[:, 0] > 0]}),
         (ValueError, r"^split_every should be at least 2, got 1", {"split_every": 1}),
-        (ValueError, r"^bound has no use with a plan", {"bound": 1.0}),
+        (ValueError, r"^bound cannot be combined with a plan", {"bound": 1.0}),
         (tattn.PlanError, r"^a call on Dask arrays reads no values, so it needs a plan", {"plan": None}),
         (tattn.PlanError, r"^plan should be of the polynomial method", {"plan": FEW}),
         (tattn.PlanError, r"^plan was made for dim 2, the call has dim 3", {"plan": NARROW}),

@@ -116,7 +116,7 @@ def test_polynomial_is_the_definition_with_its_polynomial(
 def test_views_that_problems_share(
     library: Any, leading: tuple[tuple[int, ...], ...], views: int, masked: bool
 ) -> None:
-    """More rows than a span has: gradients of what is shared count each problem once."""
+    """More rows than a chunk has: gradients of what is shared count each problem once."""
     call = draw(40, views, masked=masked, leading=leading)
     if leading[0] == ():
         call = (*call[:4], *(np.broadcast_to(g, (3, *g.shape)).copy() for g in call[4:]))

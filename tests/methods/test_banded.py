@@ -379,7 +379,7 @@ def test_bands_cover_the_rows() -> None:
         ({"moment": 3}, "moment should be even, got 3"),
         ({"moment": 4, "degree": 3}, "moment should be at most the degree 3"),
         ({"degree": 300}, "degree should be at most 100, got 300"),
-        ({"bound": 1.0}, "bound has no use with series 'banded'"),
+        ({"bound": 1.0}, "bound cannot be combined with series 'banded'"),
         ({"method": "exact"}, "series 'banded' belongs to the polynomial method"),
     ],
 )

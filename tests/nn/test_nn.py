@@ -464,9 +464,9 @@ def test_a_plan_that_cannot_be_says_what_could(changes: dict[str, Any], message:
     with pytest.raises(tattn.PlanError, match=message) as caught:
         small.plan()
     text = str(caught.value)
-    assert "What would do: " in text and text.endswith("or method='exact'") and "\n" not in text
+    assert "Alternatives: " in text and text.endswith("or method='exact'") and "\n" not in text
     # What is advised holds.
-    for advice in text.partition("What would do: ")[2].split("), "):
+    for advice in text.partition("Alternatives: ")[2].split("), "):
         name, _, value = advice.partition(" ")[0].partition("=")
         if name in ("head_dim", "bound", "degree"):
             number = float(value) if name == "bound" else int(value)
@@ -511,7 +511,7 @@ def test_layers_of_many_views() -> None:
     with pytest.raises(ValueError, match=r"^embed_dim should be at most 9,.* got about 10\^400$"):
         AttentionConfig(10**400, 1)
     with pytest.raises(
-        tattn.PlanError, match=r"cannot be built: degree should be at most 100, got 2000\. What would do"
+        tattn.PlanError, match=r"cannot be built: degree should be at most 100, got 2000\. Alternatives"
     ):
         AttentionConfig(1, 1, degree=2000).plan()
 

@@ -336,7 +336,7 @@ def test_an_estimate_for_more_channels_than_any_basis_has_is_exact() -> None:
 
 def test_what_an_estimate_does_not_go_with() -> None:
     query, keys, values = draw()
-    with pytest.raises(ValueError, match="series has no use with bound='estimated'"):
+    with pytest.raises(ValueError, match="series cannot be combined with bound='estimated'"):
         tattn.plan(query, keys, values, bound="estimated", series="taylor")
     keys[0][3, 1] = np.nan
     with pytest.raises(ValueError, match=r"keys\[0\] should hold finite numbers, got NaN"):

@@ -222,7 +222,7 @@ def smallest(
     """
     bound = _checked("max_degree", max_degree, bound, most=MAX_DEGREE)
     if series not in ("minimax", "taylor"):
-        raise ValueError(f"series must be 'minimax' or 'taylor', got {series!r}")
+        raise ValueError(f"series should be 'minimax' or 'taylor', got {series!r}")
     for degree in range(max_degree + 1):
         least = _least_error(degree, bound), _least_error(degree - 1, bound)
         if accept(Polynomial((0.0,) * (degree + 1), bound, *least)):
@@ -258,7 +258,7 @@ def crowded(degree: int, moment: int, bound: float) -> CrowdedPolynomial:
     ((1.0, 1.0), 0.175)
     """
     if moment < 2 or moment % 2:
-        raise ValueError(f"moment must be even and at least 2, got {moment}")
+        raise ValueError(f"moment should be even and at least 2, got {moment}")
     bound = _checked("degree", degree, bound, least=moment, most=MAX_DEGREE)
     coefficients = _taylor(degree)
     kappa = kappa_prime = math.inf
@@ -292,11 +292,11 @@ def crowded_table(degree: int, moment: int, grid: tuple[float, ...] = DEFAULT_GR
 def _checked(name: str, count: int, bound: float, *, least: int = 0, most: int) -> float:
     """Return the bound in use; ValueError names what is out of range."""
     if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
+        raise ValueError(f"{name} should be at least {least}, got {count}")
     if count > most:
-        raise ValueError(f"{name} must be at most {most}, got {count}")
+        raise ValueError(f"{name} should be at most {most}, got {count}")
     if not 0 <= bound < math.inf:
-        raise ValueError(f"bound must be finite and not negative, got {bound}")
+        raise ValueError(f"bound should be finite and not negative, got {bound}")
     return max(float(bound), _LEAST)
 
 

@@ -34,15 +34,15 @@ def computed_in(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def chains(views: int, others: float, span: int = 0, chain: int = CHAIN) -> float:
-    """Units that sums over the rows of so many views lose, and so many `others` additions; with prefixes in spans, if any.
+def chains(views: int, others: float, chunk: int = 0, chain: int = CHAIN) -> float:
+    """Units that sums over the rows of so many views lose, and so many `others` additions; with prefixes in chunks, if any.
 
     `chain`: terms that are added one after the other, at most.
     """
-    # A chain, and what adds up chains in a block. Prefixes: two chains in a span, one over the spans of a block and a few single
+    # A chain, and what adds up chains in a block. Prefixes: two chains in a chunk, one over the chunks of a block and a few single
     # additions; where terms are equal, those of a prefix and those of rows that all see lose as much as the worse of the two.
-    apart = chain + FEW_CHAINS + (chain + 3 * span if span else 0)
-    alike = chain + max(FEW_CHAINS, 3 * span)
+    apart = chain + FEW_CHAINS + (chain + 3 * chunk if chunk else 0)
+    alike = chain + max(FEW_CHAINS, 3 * chunk)
     return sqrt(max(LAMBDA**2 * apart * views, (ALIKE * alike * views) ** 2) + LAMBDA**2 * others)
 
 
@@ -54,20 +54,20 @@ def chain(terms: float) -> float:
 class Sums(NamedTuple):
     """What sums over features run over: channels, monomials, views, and channels of the values, at least `USUAL_VALUE_DIM`.
 
-    `span`: rows of a span where there are prefixes, else 0; `chain`: terms that are added one after the other, at most.
+    `chunk`: rows of a chunk where there are prefixes, else 0; `chain`: terms that are added one after the other, at most.
     """
 
     dim: int
     rank: int
     views: int
     value_dim: int
-    span: int = 0
+    chunk: int = 0
     chain: int = CHAIN
 
     @classmethod
-    def of(cls, problem: Problem, rank: int, span: int = 0) -> Sums:
+    def of(cls, problem: Problem, rank: int, chunk: int = 0) -> Sums:
         """Those of a plan."""
-        return cls(problem.dim, rank, problem.views, max(problem.value_dim, USUAL_VALUE_DIM), span, problem.chain)
+        return cls(problem.dim, rank, problem.views, max(problem.value_dim, USUAL_VALUE_DIM), chunk, problem.chain)
 
 
 def polynomial_rounding(
@@ -113,14 +113,14 @@ def scores_round_less(
 
 def _of_features(coefficients: Sequence[float], bound: float, sums: Sums) -> tuple[float, float]:
     """`_of_sums` over features."""
-    dim, rank, views, value_dim, span, longest = sums
-    # In the read-out a chain, what adds up chains, and channels; for prefixes one over the rows of a span.
-    lost = chains(views, longest + rank / CHAIN + dim + span, span, longest) + 4
+    dim, rank, views, value_dim, chunk, longest = sums
+    # In the read-out a chain, what adds up chains, and channels; for prefixes one over the rows of a chunk.
+    lost = chains(views, longest + rank / CHAIN + dim + chunk, chunk, longest) + 4
 
     def count(t: int) -> float:
         return (views + 1) * (t + 2) + lost
 
-    slope = LAMBDA * sqrt((value_dim + 1) * max(1, span)) + 4
+    slope = LAMBDA * sqrt((value_dim + 1) * max(1, chunk)) + 4
     return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
 
 

@@ -208,7 +208,7 @@ def _planned(inputs: Inputs, asked: Asked) -> Plan:
     """The plan of a call, which reads no values."""
     if asked.plan is None and asked.bound is None:
         raise PlanError(
-            "a call on Dask arrays reads no values, so it needs a plan with a bound of your own, "
+            "a call on Dask arrays reads no values, so it needs a plan with a bound that you promise, "
             "plan=tattn.plan_for(..., bound=...), or bound=..."
         )
     made, _ = promised_plan(inputs, asked)

@@ -30,7 +30,7 @@ def compiled_attention(
     (query, keys, values, key_masks), plan = given, asked.plan
     if plan is None or plan.source == "data":
         raise PlanError(
-            "the call is traced and its values cannot be read, so it needs a plan with a bound of your own, "
+            "the call is traced and its values cannot be read, so it needs a plan with a bound that you promise, "
             "plan=tattn.plan_for(..., bound=...)"
         )
     masks = [None] * len(keys) if key_masks is None else list(key_masks)

@@ -27,7 +27,7 @@ def promised_plan(inputs: Inputs, asked: Asked) -> tuple[Plan | None, float]:
     scale, tol, plan, bound, *_ = asked
     if plan is not None:
         if bound is not None:
-            raise ValueError("bound has no use with a plan, which has its own")
+            raise ValueError("bound cannot be combined with a plan, which has its own")
         check_streams(plan)
         number = checked_options(
             plan.scale if scale is None else scale, inputs.dim, tol, "polynomial", inputs.views, inputs.dtype

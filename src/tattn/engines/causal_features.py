@@ -5,8 +5,8 @@ with S_μ(i) the summary of the rows up to i of view μ
 
     N_i = Σ_α w_α Φ(q_i)_α Π_μ S_μ(i)_α,      o_i = N_i[:-1] / N_i[-1].
 
-Rows pass in blocks, which take S_μ from one to the next; `spans` has what a block computes, in spans of `b` rows. A call may start
-from the sums of rows that came before, in units of the caller's: `Start`.
+Rows pass in blocks, which take S_μ from one to the next; `chunks` has what a block computes, in chunks of `b` rows. A call may
+start from the sums of rows that came before, in units of the caller's: `Start`.
 
 Adjoint, for ĝ as in `features`, X_μ with all views but μ, and G_μ(j) = Σ_{i ≥ j} ĝ_i ∘ X_μ(i), the same sums over the rows behind:
 
@@ -14,7 +14,7 @@ Adjoint, for ĝ as in `features`, X_μ with all views but μ, and G_μ(j) = Σ_{
 
 Blocks are taken from the last one; what came before each is summed up twice: once for segments of √(number of blocks) blocks,
 once for the blocks of a segment. Nothing is ever subtracted from a sum. O((n + Σ n_μ) r dv) time, with a factor of m b for
-the rows of a span; memory O(b r dv), in the adjoint O(r dv √n) and copies of the inputs.
+the rows of a chunk; memory O(b r dv), in the adjoint O(r dv √n) and copies of the inputs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ..features.scaling import channel_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
 from . import features
+from .chunks import Chunks, Setting, adjoint, chunk_of, numerator
 from .features import (
     Sum,
     add,
@@ -51,7 +52,6 @@ from .features import (
     with_ones,
     zero_sum,
 )
-from .spans import Setting, Spans, adjoint, numerator, span_of
 from .spoiled import Columns, backward_apart, forward_apart
 
 # log2 of monomials whose products with values are numbers.
@@ -95,13 +95,13 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
         return _read_by(kernel, setting, sums, (operands.query, *views))
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
-        # The last block may be short of whole spans.
+        # The last block may be short of whole chunks.
         here = rows[0].shape[-2]  # type: ignore[union-attr]
-        whole = -(-here // setting.span) * setting.span
+        whole = -(-here // setting.chunk) * setting.chunk
         q, *views = (_padded(x, whole, backend) for x in rows)
-        spans = Spans.of(setting, q, views, [total for total, _ in carry])
-        carry = tuple(add(c, s) for c, s in zip(carry, spans.sums, strict=True))
-        found = backend.xp.matrix_transpose(numerator(setting, spans)[..., :here])
+        chunks = Chunks.of(setting, q, views, [total for total, _ in carry])
+        carry = tuple(add(c, s) for c, s in zip(carry, chunks.sums, strict=True))
+        found = backend.xp.matrix_transpose(numerator(setting, chunks)[..., :here])
         return carry, divided(found, setting.leading, backend)
 
     _, (out, normaliser) = backend.scan_rows(body, sums, (operands.query, *views), block)
@@ -109,7 +109,7 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
 
 
 def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
-    """What takes the place of the loops over spans, if anything does for these arrays."""
+    """What takes the place of the loops over chunks, if anything does for these arrays."""
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
 
@@ -237,7 +237,7 @@ def _adjoint_by(
     rows: Sequence[Any],
     m: int,
 ) -> tuple[tuple[Sum, ...], list[Array]]:
-    """`spans.adjoint` by a kernel, with sums of the gradients for every problem apart."""
+    """`chunks.adjoint` by a kernel, with sums of the gradients for every problem apart."""
     backend, dtype = setting.backend, setting.w.dtype
     q, o, l, g, g_lse, *views = rows
     o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
@@ -273,12 +273,12 @@ def cost(problem: Problem, rank: float) -> Cost:
     """Operations and bytes of a polynomial of this rank, where rows see those before them."""
     flops, memory = features.cost(problem, rank)
     rank = features.as_float(rank)
-    # Every row multiplies with the rows of its span, for every channel of the values where there are several views.
-    span, several, columns = span_of(problem.views), problem.views > 1, problem.value_dim + 1
-    inside = 2.0 * span * (problem.views * columns if several else 1)
+    # Every row multiplies with the rows of its chunk, for every channel of the values where there are several views.
+    chunk, several, columns = chunk_of(problem.views), problem.views > 1, problem.value_dim + 1
+    inside = 2.0 * chunk * (problem.views * columns if several else 1)
     flops += problem.lengths[0] * problem.batch * rank * (inside + 2.0 * several * problem.views * columns)
     one = features.bytes_of_sums(problem, rank)
-    return Cost(flops, memory + max(min(span * one, 32 << 20), 2 * one) + (8 << 20))
+    return Cost(flops, memory + max(min(chunk * one, 32 << 20), 2 * one) + (8 << 20))
 
 
 def at_a_time(operands: Operands, expansion: Expansion) -> int:
@@ -287,12 +287,12 @@ def at_a_time(operands: Operands, expansion: Expansion) -> int:
     if m == 1:
         return features.at_a_time(operands, expansion)
     dim, columns = operands.query.shape[-1], operands.values[0].shape[-1] + 1
-    numbers = rank(dim, expansion.degree, expansion.grading) * columns * span_of(m) * (m + 2)
+    numbers = rank(dim, expansion.degree, expansion.grading) * columns * chunk_of(m) * (m + 2)
     return max(1, int(operands.backend.workspace // numbers))
 
 
 def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> tuple[Setting, int]:
-    """What blocks share, and the rows of a block: some spans, whose prefixes fit in the workspace."""
+    """What blocks share, and the rows of a block: some chunks, whose prefixes fit in the workspace."""
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = start.units if start else channel_units(q, keys, operands.masks, operands.scale, backend, causal=True)
@@ -302,16 +302,16 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     row, columns = rank(q.shape[-1], degree, grading) * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
     in_tile = row * (1 if m == 1 else columns)
-    span = span_of(m)
-    while span > 2 and span * in_tile > 8 * backend.workspace:
-        span //= 2
+    chunk = chunk_of(m)
+    while chunk > 2 and chunk * in_tile > 8 * backend.workspace:
+        chunk //= 2
     n = q.shape[-2]
-    span = min(span, 1 << (n - 1).bit_length())
-    tile = max(1, backend.workspace // (2 * in_tile * span))
-    in_block = row * (2 * (m + 1) + 2 * m * columns // span)
-    spans = max(1, min(2 * backend.workspace // (in_block * span), CHAIN, -(-n // span)))
+    chunk = min(chunk, 1 << (n - 1).bit_length())
+    tile = max(1, backend.workspace // (2 * in_tile * chunk))
+    in_block = row * (2 * (m + 1) + 2 * m * columns // chunk)
+    chunks = max(1, min(2 * backend.workspace // (in_block * chunk), CHAIN, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(degree, grading, w, units, shares, span, tile, leading, backend), span * spans
+    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend), chunk * chunks
 
 
 def _limits(setting: Setting) -> list[Any]:

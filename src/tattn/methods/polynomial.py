@@ -20,7 +20,7 @@ from ..bounds.rounding import (
 )
 from ..bounds.score_range import rounded_up
 from ..engines import causal_features, features, scorewise
-from ..engines.spans import span_of
+from ..engines.chunks import chunk_of
 from ..features.monomials import Expansion, Grading, rank
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
@@ -109,8 +109,8 @@ class Polynomial(OneError):
         error, grad_error = inf, inf
         if self.delta < 1:
             least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
-            span = span_of(problem.views) if problem.order.causal else 0
-            sums = Sums.of(problem, self.rank(problem.dim), span)
+            chunk = chunk_of(problem.views) if problem.order.causal else 0
+            sums = Sums.of(problem, self.rank(problem.dim), chunk)
             rho = polynomial_rounding(self.coefficients, self.bound, least, sums, problem.dtype)
             error, grad_error = polynomial_errors(self.delta, self.delta_prime, *rho, self._dropped(scores, least))
         return Guarantee(error, grad_error, isfinite(error))

@@ -267,7 +267,7 @@ class AttentionConfig:
         if dtype == "float32" and self._serves("float64"):
             found.append("dtype float64")
         found += ["a larger tol"] if self.degree is None else []
-        return f"What would do: {', '.join(found)} or method='exact'"
+        return f"Alternatives: {', '.join(found)} or method='exact'"
 
     def _serves(self, dtype: str) -> Plan | None:
         """The polynomial plan if there is one that may be used."""

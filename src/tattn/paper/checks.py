@@ -72,7 +72,9 @@ def checked_pairs(left: Any, right: Any) -> Backend:
     """Backend of two lists of matrices: as many, the rows alike in each pair, the columns alike in each list."""
     named = factors("left", left), factors("right", right)
     if len(left) != len(right):
-        raise ValueError(f"left and right should be as many, got {len(left)} left and {len(right)} right")
+        raise ValueError(
+            f"left and right should have the same number of arrays, got {len(left)} left and {len(right)} right"
+        )
     backend = checked_factors([*named[0], *named[1]])
     for side in named:
         for name, a, _ in side:

@@ -225,19 +225,23 @@ def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | N
     if inputs.traced:
         if (wish.method == "exact" or inputs.order.window is not None) and bound is None:
             return choose(problem, _ANY, wish)
-        raise PlanError("the arrays are traced and their range cannot be read: give a bound of your own, bound=...")
+        raise PlanError(
+            "the arrays are traced and their range cannot be read: give a bound that you promise, bound=..."
+        )
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
     if bound is not None:
         if wish.method == "exact":
-            raise ValueError("bound='estimated' samples scores for a polynomial and has no use with method 'exact'")
+            raise ValueError(
+                "bound='estimated' samples scores for a polynomial and cannot be combined with method 'exact'"
+            )
         if wish.series != "minimax":
             raise ValueError(
-                f"series has no use with bound='estimated', which fits its own polynomial; got {wish.series!r}"
+                f"series cannot be combined with bound='estimated', which fits its own polynomial; got {wish.series!r}"
             )
         if inputs.order.causal:
             raise ValueError(
-                "bound='estimated' samples all pairs and has no use with causal=True: give a bound, or none"
+                "bound='estimated' samples all pairs and cannot be combined with causal=True: give a bound, or none"
             )
         return estimated_plan(inputs, problem, found, wish)
     return plan_found(problem, found, wish)
@@ -284,7 +288,7 @@ def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_
     """A plan for a method that was given as a value, which has what other options would say."""
     for name, value in without_use.items():
         if value not in (None, "minimax"):
-            raise ValueError(f"{name} has no use with a method that is a value, got {name}={described(value)}")
+            raise ValueError(f"{name} cannot be combined with a method that is a value, got {name}={described(value)}")
     reason = f"{type(method).__name__} was asked for"
     if isinstance(method, Banded):
         return replace(banded_plan(problem, method), reason=reason)

@@ -44,7 +44,9 @@ def is_banded(series: Any, bands: Any, moment: Any) -> bool:
 def asked_banded(problem: Problem, wish: Wish, bound: Any, bands: int | None, moment: int | None) -> Plan:
     """A banded plan, with what it does not go together with refused."""
     if bound is not None:
-        raise ValueError(f"bound has no use with series 'banded', which finds its own ranges; got {described(bound)}")
+        raise ValueError(
+            f"bound cannot be combined with series 'banded', which finds its own ranges; got {described(bound)}"
+        )
     if wish.method == "exact":
         raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
     degree, bands, moment = (

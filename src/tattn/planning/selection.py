@@ -75,7 +75,7 @@ def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
         if plan.error > wish.tol:
             warn_caller(
                 f"tol={wish.tol:g} cannot be met in {problem.dtype}: rounding of scores up to {served.bound:.4g} leaves an "
-                f"error of up to {plan.error:.2g} with the exact method, which is taken"
+                f"error of up to {plan.error:.2g} with the exact method, which is used"
             )
             return replace(plan, reason=f"{plan.reason}; the exact method's own rounding is above tol, too")
         return plan
@@ -115,7 +115,7 @@ def _of_degree(problem: Problem, scores: ScoreRange, series: str, degree: int) -
     """The polynomial of a degree that was asked for, whatever its error."""
     found = Polynomial.of_series(series, degree, scores.bound) if isfinite(scores.bound) else None
     if found is None or not any(found.coefficients):
-        raise PlanError(f"scores may reach {scores.bound:.4g}, where no polynomial of degree {degree} resembles exp")
+        raise PlanError(f"scores may reach {scores.bound:.4g}, where no polynomial of degree {degree} approximates exp")
     return plan_with(found, problem, scores, f"degree {degree} was asked for")
 
 
@@ -210,8 +210,8 @@ def why_overflows(degree: int, highest: float) -> str | None:
     if degree <= highest:
         return None
     return (
-        f"degree {degree} is above {highest:.0f}, where powers overflow of a channel that holds denormal numbers in one "
-        "view and large ones in another"
+        f"degree {degree} is above {highest:.0f}: powers of entries would overflow, because a channel is denormal in one view "
+        "and large in another"
     )
 
 

@@ -48,7 +48,7 @@ def check_streams(plan: Any) -> None:
     if plan.series == "banded":
         raise PlanError(
             "plan should have one polynomial for all rows to summarize, got series 'banded', which sorts all rows by norm: "
-            "give a bound of your own, tattn.plan_for(..., bound=...)"
+            "give a bound that you promise, tattn.plan_for(..., bound=...)"
         )
 
 

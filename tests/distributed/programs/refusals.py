@@ -146,7 +146,7 @@ def main() -> None:
     on_all: list[tuple[type, str, Any]] = [
         (tattn.PlanError, "plan should be of the polynomial method", {"plan": tattn.plan_for(n=3, dim=3, bound=1.0)}),
         (tattn.PlanError, "series 'banded'", {"plan": tattn.plan_for(n=99, dim=3, series="banded", degree=2)}),
-        (ValueError, "bound has no use with a plan", {"plan": PLAN, "bound": 1.0}),
+        (ValueError, "bound cannot be combined with a plan", {"plan": PLAN, "bound": 1.0}),
         (TypeError, "causal should be True or False, got int", {"plan": CAUSAL, "causal": 1}),
         (tattn.PlanError, "plan was made for causal True, the call has causal False", {"plan": CAUSAL}),
         (

@@ -1,12 +1,12 @@
-"""A block of rows of causal attention by the polynomial method, in spans of a few rows: read-out and adjoint.
+"""A block of rows of causal attention by the polynomial method, in chunks of a few rows: read-out and adjoint.
 
-Symbols as in `causal_features`. A block consists of spans of `b` rows. Within a span S_μ(i) = C_μ + (the span's rows up to i), with
-C_μ the summary of all rows before it. One view need not be summed up for each row: for X(i) = w Φ(q_i) ∘ Π_{ν > 1} S_ν(i),
+Symbols as in `causal_features`. A block consists of chunks of `b` rows. Within a chunk S_μ(i) = C_μ + (the chunk's rows up to i),
+with C_μ the summary of all rows before it. One view need not be summed up for each row: for X(i) = w Φ(q_i) ∘ Π_{ν > 1} S_ν(i),
 
-    N_ie = Σ_α X(i)_αe C_1αe + Σ_{j ≤ i in the span} ũ_je Σ_α X(i)_αe Φ(a_j)_α,
+    N_ie = Σ_α X(i)_αe C_1αe + Σ_{j ≤ i in the chunk} ũ_je Σ_α X(i)_αe Φ(a_j)_α,
 
-which are products of matrices. For one view X does not depend on e, and spans are longer. The adjoint has the same two parts, of
-the rows behind a span and of those behind j in it.
+which are products of matrices. For one view X does not depend on e, and chunks are longer. The adjoint has the same two parts, of
+the rows behind a chunk and of those behind j in it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..features.basis import read
 from ..features.monomials import Grading, Monomials, features, pull_back
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
-# Rows of a span: for one view, and for more.
+# Rows of a chunk: for one view, and for more.
 SPANS = 32, 16
 
 
 class Setting(NamedTuple):
-    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a span, spans of a tile."""
+    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a chunk, chunks of a tile."""
 
     degree: int
     grading: Grading
     w: Array
     units: Sequence[Any]
     shares: Sequence[Any]
-    span: int
+    chunk: int
     tile: int
     leading: tuple[int, ...]
     backend: Backend
@@ -46,13 +46,13 @@ class Setting(NamedTuple):
         return Monomials(self.degree, self.grading)
 
 
-def span_of(views: int) -> int:
-    """Rows of a span, at most."""
+def chunk_of(views: int) -> int:
+    """Rows of a chunk, at most."""
     return SPANS[views > 1]
 
 
-class Spans(NamedTuple):
-    """A block of rows in spans: monomials (..., M, b, r), values and ones (..., M, b, dv + 1), what each span begins with."""
+class Chunks(NamedTuple):
+    """A block of rows in chunks: monomials (..., M, b, r), values and ones (..., M, b, dv + 1), what each chunk begins with."""
 
     phi_q: Array
     phis: list[Array]  # of keys
@@ -62,7 +62,7 @@ class Spans(NamedTuple):
     flat: list[tuple[Array, Array]]  # channels (..., d, rows) and monomials (..., r, rows) of query and keys
 
     @classmethod
-    def of(cls, setting: Setting, q: Array, rows: Sequence[Array | None], starts: Sequence[Array]) -> Spans:
+    def of(cls, setting: Setting, q: Array, rows: Sequence[Array | None], starts: Sequence[Array]) -> Chunks:
         """From the rows of a block, those of views one after another, and the summaries before the block."""
         backend, dtype = setting.backend, setting.w.dtype
         xp = backend.xp
@@ -71,31 +71,31 @@ class Spans(NamedTuple):
         for x, mask, unit in zip((q, *rows[:m]), (None, *rows[2 * m :]), setting.units, strict=True):
             x = channels(clean(x, mask, backend), unit, dtype, backend)
             flat.append((x, features(x, setting.degree, backend, setting.grading)))
-        phi_q, *phis = (_in_spans(xp.matrix_transpose(phi), setting) for _, phi in flat)
+        phi_q, *phis = (_in_chunks(xp.matrix_transpose(phi), setting) for _, phi in flat)
         zs, befores, sums = [], [], []
         for v, mask, share, phi, start in zip(
             rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True
         ):
-            z = _in_spans(with_ones(v, mask, dtype, backend) * share, setting)
-            of_spans = xp.matrix_transpose(z) @ phi
-            running = _running(of_spans, backend)
+            z = _in_chunks(with_ones(v, mask, dtype, backend) * share, setting)
+            of_chunks = xp.matrix_transpose(z) @ phi
+            running = _running(of_chunks, backend)
             befores.append(start[..., None, :, :] + running[..., :-1, :, :])
             sums.append(running[..., -1, :, :])
             zs.append(z)
         return cls(phi_q, phis, zs, befores, sums, flat)
 
     def together(self, backend: Backend) -> list[Array]:
-        """What `_tile` takes, spans as rows."""
+        """What `_tile` takes, chunks as rows."""
         return [_together(x, backend) for x in (self.phi_q, *self.phis, *self.zs, *self.befores)]
 
 
-def numerator(setting: Setting, spans: Spans) -> Array:
+def numerator(setting: Setting, chunks: Chunks) -> Array:
     """N of the rows of a block, (..., dv + 1, rows)."""
     backend = setting.backend
     xp = backend.xp
-    m = len(spans.zs)
-    *_, b, r = spans.phi_q.shape
-    columns = spans.zs[0].shape[-1]
+    m = len(chunks.zs)
+    *_, b, r = chunks.phi_q.shape
+    columns = chunks.zs[0].shape[-1]
 
     def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
         phi_q, phis, zs, befores, _ = _tile(given, m, b, r, columns, backend)
@@ -106,7 +106,7 @@ def numerator(setting: Setting, spans: Spans) -> Array:
         found = _contracted(x, befores[0], setting) + inside[..., 0]
         return None, (_together(found, backend),)
 
-    _, (found,) = backend.scan_rows(body, None, spans.together(backend), setting.tile)
+    _, (found,) = backend.scan_rows(body, None, chunks.together(backend), setting.tile)
     return _flat(xp.reshape(found, (*found.shape[:-1], columns, b)), setting)
 
 
@@ -117,32 +117,32 @@ def adjoint(
     backend, dtype = setting.backend, setting.w.dtype
     xp = backend.xp
     q, o, l, g, g_lse, *views = rows
-    spans = Spans.of(setting, q, views, starts)
+    chunks = Chunks.of(setting, q, views, starts)
     o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
-    g_hat = xp.matrix_transpose(_in_spans(scaled_gradient(o, l, g, g_lse, backend), setting))
-    *_, b, r = spans.phi_q.shape
+    g_hat = xp.matrix_transpose(_in_chunks(scaled_gradient(o, l, g, g_lse, backend), setting))
+    *_, b, r = chunks.phi_q.shape
     columns = g_hat.shape[-2]
 
     def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
         carry, found = _tile_adjoint(setting, carry, _tile(given, m, b, r, columns, backend))
         return carry, tuple(_together(x, backend) for x in found)
 
-    folded = [xp.flip(x, axis=-2) for x in (*spans.together(backend), _together(g_hat, backend))]
+    folded = [xp.flip(x, axis=-2) for x in (*chunks.together(backend), _together(g_hat, backend))]
     carry, found = backend.scan_rows(body, carry, folded, setting.tile)
     y_q, *of_views = (xp.flip(x, axis=-2) for x in found)
     y_q, *ys = (xp.reshape(y, (*y.shape[:-2], y.shape[-2] * b, r)) for y in (y_q, *of_views[:m]))
-    dq = _pulled_back(setting, y_q, 0, spans, None, q)
+    dq = _pulled_back(setting, y_q, 0, chunks, None, q)
     d_keys, d_values = [], []
     for view, (y, dz) in enumerate(zip(ys, of_views[m:], strict=True)):
         k, v, mask = (views[i] for i in (view, m + view, 2 * m + view))
-        d_keys.append(_pulled_back(setting, y, view + 1, spans, mask, k))
+        d_keys.append(_pulled_back(setting, y, view + 1, chunks, mask, k))
         dz = xp.reshape(dz, (*dz.shape[:-2], dz.shape[-2] * b, columns))
         d_values.append(_of_rows(dz[..., :-1] * setting.shares[view], mask, v, backend))
     return carry, [dq, *d_keys, *d_values]
 
 
 def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[tuple[Sum, ...], list[Array]]:
-    """G_μ with the rows of some spans, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·)."""
+    """G_μ with the rows of some chunks, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·)."""
     phi_q, phis, zs, befores, g_hat = tile
     backend = setting.backend
     xp = backend.xp
@@ -165,18 +165,18 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
     after, ys, dzs = [], [], []
     for total, z, phi, x in zip(carry, zs, phis, xs, strict=True):
         if m == 1:
-            of_spans = g_hat @ x[..., 0, :, :]
+            of_chunks = g_hat @ x[..., 0, :, :]
             pairs = (z @ g_hat) * upper
         else:
-            of_spans = (g_hat[..., None, :] @ x)[..., 0, :]
+            of_chunks = (g_hat[..., None, :] @ x)[..., 0, :]
             # ũ_je ĝ_ie for i ≥ j, (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i).
             pairs = swap_outer(xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper), backend)
             pairs = _together(pairs, backend)
         inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
         # All of a view's gradient is summed over the problems that share it, or none: what is behind it is.
         leading = total[0].shape[:-2]
-        of_spans = _to_view(of_spans, leading, backend)
-        running = _running(of_spans, backend)
+        of_chunks = _to_view(of_chunks, leading, backend)
+        running = _running(of_chunks, backend)
         behind = total[0][..., None, :, :] + running[..., :-1, :, :]
         after.append(add(total, running[..., -1, :, :]))
         dz = read(xp.matrix_transpose(phi), behind, backend)
@@ -187,7 +187,7 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
 
 
 def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend: Backend) -> Any:
-    """Φ(q), Φ(k) and z of every view, what their spans begin with, and ĝ if given: as `Spans` has them."""
+    """Φ(q), Φ(k) and z of every view, what their chunks begin with, and ĝ if given: as `Chunks` has them."""
 
     def apart(x: Array, rows: int) -> Array:
         return backend.xp.reshape(x, (*x.shape[:-1], rows, x.shape[-1] // rows))
@@ -199,7 +199,7 @@ def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend:
 
 
 def _prefix(setting: Setting, z: Array, phi: Array, before: Array) -> Array:
-    """S_μ(i) of every row of some spans, (..., M, dv + 1, b, r)."""
+    """S_μ(i) of every row of some chunks, (..., M, dv + 1, b, r)."""
     xp = setting.backend.xp
     # z_je for the rows j ≤ i, and 0 for others: (..., M, dv + 1, b, b), a product with the monomials of all rows.
     masked = xp.matrix_transpose(z)[..., None, :] * _triangle(setting, z)
@@ -220,12 +220,12 @@ def _times(x: Array, y: Array, backend: Backend) -> Array:
 
 
 def _together(x: Array, backend: Backend) -> Array:
-    """The numbers of each span as one row: (..., M, i, j) → (..., M, i j)."""
+    """The numbers of each chunk as one row: (..., M, i, j) → (..., M, i j)."""
     return backend.xp.reshape(x, (*x.shape[:-2], -1))
 
 
 def _scores(setting: Setting, x: Array, phi: Array) -> Array:
-    """Σ_α X(i)_αe Φ(a_j)_α for j ≤ i in the same span: (..., M, e, b, r) and (..., M, b, r) → (..., M, e, b, b)."""
+    """Σ_α X(i)_αe Φ(a_j)_α for j ≤ i in the same chunk: (..., M, e, b, r) and (..., M, b, r) → (..., M, e, b, b)."""
     xp = setting.backend.xp
     *leading, e, b, r = x.shape
     found = read(xp.matrix_transpose(phi), xp.reshape(x, (*leading, e * b, r)), setting.backend)
@@ -241,11 +241,11 @@ def _contracted(x: Array, c: Array, setting: Setting) -> Array:
     return read(transposed, c[..., None, :], backend)[..., 0, :]
 
 
-def _pulled_back(setting: Setting, y: Array, place: int, spans: Spans, mask: Array | None, like: Array) -> Array:
+def _pulled_back(setting: Setting, y: Array, place: int, chunks: Chunks, mask: Array | None, like: Array) -> Array:
     """Gradient of the rows `like` of a block from that of their monomials (..., rows, r)."""
     backend = setting.backend
     xp = backend.xp
-    x, phi = spans.flat[place]
+    x, phi = chunks.flat[place]
     # The rest is linear in y, so what rows are shared by is summed first.
     y = sum_to_leading(y, x.shape[:-2], backend)
     dx = xp.matrix_transpose(pull_back(x, phi, xp.matrix_transpose(y), setting.degree, backend, setting.grading))
@@ -259,7 +259,7 @@ def _of_rows(gradient: Array, mask: Array | None, like: Array, backend: Backend)
 
 def _triangle(setting: Setting, like: Array) -> Array:
     """1 for j ≤ i and 0 for others, (b, b)."""
-    return setting.backend.table(_lower, setting.span, like=like, dtype=setting.w.dtype)
+    return setting.backend.table(_lower, setting.chunk, like=like, dtype=setting.w.dtype)
 
 
 @memoized
@@ -268,35 +268,35 @@ def _lower(b: int) -> np.ndarray:
     return np.tril(np.ones((b, b)))
 
 
-def _running(of_spans: Array, backend: Backend) -> Array:
-    """Sums over the spans before each, and over all of them: (..., M, k, r) → (..., M + 1, k, r)."""
+def _running(of_chunks: Array, backend: Backend) -> Array:
+    """Sums over the chunks before each, and over all of them: (..., M, k, r) → (..., M + 1, k, r)."""
     xp = backend.xp
-    *leading, spans, k, r = of_spans.shape
-    before = backend.table(_before, spans, like=of_spans, dtype=of_spans.dtype)
-    return xp.reshape(before @ xp.reshape(of_spans, (*leading, spans, k * r)), (*leading, spans + 1, k, r))
+    *leading, chunks, k, r = of_chunks.shape
+    before = backend.table(_before, chunks, like=of_chunks, dtype=of_chunks.dtype)
+    return xp.reshape(before @ xp.reshape(of_chunks, (*leading, chunks, k * r)), (*leading, chunks + 1, k, r))
 
 
 @memoized
-def _before(spans: int) -> np.ndarray:
+def _before(chunks: int) -> np.ndarray:
     """The table of `_running`."""
-    return np.tril(np.ones((spans + 1, spans)), -1)
+    return np.tril(np.ones((chunks + 1, chunks)), -1)
 
 
-def _in_spans(x: Array, setting: Setting) -> Array:
+def _in_chunks(x: Array, setting: Setting) -> Array:
     """(..., rows, k) → (..., M, b, k)."""
     *leading, rows, k = x.shape
-    return setting.backend.xp.reshape(x, (*leading, rows // setting.span, setting.span, k))
+    return setting.backend.xp.reshape(x, (*leading, rows // setting.chunk, setting.chunk, k))
 
 
 def _flat(x: Array, setting: Setting) -> Array:
     """(..., M, k, b) → (..., k, rows)."""
-    *leading, spans, k, b = x.shape
-    return setting.backend.xp.reshape(swap_outer(x, setting.backend), (*leading, k, spans * b))
+    *leading, chunks, k, b = x.shape
+    return setting.backend.xp.reshape(swap_outer(x, setting.backend), (*leading, k, chunks * b))
 
 
-def _to_view(of_spans: Array, leading: tuple[int, ...], backend: Backend) -> Array:
+def _to_view(of_chunks: Array, leading: tuple[int, ...], backend: Backend) -> Array:
     """Sum over the leading dimensions (before M) that a view lacks: (..., M, k, r)."""
     xp = backend.xp
-    *_, spans, k, r = of_spans.shape
-    flat = xp.reshape(of_spans, (*of_spans.shape[:-3], spans * k, r))
-    return xp.reshape(sum_to_leading(flat, leading, backend), (*leading, spans, k, r))
+    *_, chunks, k, r = of_chunks.shape
+    flat = xp.reshape(of_chunks, (*of_chunks.shape[:-3], chunks * k, r))
+    return xp.reshape(sum_to_leading(flat, leading, backend), (*leading, chunks, k, r))
