@@ -36,6 +36,11 @@ MOST_POWER = 1 << 12
 Body = Callable[..., tuple[Any, tuple[Array, ...]]]
 
 
+def name_of(dtype: Any) -> str:
+    """Name of a dtype, or of a class that stands for one, as NumPy has them."""
+    return str(dtype.__name__ if isinstance(dtype, type) else getattr(dtype, "name", dtype)).rpartition(".")[2]
+
+
 class Backend:
     """One array library: its namespace, and the few things that the standard cannot say.
 
@@ -135,8 +140,7 @@ class Backend:
 
     def dtype_name(self, dtype: Any) -> str:
         """Name of a dtype: 'float32', 'bfloat16', …"""
-        # NumPy's own names of dtypes are classes.
-        return str(dtype.__name__ if isinstance(dtype, type) else getattr(dtype, "name", dtype)).rpartition(".")[2]
+        return name_of(dtype)
 
     def compute_dtype(self, dtype: Any) -> Any:
         """The dtype to compute in: float32 where the dtype is narrower, else the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from threading import Event
 from typing import Any
 
@@ -12,8 +12,11 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from . import compiled
-from .base import Array, Backend
+from .base import Array, Backend, name_of
 from .threads import run_threads
+
+# NumPy makes the name of a dtype anew whenever it is asked, and a call asks many times.
+_name_of = lru_cache(maxsize=64)(name_of)
 
 
 class NumpyBackend(Backend):
@@ -39,6 +42,9 @@ class NumpyBackend(Backend):
         if not array.dtype.isnative:
             return f"one in another byte order than this machine's, {array.dtype.str!r}: use array.astype({array.dtype.name!r})"
         return None
+
+    def dtype_name(self, dtype: Any) -> str:
+        return _name_of(dtype)
 
     def uploaded(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
         table: np.ndarray = super().uploaded(numbers, like, dtype)
