@@ -16,7 +16,6 @@ from math import exp, inf, prod, sqrt
 from typing import NamedTuple
 
 from ..backends.operations import CHAIN
-from ..backends.tables import memoized
 from ..features.basis import FEW_CHAINS
 from ..problem import Problem
 
@@ -112,7 +111,6 @@ def scores_round_less(
     return plain <= allowed and steep <= allowed_steep
 
 
-@memoized
 def _of_features(coefficients: Sequence[float], bound: float, sums: Sums) -> tuple[float, float]:
     """`_of_sums` over features."""
     dim, rank, views, value_dim, chunk, longest = sums
