@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
-from importlib.util import find_spec
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import write_other_library
 
 import tattn
 from tattn.backends.numpy import BACKEND
@@ -136,14 +136,7 @@ def test_a_kernel(monkeypatch):
 # With each library, and so also where array-api-strict is installed.
 @pytest.mark.usefixtures("library")
 def test_a_backend(tmp_path):
-    original = find_spec("array_api_strict")
-    if original is None:
-        pytest.skip("array_api_strict is not installed")
-    # A library that nobody knows: array-api-strict under another name.
-    (tmp_path / "otherlib").mkdir()
-    for file in Path(original.origin).parent.glob("*.py"):
-        text = file.read_text(encoding="utf-8").replace("array_api_strict", "otherlib")
-        (tmp_path / "otherlib" / file.name).write_text(text, encoding="utf-8")
+    write_other_library(tmp_path)
     package, checked = blocks("Add a backend")
     (declared,) = blocks("Add a backend", "toml")
     name = re.match(r"# (\w+\.py)\n", package)[1]

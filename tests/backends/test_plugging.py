@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cases import write_other_library
 from conftest import CPU, package_of
 
 import tattn
@@ -26,13 +27,7 @@ LIBRARIES = ("array_api_strict", "cupy", "jax", "scipy", "torch")
 @pytest.fixture
 def site(tmp_path):
     """A folder with a further array library, `otherlib`: array-api-strict under another name."""
-    original = find_spec("array_api_strict")
-    if original is None:
-        pytest.skip("array_api_strict is not installed")
-    (tmp_path / "otherlib").mkdir()
-    for file in Path(original.origin).parent.glob("*.py"):
-        text = file.read_text(encoding="utf-8").replace("array_api_strict", "otherlib")
-        (tmp_path / "otherlib" / file.name).write_text(text, encoding="utf-8")
+    write_other_library(tmp_path)
     return tmp_path
 
 

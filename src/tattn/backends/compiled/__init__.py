@@ -61,12 +61,8 @@ class Kernels:
 
 def kernels() -> Kernels:
     """Which kernels there are, and whether calls use them; numba is imported for this."""
-    problem = why_not()
-    loops, version = _loaded()[0], ""
-    if loops is not None:
-        import numba
-
-        version = str(numba.__version__)
+    problem, loops = why_not(), _loaded()[0]
+    version = "" if loops is None else loops.version
     return Kernels((), version, problem) if problem else Kernels(OPERATIONS, version)
 
 
@@ -107,7 +103,7 @@ def why_not() -> str:
 
 @cache
 def _loaded() -> tuple[Any, str]:
-    """The compiled loops, or why they cannot be used."""
+    """The compiled loops with the version of numba, or why they cannot be used."""
     try:
         import numba
 
@@ -120,7 +116,7 @@ def _loaded() -> tuple[Any, str]:
     except Exception as error:
         # A library that cannot be used may raise anything.
         return None, _told(error)
-    return SimpleNamespace(causal=causal, decoding=decoding), ""
+    return SimpleNamespace(causal=causal, decoding=decoding, version=version), ""
 
 
 # What operations raised for a dtype when they were tried.
