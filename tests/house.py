@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "planning.plan": _PUBLIC,
     "planning.plan_for": _PUBLIC,
     "planning.measure.measure_error": _PUBLIC,
+    "planning.tolerance.best_tol": _PUBLIC,
     "distributed.torch.tensor_attention": _PUBLIC,
     "distributed.torch.plan": _PUBLIC,
     "distributed.dask.tensor_attention": _PUBLIC,

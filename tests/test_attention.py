@@ -163,6 +163,24 @@ def test_masked_rows_do_not_matter_whatever_they_hold(library: Any, method: str)
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_one_mask_serves_all_views(library: Any, method: str) -> None:
+    query, *views = library.arrays(*np.random.default_rng(0).uniform(-1, 1, (5, 12, 3)))
+    (mask,) = library.arrays([np.arange(12) % 3 > 0])
+    options = {"method": method, "tol": 1e-2}
+    one, each = (
+        tattn.tensor_attention(query, views[:2], views[2:], key_masks=masks, **options)
+        for masks in (mask, [mask, mask])
+    )
+    assert np.array_equal(library.numpy(one), library.numpy(each))
+    assert tattn.plan(query, views[:2], key_masks=mask, **options) == tattn.plan(
+        query, views[:2], key_masks=[mask] * 2, **options
+    )
+    plan = tattn.plan_for(n=12, dim=3, bound=1.0, degree=3, dtype="float64")
+    counts = tattn.summarize(views[:2], views[2:], plan, key_masks=mask).counts
+    assert [float(count) for count in counts] == [8.0, 8.0]
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.grid
 def test_nothing_to_attend_to_gives_zeros(library: Any, method: str) -> None:
     call = draw(2)

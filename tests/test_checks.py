@@ -162,7 +162,7 @@ ARRAY_CASES = [
         values=[np.ones((3, 2, ROWS, DIM)), V],
     ),
     # Masks.
-    case("bare array", TypeError, "key_masks", "list or tuple", "ndarray", key_masks=np.stack([MASK] * 2)),
+    case("stacked", ValueError, "key_masks", "list or tuple of masks", r"shape \(2, 6\)", key_masks=np.stack([MASK] * 2)),
     case("fewer", ValueError, "key_masks", "each of the 2 keys", "1", key_masks=[MASK]),
     case("list", TypeError, "key_masks[0]", "an array", "list", key_masks=[[True] * ROWS, None]),
     case("masked", TypeError, "key_masks[1]", "an array", "masked", key_masks=[None, np.ma.array(MASK)]),

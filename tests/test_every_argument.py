@@ -80,9 +80,9 @@ def strange(good: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield "one more", [*good, good[0]]
 
 
-OPTIONS = {"scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "causal": False, "window": None}
+OPTIONS = {"scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "causal": False, "window": None, "max_flops": 1e9}
 CALL = {"query": Q, "keys": [A, B], "values": [U, V]}
-ASKED = {"return_lse": True, "return_error": False, "return_plan": False}
+ASKED = {"return_lse": True, "return_error": False, "return_plan": False, "progress": None}
 CHOICE = {"method": "polynomial", "degree": 3, "bound": 2.0, "series": "minimax", "gradients": True}
 NUMBERS = {"n": 6, "dim": 4, "order": 3, "tol": 1e-2, "dtype": "float64", "scale": 0.5, "value_dim": 4, "causal": False}
 
@@ -101,8 +101,12 @@ def core_cases() -> dict[str, Case]:
         return tattn.Summary(**of_summary).attend(Q)
 
     return {
-        "tensor_attention": case(tattn.tensor_attention, **CALL, **OPTIONS, **ASKED, method="exact", plan=None),
-        "tensor_attention_vjp": case(tattn.tensor_attention_vjp, **CALL, **OPTIONS, **ASKED, method="auto", plan=None),
+        "tensor_attention": case(
+            tattn.tensor_attention, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="exact", plan=None
+        ),
+        "tensor_attention_vjp": case(
+            tattn.tensor_attention_vjp, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="auto", plan=None
+        ),
         "pullback": case(pullback, grad_out=Q, grad_lse=Q[:, 0], return_error=False),
         "plan": case(tattn.plan, **CALL, **OPTIONS, **CHOICE, bands=None, moment=None),
         "plan, of data": case(tattn.plan, **CALL, method="auto", degree=None, bound=None, bands=None, moment=None),
@@ -111,7 +115,7 @@ def core_cases() -> dict[str, Case]:
         "plan, banded": case(tattn.plan, **CALL, **(CHOICE | {"bound": None, "series": "banded"}), bands=2, moment=2),
         "plan_for": case(
             tattn.plan_for, **NUMBERS, bound=1.0, method="polynomial", degree=4, series="minimax", bands=None, moment=None,
-            window=None, workers=3, bandwidth=1e9, flops=1e9,
+            window=None, workers=3, bandwidth=1e9, flops=1e9, max_flops=1e9,
         ),
         "plan_for, banded": case(
             tattn.plan_for, **NUMBERS, bound=None, method="auto", degree=3, series="banded", bands=3, moment=2
@@ -121,6 +125,9 @@ def core_cases() -> dict[str, Case]:
         "Plan.by_scores, banded": case(BANDED.by_scores, lengths=(6, 6, 6), value_dim=4),
         "measure_error": case(
             tattn.measure_error, **CALL, out=Q, rows=3, seed=0, scale=0.5, key_masks=[MASK, MASK], causal=False, window=None
+        ),
+        "best_tol": case(
+            tattn.best_tol, **CALL, max_rank=100, max_flops=1e9, scale=0.5, key_masks=[MASK, MASK], causal=False
         ),
         "summarize": case(
             tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK], progress=None

@@ -9,6 +9,7 @@ from .checks import PlanError
 from .methods import Banded, Exact, Polynomial
 from .planning import plan, plan_for
 from .planning.measure import measure_error
+from .planning.tolerance import best_tol
 from .plans import Plan
 from .state.decoding import DecodingState
 from .state.summary import Summary, summarize, summarize_vjp
@@ -24,6 +25,7 @@ __all__ = [
     "Polynomial",
     "Summary",
     "__version__",
+    "best_tol",
     "distributed",
     "measure_error",
     "nn",

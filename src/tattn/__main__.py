@@ -9,10 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
+
 from . import __version__
+from .backends.numpy import BACKEND
 from .checks import METHODS, SERIES
 from .planning import plan_for
-from .plans import strict_json
+from .planning.limits import flops_of, speed
+from .plans import Plan, duration, strict_json
 from .terminal import command
 
 
@@ -47,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--window", type=int, nargs="+", help="and of those the last so many of each view")
     plan.add_argument("--workers", type=int, help="processes or machines with a share of the rows each")
     plan.add_argument("--bandwidth", type=float, help="bytes a second that a worker sends")
+    plan.add_argument("--max-flops", type=float, help="refuse a call that takes more operations")
     plan.add_argument("--flops", type=float, help="operations a second that a worker reaches")
     plan.add_argument("--json", action="store_true", help="for programs")
 
@@ -61,12 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "plan":
             planned = plan_for(**given)
             print(strict_json(planned.facts()) if as_json else planned)
+            if not as_json and planned.workers == 1:
+                print(_here(planned))
         else:
             _info(as_json)
     except (ImportError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _here(plan: Plan) -> str:
+    """How long the call would take with NumPy on this machine, in the manner of a plan's lines."""
+    array = np.ones((1, 1), "float64" if plan.dtype == "float64" else "float32")
+    seconds = flops_of(plan) / speed(BACKEND, array)
+    return f"{'here, with NumPy':<17}  about {duration(seconds)}, three times as long with the gradient"
 
 
 def _info(as_json: bool) -> None:

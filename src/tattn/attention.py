@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .backends import Array
+from .backends.progress import Progress, reporter, telling
 from .checks import (
     Inputs,
     PlanError,
@@ -19,6 +20,7 @@ from .methods import backward, forward, told_error
 from .operands import Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
+from .planning.limits import check_flops, checked_most, flops_of
 from .planning.selection import Wish
 from .plans import Plan
 
@@ -31,6 +33,7 @@ class _Asked(NamedTuple):
     tol: Any
     method: Any
     plan: Any
+    max_flops: Any
     lse: Any
     error: Any
     returns_plan: Any
@@ -48,9 +51,11 @@ def tensor_attention(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    max_flops: float | None = None,
     return_lse: bool = False,
     return_error: bool = False,
     return_plan: bool = False,
+    progress: bool | Progress | None = None,
 ) -> Any:
     r"""Attention of queries to all pairs (triples, …) of keys, exactly or within a certified error in linear time.
 
@@ -85,14 +90,18 @@ def tensor_attention(
     plan : Plan, optional
         What `tattn.plan` returned. Needed where values cannot be read: under ``jax.jit``, ``jax.grad``, ``torch.func``
         and ``torch.compile``. It then needs a bound that you promise, or norm bands.
-    key_masks : sequence of m boolean arrays (..., n_μ) or None, optional
-        True where to attend. Where every pair is masked the output and its gradients are 0 and lse is −inf.
+    key_masks : boolean array (..., n_μ), or sequence of m of them or None, optional
+        True where to attend. One array serves all views. Where every pair is masked the output and its gradients are 0
+        and lse is −inf.
     causal : bool
         Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
         keys, row i sees the keys j ≤ i + n_μ − n.
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal` and the
         exact method.
+    max_flops : float, optional
+        Most operations that the forward pass may take (`Plan.flops_exact`, `Plan.flops_polynomial`). Without it, a
+        method that was chosen and takes more than half a minute on this machine is warned of.
     return_lse : bool
         Also return log Σ exp of the scores, (..., n).
     return_error : bool
@@ -103,6 +112,10 @@ def tensor_attention(
         error/2) if the values of every view have a channel of ones; otherwise there is no bound for it.
     return_plan : bool
         Also return the plan that was used: the method, the reason, and the share of rows recomputed.
+    progress : callable or True, optional
+        Called as ``progress(done, total)`` with numbers of rows, for every pass over them; True shows a bar by tqdm. The
+        pullback of `tensor_attention_vjp` tells as well. A program that a library compiles as a whole (JAX) tells
+        nothing.
 
     Returns
     -------
@@ -116,7 +129,8 @@ def tensor_attention(
         For arguments that do not fit, by name, before anything is computed. Also for NaN and infinities, unless the
         bound of the plan was promised.
     PlanError
-        If "polynomial" cannot meet `tol`, or `plan` does not fit the call or the range of its scores.
+        If "polynomial" cannot meet `tol`, if `plan` does not fit the call or the range of its scores, or if more than
+        `max_flops` would be needed.
 
     Notes
     -----
@@ -133,10 +147,11 @@ def tensor_attention(
     >>> tattn.tensor_attention(query, keys, values).shape
     (1000, 4)
     """
-    asked = _Asked(tol, method, plan, return_lse, return_error, return_plan)
+    asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
     inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
-    work = _chosen(inputs, scale, asked)
-    return _returned(_computed(work, inputs), inputs, work, asked)[0]
+    with telling(reporter(progress)):
+        work = _chosen(inputs, scale, asked)
+        return _returned(_computed(work, inputs), inputs, work, asked)[0]
 
 
 def tensor_attention_vjp(
@@ -151,15 +166,18 @@ def tensor_attention_vjp(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    max_flops: float | None = None,
     return_lse: bool = False,
     return_error: bool = False,
     return_plan: bool = False,
+    progress: bool | Progress | None = None,
 ) -> tuple[Any, Pullback]:
     """Tensor attention, and a function from the gradient of its output to those of its inputs, for any library.
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, causal, window, return_lse, return_error, return_plan
+    query, keys, values, scale, tol, method, plan, key_masks, causal, window, max_flops, return_lse, return_error, \
+    return_plan, progress
         As in `tensor_attention`.
 
     Returns
@@ -194,10 +212,12 @@ def tensor_attention_vjp(
     >>> dquery.shape, len(dkeys), len(dvalues)
     ((500, 4), 2, 2)
     """
-    asked = _Asked(tol, method, plan, return_lse, return_error, return_plan)
+    asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
     inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
-    work, backend = _chosen(inputs, scale, asked), inputs.backend
-    result = _computed(work, inputs)
+    report, backend = reporter(progress), inputs.backend
+    with telling(report):
+        work = _chosen(inputs, scale, asked)
+        result = _computed(work, inputs)
     computed, lse, *kept = result
     returned, out = _returned(result, inputs, work, asked)
 
@@ -205,7 +225,8 @@ def tensor_attention_vjp(
         checked_flags(return_error=return_error)
         upstream = checked_gradients(grad_out, grad_lse, out, lse, backend)
         residuals = backend.residuals(forward, work.call, work.arrays, (computed, *kept))
-        flat = backend.run(backward, work.call, (*work.arrays, *residuals, *upstream))
+        with telling(report):
+            flat = backend.run(backward, work.call, (*work.arrays, *residuals, *upstream))
         grads = tuple(Gradients.of(flat))
         if not return_error:
             return grads
@@ -231,8 +252,12 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
     if isinstance(plan, Plan) and scale is None:
         scale = plan.scale
     number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
+    most = checked_most(asked.max_flops)
+    wish = Wish(tol, method, max_flops=most)
     if plan is not None:
         check_plan(plan, inputs, number, method)
+        if most is not None:
+            check_flops(plan, plan.algorithm.cost(inputs.problem(number)).flops, most)
         return work_of(inputs, plan, certify)
     if inputs.traced and method != "exact" and inputs.order.window is None:
         raise PlanError(
@@ -240,10 +265,14 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
             "plan=tattn.plan_for(..., bound=...), or one that finds its bound on the way, tattn.plan_for(..., series='banded')"
         )
     if inputs.traced:
-        return work_of(inputs, plan_inputs(inputs, number, Wish(tol, method)), certify)
+        made = plan_inputs(inputs, number, wish)
+        check_flops(made, flops_of(made), most)
+        return work_of(inputs, made, certify)
     if _unplanned(inputs, asked) and not certify and not asked.returns_plan:
-        return work_of(inputs, exact_plan(inputs, number))
-    return chosen_work(inputs, number, Wish(tol, method), certify)
+        made = exact_plan(inputs, number)
+        check_flops(made, flops_of(made), most)
+        return work_of(inputs, made)
+    return chosen_work(inputs, number, wish, certify)
 
 
 def _unplanned(inputs: Inputs, asked: _Asked) -> bool:

@@ -23,6 +23,8 @@ MAX_ORDER = 64
 # Up to this p the powers 2^p, 2^−p and half of them are normal numbers: some libraries take smaller ones for 0.
 LARGEST_POWER = {"float64": 1021, "float32": 125, "float16": 125, "bfloat16": 125}
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Scores that take a few milliseconds, as many as to load what is compiled is worth.
+_LONG = 1 << 22
 # What computes adds some dimensions of its own, and NumPy broadcasts arrays of at most 32.
 _MOST_DIMENSIONS = 24
 
@@ -47,9 +49,17 @@ class Inputs(NamedTuple):
 
     def problem(self, scale: float) -> Problem:
         """What a plan needs to know of them."""
-        batch = prod(self.leading)
-        return Problem(
-            self.views, self.dim, self.value_dim, self.dtype, self.lengths, batch, scale, self.order, self.backend.chain
+        shapes = self.views, self.dim, self.value_dim, self.dtype, self.lengths, prod(self.leading)
+        return Problem(*shapes, scale, self.order, self.backend.chain, self._compiled())
+
+    def _compiled(self) -> bool:
+        """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
+        pairs = prod(map(float, self.lengths)) * prod(self.leading)
+        if not self.order.causal or self.order.window or pairs < _LONG:
+            return False
+        return (
+            self.backend.kernel("prefix_read", *(a for a in self.arrays[: 2 * self.views + 1] if a is not None))
+            is not None
         )
 
     def operands(self, scale: float = 1.0) -> Operands:
@@ -86,12 +96,7 @@ def checked_inputs(
             raise ValueError(
                 f"keys and values should have the same number of arrays, got {len(keys)} keys and {len(values)} values"
             )
-    if key_masks is None:
-        masks: tuple[Any, ...] = (None,) * len(keys)
-    else:
-        masks = checked_sequence("key_masks", key_masks)
-        if len(masks) != len(keys):
-            raise ValueError(f"key_masks should have one entry for each of the {len(keys)} keys, got {len(masks)}")
+    masks = checked_masks(key_masks, keys, "keys")
 
     named = [("query", query)]
     named += [(f"keys[{i}]", k) for i, k in enumerate(keys)]
@@ -349,6 +354,24 @@ def checked_sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ..
     if not given:
         raise ValueError(f"{name} should hold at least one array, got none")
     return tuple(given)
+
+
+def checked_masks(key_masks: Any, keys: Sequence[Any], of: str) -> tuple[Any, ...]:
+    """The mask of each view, or None; one array serves all of them. `of` says in words what there should be one for each of."""
+    if key_masks is None:
+        return (None,) * len(keys)
+    if backend_of(key_masks) is not None:
+        most = max(getattr(k, "ndim", 0) for k in keys) - 1
+        if getattr(key_masks, "ndim", 0) > most > 0:
+            raise ValueError(
+                f"key_masks should be a list or tuple of masks, or one mask (..., n) for all views of at most {most} dimensions, "
+                f"got an array of shape {tuple(key_masks.shape)}"
+            )
+        return (key_masks,) * len(keys)
+    masks = checked_sequence("key_masks", key_masks)
+    if len(masks) != len(keys):
+        raise ValueError(f"key_masks should have one entry for each of the {len(keys)} {of}, got {len(masks)}")
+    return masks
 
 
 def checked_array(name: str, array: Any) -> Backend:

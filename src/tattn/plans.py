@@ -483,6 +483,14 @@ def strict_json(value: Any) -> str:
     return json.dumps(finite(value), allow_nan=False)
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: '40 s', '12 min', '3 d'."""
+    for unit, size in (("y", 365.25 * 86400), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.2g} s"
+
+
 def si(number: float) -> str:
     """A number with three digits and a prefix: '1.2 G'."""
     if not isfinite(number):

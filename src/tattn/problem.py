@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .backends.operations import CHAIN
@@ -14,6 +14,7 @@ class Problem:
     """A call in numbers: lengths (n, n_1, …, n_m), and the batch, the number of such problems side by side.
 
     `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.operations`).
+    `compiled`: whether compiled loops compute its prefixes, which only its cost depends on.
     """
 
     views: int
@@ -25,6 +26,7 @@ class Problem:
     scale: float
     order: Order = EVERY_ROW
     chain: int = CHAIN
+    compiled: bool = field(default=False, compare=False)
 
     @property
     def rows(self) -> int:

@@ -82,6 +82,25 @@ def call_of(n: int = 50) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]
     return query, rest[:2], rest[2:]
 
 
+def test_plans_price_causal_calls_by_what_computes_them(loops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the exact method would be taken at lengths where the loops are faster."""
+    query, *views = np.random.default_rng(0).uniform(-1, 1, (5, 300, 8)).astype(np.float32)
+    given = (query, views[:2], views[2:])
+    compiled_plan = tattn.plan(*given, causal=True)
+    assert compiled_plan.method == "polynomial"
+    whole = tattn.plan(*given, method="polynomial")
+    assert compiled_plan.flops_polynomial == 1.5 * whole.flops_polynomial
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    without = tattn.plan(*given, method="polynomial", causal=True)
+    assert without.flops_polynomial > 5 * compiled_plan.flops_polynomial
+    # One plan serves both: only its price differs.
+    assert without.problem == compiled_plan.problem
+    np.testing.assert_allclose(
+        tattn.tensor_attention(*given, causal=True, plan=compiled_plan), tattn.tensor_attention(*given, causal=True, plan=without),
+        atol=1e-5,
+    )  # fmt: skip
+
+
 def test_a_kernel_with_short_chains_is_used_under_every_plan(moments):
     query, keys, values = call_of()
     before = tattn.plan(query, keys, values, degree=4)

@@ -332,15 +332,6 @@ def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkey
     assert "would leave" in plan.reason
 
 
-@pytest.mark.usefixtures("bands_at_any_length")
-def test_auto_warns_before_a_computation_of_days(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tattn.planning.choice._LONG", 1e6)
-    call = heavy_tailed()
-    with pytest.warns(UserWarning, match="takes .* exact operations: degree 2 in 8 norm bands meets tol") as caught:
-        tattn.tensor_attention(call.query, call.keys, call.values)
-    assert caught[0].filename == __file__
-
-
 def test_polynomial_with_loose_rows_says_how_loose() -> None:
     call = heavy_tailed()
     with pytest.raises(

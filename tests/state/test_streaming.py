@@ -745,7 +745,7 @@ ROWS = [
      {"values": [V[0, :, :0], V[1]]}),
     ("leading", ValueError, r"^keys\[1\] should have leading dimensions that broadcast with \(2,\).*, got \(3,\)",
      {"keys": [np.stack([K[0]] * 2), np.stack([K[1]] * 3)]}),
-    ("masks", ValueError, r"^key_masks should have one entry for each of the plan's 2 views, got 1", {"key_masks": [MASK]}),
+    ("masks", ValueError, r"^key_masks should have one entry for each of the 2 views of the plan, got 1", {"key_masks": [MASK]}),
     ("mask", ValueError, r"^key_masks\[0\] should have shape \(..., 6\)", {"key_masks": [MASK[:5], None]}),
     ("mask dtype", TypeError, r"^key_masks\[1\] should be boolean", {"key_masks": [None, np.ones(6)]}),
 ]  # fmt: skip

@@ -17,6 +17,7 @@ import array_api_compat
 import numpy as np
 
 from .operations import CHAIN, Kernel
+from .progress import told
 from .tables import Tables, memoized
 from .threads import MOST_THREADS, SHARING, Memory
 
@@ -299,6 +300,7 @@ class Backend:
         n = _length(rows)
         if n <= block:
             return body(carry, *rows)
+        body = told(body, n)
         if self.writable:
             whole = _Whole(n, self)
             return self._scan_into(whole, body, carry, rows, range(0, n, block)), whole.arrays
@@ -351,6 +353,7 @@ class Backend:
             carry, outputs = self.scan_rows(body, carry, rows, block)
             return [carry], outputs
         n = _length(rows)
+        body = told(body, n)
         whole, stop = _Whole(n, self), Event()
         scan = partial(self._scan_into, whole, body, carry, rows, stop=stop)
         ends = pairwise(n * i // count for i in range(count + 1))

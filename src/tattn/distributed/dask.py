@@ -57,7 +57,7 @@ def tensor_attention(
         Your promise, instead of a plan. One of the two is needed, because no value is read.
     scale, tol
         As in `tattn.tensor_attention`.
-    key_masks : sequence of m boolean dask arrays (..., n_μ) or None, optional
+    key_masks : boolean dask array (..., n_μ), or sequence of m of them or None, optional
     return_lse : bool
         Also return log Σ exp of the scores, (..., n).
     split_every : int
@@ -133,6 +133,8 @@ class _Call:
         query, keys, values, masks = given
         checked_flags(return_lse=return_lse)
         self.every = whole("split_every", every, 2)
+        if isinstance(masks, da.Array) and isinstance(keys, (list, tuple)):
+            masks = (masks,) * len(keys)
         self.inputs = checked_inputs(
             _stand_in("query", query), _stand_ins("keys", keys), _stand_ins("values", values),
             _stand_ins("key_masks", masks), rowless=True,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from ..backends.torch import BACKEND
-from ..checks import PlanError
+from ..checks import PlanError, checked_masks
 from ..nn.operator import plan_of_text
 from ..plans import Plan, plan_text
 from ..state import sums as summaries
@@ -33,7 +33,7 @@ def compiled_attention(
             "the call is traced and its values cannot be read, so it needs a plan with a bound that you promise, "
             "plan=tattn.plan_for(..., bound=...)"
         )
-    masks = [None] * len(keys) if key_masks is None else list(key_masks)
+    masks = list(checked_masks(key_masks, keys, "keys"))
     recording = torch.is_grad_enabled() and any(x.requires_grad for x in (*keys, *values))
     factor = plan.scale if asked.scale is None else asked.scale
     out, lse, _, _ = _forward(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.rounding import computed_in
-from ..checks import checked_flags
+from ..checks import checked_flags, checked_masks
 from ..plans import Plan
 from ..state import sums as summaries
 from ..state.summary import Summary, call_of, summarize
@@ -73,7 +73,7 @@ def tensor_attention(
     bound : float, optional
         Instead of a plan, your promise for the rows of all ranks, as in `tattn.plan`. With neither, a certified plan is
         made from the rows of all ranks.
-    key_masks : sequence of m boolean tensors (..., n_μ) or None, optional
+    key_masks : boolean tensor (..., n_μ), or sequence of m of them or None, optional
         Of this rank's rows.
     causal : bool
         Rows follow one another in the order of the ranks, and a query row sees the rows up to its own, as in one call
@@ -132,7 +132,7 @@ def tensor_attention(
         flat = _OverRanks.apply("before" if causal else "all", group, flat)  # type: ignore[no-untyped-call]
         sums = split(flat, local.sums)
         if causal:
-            masks = columns([None] * len(keys) if key_masks is None else key_masks)
+            masks = columns(checked_masks(key_masks, keys, "keys"))
             arrays = (query, *keys, *values, *sums, *masks)
             functions = summaries.read_causal, summaries.read_causal_backward
             out, lse, _ = BACKEND.differentiable(*functions, call_of(plan), arrays)

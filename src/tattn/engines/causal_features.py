@@ -59,6 +59,8 @@ _LARGEST = {"float32": 96, "float64": 900}
 # Rows of a block that a kernel takes, at most.
 _KERNEL_ROWS = 1 << 13
 _FEW_BLOCKS = 64
+# Time of compiled loops over that of products with all rows.
+_COMPILED = 1.5
 
 
 class Start(NamedTuple):
@@ -273,6 +275,9 @@ def cost(problem: Problem, rank: float) -> Cost:
     """Operations and bytes of a polynomial of this rank, where rows see those before them."""
     flops, memory = features.cost(problem, rank)
     rank = features.as_float(rank)
+    if problem.compiled:
+        # Four multiply-adds where all rows take three, and some more for the sums.
+        return Cost(_COMPILED * flops, memory + (16 << 20))
     # Every row multiplies with the rows of its chunk, for every channel of the values where there are several views.
     chunk, several, columns = chunk_of(problem.views), problem.views > 1, problem.value_dim + 1
     inside = 2.0 * chunk * (problem.views * columns if several else 1)

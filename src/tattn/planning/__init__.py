@@ -30,6 +30,7 @@ from ..plans import Plan, spread
 from ..problem import Problem, ScoreRange
 from .banded import asked_banded, banded_plan, is_banded
 from .estimated import estimated_plan
+from .limits import check_cost, check_flops, checked_most, flops_of
 from .selection import Wish, check_rank, choose, plan_with, why_overflows
 
 # Methods that can be asked for as values.
@@ -55,6 +56,7 @@ def plan(
     causal: bool = False,
     window: Sequence[int] | None = None,
     gradients: bool = True,
+    max_flops: float | None = None,
 ) -> Plan:
     """Choose a method for arrays like these, with its cost and a bound on its error.
 
@@ -85,6 +87,9 @@ def plan(
         a degree or a number for `bound` is given. By default `grad_error` stays what it would be with all monomials if
         their error were just `tol`. False drops this condition, for calls without gradients: channels that add little
         may then get no gradient.
+    max_flops : float, optional
+        Most operations that a forward call may take, as `flops_exact` and `flops_polynomial` count them. Without it, a
+        method that was chosen and takes more than half a minute on this machine is warned of.
 
     Returns
     -------
@@ -94,7 +99,7 @@ def plan(
     ------
     PlanError
         If ``method="polynomial"`` cannot meet `tol`. The message gives the range that was found, the degree and rank it
-        would take, and what to do.
+        would take, and what to do. If a call takes more than `max_flops`.
     TypeError, ValueError
         For arguments that do not fit, by name.
 
@@ -110,13 +115,16 @@ def plan(
     if isinstance(method, _VALUES):
         number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
         asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}
-        return _of_method(method, inputs.problem(number), **asked)
+        made = _of_method(method, inputs.problem(number), **asked)
+        check_flops(made, flops_of(made), checked_most(max_flops))
+        return made
     number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
     banded = is_banded(series, bands, moment)
-    wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients))
-    if banded:
-        return asked_banded(inputs.problem(number), wish, bound, bands, moment)
-    return plan_inputs(inputs, number, wish, bound)
+    wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients), checked_most(max_flops))
+    banded_of = (inputs.problem(number), wish, bound, bands, moment)
+    made = asked_banded(*banded_of) if banded else plan_inputs(inputs, number, wish, bound)
+    check_cost(inputs, made, flops_of(made), wish)
+    return made
 
 
 def plan_for(
@@ -139,6 +147,7 @@ def plan_for(
     workers: int | None = None,
     bandwidth: float | None = None,
     flops: float | None = None,
+    max_flops: float | None = None,
 ) -> Plan:
     """Make a plan from numbers alone, for a call that does not exist yet.
 
@@ -156,7 +165,7 @@ def plan_for(
     dtype : {"float64", "float32", "float16", "bfloat16"}
     value_dim : int, optional
         Channels of the values; `dim` if not given.
-    tol, scale, method, degree, series, bands, moment, causal, window
+    tol, scale, method, degree, series, bands, moment, causal, window, max_flops
         As in `plan`.
     workers : int, optional
         Processes or machines among which the rows are spread, as in `tattn.distributed`. The plan says what each sends.
@@ -169,8 +178,8 @@ def plan_for(
     Raises
     ------
     PlanError
-        If ``method="polynomial"`` cannot meet `tol`. With `workers` or `flops`, if the plan is exact or banded: these
-        have no summaries that add up.
+        If ``method="polynomial"`` cannot meet `tol`. If a call takes more than `max_flops`. With `workers` or `flops`,
+        if the plan is exact or banded: these have no summaries that add up.
     TypeError, ValueError
         For arguments that do not fit, by name.
 
@@ -200,6 +209,7 @@ def plan_for(
         made = asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
     else:
         made = choose(problem, _promised(bound), Wish(tol, method, degree, series))
+    check_flops(made, flops_of(made), checked_most(max_flops))
     if workers is None and flops is None:
         return made
     count = 1 if workers is None else whole("workers", workers, 1)

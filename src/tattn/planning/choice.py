@@ -11,7 +11,7 @@ import numpy as np
 from ..approximation.pruning import sums_of, weights_of
 from ..backends import Array
 from ..bounds.score_range import Ranges
-from ..checks import Inputs, PlanError, checked_finite, warn_caller
+from ..checks import Inputs, PlanError, checked_finite
 from ..methods import Banded, Call, Exact, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
 from ..operands import Upstream
@@ -19,6 +19,7 @@ from ..plans import Plan, at_most
 from ..problem import ScoreRange
 from . import measured, plan_inputs
 from .banded import banded_candidates
+from .limits import check_cost, flops_of
 from .sampling import sampled_errors
 from .selection import Wish, why_overflows
 
@@ -27,8 +28,6 @@ MOST_RECOMPUTED = 0.05
 # Overhead of the banded method in equivalent operations, on one thread: 0.3 µs a row to sort, gather and certify it, and 30 ms a
 # call with its trial on samples.
 _BANDS_ROW, _BANDS_CALL = 1e4, 1e9
-# More operations than this are warned of: they take days on a processor, a quarter of an hour on an accelerator.
-_LONG = 1e16
 
 
 class Work(NamedTuple):
@@ -43,13 +42,8 @@ class Work(NamedTuple):
 def chosen_work(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     """The cheapest way that meets `tol`, for values that can be read."""
     work = _cheapest(inputs, scale, wish, certify)
-    plan = work.plan
-    flops = plan.flops_exact * (1.0 if plan.method == "exact" else plan.recomputed)
-    if wish.method == "auto" and flops > _LONG:
-        warn_caller(
-            f"tol={wish.tol:g} takes {flops:.2g} exact operations: {plan.reason}. A larger tol, or a plan with series='banded' and "
-            "return_error=True, which bounds the rows as they come, takes none"
-        )
+    if work.result is None:
+        check_cost(inputs, work.plan, flops_of(work.plan), wish)
     return work
 
 
@@ -66,7 +60,7 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
         refused = cannot
     if method == "exact" and plan:
         return work_of(inputs, plan)
-    candidate = _banded_candidate(inputs, scale, tol, plan)
+    candidate = _banded_candidate(inputs, scale, wish, plan)
     if candidate is None:
         if plan is None:
             raise refused  # type: ignore[misc]
@@ -87,10 +81,11 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     most = int(over.sum(axis=-1).max())
     # A polynomial that was certified beforehand may cost less than the rows that would have to be recomputed.
     recomputed = most / inputs.lengths[0]
-    cheaper = plan is None or _banded_work(candidate, inputs) + recomputed * plan.flops_exact < _flops(plan)
+    cheaper = plan is None or _banded_work(candidate, inputs) + recomputed * plan.flops_exact < flops_of(plan)
     if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
         reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
         work = work._replace(plan=replace(candidate, reason=reason), result=found)
+        check_cost(inputs, work.plan, recomputed * candidate.flops_exact, wish)
         return _hybrid_work(inputs, work, row_errors, most, values)
     if plan is None:
         quantiles = ", ".join(
@@ -102,20 +97,21 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     return work_of(inputs, replace(plan, reason=f"{plan.reason}; {name} would leave {share:.1%} of the rows above tol"))
 
 
-def _flops(plan: Plan) -> float:
-    return plan.flops_exact if plan.method == "exact" else plan.flops_polynomial
-
-
 def _banded_work(candidate: Plan, inputs: Inputs) -> float:
     """Operations of a banded plan, with those that would take as long as what it does besides."""
     return candidate.flops_polynomial + _BANDS_CALL + _BANDS_ROW * sum(inputs.lengths) * prod(inputs.leading)
 
 
-def _banded_candidate(inputs: Inputs, scale: float, tol: float, instead_of: Plan | None) -> Plan | None:
+def _banded_candidate(inputs: Inputs, scale: float, wish: Wish, instead_of: Plan | None) -> Plan | None:
     """The banded plan that is cheapest with the rows it leaves, on samples; None if none is worth a trial."""
-    least = _flops(instead_of) if instead_of else inf
+    tol, least = wish.tol, flops_of(instead_of) if instead_of else inf
     best = None
-    candidates = [c for c in banded_candidates(inputs.problem(scale)) if _banded_work(c, inputs) <= least / 2]
+    most = inf if wish.max_flops is None else wish.max_flops
+    candidates = [
+        c
+        for c in banded_candidates(inputs.problem(scale))
+        if _banded_work(c, inputs) <= least / 2 and c.flops_polynomial <= most
+    ]
     errors = sampled_errors(inputs, [_call(inputs, c, certify=True) for c in candidates])
     for candidate, found in zip(candidates, errors, strict=False):
         over = float((~(found <= tol)).mean())

@@ -26,17 +26,21 @@ MAX_RANK = 1 << 18
 _MAX_EXPONENTS = 1 << 28
 # Operations that take longer than to look for a pruned basis.
 _WORTH_PRUNING = 2e8
-_MAX_DEGREE = 40
+MOST_DEGREE = 40
 
 
 class Wish(NamedTuple):
-    """What a caller asks of a plan. `gradients`: whether those of a pruned basis are held to `tol`, None for no pruned basis."""
+    """What a caller asks of a plan. `gradients`: whether those of a pruned basis are held to `tol`, None for no pruned basis.
+
+    `max_flops`: operations that a forward call may take, None for any number.
+    """
 
     tol: float
     method: str = "auto"
     degree: int | None = None
     series: str = "minimax"
     gradients: bool | None = True
+    max_flops: float | None = None
 
 
 def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
@@ -159,7 +163,7 @@ def _pruned(problem: Problem, scores: ScoreRange, wish: Wish, needed: int) -> Po
 
 def _smallest(problem: Problem, scores: ScoreRange, wish: Wish) -> Polynomial | None:
     """The polynomial of least degree that meets `tol` at a rank that can be afforded."""
-    affordable = max(affordable_degrees(problem.dim, _MAX_DEGREE), default=0)
+    affordable = max(affordable_degrees(problem.dim, MOST_DEGREE), default=0)
 
     def accept(found: Approximation) -> bool:
         if found.degree < 1:
@@ -178,7 +182,7 @@ def _needed_degree(bound: float, wish: Wish) -> int | None:
     def accept(found: Approximation) -> bool:
         return found.degree >= 1 and polynomial_errors(found.delta, 0.0, 0.0, 0.0)[0] <= wish.tol
 
-    best = smallest(bound, accept, series=wish.series, max_degree=_MAX_DEGREE)  # type: ignore[arg-type]
+    best = smallest(bound, accept, series=wish.series, max_degree=MOST_DEGREE)  # type: ignore[arg-type]
     return None if best is None else best.degree
 
 
@@ -186,8 +190,8 @@ def _why_not(problem: Problem, bound: float, tol: float, needed: int | None) -> 
     """What stands against the polynomial method, in words."""
     where = f"scores may reach {bound:.4g}"
     if needed is None:
-        most = shown(rank_of(problem.dim, _MAX_DEGREE), ",")
-        return f"{where}, which takes a degree above {_MAX_DEGREE} and a rank above {most}"
+        most = shown(rank_of(problem.dim, MOST_DEGREE), ",")
+        return f"{where}, which takes a degree above {MOST_DEGREE} and a rank above {most}"
     rank = rank_of(problem.dim, needed)
     take = f"{where}, which takes degree {needed} and rank {shown(rank, ',')} at dim {problem.dim}"
     if rank > largest_rank(problem.dim):

@@ -15,6 +15,7 @@ from ..checks import (
     check_shape,
     checked_array,
     checked_leading,
+    checked_masks,
     checked_sequence,
 )
 from ..operands import View
@@ -73,10 +74,10 @@ def checked_views(keys: Any, values: Any, key_masks: Any, problem: Problem, sums
     """Rows for a summary with a plan for this problem; lengths of 0 are allowed. `sums`: those they will be added to, if any."""
     views, dim = problem.views, problem.dim
     keys, values = checked_sequence("keys", keys), checked_sequence("values", values)
-    masks = (None,) * views if key_masks is None else checked_sequence("key_masks", key_masks)
-    for name, given in (("keys", keys), ("values", values), ("key_masks", masks)):
+    for name, given in (("keys", keys), ("values", values)):
         if len(given) != views:
             raise ValueError(f"{name} should have one entry for each of the plan's {views} views, got {len(given)}")
+    masks = checked_masks(key_masks, keys, "views of the plan")
     if sums:
         like, first, value_dim = "the summary", sums[0], sums[0].shape[-1] - 1
     else:

@@ -73,7 +73,7 @@ class DecodingState:
         query : array (..., 1, d)
         keys : sequence of m arrays (..., 1, d)
         values : sequence of m arrays (..., 1, dv)
-        key_masks : sequence of m boolean arrays (..., 1) or None, optional
+        key_masks : boolean array (..., 1), or sequence of m of them or None, optional
             False for streams of a batch that have ended, or for padding. Their summaries do not change.
         return_lse : bool
             Also return log Σ exp of the scores, as ``((out, lse), state)``.

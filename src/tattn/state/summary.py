@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends import Array, Backend, backend_of
+from ..backends.progress import Progress, reporter
 from ..bounds.rounding import computed_in
 from ..checks import (
     checked_array,
@@ -30,8 +31,6 @@ from .checks import (
 )
 
 _PIECE = 1 << 18
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,8 +301,8 @@ def summarize(
     plan : Plan
         Polynomial and not banded, the same for all summaries that will be added: ``tattn.plan_for(..., bound=...)``,
         whose bound you promise. The shapes it was made for do not matter.
-    key_masks : sequence of m boolean arrays (..., n_μ) or None, optional
-        True for rows that count.
+    key_masks : boolean array (..., n_μ), or sequence of m of them or None, optional
+        True for rows that count. One array serves all views.
     progress : callable or True, optional
         Called as ``progress(done, total)`` with numbers of rows, after every 262,144; True shows a bar by tqdm.
 
@@ -436,7 +435,7 @@ def _sums(rows: Sequence[Array | None], call: summaries.SumCall, backend: Backen
 def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array] | None]:
     """(sums, rests) of the rows of every view, None where it is."""
     backend, call = views.backend, call_of(plan)
-    report = _reporter(progress)
+    report = reporter(progress)
     total = sum(rows.keys.shape[-2] for rows in views.views if rows is not None)
     done = 0
     results: list[tuple[Array, Array] | None] = []
@@ -470,26 +469,3 @@ def _filled(pairs: Sequence[tuple[Array, Array] | None], views: Views, plan: Pla
             return xp.zeros(shape, dtype=like.dtype, device=backend.device(like))
 
     return [(zeros(), zeros()) if pair is None else pair for pair in pairs]
-
-
-def _reporter(progress: Any) -> Progress | None:
-    """What to tell progress to."""
-    if progress is None or progress is False:
-        return None
-    if progress is not True:
-        if not callable(progress):
-            raise TypeError(f"progress should be True or callable, got {type(progress).__name__}")
-        return progress  # type: ignore[no-any-return]
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("progress=True shows a bar by tqdm, which is not installed: pip install tqdm") from None
-    bar = tqdm(unit=" rows", unit_scale=True)
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
