@@ -11,7 +11,7 @@ import pytest
 from evidence import PARTS, border, growth, heads, learning, quality, run, stability, write
 from evidence.__main__ import main
 from evidence.apart import measured, stored
-from evidence.tables import Table, load, markdown, save, short, where
+from evidence.tables import Table, duration, load, markdown, save, short, where
 from tattn.approximation.exponential import least_error, minimax
 from tattn.attention import tensor_attention
 from tattn.methods import Call, Exact, backward, forward
@@ -163,6 +163,11 @@ def test_numbers_in_words():
         "∞",
     ]
     assert markdown([["1"]], ["a"]) == "| a |\n|---|\n| 1 |"
+
+
+def test_times_in_words():
+    times = [duration(x) for x in (2.7e-3, 0.0831, 0.3, 4.04, 75, 120, 3.6e3, 5.2e5, 5.8e9)]
+    assert times == ["2.7 ms", "83 ms", "0.3 s", "4 s", "1.2 minutes", "2 minutes", "1 hours", "6 days", "184 years"]
 
 
 @PLOTS

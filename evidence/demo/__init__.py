@@ -17,7 +17,7 @@ from tattn.plans import strict_json
 from tattn.terminal import writable_file
 
 from ..plots import COLOURS, drawing, save_plot
-from ..tables import listed
+from ..tables import duration, listed
 
 # Two ordinary heads of the first, middle and last layer, and the one whose scores reach furthest.
 HEADS = ((0, 0), (0, 11), (2, 3), (3, 5), (5, 0), (0, 5))
@@ -214,14 +214,6 @@ def _sentences(results: list[dict[str, Any]], tokens: int, exact_seconds: float)
     third = f"Not certified: {names}. {'Its' if len(rest) == 1 else 'Their'} scores reach {reach}"
     third += f", those of the others ±{max(row['scores'] for row in good):.1f} at most." if good else "."
     return [first, second, third]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would use."""
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _short(error: float) -> str:

@@ -12,7 +12,8 @@ from tattn.attention import tensor_attention, tensor_attention_vjp
 from tattn.planning import plan
 
 from ..plots import legend_below, panels, save_plot, style
-from . import PREFIX, Step, duration, sampled
+from ..tables import duration
+from . import PREFIX, Step, sampled
 
 DEGREES = (1, 2, 3)
 BANDED = (2, 3)
