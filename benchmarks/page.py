@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from math import isinf
+from math import isfinite, isinf
 
 from evidence.growth import fit
 from evidence.tables import Row, Table, column, distinct, listed, markdown, mebibytes, seconds, short, where
-from tattn import plan_for
-from tattn.plans import si
 
 from .goals import LONGEST, LONGEST_JUDGED, STORED, breaks_even, passes, ratio, speedups
 
@@ -16,10 +14,12 @@ _INTRO = """\
 
 <!-- Made by `python -m benchmarks.report` from the tables in docs/benchmarks. Changes made by hand are lost. -->
 
-How long the library takes over the matrix products that it is made of, how that grows, and what else would do the same.
-`nox -s bench` measures all of it and writes this page, or where there is a CUDA device that of the GPU, into `docs/gpu`;
-`-- --quick` takes minutes and writes elsewhere.
+{gains}
 
+`nox -s bench` measures all of this and writes this page, or where there is a CUDA device that of the GPU, into `docs/gpu`;
+`-- --quick` takes minutes and writes elsewhere.
+"""
+_HOW = """\
 float32. Every result is first compared with the definition in float64: rows are drawn from 64 distinct ones, so that the
 answer for any length is known from a small problem, gradients included. A case whose error is above its certified bound
 fails, and so does an exact one whose error is above rounding. Query and keys have entries from ±0.7 to ±1 and the scale is
@@ -36,6 +36,21 @@ _ERRORS = {
     "certified": "certified",
     "gradient_error": "of gradients",
 }
+# What each kind of goal asks and means, by the beginning of its name.
+_MEANING = {
+    "over nine bare products": """\
+**Over nine bare products.** Forward and gradient by the polynomial are nine matrix products and some passes over rows. The ratio
+is the time of the call over that of the products alone, run by the same library: 1.00 would mean that nothing else takes time, 1.50
+that half as much again does. No call could be faster with these products.""",
+    "the same ratio": """\
+**Two threads.** The same ratio where both may use two threads: it stays as it is if a call gains from the second thread as much as
+the bare products do. Where it is larger, the second thread still helps, but by less; the case says by how much.""",
+    "exact method": """\
+**The exact method against what you would write otherwise.** Times as fast, at the worst of several lengths: SDPA over pair keys is
+torch's fused attention over all n² pairs, einsum stores all n³ scores. Below 1.00 the other one is faster.""",
+    "2^20 rows": """\
+**A million rows on a GPU**, if there was one.""",
+}
 _QUICK = "**A quick run, of small sizes and few rounds: it shows that all runs, and is not to be quoted.**\n"
 
 
@@ -45,10 +60,11 @@ def page(tables: dict[str, Table]) -> str:
     devices = [device for (device,) in distinct(measured, "device") if device != "cpu"]
     # Of the page of a GPU, which is there only if one was, no other page can know.
     title = "---\norphan: true\n---\n\n# Benchmarks on " + listed(devices) if devices else "# Benchmarks"
-    parts = [_INTRO.format(title=title)]
+    parts = [_INTRO.format(title=title, gains=_gains(measured))]
     if any(column(machines, "quick")):
         parts.append(_QUICK)
     parts += [
+        f"## How it is measured\n\n{_HOW}",
         _section("Goals", _goals(tables["goals"]), tables["goals"]),
         "" if devices else "```{include} benchmarks/tried.md\n```\n",
         _section(
@@ -72,13 +88,48 @@ def _section(title: str, words: str, rows: Table) -> str:
     return f"## {title}\n\n{words.strip()}\n" if rows else f"## {title}\n\nNot measured in this run.\n"
 
 
+def _gains(measured: Table) -> str:
+    """What a user gains, in a few sentences."""
+    points = []
+    grown = where(measured, group="growth")
+    for n, dim in distinct(where(grown, n=max(column(grown, "n"), default=0)), "n", "dim"):
+        rows = where(grown, n=n, dim=dim)
+        took = [f"{row['library']} {seconds(row['seconds'])}" for row in rows]
+        told = [row["peak_bytes"] for row in rows if row["peak_bytes"]]
+        memory = f", with at most {mebibytes(max(told))} MiB beyond inputs and outputs" if told else ""
+        points.append(
+            f"* **Long sequences.** {n:,} rows of {dim} channels, forward and gradient: {', '.join(took)}{memory}. The error is "
+            f"{short(rows[0]['error'])}, certified {short(rows[0]['certified'])}."
+        )
+    early = [
+        f"{max(row['crossing'], 64):,.0f} rows ({row['library']}, {row['dim']} channels)"
+        for row in breaks_even(measured)
+        if row["gradient"] and row["dim"] in (8, 16) and row["degree"] == 4 and isfinite(row["crossing"])
+    ]
+    if early:
+        points.append(
+            "* **Not only long ones.** Gradient included, degree 4 is faster than every exact method from about these lengths on: "
+            f"{', '.join(early)}."
+        )
+    points.append("* **Exact calls** store no n³ scores, and not even the n² pairs.")
+    return "What you gain, on one thread, for attention over all pairs of rows:\n\n" + "\n".join(points)
+
+
 def _goals(goals: Table) -> str:
+    shown = [text for name, text in _MEANING.items() if any(str(row["goal"]).startswith(name) for row in goals)]
+    words = "Goals say how near the code is to what the machine could do. One that is not met costs time, and no accuracy.\n\n"
+    return words + "\n\n".join(shown) + "\n\n" + _goals_table(goals)
+
+
+def _goals_table(goals: Table) -> str:
     lines = []
     for row in goals:
         verdict = {True: "met", False: "**not met**"}.get(row["met"], "–")
-        asked = f"{row['sign']} {row['asked']:.2f}" if row["asked"] != "" else "–"
+        # No-break spaces: a number stays with its sign.
+        asked = f"{row['sign']}\N{NO-BREAK SPACE}{row['asked']:.2f}" if row["asked"] != "" else "–"
         got = f"{row['measured']:.2f}" if row["measured"] != "" else "–"
-        lines.append([row["goal"], row["case"], asked, got, verdict])
+        case = row["case"].replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace("…", " to ")
+        lines.append([row["goal"], case, asked, got, verdict])
     return markdown(lines, ["goal", "case", "asked", "measured", ""])
 
 
@@ -283,36 +334,6 @@ def _machine(machines: Table, measured: Table) -> str:
     devices = sorted({*column(measured, "device")} - {"cpu"})
     lines.append(f"* accelerator: {', '.join(devices) or 'none; what needs one was skipped'}")
     return "\n".join(lines) + "\n"
-
-
-def readme(measured: Table) -> str:
-    """The table of README."""
-    lines = []
-    for name in ("numpy", "torch"):
-        goal = {"gradient": True, "dim": 8, "value_dim": 8, "degree": 4, "threads": 1, "library": name}
-        for row in where(measured, group="limit", **goal):
-            over = f"{seconds(row['seconds'])}: {ratio(row):.1f} × its nine bare matrix products"
-            lines.append([f"{row['n']:,} tokens, {name}", _exact_flops(row), over, *_errors(row)])
-        grown = where(measured, group="growth", library=name, dim=8)
-        if grown:
-            row = max(grown, key=lambda found: int(found["n"]))
-            took = f"{seconds(row['seconds'])}, {_memory(row)} MiB beyond inputs and outputs"
-            lines.append([f"{row['n']:,} tokens, {name}", _exact_flops(row), took, *_errors(row)])
-    lines = [[*line[:3], line[5], line[3], line[6]] for line in lines]
-    heads = [
-        "forward + gradient, d = dv = 8, float32, one thread",
-        "operations of exact, forward alone",
-        "`tattn`, degree 4",
-    ]
-    table = markdown(lines, [*heads, "certified error", "measured", "of gradients"])
-    source = "From [the benchmarks](docs/benchmarks.md), `nox -s bench`."
-    return f"{table}\n\nScores within ±1; errors are relative to max|u| max|v|, of gradients to their largest entry. {source}"
-
-
-def _exact_flops(row: Row) -> str:
-    """Operations of a forward call by the exact method."""
-    shape = {"n": row["n"], "dim": row["dim"], "value_dim": row["value_dim"]}
-    return f"{si(plan_for(**shape, bound=1.0, method='exact').flops_exact)}flop"
 
 
 def _errors(row: Row) -> list[str]:

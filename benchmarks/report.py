@@ -1,4 +1,4 @@
-"""Tables, plots and a page from the JSON of pytest-benchmark, and the table in README.
+"""Tables, plots and a page from the JSON of pytest-benchmark.
 
     python -m benchmarks.report [build/benchmarks/full] [--docs FOLDER]
 
@@ -19,10 +19,9 @@ from evidence.tables import Row, Table, load, save
 
 from .figures import figures
 from .goals import goals
-from .page import page, readme
+from .page import page
 
 _ROOT = Path(__file__).parent.parent
-_MARKS = "<!-- benchmarks: made by `python -m benchmarks.report` -->", "<!-- end of benchmarks -->"
 TABLES = ("measured", "machine", "goals")
 
 
@@ -39,8 +38,8 @@ def rows_of(contents: Sequence[Row]) -> tuple[Table, Table]:
     return measured, [m for i, m in enumerate(machines) if m not in machines[:i]]
 
 
-def write(contents: Sequence[Row], docs: Path, into: Path | None) -> None:
-    """Tables and plots into docs/benchmarks, the page docs/benchmarks.md, and the table between the marks of `into`."""
+def write(contents: Sequence[Row], docs: Path) -> None:
+    """Tables and plots into docs/benchmarks, and the page docs/benchmarks.md."""
     measured, machines = rows_of(contents)
     folder = docs / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,32 +52,19 @@ def write(contents: Sequence[Row], docs: Path, into: Path | None) -> None:
     for name, figure in drawn.items():
         save_plot(figure, folder / f"{name}.png")
     (docs / "benchmarks.md").write_text(page(tables), encoding="utf-8")
-    if into is not None:
-        into.write_text(between_marks(into.read_text(encoding="utf-8"), readme(tables["measured"])), encoding="utf-8")
 
 
-def between_marks(text: str, table: str) -> str:
-    """The text with what stands between the marks replaced."""
-    start, end = _MARKS
-    head, found, rest = text.partition(start)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"the text should hold {start} and after it {end}")
-    return f"{head}{start}\n\n{table}\n\n{end}{tail}"
-
-
-def destination(contents: Sequence[Row], root: Path) -> tuple[Path, Path | None]:
-    """The folder for page, tables and plots, and the text with a table in it: none for runs on a GPU, which stay apart."""
-    if any(row["device"] != "cpu" for row in rows_of(contents)[0]):
-        return root / "docs" / "gpu", None
-    return root / "docs", root / "README.md"
+def destination(contents: Sequence[Row], root: Path) -> Path:
+    """The folder for page, tables and plots: runs on a GPU stay apart."""
+    on_gpu = any(row["device"] != "cpu" for row in rows_of(contents)[0])
+    return root / "docs" / "gpu" if on_gpu else root / "docs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the report of a folder of JSON files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=_ROOT / "build" / "benchmarks" / "full")
-    parser.add_argument("--docs", type=Path, help="folder for page, tables and plots; README is left alone")
+    parser.add_argument("--docs", type=Path, help="folder for page, tables and plots")
     given = parser.parse_args(arguments)
     # A process that skipped all, or died, may leave an empty file.
     files = [file for file in sorted(given.folder.glob("*.json")) if file.stat().st_size]
@@ -91,10 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"files in {given.folder} are of different commits, {', '.join(commits)}: a report is of one run of everything"
         )
     quick = any(content["machine_info"]["quick"] for content in contents)
-    docs, into = destination(contents, _ROOT)
-    if quick or given.docs:
-        docs, into = given.docs or given.folder / "report", None
-    write(contents, docs, into)
+    docs = given.docs or (given.folder / "report" if quick else destination(contents, _ROOT))
+    write(contents, docs)
     print(docs / "benchmarks.md")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from math import ceil, inf, log2
 from pathlib import Path
 from typing import Any
 
+import ziamath
 from docutils import nodes
 
 import tattn
@@ -32,8 +34,8 @@ extensions = [
     "myst_parser",
     "numpydoc",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "_generated", "bands", "benchmarks", "causal", "scaling"]
 
@@ -54,10 +56,20 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 
+# Formulas are drawn into the pages, which need no script, no font and no network to show them.
+html_math_renderer = "drawn"
+ziamath.config.svg2 = False
+# Prompts and output are not copied.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
 html_theme = "furo"
+# Room for a line of 88 characters.
+_SIZES = {"code-font-size": "75%"}
+html_theme_options = {"light_css_variables": _SIZES, "dark_css_variables": _SIZES}
 html_title = f"tattn {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_show_copyright = False
 
 _GENERATED = Path(__file__).parent / "_generated"
@@ -230,8 +242,29 @@ def _break_names(app: Any, doctree: nodes.document, _name: str) -> None:
             literal.replace_self(nodes.raw("", html, format="html"))
 
 
+def _drawn(formula: str, inline: bool) -> str:
+    """A formula in TeX as SVG in the colour of the text, its baseline on that of the line; the TeX is what is read aloud."""
+    drawn = ziamath.Latex(formula.strip(), size=17, inline=inline, color="currentColor")
+    text = html.escape(" ".join(formula.split()), quote=True)
+    style = f"vertical-align: {drawn.getyofst():.1f}px" if inline else ""
+    return drawn.svg().replace("<svg ", f'<svg class="formula" role="img" aria-label="{text}" style="{style}" ', 1)
+
+
+def _inline_math(translator: Any, node: nodes.math) -> None:
+    translator.body.append(_drawn(node.astext(), inline=True))
+    raise nodes.SkipNode
+
+
+def _block_math(translator: Any, node: nodes.math_block) -> None:
+    """A formula of its own, which scrolls where the page is narrow."""
+    parts = [_drawn(part, inline=False) for part in node.astext().split("\n\n") if part.strip()]
+    translator.body.append(f'<div class="math-block">{"<br>".join(parts)}</div>\n')
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     """Run before numpydoc, which takes docstrings apart."""
+    app.add_html_math_renderer("drawn", (_inline_math, None), (_block_math, None))
     app.connect("doctree-resolved", _break_names)
     app.connect("autodoc-process-docstring", _prepare, priority=400)
     app.connect("autodoc-process-signature", _signature)

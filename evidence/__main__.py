@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--plot", default="tattn-demo.png", metavar="FILE", help="where to save the plot (default: %(default)s)"
     )
+    demo.add_argument("--full", action="store_true", help="more degrees and all gradients: many times as long")
     demo.add_argument("--json", action="store_true", help="for programs, and no progress bar")
 
     bands = commands.add_parser("bands", help="the bound that comes with the answer, on every head of the encoder")

@@ -86,6 +86,14 @@ def seconds(number: float) -> str:
     return f"{number:.3g} s" if number < 120 else f"{number / 60:.1f} min"
 
 
+def duration(number: float) -> str:
+    """A time in the unit a person would use, from milliseconds to years, with two digits or whole."""
+    units = (31557600, "years"), (86400, "days"), (3600, "hours"), (60, "minutes"), (0.1, "s"), (0.0, "ms")
+    size, unit = next(pair for pair in units if number >= pair[0])
+    found = number / {"s": 1, "ms": 1e-3}.get(unit, size)
+    return f"{found:,.0f} {unit}" if found >= 10 else f"{found:.2g} {unit}"
+
+
 def mebibytes(number: float) -> str:
     """Bytes in MiB."""
     size = number / 2**20

@@ -14,14 +14,14 @@ import pytest
 
 import benchmarks.__main__
 import tattn
-from benchmarks import goals, page, report
-from benchmarks.libraries import Library
+from benchmarks import goals, lengths, page, report
+from benchmarks.libraries import Library, Torch
 from benchmarks.measure import Measure
 from benchmarks.problem import Problem, draw
 from benchmarks.rivals import einsum_numpy
 from evidence.apart import stored
 from evidence.growth import overtaking
-from evidence.tables import Table, load, where
+from evidence.tables import Row, Table, load, where
 
 ROOT = Path(__file__).parents[1]
 PLOTS = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="package missing: matplotlib")
@@ -192,34 +192,28 @@ def test_a_process_that_measured_nothing_is_noticed(content: dict[str, Any], tmp
 
 @PLOTS
 def test_a_report_of_a_small_run(content: dict[str, Any], tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n{}\nold\n{}\nafter\n".format(*report._MARKS), encoding="utf-8")
-    report.write([json.loads(json.dumps(content))], tmp_path / "docs", readme)
+    report.write([json.loads(json.dumps(content))], tmp_path / "docs")
     text = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert "A quick run" in text
-    assert "| ≤ 1.50 | 1.50 | met |" in text
-    assert "| ≥ 3.00 | 2.00 | **not met** |" in text
+    assert "| ≤\N{NO-BREAK SPACE}1.50 | 1.50 | met |" in text
+    assert "| ≥\N{NO-BREAK SPACE}3.00 | 2.00 | **not met** |" in text
+    # What a goal means stands before what came of it.
+    assert text.index("**Over nine bare products.**") < text.index("| met |")
+    assert "* **Long sequences.** 128 rows of 8 channels, forward and gradient: numpy " in text
     assert "| 100 (dense einsum) |" in text
     for name in re.findall(r"\]\((benchmarks/[^)]+)\)", text):
         assert (tmp_path / "docs" / name).stat().st_size > 0, name
-    written = readme.read_text(encoding="utf-8")
-    assert written.startswith("before\n")
-    assert written.endswith("after\n")
-    assert "old" not in written
-    assert "3 ms: 1.5 × its nine bare matrix products" in written
-    with pytest.raises(ValueError, match="the text should hold"):
-        report.between_marks("no marks", "table")
 
 
 @PLOTS
 def test_the_report_of_a_gpu_stays_apart(content: dict[str, Any], tmp_path: Path) -> None:
     given = json.loads(json.dumps(content))
-    assert report.destination([given], tmp_path) == (tmp_path / "docs", tmp_path / "README.md")
+    assert report.destination([given], tmp_path) == tmp_path / "docs"
     for one in given["benchmarks"]:
         one["extra_info"]["device"] = "Some GPU"
-    docs, readme = report.destination([given], tmp_path)
-    assert (docs, readme) == (tmp_path / "docs" / "gpu", None)
-    report.write([given], docs, readme)
+    docs = report.destination([given], tmp_path)
+    assert docs == tmp_path / "docs" / "gpu"
+    report.write([given], docs)
     text = (docs / "benchmarks.md").read_text(encoding="utf-8")
     assert text.startswith("---\norphan: true\n---\n\n# Benchmarks on Some GPU\n")
     assert "tried.md" not in text
@@ -233,9 +227,35 @@ def test_the_page_is_made_of_its_tables() -> None:
     assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page.page(committed())
 
 
-def test_the_table_of_the_readme_is_that_of_the_page() -> None:
-    tables = committed()
-    if any(row["quick"] for row in tables["machine"]):
-        pytest.skip("the report is of a quick run, which the README does not show")
+def lengths_measured() -> tuple[Table, Row]:
+    table, (machine,) = (load(ROOT / "docs" / "lengths" / f"{name}.csv") for name in ("measured", "machine"))
+    return table, machine
+
+
+def test_the_table_of_the_readme_is_what_was_measured() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == report.between_marks(text, page.readme(tables["measured"]))
+    assert text == lengths.between_marks(text, lengths.readme(*lengths_measured()))
+    with pytest.raises(ValueError, match="the text should hold"):
+        lengths.between_marks("no marks", "table")
+
+
+def test_what_was_not_measured_is_extrapolated_and_said_so() -> None:
+    table, machine = lengths_measured()
+    last = where(table, method="exact")[-1]
+    assert lengths.expected(table, "exact", 2 * last["n"], "seconds") == pytest.approx(8 * last["seconds"])
+    (row,) = (line for line in lengths.readme(table, machine).splitlines() if line.startswith("| 1,048,576 |"))
+    _, _, ordinary, exact, ours, *_ = row.split("|")
+    assert "≈" in ordinary and "≈" in exact and "≈" not in ours
+    assert all(row["error"] <= row["certified"] for row in where(table, method="tattn"))
+
+
+@pytest.mark.libraries("torch")
+def test_methods_take_turns_until_one_would_take_too_long() -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    table = lengths.measure(Torch("cpu", 1), (64, 128, 256), 0.0)
+    torch.set_num_threads(threads)
+    # The first length is always measured.
+    assert [(row["method"], row["n"]) for row in table] == [(name, 64) for name in lengths.METHODS]
+    assert all(row["seconds"] > 0 and row["gradient_seconds"] > 0 for row in table)

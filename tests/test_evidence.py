@@ -11,8 +11,9 @@ import pytest
 from evidence import PARTS, border, growth, heads, learning, quality, run, stability, write
 from evidence.__main__ import main
 from evidence.apart import measured, stored
-from evidence.tables import Table, load, markdown, save, short, where
+from evidence.tables import Table, duration, load, markdown, save, short, where
 from tattn.approximation.exponential import least_error, minimax
+from tattn.attention import tensor_attention
 from tattn.methods import Call, Exact, backward, forward
 
 DOCS = Path(__file__).parents[1] / "docs" / "evidence"
@@ -164,6 +165,11 @@ def test_numbers_in_words():
     assert markdown([["1"]], ["a"]) == "| a |\n|---|\n| 1 |"
 
 
+def test_times_in_words():
+    times = [duration(x) for x in (2.7e-3, 0.0831, 0.3, 4.04, 75, 120, 3.6e3, 5.2e5, 5.8e9)]
+    assert times == ["2.7 ms", "83 ms", "0.3 s", "4 s", "1.2 minutes", "2 minutes", "1 hours", "6 days", "184 years"]
+
+
 @PLOTS
 def test_a_quick_part_writes_tables_plots_and_the_page(tmp_path, capsys):
     run(out=str(tmp_path), quick=True, only=["stability"])
@@ -229,3 +235,41 @@ def test_places_that_cannot_be_written_to_are_refused_before_work_starts(tmp_pat
         demo.run(plot=inside)
     with pytest.raises(ValueError, match=r"^plot should end in one of .*png.*, got 'plot.docx'$"):
         demo.run(plot="plot.docx")
+
+
+@PLOTS
+def test_the_demo_ends_with_three_sentences_and_a_picture(tmp_path, monkeypatch, capsys):
+    from evidence import demo
+    from evidence.demo import encoder
+
+    def small(tokens, *_, layers, **__):
+        rng = np.random.default_rng(0)
+        found = {layer: encoder.Heads(*rng.uniform(-1, 1, (3, 12, tokens, 8)).astype(np.float32)) for layer in layers}
+        # One head whose scores reach further than a polynomial of low degree.
+        found[2].queries[3] *= 60
+        return found
+
+    monkeypatch.setattr(encoder, "heads", small)
+    monkeypatch.setattr(demo, "EXACT", (16, 32))
+    monkeypatch.setattr(demo, "HEADS", ((0, 0), (0, 1), (2, 3)))
+    plot = tmp_path / "demo.png"
+    demo.run(tokens=384, plot=str(plot))
+    said = capsys.readouterr().out.splitlines()
+    assert plot.stat().st_size > 0
+    assert sum(line.startswith("layer ") for line in said) == len(demo.HEADS)
+    *_, first, second, third, _, _ = said
+    assert first.startswith("Of 3 heads, 2 are certified to 0.03 at the median token, with the gradient in at most ")
+    assert first.endswith(" a head for 384 tokens.")
+    assert second.endswith("(32 tokens were measured; time grows as n³).")
+    assert third.startswith("Not certified: layer 2 head 3. Its scores reach ±")
+    q, k, v = (x[3] for x in small(300, layers=[2])[2])
+    row = demo._head(q, k, v, print)
+    assert row["sampled_error"] <= row["sampled_bound"]
+
+
+def test_a_row_by_the_definition_is_that_of_the_exact_method():
+    from evidence.demo import by_definition
+
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2100, 4))
+    out = tensor_attention(q[:1], [k, k], [v, v], method="exact")
+    np.testing.assert_allclose(by_definition(q[0], k, v), out[0], rtol=1e-10, atol=1e-14)
