@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from reference import Dense, score_by_score, through_features, value_sizes
+from reference import Dense, score_by_score, sizes_of, through_features, value_sizes
 
 import tattn
 from tattn.paper import products
@@ -37,6 +37,7 @@ def in_bands(*, n: Any, bound: float = 1.0, **shape: Any) -> tattn.Plan:
     return tattn.plan_for(n=n, **shape, series="banded", degree=3, bands=min(2, rows), dtype="float64")
 
 
+POLYNOMIAL: dict[str, Any] = {"method": "polynomial", "channels": "complex"}
 # A further method gets its laws, bounds and gradients tested by its line here.
 METHODS = {
     "exact": Way(promised(method="exact")),
@@ -45,6 +46,14 @@ METHODS = {
     "banded": Way(in_bands, of_scores=False),
 }
 methods = pytest.mark.parametrize("method", list(METHODS))
+# The same with complex channels, for calls of an even number of parts.
+COMPLEX = {
+    "exact": Way(promised(method="exact", channels="complex")),
+    "polynomial": Way(lambda **shape: through_features(promised(tol=1e-2, **POLYNOMIAL)(**shape))),
+    "score by score": Way(lambda **shape: score_by_score(promised(tol=1e-2, **POLYNOMIAL)(**shape))),
+    "banded": Way(lambda **shape: in_bands(channels="complex", **shape), of_scores=False),
+}
+complex_methods = pytest.mark.parametrize("method", list(COMPLEX))
 
 
 LENGTHS = (9, 7, 6, 4)
@@ -59,13 +68,15 @@ class Call(NamedTuple):
     grad_lse: np.ndarray
 
 
-def draw(views: int, *, masked: bool = False, broadcast: bool = False, size: float = 1.0, seed: int = 0) -> Call:
+def draw(
+    views: int, *, masked: bool = False, broadcast: bool = False, size: float = 1.0, seed: int = 0, dim: int = 3
+) -> Call:
     rng = np.random.default_rng(seed)
     leading = {"q": (), "k": (), "v": (), "m": ()}
     if broadcast:
         leading = {"q": (2, 3), "k": (2, 1), "v": (3,), "m": (2, 1)}
-    query = rng.uniform(-size, size, (*leading["q"], LENGTHS[0], 3))
-    keys = [rng.uniform(-size, size, (*leading["k"], n, 3)) for n in LENGTHS[1 : views + 1]]
+    query = rng.uniform(-size, size, (*leading["q"], LENGTHS[0], dim))
+    keys = [rng.uniform(-size, size, (*leading["k"], n, dim)) for n in LENGTHS[1 : views + 1]]
     values = [rng.normal(size=(*leading["v"], n, 5)) for n in LENGTHS[1 : views + 1]]
     masks: list[np.ndarray | None] | None = None
     if masked:
@@ -177,14 +188,17 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def sample(kind: str, seed: int, views: int, bound: float, dtype: str) -> tuple[Sample, float]:
+def sample(kind: str, seed: int, views: int, bound: float, dtype: str, channels: str = "real") -> tuple[Sample, float]:
     """A draw, scaled so that its scores reach about `bound`, and the scale."""
     rng = np.random.default_rng([seed, views, len(kind)])
     dim, value_dim = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    if channels == "complex":
+        dim = 2 * (1 + dim // 2)
     lengths = rng.integers(1, 24, views + 1)
     arrays = [KINDS[kind](rng, (int(n), dim), i).astype(dtype) for i, n in enumerate(lengths)]
-    q, *keys = [np.abs(a.astype(float)) for a in arrays]
-    top = q
+    # Of complex channels every size is there twice.
+    q, *keys = [sizes_of(a.astype(float), channels) for a in arrays]
+    top = q / 2 if channels == "complex" else q
     for k in keys:
         top = (top[:, None, :] * k[None]).reshape(-1, dim)
     reach = top.sum(-1).max()
@@ -199,17 +213,17 @@ def sample(kind: str, seed: int, views: int, bound: float, dtype: str) -> tuple[
 
 def ratios(plan: tattn.Plan, drawn: Sample, got: Dense, truth: Dense) -> list[float]:
     """Largest error of output, dquery, dkeys and dvalues over what the plan allows for it."""
-    q, keys, values, g = (np.asarray(drawn.query, float), [k.astype(float) for k in drawn.keys],
-                          [v.astype(float) for v in drawn.values], np.abs(drawn.grad.astype(float)))  # fmt: skip
+    values, g = [v.astype(float) for v in drawn.values], np.abs(drawn.grad.astype(float))
+    q, *keys = (sizes_of(x.astype(float), plan.channels) for x in (drawn.query, *drawn.keys))
     sizes = value_sizes(values)[0]
     weight = (g * sizes).sum(-1)  # W_i
-    tops = [np.abs(k).max(0) for k in keys]
+    tops = [k.max(0) for k in keys]
     result = [np.abs(got.out - truth.out) / (plan.error * sizes)]
     result.append(
         np.abs(got.dquery - truth.dquery) / (plan.grad_error * plan.scale * np.prod(tops, 0) * weight[:, None])
     )
     for i in range(len(keys)):
-        others = np.prod([np.abs(q).max(0), *tops[:i], *tops[i + 1 :]], 0)
+        others = np.prod([q.max(0), *tops[:i], *tops[i + 1 :]], 0)
         result.append(np.abs(got.dkeys[i] - truth.dkeys[i]) / (plan.grad_error * plan.scale * others * weight.sum()))
         rest = np.prod([np.ones(sizes.shape), *(np.abs(v).max(0) for j, v in enumerate(values) if j != i)], 0)
         result.append(np.abs(got.dvalues[i] - truth.dvalues[i]) / (plan.error * rest * g.sum(0)))

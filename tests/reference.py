@@ -38,6 +38,7 @@ def dense(
     function: Callable[[np.ndarray], np.ndarray] = np.exp,
     derivative: Callable[[np.ndarray], np.ndarray] = np.exp,
     precision: type[np.floating] = np.float64,
+    channels: str = "real",
 ) -> Dense:
     """Tensor attention with `function` in place of exp; O(Π lengths) memory."""
     q = np.asarray(query, precision)
@@ -45,7 +46,9 @@ def dense(
     scale = precision(1 / q.shape[-1] if scale is None else scale)
     m = len(ks)
     views = LETTERS[:m]
-    scores = scale * np.einsum(f"...xz,{','.join(f'...{c}z' for c in views)}->...x{views}", q, *ks)
+    if channels == "complex":
+        q, *ks = (as_complex(x) for x in (q, *ks))
+    scores = scale * np.einsum(f"...xz,{','.join(f'...{c}z' for c in views)}->...x{views}", q, *ks).real
     present = np.ones((1,) * (m + 1), bool)
     for i, mask in enumerate(masks or ()):
         if mask is not None:
@@ -85,11 +88,13 @@ def dense(
         letters: str, target: np.ndarray, weight: np.ndarray, factors: list[np.ndarray], names: str
     ) -> np.ndarray:
         other = ",".join(f"...{c}{letters[1]}" for c in names)
-        full = np.einsum(f"...x{views},{other}->...{letters}", weight, *factors)
+        # Of complex numbers ∂/∂re + i ∂/∂im.
+        full = np.einsum(f"...x{views},{other}->...{letters}", weight, *(f.conj() for f in factors))
         extra = full.ndim - target.ndim
         full = full.sum(axis=tuple(range(extra)))
         axes = tuple(i for i, s in enumerate(target.shape[:-2]) if s == 1 and full.shape[i] != 1)
-        return full.sum(axis=axes, keepdims=True)
+        full = full.sum(axis=axes, keepdims=True)
+        return np.concatenate([full.real, full.imag], axis=-1) if np.iscomplexobj(target) else full
 
     dquery = scale * gradient("xz", q, p, ks, views)
     dkeys, dvalues = [], []
@@ -98,6 +103,20 @@ def dense(
         dkeys.append(scale * gradient(f"{c}z", ks[i], p, [q, *ks[:i], *ks[i + 1 :]], "x" + rest))
         dvalues.append(gradient(f"{c}e", vs[i], f, [g, *vs[:i], *vs[i + 1 :]], "x" + rest))
     return Dense(out, lse, dquery, dkeys, dvalues)
+
+
+def as_complex(x: np.ndarray) -> np.ndarray:
+    """Rows (re_1 …, im_1 …) as complex numbers."""
+    half = x.shape[-1] // 2
+    return x[..., :half] + 1j * x[..., half:]
+
+
+def sizes_of(x: np.ndarray, channels: str) -> np.ndarray:
+    """|x| of every channel, or of every complex one, for both of its parts."""
+    if channels == "real":
+        return np.abs(x)
+    size = np.abs(as_complex(x))
+    return np.concatenate([size, size], axis=-1)
 
 
 def value_sizes(values: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] | None = None) -> np.ndarray:

@@ -80,11 +80,24 @@ def strange(good: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield "one more", [*good, good[0]]
 
 
-OPTIONS = {"scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "causal": False, "window": None, "max_flops": 1e9}
+OPTIONS = {
+    "scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "causal": False, "window": None, "channels": "complex",
+    "max_flops": 1e9,
+}  # fmt: skip
 CALL = {"query": Q, "keys": [A, B], "values": [U, V]}
 ASKED = {"return_lse": True, "return_error": False, "return_plan": False, "progress": None}
 CHOICE = {"method": "polynomial", "degree": 3, "bound": 2.0, "series": "minimax", "gradients": True}
-NUMBERS = {"n": 6, "dim": 4, "order": 3, "tol": 1e-2, "dtype": "float64", "scale": 0.5, "value_dim": 4, "causal": False}
+NUMBERS = {
+    "n": 6,
+    "dim": 4,
+    "order": 3,
+    "tol": 1e-2,
+    "dtype": "float64",
+    "scale": 0.5,
+    "value_dim": 4,
+    "causal": False,
+    "channels": "complex",
+}
 
 
 def core_cases() -> dict[str, Case]:
@@ -124,10 +137,11 @@ def core_cases() -> dict[str, Case]:
         "Plan.by_scores": case(PLAN.by_scores, lengths=(6, 6, 6), value_dim=4),
         "Plan.by_scores, banded": case(BANDED.by_scores, lengths=(6, 6, 6), value_dim=4),
         "measure_error": case(
-            tattn.measure_error, **CALL, out=Q, rows=3, seed=0, scale=0.5, key_masks=[MASK, MASK], causal=False, window=None
+            tattn.measure_error, **CALL, out=Q, rows=3, seed=0, scale=0.5, key_masks=[MASK, MASK], causal=False, window=None,
+            channels="complex",
         ),
         "best_tol": case(
-            tattn.best_tol, **CALL, max_rank=100, max_flops=1e9, scale=0.5, key_masks=[MASK, MASK], causal=False
+            tattn.best_tol, **CALL, max_rank=100, max_flops=1e9, scale=0.5, key_masks=[MASK, MASK], causal=False, channels="complex"
         ),
         "summarize": case(
             tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK], progress=None

@@ -58,6 +58,30 @@ def times_power(x: Array, power: Array, backend: Backend) -> Array:
     return x
 
 
+def sizes_of(x: Array, paired: bool, backend: Backend) -> Array:
+    """|x| of every channel, (..., n, d), or of every complex one, (..., n, d / 2), to a few units in the last place."""
+    xp = backend.xp
+    if not paired:
+        return xp.abs(x)
+    half = x.shape[-1] // 2
+    re, im = xp.abs(x[..., :half]), xp.abs(x[..., half:])
+    larger, smaller = xp.maximum(re, im), xp.minimum(re, im)
+    # No square leaves the range of the dtype.
+    ratio = smaller / xp.where(larger > 0, larger, 1.0)
+    return larger * xp.sqrt(1 + ratio * ratio)
+
+
+def for_parts(x: Array, paired: bool, backend: Backend) -> Array:
+    """What complex channels have, (..., d / 2), for real parts and for imaginary parts, (..., d); of real ones, that."""
+    return backend.xp.concat([x, x], axis=-1) if paired else x
+
+
+def alike(x: Array, backend: Backend) -> Array:
+    """The larger of what the real and the imaginary part of a channel have, for both, (..., d)."""
+    half = x.shape[-1] // 2
+    return for_parts(backend.xp.maximum(x[..., :half], x[..., half:]), True, backend)
+
+
 def sum_of(arrays: Sequence[Array]) -> Array:
     """Sum of arrays that broadcast."""
     result = arrays[0]

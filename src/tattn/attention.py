@@ -15,9 +15,10 @@ from .checks import (
     checked_gradients,
     checked_inputs,
     checked_options,
+    with_channels,
 )
 from .methods import backward, forward, told_error
-from .operands import Gradients
+from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
 from .planning.limits import check_flops, checked_most, flops_of
@@ -51,6 +52,7 @@ def tensor_attention(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    channels: str | None = None,
     max_flops: float | None = None,
     return_lse: bool = False,
     return_error: bool = False,
@@ -99,6 +101,10 @@ def tensor_attention(
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal` and the
         exact method.
+    channels : {"real", "complex"}, optional
+        "complex": the d numbers of a row of query and keys are d/2 complex ones, real parts first and imaginary parts behind, and
+        the score is scale · Σ_c Re(q_ic a_jc b_kc). Bounds, errors and gradients are those of the d numbers; the rank is that of as
+        many real channels. `tattn.rotary` turns such rows. The plan's if not given, or "real" without a plan.
     max_flops : float, optional
         Most operations that the forward pass may take (`Plan.flops_exact`, `Plan.flops_polynomial`). Without it, a
         method that was chosen and takes more than half a minute on this machine is warned of.
@@ -148,7 +154,7 @@ def tensor_attention(
     (1000, 4)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
-    inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
+    inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
         return _returned(_computed(work, inputs), inputs, work, asked)[0]
@@ -166,6 +172,7 @@ def tensor_attention_vjp(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    channels: str | None = None,
     max_flops: float | None = None,
     return_lse: bool = False,
     return_error: bool = False,
@@ -176,8 +183,8 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, causal, window, max_flops, return_lse, return_error, \
-    return_plan, progress
+    query, keys, values, scale, tol, method, plan, key_masks, causal, window, channels, max_flops, return_lse, \
+    return_error, return_plan, progress
         As in `tensor_attention`.
 
     Returns
@@ -213,7 +220,7 @@ def tensor_attention_vjp(
     ((500, 4), 2, 2)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
-    inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
+    inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
     report, backend = reporter(progress), inputs.backend
     with telling(report):
         work = _chosen(inputs, scale, asked)
@@ -238,11 +245,14 @@ def tensor_attention_vjp(
     return returned, pullback
 
 
-def _checked(query: Any, keys: Any, values: Any, key_masks: Any, order: tuple[Any, Any], asked: _Asked) -> Inputs:
-    """The arrays of a call, and what it asked to be returned."""
+def _checked(given: tuple[Any, Any, Any, Any], order: tuple[Any, Any], channels: Any, asked: _Asked) -> Inputs:
+    """The arrays of a call (query, keys, values, masks), what its channels are, and what it asked to be returned."""
     checked_flags(return_lse=asked.lse, return_error=asked.error, return_plan=asked.returns_plan)
-    check_values(values)
-    return checked_inputs(query, keys, values, key_masks, order)
+    check_values(given[2])
+    inputs = checked_inputs(*given, order)
+    if channels is None:
+        channels = asked.plan.channels if isinstance(asked.plan, Plan) else REAL
+    return with_channels(inputs, channels)
 
 
 def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import Array, Backend, backend_of
-from .operands import Operands, Order, Upstream
+from .operands import CHANNELS, COMPLEX, REAL, Operands, Order, Upstream
 from .problem import Problem
 
 METHODS = ("auto", "polynomial", "exact")
@@ -46,16 +46,17 @@ class Inputs(NamedTuple):
     leading: tuple[int, ...]
     traced: bool
     order: Order
+    channels: str = REAL
 
     def problem(self, scale: float) -> Problem:
         """What a plan needs to know of them."""
         shapes = self.views, self.dim, self.value_dim, self.dtype, self.lengths, prod(self.leading)
-        return Problem(*shapes, scale, self.order, self.backend.chain, self._compiled())
+        return Problem(*shapes, scale, self.order, self.backend.chain, self.channels, self._compiled())
 
     def _compiled(self) -> bool:
         """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
         pairs = prod(map(float, self.lengths)) * prod(self.leading)
-        if not self.order.causal or self.order.window or pairs < _LONG:
+        if not self.order.causal or self.order.window or self.channels != REAL or pairs < _LONG:
             return False
         return (
             self.backend.kernel("prefix_read", *(a for a in self.arrays[: 2 * self.views + 1] if a is not None))
@@ -64,7 +65,8 @@ class Inputs(NamedTuple):
 
     def operands(self, scale: float = 1.0) -> Operands:
         """The arrays by their names."""
-        return Operands.of(self.backend, self.arrays, self.views, scale, self.order)[0]
+        found = Operands.of(self.backend, self.arrays, self.views, scale, self.order)[0]
+        return found._replace(channels=self.channels)
 
 
 def checked_inputs(
@@ -143,6 +145,22 @@ def checked_inputs(
         traced=backend.is_traced([a for a in arrays if a is not None]),
         order=checked_order(*order, lengths),
     )
+
+
+def checked_channels(channels: Any, dim: int, name: str) -> str:
+    """What the channels of query and keys are; ValueError for complex ones of an odd number of parts, which `name` counts."""
+    if not isinstance(channels, str) or channels not in CHANNELS:
+        raise ValueError(f"channels should be {' or '.join(map(repr, CHANNELS))}, got {described(channels)}")
+    if channels == COMPLEX and dim % 2:
+        raise ValueError(
+            f"{name} should be even for channels='complex', the real parts followed by the imaginary parts, got {dim}"
+        )
+    return channels
+
+
+def with_channels(inputs: Inputs, channels: Any) -> Inputs:
+    """The inputs with channels of this kind."""
+    return inputs._replace(channels=checked_channels(channels, inputs.dim, "query's last dimension"))
 
 
 def check_values(values: Any) -> None:

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 from .arrays import broadcast_leading
 from .backends import Array, Backend
 
+# What the channels of query and keys are: numbers, or the real parts of complex ones followed by their imaginary parts.
+REAL, COMPLEX = "real", "complex"
+CHANNELS = (REAL, COMPLEX)
+
 
 class Order(NamedTuple):
     """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them."""
@@ -42,7 +46,7 @@ class View(NamedTuple):
 class Operands(NamedTuple):
     """What attention is computed of: query (..., n, d) and views, the factor of the scores, and what a row sees.
 
-    `extra` are arrays that a method takes besides.
+    `extra` are arrays that a method takes besides; `channels` is one of `CHANNELS`.
     """
 
     backend: Backend
@@ -51,6 +55,7 @@ class Operands(NamedTuple):
     scale: float
     order: Order = EVERY_ROW
     extra: tuple[Array, ...] = ()
+    channels: str = REAL
 
     @classmethod
     def of(
@@ -71,7 +76,8 @@ class Operands(NamedTuple):
 
     def with_arrays(self, arrays: Sequence[Array | None]) -> tuple[Operands, tuple[Array, ...]]:
         """The same of other arrays, one after another; and what follows them."""
-        return Operands.of(self.backend, arrays, len(self.views), self.scale, self.order, len(self.extra))
+        found, behind = Operands.of(self.backend, arrays, len(self.views), self.scale, self.order, len(self.extra))
+        return found._replace(channels=self.channels), behind
 
     def flat(self) -> tuple[Array | None, ...]:
         """Query, keys, values, masks, and what there is besides."""
@@ -91,6 +97,11 @@ class Operands(NamedTuple):
     def masks(self) -> tuple[Array | None, ...]:
         """The masks of every view."""
         return tuple(v.mask for v in self.views)
+
+    @property
+    def paired(self) -> bool:
+        """Whether channels are complex."""
+        return self.channels == COMPLEX
 
     @property
     def leading(self) -> tuple[int, ...]:

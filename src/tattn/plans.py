@@ -12,16 +12,17 @@ from .checks import checked_kind, whole
 from .features.monomials import Grading
 from .features.monomials import rank as rank_of
 from .methods import Banded, Method, Polynomial, Recomputed
+from .operands import CHANNELS
 from .problem import Cost, Guarantee, Problem, ScoreRange
 
 # More than any plan has, so that a number that is damaged is not computed with.
 _MOST_DEGREE, _MOST_WEIGHT = 4096, 256
 # The attributes of a plan, in the order in which they are written and compared.
 FACTS = (
-    "method", "series", "degree", "rank", "bound", "source", "certified", "error", "grad_error", "scale", "dim", "order", "dtype",
-    "coefficients", "delta", "delta_prime", "lowest_mean", "lengths", "value_dim", "leading", "flops_exact", "flops_polynomial",
-    "bytes_exact", "bytes_polynomial", "reason", "bands", "moment", "recomputed", "causal", "window", "grading", "sizes", "workers",
-    "bytes_sent", "seconds", "seconds_gradient", "chain",
+    "method", "series", "channels", "degree", "rank", "bound", "source", "certified", "error", "grad_error", "scale", "dim",
+    "order", "dtype", "coefficients", "delta", "delta_prime", "lowest_mean", "lengths", "value_dim", "leading", "flops_exact",
+    "flops_polynomial", "bytes_exact", "bytes_polynomial", "reason", "bands", "moment", "recomputed", "causal", "window",
+    "grading", "sizes", "workers", "bytes_sent", "seconds", "seconds_gradient", "chain",
 )  # fmt: skip
 
 
@@ -123,6 +124,9 @@ class Plan:
     chain : int
         Terms in the longest chain of additions that `error` and `grad_error` count with. Kernels with longer chains are
         not used.
+    channels : {"real", "complex"}
+        For calls whose query and keys have such channels. With complex ones, `dim` counts their real and imaginary parts, and c in
+        the bounds above counts pairs: |q_c| is a modulus, and so is what is said of a gradient.
     seconds, seconds_gradient : float
         Estimates for a forward call, and for one with its gradient: the time of the operations plus the time of the
         bytes, at the rates that were given, without latency. Infinite if a rate was not given.
@@ -150,6 +154,10 @@ class Plan:
     @property
     def chain(self) -> int:
         return self.problem.chain
+
+    @property
+    def channels(self) -> str:
+        return self.problem.channels
 
     @property
     def _banded(self) -> Banded | None:
@@ -359,6 +367,7 @@ class Plan:
             ("gradient error", f"{at_most(self.grad_error)}, {word}" if isfinite(self.grad_error) else unknown),
             ("scale", f"{self.scale:.6g}"),
             ("dim, order, dtype", f"{self.dim}, {self.order}, {self.dtype}"),
+            *([("channels", f"complex, {self.dim // 2}")] if self.channels != "real" else []),
             ("rows", size + (f", batch of {self.leading}" if self.leading > 1 else "")),
             ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
             *(
@@ -414,6 +423,7 @@ def _contradiction(plan: Plan) -> str:
         ("series", ("minimax", "taylor", "fitted", "banded") if polynomial else (None,)),
         ("source", ("answer",) if banded else ("data", "promise", "estimate")),
         ("dtype", ("float64", "float32", "float16", "bfloat16")),
+        ("channels", CHANNELS),
     ):
         found = getattr(plan, name)
         if not isinstance(found, (str, type(None))) or found not in allowed:
@@ -427,6 +437,8 @@ def _contradiction(plan: Plan) -> str:
         if not hasattr(found, "__index__") or isinstance(found, bool) or (found < least if used else found != 0):
             wanted = f"a whole number of at least {least}" if used else "0"
             return f"{name} should be {wanted} for method {plan.method!r} and series {plan.series!r}, got {found!r}"
+    if plan.problem.paired and plan.dim % 2:
+        return f"dim should be even for complex channels, a real and an imaginary part each, got {plan.dim}"
     for name, lowest in (("scale", 0.0), ("bound", 0.0), ("error", 0.0), ("grad_error", 0.0), ("lowest_mean", -inf)):
         found = getattr(plan, name)
         if not isinstance(found, (int, float)) or not found >= lowest:
@@ -458,6 +470,8 @@ def _contradiction(plan: Plan) -> str:
         return f"coefficients should be finite, got {plan.coefficients}"
     if any(not 1 <= w <= _MOST_WEIGHT or w != int(w) for w in plan.grading):
         return f"grading should be of whole numbers from 1 to {_MOST_WEIGHT}, got {plan.grading}"
+    if plan.problem.paired and plan.grading[: plan.dim // 2] != plan.grading[plan.dim // 2 :] and plan.grading:
+        return f"grading should be the same for real and imaginary parts, got {plan.grading}"
     if banded and (plan.moment % 2 or plan.moment > plan.degree):
         return f"moment should be even and at most the degree {plan.degree}, got {plan.moment}"
     if polynomial and (plan.degree > _MOST_DEGREE or plan.rank != rank_of(plan.dim, plan.degree, plan.grading)):

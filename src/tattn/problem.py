@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .backends.operations import CHAIN
-from .operands import EVERY_ROW, Order
+from .operands import COMPLEX, EVERY_ROW, REAL, Order
 
 
 @dataclass(frozen=True)
 class Problem:
     """A call in numbers: lengths (n, n_1, …, n_m), and the batch, the number of such problems side by side.
 
-    `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.operations`).
-    `compiled`: whether compiled loops compute its prefixes, which only its cost depends on.
+    `chain`: terms in the longest chain of additions of the operations that compute it (`tattn.backends.operations`);
+    `channels`: "real", or "complex" where `dim` numbers are half as many complex ones; `compiled`: whether compiled loops
+    compute its prefixes, which only its cost depends on.
     """
 
     views: int
@@ -26,7 +27,13 @@ class Problem:
     scale: float
     order: Order = EVERY_ROW
     chain: int = CHAIN
+    channels: str = REAL
     compiled: bool = field(default=False, compare=False)
+
+    @property
+    def paired(self) -> bool:
+        """Whether channels are complex."""
+        return self.channels == COMPLEX
 
     @property
     def rows(self) -> int:
@@ -42,7 +49,7 @@ class Problem:
 class ScoreRange(NamedTuple):
     """Largest |score| possible, smallest mean score of a query row, where they come from, and the sizes of channels if known.
 
-    The size of a channel is scale · max|q_c| · Π_μ max|keys_μ,c|. Sources are those of `Plan.source`.
+    The size of a channel is scale · max|q_c| · Π_μ max|keys_μ,c|, one for each complex one. Sources are those of `Plan.source`.
     """
 
     bound: float

@@ -12,7 +12,7 @@ from .approximation.pruning import MOST_CHANNELS, graded_rank, weights_of
 from .checks import LARGEST, MAX_ORDER
 from .features.monomials import rank as rank_of
 from .methods import Banded, Exact, Method, Polynomial, Recomputed
-from .operands import Order
+from .operands import CHANNELS, COMPLEX, Order
 from .plans import FACTS, Plan, Spread
 from .problem import Cost, Guarantee, Problem, ScoreRange
 
@@ -21,6 +21,7 @@ _WORDS: dict[str, tuple[str | None, ...]] = {
     "series": ("minimax", "taylor", "fitted", "banded", None),
     "source": ("data", "promise", "estimate", "answer"),
     "dtype": ("float64", "float32", "float16", "bfloat16"),
+    "channels": CHANNELS,
 }
 # Weights of a pruned basis and W, far above what is ever chosen: it takes time to count its monomials.
 _MOST_WEIGHT, _MOST_WEIGHTED = 1 << 6, 1 << 8
@@ -52,7 +53,7 @@ def _plan(told: Any) -> Plan:
     order = Order(told.causal, told.window)
     shapes = told.order - 1, told.dim, told.value_dim, told.dtype, told.lengths, told.leading
     return Plan(
-        problem=Problem(*shapes, told.scale, order, told.chain),
+        problem=Problem(*shapes, told.scale, order, told.chain, told.channels),
         algorithm=_algorithm(told),
         scores=ScoreRange(told.bound, told.lowest_mean, told.source),
         guarantee=Guarantee(told.error, told.grad_error, told.certified),
@@ -109,7 +110,7 @@ _HAS_KIND: dict[str, Callable[[Any], bool]] = {
     "a tuple of whole numbers or nothing": lambda value: value is None or _all(_whole)(value),
 }
 _KINDS = {
-    "text": "method source dtype reason",
+    "text": "method source dtype reason channels",
     "text or nothing": "series",
     "true or false": "certified causal",
     "a whole number": "degree rank dim order value_dim leading bands moment workers chain",
@@ -130,11 +131,13 @@ def _agreements(plan: Any) -> Iterator[tuple[str, bool]]:
     yield "source", (plan.source == "answer") == banded
     yield "certified", not (plan.certified and plan.source == "estimate")
     yield "order", 2 <= plan.order <= MAX_ORDER
-    yield "dim", plan.dim >= 1
+    yield "dim", plan.dim >= 1 and not (plan.channels == COMPLEX and plan.dim % 2)
     yield "degree", 1 <= plan.degree <= MAX_DEGREE if polynomial else plan.degree == 0
     grading = plan.grading
     yield "grading", not grading or (polynomial and not banded and len(grading) == plan.dim <= MOST_CHANNELS)
     yield "grading", not grading or min(grading) >= 1
+    half = len(grading) // 2
+    yield "grading", plan.channels != COMPLEX or grading[:half] == grading[half:]
     yield "grading", not grading or (max(grading) <= _MOST_WEIGHT and plan.degree * min(grading) <= _MOST_WEIGHTED)
     rank = graded_rank(grading, plan.degree) if grading else rank_of(plan.dim, plan.degree) if polynomial else 0
     yield "rank", plan.rank == rank

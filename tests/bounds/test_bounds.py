@@ -25,24 +25,27 @@ def errors_over_bounds(plan: tattn.Plan, drawn: Sample, scale: float, dtype: str
     dquery, dkeys, dvalues = pullback(drawn.grad)
     got = Dense(out, out, dquery, list(dkeys), list(dvalues))
     precision = np.float64 if dtype == "float32" else np.longdouble
-    truth = dense(drawn.query, drawn.keys, drawn.values, scale=scale, grad_out=drawn.grad, precision=precision)
+    given = {"scale": scale, "grad_out": drawn.grad, "precision": precision, "channels": plan.channels}
+    truth = dense(drawn.query, drawn.keys, drawn.values, **given)
     return ratios(plan, drawn, got, truth)
 
 
+@pytest.mark.parametrize("channels", ["real", "complex"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_no_error_exceeds_the_plan(
-    kind: str, dtype: str, draws: Callable[[int], range], capsys: pytest.CaptureFixture[str]
+    kind: str, dtype: str, channels: str, draws: Callable[[int], range], capsys: pytest.CaptureFixture[str]
 ) -> None:
     worst: list[list[float]] = []
-    for seed in draws(DRAWS):
+    for seed in draws(DRAWS if channels == "real" else DRAWS // 2):
         rng = np.random.default_rng(seed)
         views, bound = int(rng.integers(1, 4)), float(rng.choice([0.1, 0.5, 1.0, 2.0, 3.0]))
-        drawn, scale = sample(kind, seed, views, bound, dtype)
+        drawn, scale = sample(kind, seed, views, bound, dtype, channels)
         options = [{"degree": int(rng.integers(1, 9))}, {"method": "exact"}]
         for option in options:
             promise = {} if seed % 2 else {"bound": bound * (1 + 1e-6)}
-            plan = through_features(tattn.plan(drawn.query, drawn.keys, drawn.values, scale=scale, **promise, **option))
+            given = {"scale": scale, "channels": channels, **promise, **option}
+            plan = through_features(tattn.plan(drawn.query, drawn.keys, drawn.values, **given))
             if not np.isfinite(plan.error):
                 continue
             found = errors_over_bounds(plan, drawn, scale, dtype)
@@ -51,7 +54,7 @@ def test_no_error_exceeds_the_plan(
     output, gradient = np.array(worst).T
     with capsys.disabled():
         print(
-            f"\n  {kind}, {dtype}, {len(worst)} draws: bound/error at the median "
+            f"\n  {kind}, {dtype}, {channels}, {len(worst)} draws: bound/error at the median "
             f"{1 / np.median(output[output > 0]):.3g} for the output, {1 / np.median(gradient[gradient > 0]):.3g} for the "
             f"query's gradient; at least {1 / output.max():.3g} and {1 / gradient.max():.3g}"
         )

@@ -29,6 +29,10 @@ ALIKE = 0.25
 EXACT_CHAIN = 1024
 
 
+# Units that a product of two complex numbers loses, in parts of their moduli: 2 in each part, √2 times that where parts are added.
+COMPLEX_PRODUCT = 3
+
+
 def computed_in(dtype: str) -> str:
     """The dtype that a call with inputs of `dtype` computes in."""
     return "float64" if dtype == "float64" else "float32"
@@ -54,7 +58,8 @@ def chain(terms: float) -> float:
 class Sums(NamedTuple):
     """What sums over features run over: channels, monomials, views, and channels of the values, at least `USUAL_VALUE_DIM`.
 
-    `chunk`: rows of a chunk where there are prefixes, else 0; `chain`: terms that are added one after the other, at most.
+    `chunk`: rows of a chunk where there are prefixes, else 0; `chain`: terms that are added one after the other, at most; `paired`:
+    channels are complex.
     """
 
     dim: int
@@ -63,11 +68,13 @@ class Sums(NamedTuple):
     value_dim: int
     chunk: int = 0
     chain: int = CHAIN
+    paired: bool = False
 
     @classmethod
     def of(cls, problem: Problem, rank: int, chunk: int = 0) -> Sums:
         """Those of a plan."""
-        return cls(problem.dim, rank, problem.views, max(problem.value_dim, USUAL_VALUE_DIM), chunk, problem.chain)
+        value_dim = max(problem.value_dim, USUAL_VALUE_DIM)
+        return cls(problem.dim, rank, problem.views, value_dim, chunk, problem.chain, problem.paired)
 
 
 def polynomial_rounding(
@@ -113,15 +120,27 @@ def scores_round_less(
 
 def _of_features(coefficients: Sequence[float], bound: float, sums: Sums) -> tuple[float, float]:
     """`_of_sums` over features."""
-    dim, rank, views, value_dim, chunk, longest = sums
+    dim, rank, views, value_dim, chunk, longest, paired = sums
     # In the read-out a chain, what adds up chains, and channels; for prefixes one over the rows of a chunk.
     lost = chains(views, longest + rank / CHAIN + dim + chunk, chunk, longest) + 4
 
-    def count(t: int) -> float:
-        return (views + 1) * (t + 2) + lost
+    def count(t: int, others: float = 0.0) -> float:
+        found = (views + 1) * (t + 2) + lost + others
+        return complex_units(found, t, dim, views) if paired else found
 
     slope = LAMBDA * sqrt((value_dim + 1) * max(1, chunk)) + 4
-    return _of_sums(coefficients, bound, count, lambda t: count(t) + slope)
+    return _of_sums(coefficients, bound, count, lambda t: count(t, slope))
+
+
+def complex_units(units: float, t: int, dim: int, views: int) -> float:
+    """Units that a term of degree t loses with complex channels, `dim` parts of them, where as many real ones lose so many.
+
+    Complex monomials are sums over the real ones of a block, whose moduli add up to (|x| + |y|)^t ≤ 2^(t/2) |z|^t. Sums of one view
+    at a time are off by parts of that while those of the other views are right, so the factor comes once.
+    """
+    size: float = min(2.0**t, (2 * t / dim + 1) ** (dim / 2))
+    turned = min(size, LAMBDA * sqrt(size)) + 2 + COMPLEX_PRODUCT
+    return (units + (views + 1) * turned) * float(2.0 ** (t / 2))
 
 
 def _of_sums(
@@ -150,12 +169,20 @@ def polynomial_errors(
     return error, 2 * (d + d_prime) / ((1 - d) * (1 - theta)) + error
 
 
+def of_score(views: int, dim: int, paired: bool = False) -> float:
+    """Units that a score loses, in parts of the sum of |terms|."""
+    return views * (COMPLEX_PRODUCT if paired else 1) + 2 + min(dim, LAMBDA * sqrt(dim))
+
+
 def exact_errors(
-    bound: float, *, dim: int, views: int, value_dim: int, lengths: int, dtype: str
+    bound: float, *, score: float, views: int, value_dim: int, lengths: int, dtype: str
 ) -> tuple[float, float]:
-    """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows."""
+    """(error, grad_error) of the exact method: rounding alone, in scores of size `bound` and in sums over `lengths` rows.
+
+    `score`: what `of_score` says.
+    """
     unit = UNIT[computed_in(dtype)]
-    scores = (views + 2 + min(dim, LAMBDA * sqrt(dim))) * bound
+    scores = score * bound
     # Chains of at most `EXACT_CHAIN` tuples or query rows in a block, whose terms may be equal; sums of blocks are added, one for
     # every 16 rows of a view or more, and some within those. The normaliser is one more channel, and the sum of w − r one of
     # dv + 1 terms.

@@ -7,6 +7,8 @@ Every bound holds for Σ_c |scale · q_ic a_jc b_kc| as well, which is what roun
 * Hölder: scale · max_i ‖q_i‖_p · max_j ‖a_j‖_p′ · max_k ‖b_k‖_p″ with 1/p + 1/p′ + 1/p″ = 1, after a rescaling of
   the channels that leaves the scores as they are.
 
+Of complex channels |q_c| is the modulus, and bounds and norms are of moduli.
+
 The smallest is taken. The mean score of a query row is a product of means and costs as little; by Jensen's
 inequality it bounds the row's normaliser from below, far better than −R does.
 """
@@ -14,17 +16,19 @@ inequality it bounds the row's normaliser from below, far better than −R does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from math import ceil, inf, isfinite, isnan, log2
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sum_of
+from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sizes_of, sum_of
 from ..backends import Array, Backend
 from ..backends.numpy import BACKEND as numpy_backend
 from ..checks import LARGEST_POWER
+from ..features.complex_channels import conjugate, multiply
 from ..features.scaling import channel_tops, over_blocks
-from ..operands import Operands
+from ..operands import COMPLEX, REAL, Operands
 
 # log2 of scores that no polynomial serves, by far.
 _FAR = 10.0
@@ -55,6 +59,7 @@ class RangeCall(NamedTuple):
     scale: float
     views: int
     together: Together = _alone
+    channels: str = REAL
 
 
 def ranges(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> Ranges:
@@ -167,26 +172,35 @@ def _wanted(views: int) -> list[int]:
 def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """The lowest mean score over scale; largest entries (..., 1, d) of all rows; `_largest_norms` of query and keys, sums first."""
     operands, _ = Operands.of(backend, arrays, call.views, call.scale)
-    q, dtype = operands.query, operands.dtype
+    q, dtype, paired = operands.query, operands.dtype, call.channels == COMPLEX
     views = [(q, None), *((k, mask) for k, _, mask in operands.views)]
-    found = [_channel_sums(x, mask, dtype, backend) for x, mask in views]
+    found = [_channel_sums(x, mask, dtype, paired, backend) for x, mask in views]
     of_values = [channel_tops(v, mask, backend) for _, v, mask in operands.views if v is not None]
     tops = call.together("max", [*(s[0] for s in found), *of_values])
     sums = call.together("sum", [a for s in found for a in s[1:]])
     stats = [_channel_stats((tops[i], *sums[3 * i : 3 * i + 3]), backend) for i in range(len(views))]
     # The mean over pairs of a trilinear score is the score of the means.
-    mean = _lowest_product(q, prod_of([mean for _, mean in stats[1:]]), dtype, backend)
+    means = [mean for _, mean in stats[1:]]
+    of_keys = prod_of(means)
+    if paired:
+        of_keys = conjugate(reduce(lambda x, y: multiply(x, y, backend), means), backend)
+    mean = _lowest_product(q, of_keys, dtype, backend)
     units = _log_units([sizes for sizes, _ in stats], backend)
     norms = [
-        _largest_norms(x, mask, top, unit, call.views, backend)
+        _largest_norms((x, mask, paired), top, unit, call.views, backend)
         for (x, mask), top, unit in zip(views, tops, units, strict=False)
     ]
     lowered, *sums = call.together("max", [-mean, *(s for s, _ in norms)])
     return -lowered, *tops, *sums, *(largest for _, largest in norms)
 
 
-def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) -> tuple[Array, Array, Array, Array]:
-    """Largest |entry|, sum of squares and sum of every channel (..., 1, d), and number of rows (..., 1, 1)."""
+def _channel_sums(
+    x: Array, mask: Array | None, dtype: Any, paired: bool, backend: Backend
+) -> tuple[Array, Array, Array, Array]:
+    """Largest |entry|, sum of squares and sum of every channel (..., 1, d), and number of rows (..., 1, 1).
+
+    Of `paired` channels moduli take the place of entries, (..., 1, d / 2).
+    """
     xp = backend.xp
     device = backend.device(x)
 
@@ -195,17 +209,19 @@ def _channel_sums(x: Array, mask: Array | None, dtype: Any, backend: Backend) ->
         rows = backend.cast(clean(rows, mask, backend), dtype)
         if mask is not None:
             count = count + xp.sum(backend.cast(mask, dtype), axis=-2, keepdims=True)
+        sizes = sizes_of(rows, paired, backend)
         return (
-            xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)),
-            squares + over_rows(xp.sum, rows * rows, backend),
+            xp.maximum(top, over_rows(xp.max, sizes, backend)),
+            squares + over_rows(xp.sum, sizes * sizes, backend),
             total + over_rows(xp.sum, rows, backend),
             count,
         ), ()
 
     zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=device)
+    empty = zero[..., : x.shape[-1] // 2] if paired else zero
     outer, start = (x.shape[:-2], float(x.shape[-2])) if mask is None else (mask.shape[:-2], 0.0)
     count = xp.full((*outer, 1, 1), start, dtype=dtype, device=device)
-    return over_blocks(body, (zero, zero, zero, count), (x, mask), backend)  # type: ignore[no-any-return]
+    return over_blocks(body, (empty, empty, zero, count), (x, mask), backend)  # type: ignore[no-any-return]
 
 
 def _channel_stats(found: Sequence[Array], backend: Backend) -> tuple[Array, Array]:
@@ -254,15 +270,17 @@ def _log_units(sizes: Sequence[Array], backend: Backend) -> list[Array]:
 
 
 def _largest_norms(
-    x: Array, mask: Array | None, top: Array, units: Array, views: int, backend: Backend
+    rows: tuple[Array, Array | None, bool], top: Array, units: Array, views: int, backend: Backend
 ) -> tuple[Array, Array]:
     """The largest ℓ_p norm of a row, for each of `_wanted`, in each of some units whose logarithms are (..., units, d).
 
-    `top`: the largest |entry| of every channel (..., 1, d). The largest sums of p-th powers (..., exponents, units), in parts of
+    `rows`: a view, its mask, and whether channels are complex; `top`: the largest |entry| of every channel (..., 1, d).
+
+    The largest sums of p-th powers (..., exponents, units), in parts of
     the largest entry, whose logarithm is (..., units, 1): so no power overflows, and what vanishes adds nothing to a sum that
     is at least 1. Sums are products with powers of the units.
     """
-    xp, dtype = backend.xp, units.dtype
+    xp, dtype, (x, mask, paired) = backend.xp, units.dtype, rows
     whole = xp.where(top > 0, top, 1.0)
     # The reciprocal of a large number, and the unit of one, may vanish: some libraries take the smallest numbers for 0.
     near = xp.where(whole > 1, xp.full_like(whole, 2.0**-64), 2.0**64)
@@ -274,7 +292,7 @@ def _largest_norms(
     powers = [weights**p for p in wanted]
 
     def body(carry: Any, rows: Array, mask: Array | None) -> tuple[Any, tuple[()]]:
-        part = xp.abs(backend.cast(clean(rows, mask, backend), dtype)) * near * factor
+        part = sizes_of(backend.cast(clean(rows, mask, backend), dtype), paired, backend) * near * factor
         power = part = xp.matrix_transpose(part)
         at, new = 1, []
         for p, of_units, old in zip(wanted, powers, carry, strict=True):

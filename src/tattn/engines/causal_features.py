@@ -33,7 +33,7 @@ from ..backends.tables import memoized
 from ..features.balance import balanced_values, with_one, with_powers
 from ..features.basis import Basis
 from ..features.monomials import Expansion, Grading, rank, runs
-from ..features.scaling import channel_units
+from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
 from . import features
@@ -48,6 +48,7 @@ from .features import (
     log_normaliser,
     scaled_gradient,
     summary,
+    turn_of,
     weights,
     with_ones,
     zero_sum,
@@ -112,6 +113,8 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
 
 def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
     """What takes the place of the loops over chunks, if anything does for these arrays."""
+    if operands.paired:
+        return None
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
 
@@ -267,7 +270,9 @@ def _with_sums(
 ) -> tuple[Gradients, tuple[Array, ...]]:
     """All gradients from those of the rows one after another, and of the sums (..., dv + 1, r) that every query row sees."""
     xp = setting.backend.xp
-    behind = tuple(xp.matrix_transpose(g) * share for g, share in zip(sums, setting.shares, strict=True))
+    behind = tuple(
+        setting.turned_back(xp.matrix_transpose(g) * share) for g, share in zip(sums, setting.shares, strict=True)
+    )
     return _with_heads(setting, behind, Gradients.of(found), operands.views), behind if start else ()
 
 
@@ -300,8 +305,9 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     """What blocks share, and the rows of a block: some chunks, whose prefixes fit in the workspace."""
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
-    units = start.units if start else channel_units(q, keys, operands.masks, operands.scale, backend, causal=True)
-    w = weights(expansion, q, backend)
+    units = start.units if start else shared_units(operands, causal=True)
+    turn = turn_of(operands, expansion)
+    w = weights(expansion, q, backend, turn)
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
     row, columns = rank(q.shape[-1], degree, grading) * itemsize * prod(leading), values[0].shape[-1] + 1
@@ -316,7 +322,7 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     in_block = row * (2 * (m + 1) + 2 * m * columns // chunk)
     chunks = max(1, min(2 * backend.workspace // (in_block * chunk), CHAIN, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend), chunk * chunks
+    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend, turn), chunk * chunks
 
 
 def _limits(setting: Setting) -> list[Any]:
@@ -336,11 +342,11 @@ def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[t
         shape = (*view.leading, view.values.shape[-1] + 1, r)
         total, lost = zero_sum(shape, setting.w.dtype, q, backend)
         if start:
-            total = xp.matrix_transpose(start.sums[number]) * share
+            total = xp.matrix_transpose(setting.turned(start.sums[number])) * share
         head = view.keys.shape[-2] - n
         if head:
             first = summary(view.rows(0, head), unit, setting.monomials, backend)
-            total, lost = add((total, lost), xp.matrix_transpose(first) * share)
+            total, lost = add((total, lost), xp.matrix_transpose(setting.turned(first)) * share)
         sums.append((total, lost))
     rows = (*operands.keys, *operands.values, *operands.masks)
     return tuple(sums), [None if x is None else x[..., x.shape[-2] - n :, :] for x in rows]
@@ -400,7 +406,7 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
         phi = monomials(channels(clean(k, mask, backend), unit, dtype, backend))
         z = with_ones(v, mask, dtype, backend) * setting.shares[view]
-        return add(carry, backend.xp.matrix_transpose(basis.row_sums(phi, z, backend))), ()
+        return add(carry, backend.xp.matrix_transpose(setting.turned(basis.row_sums(phi, z, backend)))), ()
 
     block = block_of(basis, columns, dtype, setting.leading, backend)
     result: Sum

@@ -28,10 +28,11 @@ from ..arrays import broadcast_leading, clean, sum_to_leading, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.operations import CHAIN
-from ..features.balance import balanced_values, prod_in_range, with_powers
+from ..features.balance import balanced_values, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
+from ..features.complex_channels import Turn, complex_weights, product
 from ..features.monomials import Expansion, Grading, Monomials, degrees, multinomials, rank
-from ..features.scaling import channel_units
+from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
 
@@ -43,9 +44,10 @@ _FEW_ROWS = 8 * CHAIN
 def forward(operands: Operands, expansion: Expansion) -> Attended:
     """Output, lse, and the normaliser over the number of pairs (..., n, 1) with the summary of every view (..., r, dv + 1)."""
     backend, q = operands.backend, operands.query
-    units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
+    units = shared_units(operands)
     summaries = _summaries(operands, expansion, units)
-    combined = weights(expansion, q, backend) * prod_in_range(summaries, backend)
+    turn = turn_of(operands, expansion)
+    combined = product(weights(expansion, q, backend, turn), summaries, turn, backend)
     out, normaliser = read_out(q, units[0], combined, expansion.monomials, backend)
     return Attended(out, log_normaliser(normaliser, operands.keys, backend), (normaliser, *summaries))
 
@@ -70,16 +72,16 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     monomials = expansion.monomials
     normaliser, *known = attended.kept
     operands, known, powers = balanced_values(operands, known)
-    units = channel_units(q, operands.keys, operands.masks, operands.scale, backend)
-    w = weights(expansion, q, backend)
+    units, turn = shared_units(operands), turn_of(operands, expansion)
+    w = weights(expansion, q, backend, turn)
     summaries = known or _summaries(operands, expansion, units)
     columns = (attended.out, normaliser, *upstream)
-    combined = w * prod_in_range(summaries, backend)
+    combined = product(w, summaries, turn, backend)
     of_query, dq = query_adjoint(q, units[0], combined, columns, monomials, backend)
     d_keys, d_values = [], []
     for number, view in enumerate(operands.views):
         others = [s for other, s in enumerate(summaries) if other != number]
-        own = w * prod_in_range([of_query, *others], backend) * (1 / view.keys.shape[-2])
+        own = product(w, [of_query, *others], turn, backend) * (1 / view.keys.shape[-2])
         dk, dv = key_adjoint(view, units[number + 1], own, monomials, backend)
         d_keys.append(dk)
         d_values.append(dv)
@@ -300,9 +302,16 @@ def joined(sums: Sequence[Sum]) -> Sum:
     return carry
 
 
-def weights(expansion: Expansion, like: Array, backend: Backend) -> Array:
-    """The weights w_α = c_|α| · |α|! / α! as a column (r, 1)."""
+def turn_of(operands: Operands, expansion: Expansion) -> Turn | None:
+    """What turns the monomials of complex channels; None for real ones."""
+    return Turn(operands.query.shape[-1], *expansion.monomials) if operands.paired else None
+
+
+def weights(expansion: Expansion, like: Array, backend: Backend, turn: Turn | None = None) -> Array:
+    """The weights w_α = c_|α| · |α|! / α! as a column (r, 1), or those of complex monomials."""
     dtype = backend.compute_dtype(like.dtype)
+    if turn is not None:
+        return backend.table(complex_weights, expansion.coefficients, turn, like=like, dtype=dtype)
     # By plain tuples, which torch.compile takes for constants.
     return backend.table(
         weight_table, expansion.coefficients, like.shape[-1], expansion.grading, like=like, dtype=dtype

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import row_products
-from ..features.scaling import channel_units
+from ..features.complex_channels import conjugate, multiply
+from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream
 from .features import add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
-from .tuples import scaled_keys
+from .tuples import conjugating, scaled_keys
 
 # Rows of the last view in a block, where they do not leave room.
 LAST = 256
@@ -32,15 +33,24 @@ LAST = 256
 Side = tuple[Array, Array]
 
 
+class _Pass(NamedTuple):
+    """What all blocks of a call share: c_0 … c_g, and whether channels are complex."""
+
+    coefficients: Sequence[float]
+    paired: bool
+    backend: Backend
+
+
 def forward(operands: Operands, coefficients: Sequence[float]) -> Attended:
     """Output, lse, and the normaliser over the number of pairs (..., n, 1)."""
     operands, _, _ = balanced_values(operands)
     backend = operands.backend
     leading, unit, views, blocks = _prepared(operands)
+    run = _Pass(coefficients, operands.paired, backend)
 
     def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
         s = backend.cast(rows, unit[0].dtype) * unit[0]
-        numerator = _numerator(coefficients, s, views, blocks[1:], backend)
+        numerator = _numerator(run, s, views, blocks[1:])
         return None, divided(numerator, leading, backend)
 
     _, (out, normaliser) = backend.scan_rows(body, None, (operands.query,), blocks[0])
@@ -53,12 +63,13 @@ def backward(operands: Operands, coefficients: Sequence[float], attended: Attend
     backend, q = operands.backend, operands.query
     columns = (attended.out, *attended.kept, *upstream)
     _, unit, views, blocks = _prepared(operands)
+    run = _Pass(coefficients, operands.paired, backend)
 
     def body(carry: Any, rows: Array, *columns: Array) -> tuple[Any, tuple[Array]]:
         dtype = unit[0].dtype
         o, l, g, g_lse = (backend.cast(c, dtype) for c in columns)
         h = scaled_gradient(o, l, g, g_lse, backend)
-        ds, _, grads = _adjoint(coefficients, backend.cast(rows, dtype) * unit[0], h, views, blocks[1:], backend)
+        ds, _, grads = _adjoint(run, backend.cast(rows, dtype) * unit[0], h, views, blocks[1:])
         return _plus(carry, grads), (sum_to_leading(ds * unit[0], rows.shape[:-2], backend),)
 
     start = None if q.shape[-2] <= blocks[0] else _zeros(views, backend)
@@ -74,7 +85,9 @@ def _prepared(operands: Operands) -> tuple[tuple[int, ...], list[Array], list[Si
     """Leading dimensions, channel units, (k · unit, [v, 1] / n_μ) of every view, and rows in a block."""
     backend, q, keys, masks = operands.backend, operands.query, operands.keys, operands.masks
     dtype, leading = operands.dtype, operands.leading
-    units = channel_units(q, keys, masks, operands.scale, backend)
+    units = shared_units(operands)
+    if operands.paired:
+        units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=dtype)
     ones = [with_ones(v, mask, dtype, backend) * (1 / v.shape[-2]) for _, v, mask in operands.views]
     views = list(zip(scaled_keys(keys, units[1:], masks, backend), ones, strict=True))
     width = q.shape[-1] + ones[0].shape[-1]
@@ -82,17 +95,15 @@ def _prepared(operands: Operands) -> tuple[tuple[int, ...], list[Array], list[Si
     return leading, units, views, blocks
 
 
-def _numerator(
-    coefficients: Sequence[float], s: Array, views: Sequence[Side], blocks: tuple[int, ...], backend: Backend
-) -> Array:
+def _numerator(run: _Pass, s: Array, views: Sequence[Side], blocks: tuple[int, ...]) -> Array:
     """Σ P(x) ũ ∘ … over all rows of the views, (..., rows, dv + 1), for rows s (..., rows, d)."""
-    xp = backend.xp
+    backend, xp = run.backend, run.backend.xp
     rows = s.shape[-2]
 
     def body(carry: Any, k: Array, z: Array) -> tuple[Any, tuple[()]]:
         if len(views) == 1:
-            return _plus(carry, [[_polynomial(coefficients, s @ xp.matrix_transpose(k), backend) @ z]]), ()
-        inner = _numerator(coefficients, row_pairs(s, k, backend), views[1:], blocks[1:], backend)
+            return _plus(carry, [[_polynomial(run.coefficients, s @ xp.matrix_transpose(k), backend) @ z]]), ()
+        inner = _numerator(run, _key_pairs(run, s, k), views[1:], blocks[1:])
         inner = xp.reshape(inner, (*inner.shape[:-2], rows, k.shape[-2], inner.shape[-1]))
         return _plus(carry, [[xp.sum(inner * z[..., None, :, :], axis=-2)]]), ()
 
@@ -105,9 +116,10 @@ def _numerator(
 
 
 def _adjoint(
-    coefficients: Sequence[float], s: Array, h: Array, views: Sequence[Side], blocks: tuple[int, ...], backend: Backend
+    run: _Pass, s: Array, h: Array, views: Sequence[Side], blocks: tuple[int, ...]
 ) -> tuple[Array, Array, list[tuple[Array, Array]]]:
     """(ds, dh, (dk, dṽ) of every view) for rows s (..., rows, d) and the gradient h (..., rows, dv + 1) of their numerator."""
+    backend, coefficients = run.backend, run.coefficients
     xp = backend.xp
     rows = s.shape[-2]
 
@@ -119,12 +131,10 @@ def _adjoint(
         return _plus(carry, [(w @ k, p @ z)]), _own(own, k, z)
 
     def other_view(carry: Any, k: Array, z: Array) -> tuple[Any, tuple[Array, Array]]:
-        ds, dh, inner = _adjoint(
-            coefficients, row_pairs(s, k, backend), row_pairs(h, z, backend), views[1:], blocks[1:], backend
-        )
+        ds, dh, inner = _adjoint(run, _key_pairs(run, s, k), row_pairs(h, z, backend), views[1:], blocks[1:])
         ds, dh = (xp.reshape(x, (*x.shape[:-2], rows, k.shape[-2], x.shape[-1])) for x in (ds, dh))
-        own = xp.sum(ds * s[..., :, None, :], axis=-3), xp.sum(dh * h[..., :, None, :], axis=-3)
-        through = xp.sum(ds * k[..., None, :, :], axis=-2), xp.sum(dh * z[..., None, :, :], axis=-2)
+        own = xp.sum(_to_keys(run, ds, s), axis=-3), xp.sum(dh * h[..., :, None, :], axis=-3)
+        through = xp.sum(_to_rows(run, ds, k), axis=-2), xp.sum(dh * z[..., None, :, :], axis=-2)
         return _plus(carry, [through, *inner]), _own(own, k, z)
 
     def _own(grads: Any, k: Array, z: Array) -> tuple[Array, Array]:
@@ -139,6 +149,26 @@ def _adjoint(
     body = last_view if len(views) == 1 else other_view
     ((ds, dh), *inner), own = backend.scan_rows(body, start, views[0], blocks[0])
     return ds[0], dh[0], [own, *((dk[0], dz[0]) for dk, dz in inner)]
+
+
+def _key_pairs(run: _Pass, s: Array, k: Array) -> Array:
+    """`row_pairs` of channels; of complex ones with the conjugates of k, since s is that of the query."""
+    if not run.paired:
+        return row_pairs(s, k, run.backend)
+    found = multiply(s[..., :, None, :], conjugate(k, run.backend)[..., None, :, :], run.backend)
+    return run.backend.xp.reshape(found, (*found.shape[:-3], -1, found.shape[-1]))
+
+
+def _to_keys(run: _Pass, gradient: Array, s: Array) -> Array:
+    """Gradients of `_key_pairs` (..., rows, count, d) as those of k, for every row of s."""
+    s = s[..., :, None, :]
+    return multiply(conjugate(gradient, run.backend), s, run.backend) if run.paired else gradient * s
+
+
+def _to_rows(run: _Pass, gradient: Array, k: Array) -> Array:
+    """Gradients of `_key_pairs` (..., rows, count, d) as those of s, for every row of k."""
+    k = k[..., None, :, :]
+    return multiply(gradient, k, run.backend) if run.paired else gradient * k
 
 
 def _zeros(views: Sequence[Side], backend: Backend) -> tuple[Any, ...]:

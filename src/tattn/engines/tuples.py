@@ -22,14 +22,17 @@ from math import prod
 from operator import mul
 from typing import Any, NamedTuple
 
-from ..arrays import broadcast_leading, clean, prod_of, sum_to_leading, transposed, with_leading
+import numpy as np
+
+from ..arrays import broadcast_leading, clean, prod_of, sizes_of, sum_to_leading, transposed, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE
 from ..backends.tables import memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.balance import balanced_values, with_powers
-from ..features.scaling import channel_units
+from ..features.complex_channels import multiply
+from ..features.scaling import shared_units
 from ..operands import Gradients, Operands, Upstream
 from ..problem import Cost, Problem
 
@@ -78,7 +81,8 @@ class Pairs(NamedTuple):
 class _Pass(NamedTuple):
     """What all blocks of a call share: leading dimensions, rows of the query, tuples and rows of each view in a block, units.
 
-    `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores.
+    `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores;
+    `paired`: channels are complex.
     """
 
     backend: Backend
@@ -88,6 +92,7 @@ class _Pass(NamedTuple):
     bounded: bool
     fewest: int
     memory: Memory | None
+    paired: bool
 
 
 class _Rows(NamedTuple):
@@ -242,13 +247,16 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
     xp = backend.xp
     dtype, device, leading = operands.dtype, backend.device(q), operands.leading
     bounded = backend.reads and small(operands)
-    units: Sequence[Any] = [operands.scale, *(1.0 for _ in keys)]
+    units: list[Any] = [operands.scale, *(1.0 for _ in keys)]
     if not bounded:
-        units = channel_units(q, keys, masks, operands.scale, backend)
+        units = shared_units(operands)
+    if operands.paired:
+        # Re(q k) is the product of the conjugate of q with k, as real rows.
+        units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=dtype)
     scaled = scaled_keys(keys, units[1:], masks, backend)
     blocks = block_sizes(leading, operands.lengths, dtype, backend)
     fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod(operands.lengths[1:])))
-    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory())
+    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired)
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
@@ -274,6 +282,12 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
     return places(q, 0) if limits.offsets else None, views, run
 
 
+@memoized
+def conjugating(dim: int) -> np.ndarray:
+    """1 for real parts and −1 for imaginary parts, (1, d)."""
+    return np.repeat([[1.0, -1.0]], dim // 2, axis=1)
+
+
 def _by_columns(x: Array, backend: Backend) -> Array:
     """The same rows, column after column in memory."""
     return backend.xp.matrix_transpose(transposed(x, backend))
@@ -285,20 +299,21 @@ def small(operands: Operands) -> bool:
     xp = backend.xp
     masked = zip((*operands.keys, *operands.values), (*operands.masks, *operands.masks), strict=True)
     rows = [q, *(clean(x, m, backend) for x, m in masked)]
-    sizes = [float(xp.max(xp.abs(x))) for x in rows]
     views = len(operands.views) + 1
+    rows[:views] = [sizes_of(x, operands.paired, backend) for x in rows[:views]]
+    sizes = [float(xp.max(xp.abs(x))) for x in rows]
     if not all(1 / _LARGE <= x <= _LARGE for x in (scale, *sizes[:views], prod(sizes[views:]))):
         return False
-    if scale * q.shape[-1] * prod(sizes[:views]) <= _REACH:
+    if scale * rows[0].shape[-1] * prod(sizes[:views]) <= _REACH:
         return True
     dtype = backend.compute_dtype(q.dtype)
     norms = [float(xp.max(xp.sum(prod_of([xp.abs(backend.cast(x, dtype))] * views), axis=-1))) for x in rows[:views]]
     return scale**views * prod(norms) <= _REACH**views
 
 
-def _joined(pairs: Pairs | None, rows: Rows, backend: Backend) -> Pairs:
+def _joined(run: _Pass, pairs: Pairs | None, rows: Rows) -> Pairs:
     """Each tuple with each row of one more view; of the first view, None."""
-    xp = backend.xp
+    backend, xp = run.backend, run.backend.xp
     keys, values, first, last = (None if x is None else xp.matrix_transpose(x) for x in rows)
     if pairs is None:
         return Pairs(keys, values, first, last)
@@ -309,8 +324,11 @@ def _joined(pairs: Pairs | None, rows: Rows, backend: Backend) -> Pairs:
         both = join(left[..., :, None], right[..., None, :])
         return xp.reshape(both, (*both.shape[:-2], -1))
 
+    def complex_product(left: Array, right: Array) -> Array:
+        return multiply(left, right, backend, axis=-3)
+
     return Pairs(
-        each(mul, pairs.keys, keys),
+        each(complex_product if run.paired else mul, pairs.keys, keys),
         each(mul, pairs.values, values),
         each(xp.maximum, pairs.first, first),
         each(xp.minimum, pairs.last, last),
@@ -354,7 +372,7 @@ def _attend(run: _Pass, s: Array, at: Array | None, pairs: Pairs | None, views: 
         return state  # type: ignore[return-value]
 
     def body(state: State | None, *rows: Any) -> tuple[State, tuple[()]]:
-        return _merge(state, _attend(run, s, at, _joined(pairs, Rows(*rows), backend), views[1:]), backend), ()
+        return _merge(state, _attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:]), backend), ()
 
     block = run.blocks[-len(views)]
     start: State | None = None
@@ -417,10 +435,11 @@ def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]
 
     def body(carry: Any, *view: Any) -> tuple[Any, tuple[Array, Array]]:
         k, v, *_ = view
-        ds, (dkeys, dvalues), inner = _adjoint(run, rows, _joined(pairs, Rows(*view), backend), views[1:])
+        ds, (dkeys, dvalues), inner = _adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
         through: tuple[Array, ...] = ()
         if pairs is not None:
-            dkeys_in, dkeys = _split(dkeys, pairs.keys, k, backend)
+            split = _split_complex if run.paired else _split
+            dkeys_in, dkeys = split(dkeys, pairs.keys, k, backend)
             dvalues_in, dvalues = _split(dvalues, pairs.values[..., :-1, :], v[..., :-1], backend)
             through = dkeys_in, dvalues_in
         dk, dv = (sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
@@ -482,6 +501,18 @@ def _split(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) -> tuple
     d_pairs = xp.reshape(d_pairs, (*d_pairs.shape[:-1], pairs.shape[-1], rows.shape[-2]))
     through = (xp.matrix_transpose(rows)[..., None, :] @ xp.matrix_transpose(d_pairs))[..., 0, :]
     return through, (pairs[..., None, :] @ d_pairs)[..., 0, :]
+
+
+def _split_complex(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) -> tuple[Array, Array]:
+    """`_split` of complex products: with G the gradient, those of tuples and rows are Σ k̄ G and Σ p̄ G."""
+    half = d_pairs.shape[-2] // 2
+    # Re k̄ G = Re k Re G + Im k Im G, and Im k̄ G is the same of −i G.
+    turned = backend.xp.concat([d_pairs[..., half:, :], -d_pairs[..., :half, :]], axis=-2)
+    parts = zip(*(_split(g, pairs, rows, backend) for g in (d_pairs, turned)), strict=True)
+    through, own = (
+        backend.xp.concat([x[..., :half, :] + x[..., half:, :] for x in of_parts], axis=-2) for of_parts in parts
+    )
+    return through, own
 
 
 def _zeros(views: Sequence[Rows], backend: Backend) -> tuple[tuple[Array, Array], ...]:

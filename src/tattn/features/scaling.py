@@ -6,9 +6,21 @@ from collections.abc import Sequence
 from math import frexp, isfinite, log, log2, prod
 from typing import Any
 
-from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sum_of
+from ..arrays import (
+    alike,
+    broadcast_leading,
+    clean,
+    for_parts,
+    max_to_leading,
+    over_rows,
+    prod_of,
+    shared_leading,
+    sizes_of,
+    sum_of,
+)
 from ..backends import Array, Backend
 from ..checks import LARGEST_POWER
+from ..operands import Operands, View
 
 # Rows that are looked at together, at least.
 _FEWEST = 128
@@ -19,39 +31,47 @@ _PIECES = 32
 
 
 def channel_units(
-    q: Array,
-    keys: Sequence[Array],
-    masks: Sequence[Array | None],
-    scale: float,
-    backend: Backend,
-    causal: bool = False,
+    q: Array, keys: Sequence[Array], masks: Sequence[Array | None], scale: float, backend: Backend
 ) -> list[Array]:
+    """`shared_units` of query and keys."""
+    views = tuple(View(k, k, m) for k, m in zip(keys, masks, strict=True))
+    return shared_units(Operands(backend, q, views, scale))
+
+
+def shared_units(operands: Operands, causal: bool = False) -> list[Array]:
     """`units_of` the largest entries of query and keys, but for rows that are not finite or beyond what was promised.
 
-    `causal`: such a row of the keys has no say either, since not all query rows see it.
+    `causal`: such a row of the keys has no say either, since not all query rows see it. Complex channels have one unit.
     """
+    backend, q, keys, masks, scale = operands[0], operands.query, operands.keys, operands.masks, operands.scale
     xp = backend.xp
     rows, present = (q, *keys), (None, *masks)
+
+    def paired(top: Array) -> Array:
+        return alike(top, backend) if operands.paired else top
+
     if backend.reads:
         # Few calls need a second look.
-        tops = [channel_tops(x, m, backend) for x, m in zip(rows, present, strict=True)]
+        tops = [paired(channel_tops(x, m, backend)) for x, m in zip(rows, present, strict=True)]
         if float(xp.max(prod_of(tops))) * scale <= 2.0**_MOST:
             return units_of(tops, rows, scale, backend)
-    tops = [channel_tops(x, m, backend, True) for x, m in zip(rows, present, strict=True)]
+    tops = [paired(channel_tops(x, m, backend, True)) for x, m in zip(rows, present, strict=True)]
     if causal:
         reach = sum_of([xp.log2(top) for top in tops]) + log2(scale)
-        usual = [_usual_tops(x, m, top, backend) for x, m, top in zip(rows[1:], masks, tops[1:], strict=True)]
+        usual = [paired(_usual_tops(x, m, top, backend)) for x, m, top in zip(rows[1:], masks, tops[1:], strict=True)]
         tops[1:] = [xp.where(reach > _MOST, u, top) for u, top in zip(usual, tops[1:], strict=True)]
     return units_of(_limited_tops(tops, rows, scale, backend), rows, scale, backend)
 
 
-def finite_sizes(rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[tuple[Array, Array]]:
+def finite_sizes(
+    rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend, paired: bool = False
+) -> list[tuple[Array, Array]]:
     """`channel_sizes` of several views, but for rows that are not finite."""
     if backend.reads:
-        found = [channel_sizes(x, m, backend) for x, m in zip(rows, masks, strict=True)]
+        found = [channel_sizes(x, m, backend, paired=paired) for x, m in zip(rows, masks, strict=True)]
         if isfinite(float(backend.xp.max(sum_of([top for top, _ in found])))):
             return found
-    return [channel_sizes(x, m, backend, True) for x, m in zip(rows, masks, strict=True)]
+    return [channel_sizes(x, m, backend, True, paired) for x, m in zip(rows, masks, strict=True)]
 
 
 def _limited_tops(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
@@ -135,37 +155,45 @@ def _counted(x: Array, mask: Array | None, dtype: object, finite: bool, backend:
     return xp.where(xp.all(xp.isfinite(x), axis=-1, keepdims=True), x, 0.0) if finite else x
 
 
-def channel_tops(x: Array, mask: Array | None, backend: Backend, finite: bool = False) -> Array:
-    """The largest |entry| of every channel over all rows, masked ones as 0, or over the `finite` ones: (..., 1, d)."""
+def channel_tops(x: Array, mask: Array | None, backend: Backend, finite: bool = False, paired: bool = False) -> Array:
+    """The largest |entry| of every channel over all rows, masked ones as 0, or over the `finite` ones: (..., 1, d).
+
+    The largest modulus of complex channels, if they are `paired`, for either part.
+    """
     xp = backend.xp
     dtype = backend.compute_dtype(x.dtype)
 
     def body(top: Array, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
-        rows = _counted(rows, mask, dtype, finite, backend)
-        return xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)), ()
+        rows = sizes_of(_counted(rows, mask, dtype, finite, backend), paired, backend)
+        return xp.maximum(top, over_rows(xp.max, rows, backend)), ()
 
-    zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    return over_blocks(body, zero, (x, mask), backend)
+    shape = (*broadcast_leading(x, mask), 1, x.shape[-1] // (1 + paired))
+    zero = xp.zeros(shape, dtype=dtype, device=backend.device(x))
+    return for_parts(over_blocks(body, zero, (x, mask), backend), paired, backend)
 
 
-def channel_sizes(x: Array, mask: Array | None, backend: Backend, finite: bool = False) -> tuple[Array, Array]:
+def channel_sizes(
+    x: Array, mask: Array | None, backend: Backend, finite: bool = False, paired: bool = False
+) -> tuple[Array, Array]:
     """The largest |entry| of every channel, and its root mean square over all rows, masked ones as 0: (..., 1, d) each.
 
-    Over the `finite` rows alone, the others as 0, or over all.
+    Over the `finite` rows alone, the others as 0, or over all. Of complex channels, if they are `paired`, those of moduli.
     """
     xp = backend.xp
     dtype = backend.compute_dtype(x.dtype)
 
     def body(carry: tuple[Array, Array], rows: Array, mask: Array | None) -> tuple[tuple[Array, Array], tuple[()]]:
         top, squares = carry
-        rows = _counted(rows, mask, dtype, finite, backend)
+        rows = sizes_of(_counted(rows, mask, dtype, finite, backend), paired, backend)
         return (
-            xp.maximum(top, over_rows(xp.max, xp.abs(rows), backend)),
+            xp.maximum(top, over_rows(xp.max, rows, backend)),
             squares + over_rows(xp.sum, rows * rows, backend),
         ), ()
 
-    zero = xp.zeros((*broadcast_leading(x, mask), 1, x.shape[-1]), dtype=dtype, device=backend.device(x))
-    top, squares = over_blocks(body, (zero, zero), (x, mask), backend)
+    shape = (*broadcast_leading(x, mask), 1, x.shape[-1] // (1 + paired))
+    zero = xp.zeros(shape, dtype=dtype, device=backend.device(x))
+    found = over_blocks(body, (zero, zero), (x, mask), backend)
+    top, squares = (for_parts(size, paired, backend) for size in found)
     spread = xp.sqrt(squares * (1 / x.shape[-2]))
     # Squares leave the dtype's range before the entries do; the largest entry then stands in.
     return top, xp.where((spread > 0) & xp.isfinite(spread), spread, top)

@@ -66,12 +66,13 @@ class Banded:
             tops = [channel_tops(v, mask, backend) for _, v, mask in operands.views]
         else:
             summaries = tuple(_summaries(call, v, backend) for v in views)
+        factors = series.turned(summaries, backend)
 
         def bands() -> Iterator[tuple[Array, Array]]:
             value_dim = operands.values[0].shape[-1]
             for band, cut in enumerate(edges(q.shape[-2], call.bands)):
                 rows = query.in_band(query.rows, *cut, backend)
-                combined = series.contract(0, band, summaries, backend)
+                combined = series.contract(0, band, factors, backend)
                 if not certify:
                     yield read_out(rows, query.by.unit, combined, monomials, backend)
                     continue
@@ -100,21 +101,22 @@ class Banded:
         of_rows = (attended.out, columns[..., :1], *upstream)
         of_query = [query.rows, *(rows_together(x, backend) for x in of_rows)]
         upstreams = []
+        factors = series.turned(summaries, backend)
 
         def bands_of_query() -> Iterator[tuple[Array]]:
             for band, cut in enumerate(edges(q.shape[-2], call.bands)):
-                combined = series.contract(0, band, summaries, backend)
+                combined = series.contract(0, band, factors, backend)
                 rows, *own = (query.in_band(x, *cut, backend) for x in of_query)
                 found, dq = query_adjoint(rows, query.by.unit, combined, own, monomials, backend)
                 upstreams.append(found)
                 yield (dq,)
 
         (dq,) = return_rows(bands_of_query(), query.by.order, backend)
-        stacked = xp.stack(upstreams, axis=-3)
+        (stacked,) = series.turned([xp.stack(upstreams, axis=-3)], backend)
 
         def bands_of_keys(number: int) -> Iterator[tuple[Array, Array]]:
             view, n = views[number], operands.keys[number].shape[-2]
-            tensors = [stacked, *summaries[:number], *summaries[number + 1 :]]
+            tensors = [stacked, *factors[:number], *factors[number + 1 :]]
             for band, cut in enumerate(edges(n, call.bands)):
                 own = series.contract(number + 1, band, tensors, backend) * (1 / n)
                 yield key_adjoint(view.band(*cut, backend), view.by.unit, own, monomials, backend)
@@ -155,7 +157,7 @@ class Banded:
         return max(1, int(operands.backend.workspace // numbers))
 
     def _banding(self, operands: Operands) -> Banding:
-        return Banding(self.degree, self.moment, self.bands, operands.scale, len(operands.views))
+        return Banding(self.degree, self.moment, self.bands, operands.scale, len(operands.views), operands.paired)
 
 
 def _summaries(call: Banding, view: Sorted, backend: Backend) -> Array:

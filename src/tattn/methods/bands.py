@@ -16,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..approximation.exponential import DEFAULT_GRID, crowded_table
-from ..arrays import clean, gather_rows, max_to_leading, prod_of, rows_together, sum_of
+from ..arrays import clean, gather_rows, max_to_leading, prod_of, rows_together, sizes_of, sum_of
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 from ..bounds.score_range import balancing_units
 from ..features.balance import balanced_factors
+from ..features.complex_channels import Turn, complex_weights, conjugate, multiply
 from ..features.monomials import multinomials
 from ..features.scaling import finite_sizes, units_of
 from ..operands import Operands, View
@@ -32,13 +33,17 @@ BLOCK = 8192
 
 
 class Banding(NamedTuple):
-    """Degree of the polynomials, order of the moments and number of bands, for scores of so many views."""
+    """Degree of the polynomials, order of the moments and number of bands, for scores of so many views.
+
+    `paired`: channels are complex, and norms are of moduli.
+    """
 
     degree: int
     moment: int
     bands: int
     scale: float
     views: int
+    paired: bool = False
 
 
 class Sorting(NamedTuple):
@@ -81,7 +86,7 @@ def edges(n: int, bands: int) -> tuple[tuple[int, int], ...]:
 def sortings(call: Banding, rows: Sequence[Array], masks: Sequence[Array | None], backend: Backend) -> list[Sorting]:
     """How norms sort query and keys."""
     xp = backend.xp
-    sizes = finite_sizes(rows, masks, backend)
+    sizes = finite_sizes(rows, masks, backend, call.paired)
     units = units_of([top for top, _ in sizes], rows, call.scale, backend)
     # In units no channel is far from the others' size, and what balances them is a small factor.
     spreads = [
@@ -92,7 +97,7 @@ def sortings(call: Banding, rows: Sequence[Array], masks: Sequence[Array | None]
     found = []
     for x, mask, unit, balance, (top, spread) in zip(rows, masks, units, balances, sizes, strict=True):
         balance = xp.reshape(balance, balance.shape[balance.ndim - x.ndim :])
-        norm = _norms(x, mask, unit * balance, call.views + 1, backend)
+        norm = _norms((x, mask), unit * balance, call, backend)
         cut = edges(x.shape[-2], call.bands)
         order = _by_size(norm, call.bands, backend)
         falling = gather_rows(norm, order, backend)
@@ -128,10 +133,10 @@ def sorted_views(call: Banding, operands: Operands, known: Sequence[Array] = ())
     return [Sorted(*view) for view in zip(*together, found, strict=True)]
 
 
-def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) -> Array:
-    """An upper bound, but for rounding, of the ℓ_p norm of every row, 0 for one that is not finite: (..., n, d) → (..., n, 1)."""
-    xp = backend.xp
-    dtype, dim = backend.compute_dtype(x.dtype), x.shape[-1]
+def _norms(view: tuple[Array, Array | None], unit: Array, call: Banding, backend: Backend) -> Array:
+    """An upper bound, but for rounding, of the Hölder norm of every row, 0 if it is not finite: (..., n, d) → (..., n, 1)."""
+    xp, (x, mask), p = backend.xp, view, call.views + 1
+    dtype, dim = backend.compute_dtype(x.dtype), x.shape[-1] // (1 + call.paired)
     ones = xp.ones((dim, 1), dtype=dtype, device=backend.device(x))
     # What powers lose by underflow.
     lost = dim * float(xp.finfo(dtype).smallest_normal)
@@ -140,7 +145,7 @@ def _norms(x: Array, mask: Array | None, unit: Array, p: int, backend: Backend) 
         def body(_: None, rows: Array, mask: Array | None) -> tuple[None, tuple[Array]]:
             rows = backend.cast(clean(rows, mask, backend), dtype)
             # A product sums a few numbers faster than a sum does.
-            norm = (prod_of([xp.abs(rows * unit)] * p) @ ones + lost) ** (1 / p)
+            norm = (prod_of([sizes_of(rows * unit, call.paired, backend)] * p) @ ones + lost) ** (1 / p)
             if finite:
                 # Such a row is NaN in the answer, whatever its band, and no other row is to share its range.
                 norm = xp.where(xp.all(xp.isfinite(rows), axis=-1, keepdims=True), norm, 0.0)
@@ -192,7 +197,7 @@ class Series(NamedTuple):
     def contract(self, target: int, band: int, tensors: Sequence[Array], backend: Backend) -> Array:
         """Coefficients w ∘ Σ c T_1 ∘ T_2 ∘ … over all bands of the other views, for one band of the view `target`: (..., r, k).
 
-        `tensors`: (..., B, r, k) of every other view, in the order of the views.
+        `tensors`: (..., B, r, k) of every other view, in the order of the views, `turned`.
         """
         xp = backend.xp
         degree = self.banding.degree
@@ -202,14 +207,42 @@ class Series(NamedTuple):
         start = 0
         for t, size in enumerate(level_sizes(self.dim, degree)):
             part = [x[..., start : start + size, :] for x in tensors]
-            parts.append(multiply_out(coefficients[..., t], part, backend))
+            parts.append(self.of_level(t, coefficients[..., t], part, backend))
             start += size
-        weights = backend.table(multinomials, self.dim, degree, like=tensors[0], dtype=tensors[0].dtype)
-        return xp.concat(parts, axis=-2) * weights[:, None]
+        return xp.concat(parts, axis=-2)
+
+    def turned(self, tensors: Sequence[Array], backend: Backend) -> Sequence[Array]:
+        """Sums (..., r, k) of all monomials as they are multiplied: of complex ones degree by degree, if channels are complex."""
+        if not self.banding.paired:
+            return tensors
+        return [self._turned(x, backend) for x in tensors]
+
+    def _turned(self, x: Array, backend: Backend) -> Array:
+        levels, start = [], 0
+        for t, size in enumerate(level_sizes(self.dim, self.banding.degree)):
+            levels.append(self.turn(t).turned(x[..., start : start + size, :], backend))
+            start += size
+        return backend.xp.concat(levels, axis=-2)
+
+    def turn(self, t: int) -> Turn:
+        """What turns the monomials of degree t."""
+        return Turn(self.dim, t, level=t)
+
+    def of_level(self, t: int, coefficients: Array, tensors: Sequence[Array], backend: Backend) -> Array:
+        """The monomials of degree t of what `contract` gives, from those of the tensors, `turned`."""
+        like = tensors[0]
+        if not self.banding.paired:
+            found = multiply_out(coefficients, tensors, backend)
+            weights = backend.table(multinomials, self.dim, t, like=like, dtype=like.dtype)
+            return found * weights[-found.shape[-2] :][:, None]
+        turn = self.turn(t)
+        found = conjugate(multiply_out(coefficients, tensors, backend, turn), backend, -2, turn.real)
+        weights = backend.table(complex_weights, (1.0,) * (t + 1), turn, like=like, dtype=like.dtype)
+        return turn.turned_back(found * weights, backend)
 
 
-def multiply_out(coefficients: Array, tensors: Sequence[Array], backend: Backend) -> Array:
-    """Σ_JK… c_JK… T_J ∘ T_K ∘ …: (..., B, …, B) and (..., B, r, k) each → (..., r, k)."""
+def multiply_out(coefficients: Array, tensors: Sequence[Array], backend: Backend, turn: Turn | None = None) -> Array:
+    """Σ_JK… c_JK… T_J ∘ T_K ∘ …: (..., B, …, B) and (..., B, r, k) each → (..., r, k). Of complex numbers if they are `turn`-ed."""
     xp = backend.xp
     bands, rows, columns = tensors[0].shape[-3:]
     flat = [xp.reshape(t, (*t.shape[:-2], rows * columns)) for t in tensors]
@@ -218,7 +251,9 @@ def multiply_out(coefficients: Array, tensors: Sequence[Array], backend: Backend
     result = xp.reshape(coefficients, (*lead, bands**outer, bands)) @ flat[-1]
     for t in reversed(flat[:-1]):
         result = xp.reshape(result, (*result.shape[:-2], result.shape[-2] // bands, bands, rows * columns))
-        result = xp.sum(result * t[..., None, :, :], axis=-2)
+        t = t[..., None, :, :]
+        products = result * t if turn is None else multiply(result, t, backend, real=turn.real * columns)
+        result = xp.sum(products, axis=-2)
     return xp.reshape(result, (*result.shape[:-2], rows, columns))
 
 

@@ -19,10 +19,10 @@ from ..approximation.exponential import DEFAULT_GRID
 from ..arrays import broadcast_leading, clean, gather_rows, prod_of, with_leading
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN
-from ..bounds.rounding import LAMBDA, UNIT, chains
+from ..bounds.rounding import LAMBDA, UNIT, chains, complex_units
 from ..engines.features import block_of, channels, divided, summed_products, with_ones
 from ..features.basis import Basis
-from ..features.monomials import multinomials, rank
+from ..features.monomials import rank
 from .bands import Banding, Series, Sorted, edges, level_sizes, multiply_out
 
 # Columns of what is kept for the adjoint.
@@ -71,9 +71,12 @@ def moment_columns(
     xp = backend.xp
     call = series.banding
     coefficients = series.of_band(target, band, series.table)[..., call.degree + 1 :]
-    columns = xp.concat([multiply_out(coefficients[..., kind], tensors, backend) for kind, tensors in groups], axis=-1)
-    weights = backend.table(multinomials, series.dim, call.moment, like=columns, dtype=columns.dtype)
-    return columns * weights[block_t(call, series.dim)][:, None]
+    found = []
+    for kind, tensors in groups:
+        if call.paired:
+            tensors = [series.turn(call.moment).turned(x, backend) for x in tensors]
+        found.append(series.of_level(call.moment, coefficients[..., kind], tensors, backend))
+    return xp.concat(found, axis=-1)
 
 
 def in_range(tops: Sequence[Array], scale: float, backend: Backend) -> Array:
@@ -111,14 +114,18 @@ def roundings(
     reach = series.of_band(target, band, series.ranges[..., None])[..., 0]
     m, t0, g = call.views, call.moment, call.degree
     lost = chains(m, CHAIN + rank(series.dim, g) / CHAIN + series.dim) + 4 + 2 * call.bands
+
+    def counted(t: int, others: float = 0.0) -> float:
+        found = (m + 1) * (t + 2) + lost + others
+        return complex_units(found, t, series.dim, m) if call.paired else found
+
     plain = steep = xp.zeros_like(reach)
     for t in range(g + 1):
-        count = (m + 1) * (t + 2) + lost
         size = table[..., t] + (table[..., g + 1] if t == t0 else 0.0)
-        plain = plain + size * reach**t * count
+        plain = plain + size * reach**t * counted(t)
         if t:
-            steep = steep + t * table[..., t] * reach ** (t - 1) * (count + LAMBDA * sqrt(value_dim + 1) + 4)
-    count = (m + 1) * (t0 + 2) + lost
+            steep = steep + t * table[..., t] * reach ** (t - 1) * counted(t, LAMBDA * sqrt(value_dim + 1) + 4)
+    count = counted(t0)
     unit = UNIT["float64" if backend.dtype_name(table.dtype) == "float64" else "float32"]
     sizes = (plain, steep, *(table[..., g + 1 + kind] * reach**t0 * count for kind in (1, 2)))
     largest = xp.max(reach, axis=tuple(range(reach.ndim - m, reach.ndim)))[..., None, None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from ..bounds.rounding import exact_errors
+from ..bounds.rounding import exact_errors, of_score
 from ..engines import causal_tuples, tuples
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
@@ -34,8 +34,8 @@ class Exact(OneError):
     def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
         """Rounding alone."""
         errors = exact_errors(
-            scores.bound, dim=problem.dim, views=problem.views, value_dim=problem.value_dim,
-            lengths=sum(problem.lengths), dtype=problem.dtype,
+            scores.bound, score=of_score(problem.views, problem.dim, problem.paired), views=problem.views,
+            value_dim=problem.value_dim, lengths=sum(problem.lengths), dtype=problem.dtype,
         )  # fmt: skip
         return Guarantee(*errors, isfinite(errors[0]))
 

@@ -12,12 +12,23 @@ from collections.abc import Sequence
 from math import inf, log2
 from typing import NamedTuple
 
-from ..arrays import broadcast_leading, clean, gather_rows, over_rows, prod_of, return_rows, sum_of, sum_to_leading
+from ..arrays import (
+    broadcast_leading,
+    clean,
+    for_parts,
+    gather_rows,
+    over_rows,
+    prod_of,
+    return_rows,
+    sizes_of,
+    sum_of,
+    sum_to_leading,
+)
 from ..backends import Array, Backend
 from ..engines.features import block_of, channels, summed_products
 from ..features.balance import ADDED, MANY, exp2_bound, log2_of, log2_range, log2_sum
 from ..features.basis import Basis
-from ..features.scaling import channel_sizes, channel_tops, channel_units
+from ..features.scaling import channel_sizes, channel_tops, shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from .bands import BLOCK, Banding, Series, Sorted, edges, sorted_views
 from .certificate import (
@@ -48,7 +59,10 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
     q, keys, values, masks = operands.query, operands.keys, operands.values, operands.masks
     dtype, leading = operands.dtype, operands.leading
     rows = zip((q, *keys, *values), (None, *masks, *masks), strict=True)
-    tops = [log2_of(channel_tops(x, mask, backend), backend) for x, mask in rows]
+    tops = [
+        log2_of(channel_tops(x, mask, backend, paired=operands.paired and place <= views), backend)
+        for place, (x, mask) in enumerate(rows)
+    ]
     score_tops, value_tops = tops[: 1 + views], tops[1 + views :]
     size, of_lse = (log2_of(xp.abs(backend.cast(g, dtype)), backend) for g in upstream)
     least, most, end = log2_range(dtype, backend)
@@ -69,7 +83,7 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
     total, total_out = (log2_sum(x, -2, backend) for x in (weight, size))
 
     error, steep = (log2(x) if x > 0 else -inf for x in stated)
-    units = channel_units(q, keys, masks, scale, backend)
+    units = shared_units(operands)
     score = sum_of(score_tops) + log2(scale)
     lost = above(score) + xp.max(above(total_out) + growth, axis=-1, keepdims=True) + above(total)
     tiny = float(xp.finfo(dtype).smallest_normal)
@@ -159,7 +173,9 @@ def banded_bounds(call: Banding, operands: Operands, attended: Attended, upstrea
     series = Series.of(call, [query, *views], operands.query, backend)
     sizes = [channel_sizes(v, mask, backend) for _, v, mask in operands.views]
     value_tops = [top for top, _ in sizes]
-    rms = [_rms_products(own, top, v, backend) for own, top, v in zip(operands.views, value_tops, views, strict=True)]
+    rms = [
+        _rms_products(call, own, top, v, backend) for own, top, v in zip(operands.views, value_tops, views, strict=True)
+    ]
     per_row = (attended.out, attended.kept[0], *upstream)
     of_query = _query_bound(call, views, value_tops, rms, per_row, backend)
     weights = _weights(value_tops, per_row, backend)
@@ -177,7 +193,7 @@ def banded_bounds(call: Banding, operands: Operands, attended: Attended, upstrea
     )
 
 
-def _rms_products(own: View, value_top: Array, view: Sorted, backend: Backend) -> Array:
+def _rms_products(call: Banding, own: View, value_top: Array, view: Sorted, backend: Backend) -> Array:
     """Root mean squares of u_je a_jc over the rows of a view, (..., dv, d)."""
     xp = backend.xp
     k, v, _ = own
@@ -186,7 +202,9 @@ def _rms_products(own: View, value_top: Array, view: Sorted, backend: Backend) -
     inverses = [xp.where(t > 0, 1 / xp.where(t > 0, t, 1.0), 0.0) for t in tops]
 
     def body(total: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
-        a, u = (backend.cast(clean(x, mask, backend), dtype) * i for x, i in zip((k, v), inverses, strict=True))
+        a, u = (backend.cast(clean(x, mask, backend), dtype) for x in (k, v))
+        a = for_parts(sizes_of(a, call.paired, backend), call.paired, backend)
+        a, u = (x * i for x, i in zip((a, u), inverses, strict=True))
         return total + xp.matrix_transpose(u * u) @ (a * a), ()
 
     start = xp.zeros((*own.leading, v.shape[-1], k.shape[-1]), dtype=dtype, device=backend.device(k))
@@ -303,7 +321,7 @@ def _view_bounds(known: _Known, number: int, backend: Backend) -> tuple[Array, A
     other_shares = [shares(call, views[i], backend) for i in others]
     # √Σ h_i and √Σ h_i q_ic² for every weight: sums of |q_ic| go against moments by Cauchy and Schwarz.
     mass = xp.sqrt(xp.matrix_transpose(over_rows(xp.sum, weights, backend)))
-    moved = xp.sqrt(_weighted_squares(query, weights, backend))
+    moved = xp.sqrt(_weighted_squares(call, query, weights, backend))
     one = xp.ones_like(grad_top[..., :1])
     value_top, value_rms, key_top, key_rms = (
         (
@@ -378,13 +396,14 @@ def _moments(call: Banding, view: Sorted, z: Array | None, backend: Backend) -> 
     return xp.stack(sums, axis=-3)
 
 
-def _weighted_squares(query: Sorted, weights: Array, backend: Backend) -> Array:
+def _weighted_squares(call: Banding, query: Sorted, weights: Array, backend: Backend) -> Array:
     """Σ_i h_i q_ic² for weights (..., n, k): (..., k, d)."""
     xp = backend.xp
     inverse = xp.where(query.by.tops > 0, 1 / xp.where(query.by.tops > 0, query.by.tops, 1.0), 0.0)
 
     def body(total: Array, q: Array, h: Array) -> tuple[Array, tuple[()]]:
-        relative = backend.cast(q, h.dtype) * inverse
+        size = sizes_of(backend.cast(q, h.dtype), call.paired, backend)
+        relative = for_parts(size, call.paired, backend) * inverse
         return total + xp.matrix_transpose(h) @ (relative * relative), ()
 
     shape = (*broadcast_leading(query.rows, weights), weights.shape[-1], query.rows.shape[-1])

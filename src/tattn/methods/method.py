@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, Protocol
 from ..arrays import in_parts, sum_to_leading
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN
-from ..operands import EVERY_ROW, Attended, Gradients, Operands, Order, Upstream
+from ..operands import EVERY_ROW, REAL, Attended, Gradients, Operands, Order, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 from .gradient_bounds import told_error as told_of_values
 
@@ -62,13 +62,15 @@ class Call(NamedTuple):
     certify: bool = False
     chain: int = CHAIN
     stated: tuple[float, float] = (inf, inf)
+    channels: str = REAL
 
     def operands(
         self, backend: Backend, arrays: Sequence[Array | None], extra: int | None = None
     ) -> tuple[Operands, tuple[Array, ...]]:
         """Query, views and what the method takes besides out of flat arrays; and what follows."""
         extra = self.method.extra if extra is None else extra
-        return Operands.of(backend.within(self.chain), arrays, self.views, self.scale, self.order, extra)
+        found, behind = Operands.of(backend.within(self.chain), arrays, self.views, self.scale, self.order, extra)
+        return found._replace(channels=self.channels), behind
 
 
 def forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:

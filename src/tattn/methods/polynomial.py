@@ -78,7 +78,10 @@ class Polynomial(OneError):
         return Expansion(self.coefficients, self.grading)
 
     def by_scores(self, lengths: Sequence[int], dim: int, value_dim: int) -> bool:
-        """Whether rows (n, n_1, …) of all pairs, not causal, take fewer operations score by score, and round no more so."""
+        """Whether rows (n, n_1, …) of all pairs, not causal, take fewer operations score by score, and round no more so.
+
+        Then they do so with complex channels, too: these add more to the rounding of features than to that of scores.
+        """
         if self.grading:
             return False
         r = rank(dim, self.degree)
@@ -126,7 +129,8 @@ class Polynomial(OneError):
 
     def sums(self, scores: ScoreRange) -> tuple[float, ...]:
         """What the channels of each weight of a pruned basis add up to, rounded up so that plans are found again."""
-        return tuple(map(rounded_up, sums_of(self.grading, scores.sizes))) if self.grading else ()
+        # One size for both parts of a complex channel.
+        return tuple(map(rounded_up, sums_of(self.grading[: len(scores.sizes)], scores.sizes))) if self.grading else ()
 
     def rank(self, dim: int) -> int:
         """How many monomials of so many channels there are."""

@@ -8,7 +8,7 @@ from math import inf, isfinite, prod
 from typing import NamedTuple
 
 from ..approximation.exponential import Polynomial, minimax, smallest
-from ..bounds.rounding import computed_in, exact_errors
+from ..bounds.rounding import computed_in, exact_errors, of_score
 from ..checks import Inputs, PlanError, shown
 from ..features.monomials import rank as rank_of
 from ..planning import plan_inputs
@@ -76,7 +76,7 @@ class GradientChoice(NamedTuple):
     def exact_error(self, plan: Plan) -> float:
         """Certified error of the closed form: rounding alone, in three sums over rows."""
         relative, _ = exact_errors(
-            plan.bound, dim=plan.dim, views=3, value_dim=plan.value_dim, lengths=sum(plan.lengths),
+            plan.bound, score=of_score(3, plan.dim), views=3, value_dim=plan.value_dim, lengths=sum(plan.lengths),
             dtype=computed_in(plan.dtype),
         )  # fmt: skip
         return gradient_error(self.sizes, 0.0, relative / (2 + relative)) if isfinite(relative) else inf

@@ -14,6 +14,7 @@ from ..checks import (
     MAX_ORDER,
     Inputs,
     PlanError,
+    checked_channels,
     checked_dtype,
     checked_finite,
     checked_inputs,
@@ -24,8 +25,10 @@ from ..checks import (
     positive,
     true_or_false,
     whole,
+    with_channels,
 )
 from ..methods import Banded, Exact, Polynomial
+from ..operands import REAL
 from ..plans import Plan, spread
 from ..problem import Problem, ScoreRange
 from .banded import asked_banded, banded_plan, is_banded
@@ -56,13 +59,14 @@ def plan(
     causal: bool = False,
     window: Sequence[int] | None = None,
     gradients: bool = True,
+    channels: str = REAL,
     max_flops: float | None = None,
 ) -> Plan:
     """Choose a method for arrays like these, with its cost and a bound on its error.
 
     Parameters
     ----------
-    query, keys, values, scale, tol, key_masks, causal, window
+    query, keys, values, scale, tol, key_masks, causal, window, channels
         As in `tensor_attention`. The call that takes the plan needs the same `causal` and `window`. Of `values` only
         shapes are used, and they are checked for NaN and infinities.
     method : {"auto", "polynomial", "exact"}, or a tattn.Exact, tattn.Polynomial or tattn.Banded
@@ -111,7 +115,7 @@ def plan(
     >>> plan.method, plan.error < 1e-3
     ('polynomial', True)
     """
-    inputs = checked_inputs(query, keys, values, key_masks, (causal, window))
+    inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, window)), channels)
     if isinstance(method, _VALUES):
         number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
         asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}
@@ -144,6 +148,7 @@ def plan_for(
     moment: int | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    channels: str = REAL,
     workers: int | None = None,
     bandwidth: float | None = None,
     flops: float | None = None,
@@ -156,7 +161,7 @@ def plan_for(
     n : int or sequence of int
         Rows of query and of every view, or (n, n_1, …, n_m).
     dim : int
-        Channels of query and keys.
+        Channels of query and keys; of complex ones their real and imaginary parts, an even number.
     bound : float
         Your promise that no scale · Σ_c |q_ic a_jc b_kc|, and so no |score|, exceeds it. Required, except with
         ``series="banded"``, which takes none.
@@ -165,7 +170,7 @@ def plan_for(
     dtype : {"float64", "float32", "float16", "bfloat16"}
     value_dim : int, optional
         Channels of the values; `dim` if not given.
-    tol, scale, method, degree, series, bands, moment, causal, window, max_flops
+    tol, scale, method, degree, series, bands, moment, causal, window, channels, max_flops
         As in `plan`.
     workers : int, optional
         Processes or machines among which the rows are spread, as in `tattn.distributed`. The plan says what each sends.
@@ -200,7 +205,8 @@ def plan_for(
     number = checked_options(scale, dim, tol, by_name, order - 1, dtype)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
     seen = checked_order(causal, window, lengths)
-    problem = Problem(order - 1, dim, value_dim, dtype, lengths, 1, number, seen)
+    channels = checked_channels(channels, dim, "dim")
+    problem = Problem(order - 1, dim, value_dim, dtype, lengths, 1, number, seen, channels=channels)
     if bandwidth is not None and workers is None:
         raise ValueError(f"bandwidth should come with workers, got {positive('bandwidth', bandwidth)} alone")
     if isinstance(method, _VALUES):
@@ -274,14 +280,15 @@ def plan_found(problem: Problem, found: Ranges, wish: Wish) -> Plan:
 
 def exact_plan(inputs: Inputs, scale: float) -> Plan:
     """A plan for the exact method that states no error. It checks that all values are finite, and looks at nothing else."""
-    call = RangeCall(scale, inputs.views)
+    call = RangeCall(scale, inputs.views, channels=inputs.channels)
     checked_finite(largest_entries(call, inputs.backend, inputs.backend.values_of(inputs.arrays)), inputs.views)
     return choose(inputs.problem(scale), _ANY, Wish(inf, "exact"))
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
     """Range of the scores and largest entries of eager arrays."""
-    return ranges(RangeCall(scale, inputs.views), inputs.backend, inputs.backend.values_of(inputs.arrays))
+    call = RangeCall(scale, inputs.views, channels=inputs.channels)
+    return ranges(call, inputs.backend, inputs.backend.values_of(inputs.arrays))
 
 
 def _promised(bound: Any) -> ScoreRange:

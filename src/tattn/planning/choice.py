@@ -163,7 +163,7 @@ def check_kind(plan: Any, inputs: Inputs, scale: float, method: str) -> None:
         raise TypeError(f"plan should be a tattn.Plan, got {type(plan).__name__}")
     asked = {
         "dim": inputs.dim, "order": inputs.views + 1, "dtype": inputs.dtype, "scale": scale,
-        "causal": inputs.order.causal, "window": inputs.order.window,
+        "causal": inputs.order.causal, "window": inputs.order.window, "channels": inputs.channels,
     }  # fmt: skip
     for name, value in asked.items():
         if getattr(plan, name) != value:
@@ -202,7 +202,7 @@ def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
                 "make a plan for this data, or one with a larger bound"
             )
         for weight, serves, given in zip(
-            weights_of(plan.grading), plan.sizes, sums_of(plan.grading, found.sizes), strict=True
+            weights_of(plan.grading), plan.sizes, sums_of(plan.grading[: len(found.sizes)], found.sizes), strict=True
         ):
             if given > serves:
                 raise PlanError(
@@ -232,7 +232,8 @@ def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
     if isinstance(method, Recomputed):
         # The rows that were recomputed are those of another call.
         method = method.inner
-    return Call(method, inputs.views, plan.scale, inputs.order, certify, plan.problem.chain)
+    call = Call(method, inputs.views, plan.scale, inputs.order, certify, plan.problem.chain)
+    return call._replace(channels=inputs.channels)
 
 
 def gradient_bounds(work: Work, inputs: Inputs, out: Array, kept: Array, upstream: Upstream) -> tuple[Array, ...]:

@@ -18,9 +18,10 @@ from ..checks import (
     checked_options,
     checked_output,
     whole,
+    with_channels,
 )
 from ..methods import Call, Exact, forward
-from ..operands import EVERY_ROW, Operands, View
+from ..operands import EVERY_ROW, REAL, Operands, View
 
 
 def measure_error(
@@ -35,12 +36,13 @@ def measure_error(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    channels: str = REAL,
 ) -> tuple[float, float]:
     """Recompute some query rows exactly and compare.
 
     Parameters
     ----------
-    query, keys, values, scale, key_masks, causal, window
+    query, keys, values, scale, key_masks, causal, window, channels
         The same as in the call that returned `out`.
     out : array (..., n, dv)
         The output to check.
@@ -74,7 +76,7 @@ def measure_error(
     True
     """
     check_values(values)
-    inputs = checked_inputs(query, keys, values, key_masks, (causal, window))
+    inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, window)), channels)
     number = checked_options(scale, inputs.dim, 1.0, "exact", inputs.views, inputs.dtype)
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
@@ -91,7 +93,8 @@ def measure_error(
         largest, mean, entry = map(float, backend.read([xp.max(relative), xp.mean(relative), top]))
     if not isfinite(mean):
         # Which argument is to blame is worth a look only now.
-        checked_finite(ranges(RangeCall(number, inputs.views), backend, operands.flat()).largest, inputs.views)
+        call = RangeCall(number, inputs.views, channels=inputs.channels)
+        checked_finite(ranges(call, backend, operands.flat()).largest, inputs.views)
     checked_entries({"out": entry})
     return largest, mean
 
@@ -103,7 +106,8 @@ def _relative_errors(operands: Operands, out: Array, chosen: np.ndarray) -> Arra
     some = operands._replace(query=xp.take(operands.query, index, axis=-2))
     if operands.order.causal:
         some = _each_with_its_keys(some, operands.lengths[0], chosen)
-    truth, *_ = backend.run(forward, Call(Exact(), len(some.views), some.scale), some.flat())
+    call = Call(Exact(), len(some.views), some.scale, channels=some.channels)
+    truth, *_ = backend.run(forward, call, some.flat())
     if operands.order.causal:
         truth = truth[..., 0, :]
     size: Array = 1.0

@@ -131,7 +131,10 @@ def sampled_errors(inputs: Inputs, calls: Sequence[Call]) -> Iterator[np.ndarray
 
 
 class Sample(NamedTuple):
-    """Sampled rows of some problems in float64, the query's times the scale, and which pairs (queries, pairs) are not masked."""
+    """Sampled rows of some problems, the query's times the scale, and which pairs (queries, pairs) are not masked.
+
+    In float64; complex channels as such.
+    """
 
     query: np.ndarray  # (problems, queries, d)
     keys: tuple[np.ndarray, ...]  # (problems, rows, d) each
@@ -147,14 +150,17 @@ class Sample(NamedTuple):
         queries, side = max(1, _QUERIES // len(problems)), max(4, round(_PAIRS ** (1 / m) / 4))
         rows = [np.sort(rng.permutation(n)[: (queries if i == 0 else side)]) for i, n in enumerate(inputs.lengths)]
         take = partial(_rows_of, inputs=inputs, backend=inputs.backend)
-        q = take(operands.query, rows[0], problems) * scale
-        keys = tuple(take(view.keys, some, problems) for view, some in zip(operands.views, rows[1:], strict=True))
+        q: Any = take(operands.query, rows[0], problems) * scale
+        keys: list[Any] = [take(v.keys, some, problems) for v, some in zip(operands.views, rows[1:], strict=True)]
+        if operands.paired:
+            half = inputs.dim // 2
+            q, *keys = (x[..., :half] + 1j * x[..., half:] for x in (q, *keys))
         present = np.ones((len(problems), 1), bool)
         for k, mask, some in zip(keys, operands.masks, rows[1:], strict=True):
             seen = np.ones(k.shape[:2], bool) if mask is None else take(mask, some, problems)[..., 0] > 0
             present = (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
         shape = (len(problems), q.shape[1], present.shape[-1])
-        return cls(q, keys, np.broadcast_to(present[:, None, :], shape).reshape(-1, shape[-1]))
+        return cls(q, tuple(keys), np.broadcast_to(present[:, None, :], shape).reshape(-1, shape[-1]))
 
     def scores(self, channels: slice | list[int] = slice(None)) -> np.ndarray:
         """Scores (queries, pairs), or what some of the channels add to them."""
@@ -163,7 +169,7 @@ class Sample(NamedTuple):
         for k in first:
             total = (total[:, :, :, None, :] * k[:, None, None]).reshape(*total.shape[:2], -1, k.shape[-1])
         found = np.einsum("pijc,pkc->pijk", total, last)
-        return np.asarray(found.reshape(-1, found.shape[-2] * found.shape[-1]))
+        return np.asarray(found.reshape(-1, found.shape[-2] * found.shape[-1]).real)
 
     def fewer(self) -> Sample:
         """A few of the queries and of the rows, to choose by."""
@@ -183,8 +189,9 @@ class Sample(NamedTuple):
 
     def sizes(self) -> list[float]:
         """Root mean square of what every channel adds to a score."""
-        found = np.prod([np.sqrt((x * x).mean(axis=(0, 1))) for x in (self.query, *self.keys)], axis=0)
-        return [float(s) for s in found]
+        found = np.prod([np.sqrt((np.abs(x) ** 2).mean(axis=(0, 1))) for x in (self.query, *self.keys)], axis=0)
+        # Real and imaginary parts of a channel count alike.
+        return [float(s) for s in found] * (1 + np.iscomplexobj(self.query))
 
 
 def _pruned(sample: Sample, whole: Estimate, tol: float, below: float, pruning: Pruning) -> Estimate | None:
@@ -223,7 +230,8 @@ def _pruned(sample: Sample, whole: Estimate, tol: float, below: float, pruning: 
 def _of_kept(sample: Sample, pruned: Pruned) -> tuple[tuple[float, ...], float, float]:
     """Coefficients fitted to exp on the scores of a sample, and (error, grad_error) of what a pruned basis keeps."""
     weights = weights_of(pruned.grading)
-    sums = [sample.scores([c for c, own in enumerate(pruned.grading) if own == k]) for k in weights]
+    of_channels = pruned.grading[: sample.query.shape[-1]]
+    sums = [sample.scores([c for c, own in enumerate(of_channels) if own == k]) for k in weights]
     some = sample.present.any(axis=-1)
     coefficients = _fitted_to_kept([x[sample.present] for x in sums], pruned)
     error = grad_error = 0.0

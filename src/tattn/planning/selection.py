@@ -157,7 +157,8 @@ def _pruned(problem: Problem, scores: ScoreRange, wish: Wish, needed: int) -> Po
         return found <= wish.tol and found_grad <= allowed
 
     below = min(largest_rank(problem.dim) + 1, worthwhile(whole, problem.value_dim))
-    best = smallest_pruned(scores.sizes, range(needed, needed + HIGHER + 1), below, accept)
+    sizes = scores.sizes * 2 if problem.paired else scores.sizes
+    best = smallest_pruned(sizes, range(needed, needed + HIGHER + 1), below, accept)
     return of(best) if best else None
 
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from math import inf
 
 from ..backends import Array
-from ..checks import PlanError, checked_finite, checked_inputs, checked_options, whole
+from ..checks import PlanError, checked_finite, checked_inputs, checked_options, whole, with_channels
+from ..operands import REAL
 from ..plans import si
 from . import measured, plan_found
 from .limits import checked_most
@@ -24,12 +25,13 @@ def best_tol(
     scale: float | None = None,
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
+    channels: str = REAL,
 ) -> float:
     """The smallest `tol` that the polynomial method is certified to meet for these arrays, at a rank or a cost.
 
     Parameters
     ----------
-    query, keys, values, scale, key_masks, causal
+    query, keys, values, scale, key_masks, causal, channels
         As in `plan`.
     max_rank : int
         Largest rank, the number of monomials: time and memory are proportional to it.
@@ -62,7 +64,7 @@ def best_tol(
     >>> tattn.plan(query, keys, tol=tol, method="polynomial").rank
     495
     """
-    inputs = checked_inputs(query, keys, values, key_masks, (causal, None))
+    inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, None)), channels)
     number = checked_options(scale, inputs.dim, 1.0, "polynomial", inputs.views, inputs.dtype)
     most_rank, most = whole("max_rank", max_rank, 1), checked_most(max_flops)
     if inputs.traced:

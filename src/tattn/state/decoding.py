@@ -130,7 +130,7 @@ class _Known(NamedTuple):
     ) -> _Known | None:
         """None where no kernel serves such tokens."""
         backend, call, dtype = backend_of(query), call_of(plan), computed_in(plan.dtype)
-        if backend is None or not backend.reads or plan.dtype != dtype or call.views > 2:
+        if backend is None or not backend.reads or plan.dtype != dtype or call.views > 2 or plan.problem.paired:
             return None
         leading = tuple(query.shape[:-2])
         if any(tuple(x.shape[:-2]) != leading for x in (*keys, *values, *summary.sums, *summary.rests)):

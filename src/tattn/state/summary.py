@@ -418,7 +418,7 @@ def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend
 def call_of(plan: Plan) -> summaries.SumCall:
     """What `summaries` computes for a plan."""
     expansion = Expansion(plan.coefficients, plan.grading)
-    return summaries.SumCall(expansion, plan.scale, plan.order - 1, plan.chain)
+    return summaries.SumCall(expansion, plan.scale, plan.order - 1, plan.chain, plan.channels)
 
 
 def _of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:

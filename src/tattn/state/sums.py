@@ -44,10 +44,10 @@ from ..engines.features import (
     weight_table,
     weights,
 )
-from ..features.balance import prod_in_range
 from ..features.basis import Basis
+from ..features.complex_channels import Turn, product
 from ..features.monomials import Expansion
-from ..operands import Attended, Operands, Upstream, View
+from ..operands import COMPLEX, REAL, Attended, Operands, Upstream, View
 
 
 class SumCall(NamedTuple):
@@ -57,6 +57,11 @@ class SumCall(NamedTuple):
     scale: float
     views: int
     chain: int = CHAIN
+    channels: str = REAL
+
+    def turn(self, dim: int) -> Turn | None:
+        """What turns the monomials of complex channels; None for real ones."""
+        return Turn(dim, *self.expansion.monomials) if self.channels == COMPLEX else None
 
 
 # log2 of eps over the smallest normal number.
@@ -167,7 +172,8 @@ def _read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tu
     q, *sums = arrays
     unit, _ = units(call)
     powers = _powers(sums, backend)
-    combined = weights(call.expansion, q, backend) * prod_in_range(_scaled(sums, powers, backend), backend)
+    turn = call.turn(q.shape[-1])  # type: ignore[union-attr]
+    combined = product(weights(call.expansion, q, backend, turn), _scaled(sums, powers, backend), turn, backend)
     wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
     wide = _in_range(call, wide * unit, backend)
     out, normaliser = read_out(wide, 1.0, combined, call.expansion.monomials, backend)
@@ -179,13 +185,14 @@ def _read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | Non
     columns = arrays[1 + call.views :]
     powers = _powers(sums, backend)
     scaled = _scaled(sums, powers, backend)
-    w = weights(call.expansion, q, backend)
-    unit, combined = units(call)[0], w * prod_in_range(scaled, backend)
+    turn = call.turn(q.shape[-1])  # type: ignore[union-attr]
+    w = weights(call.expansion, q, backend, turn)
+    unit, combined = units(call)[0], product(w, scaled, turn, backend)
     upstream, dq = query_adjoint(q, unit, combined, columns, call.expansion.monomials, backend)
     d_sums = []
     for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
         others = [s for other, s in enumerate(scaled) if other != view]
-        d_own = _times_power(w * prod_in_range([upstream, *others], backend), -power, backend)
+        d_own = _times_power(product(w, [upstream, *others], turn, backend), -power, backend)
         d_sums.append(sum_to_leading(d_own, own.shape[:-2], backend))  # type: ignore[union-attr]
     return dq, *d_sums
 
@@ -217,7 +224,8 @@ def _continued(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) 
     m = call.views
     rows, sums, behind = arrays[: 1 + 2 * m], arrays[1 + 2 * m : 1 + 3 * m], arrays[1 + 3 * m :]
     flat = (*rows, *behind[:m], *sums, *behind[m:])
-    return Operands.of(backend.within(call.chain), flat, m, call.scale, extra=m)
+    found, columns = Operands.of(backend.within(call.chain), flat, m, call.scale, extra=m)
+    return found._replace(channels=call.channels), columns
 
 
 def _start(

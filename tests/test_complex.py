@@ -1,0 +1,246 @@
+"""Complex channels, as pairs of real rows, against the definition: every method, order and library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import COMPLEX, Call, assert_close, complex_methods, draw, refuse, run
+from numpy.polynomial import Polynomial
+from reference import Dense, as_complex, dense, through_features
+
+import tattn
+
+orders = pytest.mark.parametrize("views", [1, 2, 3])
+
+
+def expected(call: Call, plan: tattn.Plan) -> Dense:
+    """The definition, with the plan's polynomial in place of exp if it has one."""
+    given: Any = {"masks": call.masks, "causal": plan.causal, "window": plan.window, "channels": plan.channels}
+    if plan.series not in (None, "banded"):
+        polynomial = Polynomial(plan.coefficients)
+        given |= {"function": polynomial, "derivative": polynomial.deriv()}
+    return dense(call.query, call.keys, call.values, grad_out=call.grad_out, grad_lse=call.grad_lse, **given)
+
+
+def triple_loop(q: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray]) -> np.ndarray:
+    """Output for two views, number by number."""
+    out = np.zeros((len(q), values[0].shape[1]))
+    z, a, b = (as_complex(x) for x in (q, *keys))
+    for i in range(len(q)):
+        total = 0.0
+        for j in range(len(a)):
+            for k in range(len(b)):
+                score = sum((z[i, c] * a[j, c] * b[k, c]).real for c in range(z.shape[1])) / q.shape[1]
+                total += np.exp(score)
+                out[i] += np.exp(score) * values[0][j] * values[1][k]
+        out[i] /= total
+    return out
+
+
+def test_the_score_is_the_real_part_of_products_of_complex_numbers() -> None:
+    call = draw(2, dim=6)
+    out = tattn.tensor_attention(call.query, call.keys, call.values, method="exact", channels="complex")
+    np.testing.assert_allclose(out, triple_loop(call.query, call.keys, call.values), rtol=1e-13)
+
+
+@orders
+@complex_methods
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.grid
+def test_every_method_is_its_definition(library: Any, method: str, views: int, masked: bool) -> None:
+    """Output, lse and gradients; with masks and leading dimensions that broadcast, too."""
+    call = draw(views, dim=6, masked=masked, broadcast=masked)
+    plan = COMPLEX[method].plan(n=[x.shape[-2] for x in (call.query, *call.keys)], dim=6, order=views + 1)
+    got, _ = run(library, call, plan=plan)
+    # Norm bands have polynomials of their own, far closer to exp than this.
+    assert_close(got, expected(call, plan), 2e-3 if method == "banded" else 1e-12)
+
+
+@orders
+@pytest.mark.parametrize("option", [{"method": "exact"}, {"degree": 4}, {"window": [3] * 3}], ids=str)
+@pytest.mark.grid
+def test_causal_calls(library: Any, views: int, option: dict[str, Any]) -> None:
+    call = draw(views, dim=4)
+    query, grad_out, grad_lse = call.query[:4], call.grad_out[:4], call.grad_lse[:4]
+    call = call._replace(query=query, grad_out=grad_out, grad_lse=grad_lse)
+    options = {**option, "window": option["window"][:views]} if "window" in option else option
+    lengths = [x.shape[-2] for x in (query, *call.keys)]
+    asked: Any = {"bound": 1.0, "dtype": "float64", "causal": True, "channels": "complex", **options}
+    plan = tattn.plan_for(n=lengths, dim=4, order=views + 1, **asked)
+    got, _ = run(library, call, plan=plan, causal=True, window=plan.window)
+    assert_close(got, expected(call, plan), 1e-12)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_causal_calls_of_many_blocks(views: int) -> None:
+    """Prefixes are carried from block to block, and back in the adjoint."""
+    rng = np.random.default_rng(0)
+    n = 300 if views == 2 else 60
+    query, *keys = rng.uniform(-1, 1, (views + 1, n, 4))
+    values = list(rng.normal(size=(views, n, 2)))
+    call = Call(query, keys, values, None, rng.normal(size=(n, 2)), rng.normal(size=n))
+    plan = tattn.plan(query, keys, values, degree=4, causal=True, channels="complex")
+    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, return_lse=True)
+    dquery, dkeys, dvalues = pullback(call.grad_out, call.grad_lse)
+    assert_close(Dense(out, lse, dquery, list(dkeys), list(dvalues)), expected(call, plan), 1e-11)
+
+
+def kept(q: np.ndarray, a: np.ndarray, b: np.ndarray, plan: tattn.Plan) -> float:
+    """What a pruned basis keeps of P of the score of three rows: products of what channels add, up to a weighted degree."""
+    y = plan.scale * (as_complex(q) * as_complex(a) * as_complex(b)).real
+    weights = plan.grading[: y.size]
+    most, total = plan.degree * min(weights), 0.0
+    # Σ_t c_t t! Π y_c^n_c / n_c! over Σ n_c = t, channel by channel.
+    found = {(0, 0): 1.0}
+    for one, weight in zip(y, weights, strict=True):
+        wider: dict[tuple[int, int], float] = {}
+        for (t, w), value in found.items():
+            power = value
+            for n in range(plan.degree - t + 1):
+                power = power * one / n if n else power
+                if w + n * weight <= most:
+                    key = t + n, w + n * weight
+                    wider[key] = wider.get(key, 0.0) + power
+        found = wider
+    factorial = np.cumprod([1.0, *range(1, plan.degree + 1)])
+    for (t, _), value in found.items():
+        total += plan.coefficients[t] * factorial[t] * value
+    return total
+
+
+def test_a_pruned_basis_keeps_what_it_says() -> None:
+    rng = np.random.default_rng(1)
+    sizes = np.tile([1.0, 0.04, 0.02, 0.03, 0.01, 0.02], 2)
+    query, *keys = (rng.uniform(-1, 1, (n, 12)) * sizes for n in (3, 40, 30))
+    values = [rng.normal(size=(len(k), 13)) for k in keys]
+    asked: Any = {"scale": 0.7, "tol": 3e-3, "method": "polynomial", "channels": "complex", "gradients": False}
+    plan = tattn.plan(query, keys, values, **asked)
+    assert plan.grading, "the draw should be one that is pruned"
+    assert plan.grading[:6] == plan.grading[6:]
+    assert len(plan.sizes) == len(set(plan.grading))
+    weights = np.array([[[kept(q, a, b, plan) for b in keys[1]] for a in keys[0]] for q in query])
+    pairs = np.einsum("ijk,je,ke->ie", weights, *values) / weights.sum(axis=(1, 2))[:, None]
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+    np.testing.assert_allclose(out, pairs, rtol=1e-12, atol=1e-14)
+    truth = dense(query, keys, values, scale=0.7, channels="complex")
+    assert (np.abs(out - truth.out) <= plan.error * np.prod([np.abs(v).max(0) for v in values], 0)).all()
+    grad = rng.normal(size=out.shape)
+    _, dkeys, _ = pullback(grad)
+    step = rng.normal(size=keys[0].shape)
+    ahead, behind = (
+        tattn.tensor_attention(query, [keys[0] + h * step, keys[1]], values, plan=tattn_promise(plan))
+        for h in (1e-6, -1e-6)
+    )
+    np.testing.assert_allclose((dkeys[0] * step).sum(), (grad * (ahead - behind)).sum() / 2e-6, rtol=1e-6)
+
+
+def tattn_promise(plan: tattn.Plan) -> tattn.Plan:
+    """The plan, which no other rows are compared with."""
+    from reference import changed
+
+    return changed(plan, source="promise", sizes=())
+
+
+@orders
+@pytest.mark.grid
+def test_summaries_and_decoding(library: Any, views: int) -> None:
+    """Pieces that are added, a token after the other, and rows that continue a summary: one call."""
+    call = draw(views, dim=4)
+    n = 4
+    query, keys, values = call.query[:n], [k[:n] for k in call.keys], [v[:n] for v in call.values]
+    asked: Any = {"bound": 1.0, "degree": 3, "dtype": "float64", "channels": "complex"}
+    plan = tattn.plan_for(n=n, dim=4, order=views + 1, **asked)
+    q, ks, vs = library.arrays(query, keys, values)
+    parts = [tattn.summarize([k[s] for k in ks], [v[s] for v in vs], plan) for s in (slice(0, 1), slice(1, n))]
+    whole = tattn.tensor_attention(q, ks, vs, plan=through_features(plan))
+    np.testing.assert_allclose(library.numpy((parts[0] + parts[1]).attend(q)), library.numpy(whole), rtol=1e-12)
+    causal = dense(query, keys, values, causal=True, channels="complex", function=Polynomial(plan.coefficients))
+    state = tattn.DecodingState(plan)
+    for i in range(n):
+        token = slice(i, i + 1)
+        out, state = state.step(q[token, :], [k[token, :] for k in ks], [v[token, :] for v in vs])
+        np.testing.assert_allclose(library.numpy(out), causal.out[token], rtol=1e-11, atol=1e-13)
+
+
+def test_gradients_of_a_summary() -> None:
+    call = draw(2, dim=4)
+    plan = tattn.plan_for(n=9, dim=4, bound=1.0, degree=3, dtype="float64", channels="complex")
+    summary, to_rows = tattn.summarize_vjp(call.keys, call.values, plan)
+    _, to_summary = summary.attend_vjp(call.query, return_lse=True)
+    dquery, dsums = to_summary(call.grad_out, call.grad_lse)
+    dkeys, dvalues = to_rows(dsums)
+    truth = expected(call, plan)
+    for got, want in zip((dquery, *dkeys, *dvalues), (truth.dquery, *truth.dkeys, *truth.dvalues), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
+
+
+def test_a_saved_summary_and_a_plan_as_facts_know_their_channels(tmp_path: Any) -> None:
+    call = draw(2, dim=4)
+    plan = tattn.plan_for(n=9, dim=4, bound=1.0, degree=3, dtype="float64", channels="complex")
+    summary = tattn.summarize(call.keys, call.values, plan)
+    summary.save(tmp_path / "summary.npz")
+    again = tattn.Summary.load(tmp_path / "summary.npz")
+    assert again.plan == plan
+    assert again.plan.channels == "complex"
+    assert (again.attend(call.query) == summary.attend(call.query)).all()
+    real = tattn.summarize(call.keys, call.values, tattn.plan_for(n=9, dim=4, bound=1.0, degree=3, dtype="float64"))
+    with pytest.raises(tattn.PlanError, match="channels complex and real"):
+        summary + real
+
+
+@pytest.mark.parametrize("degree", [1, 2, 5])
+@pytest.mark.parametrize("dim", [2, 6])
+def test_the_rank_is_that_of_as_many_real_channels(dim: int, degree: int) -> None:
+    real, paired = (
+        tattn.plan_for(n=100, dim=dim, bound=1.0, degree=degree, channels=channels) for channels in ("real", "complex")
+    )
+    assert paired.rank == real.rank
+
+
+def test_a_bound_is_of_moduli() -> None:
+    """The score reaches it where all numbers point one way, whatever the real and imaginary parts are."""
+    rng = np.random.default_rng(0)
+    turns = rng.uniform(0, 2 * np.pi, (2, 3))
+    size = np.ones((1, 3))
+    z, a = np.exp(1j * turns[0]) * size, np.exp(1j * turns[1]) * size
+    b = np.exp(-1j * turns.sum(0)) * size
+    query, *keys = (np.concatenate([x.real, x.imag], axis=-1) for x in (z, a, b))
+    plan = tattn.plan(query, keys, method="exact", channels="complex", scale=0.5)
+    assert 1.5 <= plan.bound <= 1.5 * 1.05
+    truth = dense(query, keys, [np.ones((1, 1))] * 2, scale=0.5, channels="complex")
+    np.testing.assert_allclose(truth.lse, 1.5)
+
+
+def test_an_estimated_plan() -> None:
+    call = draw(2, dim=4)
+    plan = tattn.plan(call.query, call.keys, call.values, bound="estimated", degree=4, channels="complex")
+    out = tattn.tensor_attention(call.query, call.keys, call.values, plan=plan)
+    truth = dense(call.query, call.keys, call.values, channels="complex")
+    np.testing.assert_allclose(out, truth.out, atol=1e-3)
+    largest, _ = tattn.measure_error(call.query, call.keys, call.values, out, channels="complex")
+    assert largest < 1e-3
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    call = draw(2, dim=3)
+    given = call.query, call.keys, call.values
+    odd = "query's last dimension should be even for channels='complex'.*got 3"
+    for function in (tattn.tensor_attention, tattn.tensor_attention_vjp, tattn.plan):
+        refuse(function, ValueError, odd, *given, channels="complex")
+        refuse(
+            function,
+            ValueError,
+            "channels should be 'real' or 'complex', got 'quaternions'",
+            *given,
+            channels="quaternions",
+        )
+    refuse(tattn.plan_for, ValueError, "dim should be even", n=9, dim=3, bound=1.0, channels="complex")
+    refuse(tattn.plan_for, ValueError, "channels should be", n=9, dim=4, bound=1.0, channels=2)
+    call = draw(2, dim=4)
+    given = call.query, call.keys, call.values
+    refuse(tattn.measure_error, ValueError, "channels should be", *given, call.grad_out, channels=None)
+    plan = tattn.plan_for(n=9, dim=4, bound=1.0, dtype="float64")
+    made_for = "plan was made for channels real, the call has channels complex"
+    refuse(tattn.tensor_attention, tattn.PlanError, made_for, *given, plan=plan, channels="complex")
