@@ -296,6 +296,22 @@ def test_problems_are_spread_over_threads(used, monkeypatch):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("leading", ["one", "heads"])
+def test_columns_of_long_heads_are_spread_over_threads(leading, used, monkeypatch):
+    """Two threads share one head, whose rows wait for each other: the same numbers, but for gradients that columns add up to."""
+    call = drawn(900, 2, "float64", leading, masked=True, dim=4, value_dim=50)
+    plan = plan_of(call)
+    expected = computed(call, plan=plan)
+    alone = len(used)
+    heads = 3 if leading == "one" else 7
+    monkeypatch.setattr(type(BACKEND), "threads", lambda self: heads - 1)
+    shared = computed(call, plan=plan)
+    assert len(used) > 2 * alone
+    for i, (x, y) in enumerate(zip(shared, expected, strict=True)):
+        exact = i not in (2, 3, 4)
+        np.testing.assert_allclose(x, y, rtol=0, atol=0 if exact else 1e-13 * np.abs(y).max())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_no_error_exceeds_the_plan(dtype, used):
     """Rows of all kinds, sizes over decades: causal calls by kernels, outputs and gradients, against a wider dtype."""

@@ -7,13 +7,13 @@ are no kernels, and `why_not` says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,8 @@ SWITCH = "TATTN_KERNELS"
 _OLDEST = (0, 61)
 # Multiplications that are worth a thread.
 _FEWEST = 1 << 20
+# Columns of the values that are worth a thread, which makes the monomials of all rows: to read, and to pull gradients back.
+_TO_READ, _TO_PULL = 4, 24
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _alone(task: Callable[[slice], None], work: tuple[int, float]) -> None:
-    """Do the task for all problems here."""
-    task(slice(0, work[0]))
+def _alone(task: Callable[[slice, slice], Any], work: Work) -> list[Any]:
+    """What the task returns for all problems and columns, done here."""
+    return [task(slice(0, work.problems), slice(0, work.columns))]
 
 
 def kernels_for(
@@ -198,17 +200,22 @@ def kernels_for(
     )
 
 
-def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., None]) -> Any:
+def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:
     """The operation `prefix_read` for NumPy arrays."""
     loops = _loaded()[0].causal
     problems = _Problems(block, [total for total, _ in sums])
     total, lost = problems.views([s for s, _ in sums]), problems.views([s for _, s in sums])
     out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
     w = _padded(block.w, loops.WIDTH)
-    spread(
-        lambda p: loops.read(problems.q[p], problems.k[p], problems.z[p], w, block.runs, total[p], lost[p], out[p]),
-        problems.work(total),
-    )
+
+    def read(p: slice, e: slice) -> None:
+        z, s, rest, found = (
+            _writable(x) for x in (problems.z[p, ..., e], total[p, :, e], lost[p, :, e], out[p, ..., e])
+        )
+        loops.read(problems.q[p], problems.k[p], z, w, block.runs, s, rest, found)
+        total[p, :, e], lost[p, :, e], out[p, ..., e] = s, rest, found
+
+    spread(read, problems.work(total, _TO_READ))
     return problems.of_views(total, lost, [s for s, _ in sums]), problems.whole(out)
 
 
@@ -217,7 +224,7 @@ def prefix_pull(
     starts: Sequence[np.ndarray],
     behind: Sequence[Sequence[np.ndarray]],
     upstream: np.ndarray,
-    spread: Callable[..., None],
+    spread: Callable[..., list[Any]],
 ) -> Any:
     """The operation `prefix_pull` for NumPy arrays."""
     loops = _loaded()[0].causal
@@ -225,13 +232,21 @@ def prefix_pull(
     total = problems.views(starts)
     after, missed = problems.views([s for s, _ in behind]), problems.views([s for _, s in behind])
     q, k, z, g = problems.q, problems.k, problems.z, problems.together(upstream)
-    dq, dk, dz = np.empty_like(q), np.empty_like(k), np.empty_like(z)
+    dq, dk, dz = np.zeros_like(q), np.zeros_like(k), np.empty_like(z)
     w = _padded(block.w, loops.WIDTH)
 
-    def pull(p: slice) -> None:
-        loops.pull(q[p], k[p], z[p], g[p], w, block.runs, total[p], after[p], missed[p], dq[p], dk[p], dz[p])
+    def pull(p: slice, e: slice) -> tuple[slice, np.ndarray, np.ndarray]:
+        cut = (z[p, ..., e], g[p, ..., e], total[p, :, e], after[p, :, e], missed[p, :, e], dz[p, ..., e])
+        of_z, of_g, of_total, s, rest, found = (_writable(x) for x in cut)
+        own_q, own_k = np.empty_like(q[p]), np.empty_like(k[p])
+        loops.pull(q[p], k[p], of_z, of_g, w, block.runs, of_total, s, rest, own_q, own_k, found)
+        after[p, :, e], missed[p, :, e], dz[p, ..., e] = s, rest, found
+        return p, own_q, own_k
 
-    spread(pull, problems.work(total))
+    # What columns add to the gradients of queries and keys is added up in their order.
+    for p, own_q, own_k in spread(pull, problems.work(total, _TO_PULL)):
+        dq[p] += own_q
+        dk[p] += own_k
     gradients = problems.whole(dq), problems.whole_views(dk), problems.whole_views(dz)
     return problems.of_views(after, missed, [s for s, _ in behind]), gradients
 
@@ -276,6 +291,15 @@ def _writable(x: np.ndarray) -> np.ndarray:
     return x if x.flags.c_contiguous and x.flags.writeable else x.copy()
 
 
+class Work(NamedTuple):
+    """What threads may share: problems, columns of the values and how many parts of these; and multiplications of a problem."""
+
+    problems: int
+    columns: int
+    parts: int
+    each: float
+
+
 class _Problems:
     """The rows of a block with one leading dimension, that of the problems, copied where arrays broadcast."""
 
@@ -309,9 +333,10 @@ class _Problems:
         both = zip(self.whole_views(total), self.whole_views(lost), strict=True)
         return [tuple(_last(x, len(cut))[cut] for x in pair) for pair, cut in zip(both, cuts, strict=True)]
 
-    def work(self, sums: np.ndarray) -> tuple[int, float]:
-        """How many problems there are, and the multiplications of one of them."""
-        return len(self.q), float(self.q.shape[1]) * prod(sums.shape[1:])
+    def work(self, sums: np.ndarray, fewest: int) -> Work:
+        """What there is to do, where so many columns are worth a thread."""
+        columns = sums.shape[2]
+        return Work(len(self.q), columns, columns // fewest, float(self.q.shape[1]) * prod(sums.shape[1:]))
 
 
 def _last(x: np.ndarray, leading: int) -> np.ndarray:
@@ -326,12 +351,23 @@ def _padded(w: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([w, np.zeros(-len(w) % width, w.dtype)])
 
 
-def _spread(backend: Any, task: Callable[[slice], None], work: tuple[int, float]) -> None:
-    """Do the task for all problems, some in each thread where that is worth it."""
-    problems, each = work
-    count = max(1, min(backend.threads(), MOST_THREADS, problems, int(problems * each / _FEWEST)))
-    tasks = [partial(task, slice(*ends)) for ends in pairwise(problems * i // count for i in range(count + 1))]
-    if count == 1:
-        tasks[0]()
-    else:
-        backend.share(tasks)
+def _spread(backend: Any, task: Callable[[slice, slice], Any], work: Work) -> list[Any]:
+    """What the task returns for some problems, or some columns of all, in each thread where that is worth it, in their order.
+
+    Columns have sums of their own, so that no pass has to wait for another; the monomials of the rows are made by each thread.
+    """
+    count = max(1, min(backend.threads(), MOST_THREADS, int(work.problems * work.each / _FEWEST)))
+    by_problems, by_columns = min(count, work.problems), 1
+    if by_problems < count <= work.parts:
+        by_problems, by_columns = 1, count
+    tasks = [
+        partial(task, slice(*of_problems), slice(*of_columns))
+        for of_problems in _even(work.problems, by_problems)
+        for of_columns in _even(work.columns, by_columns)
+    ]
+    return [tasks[0]()] if len(tasks) == 1 else backend.share(tasks)
+
+
+def _even(count: int, parts: int) -> Iterable[tuple[int, int]]:
+    """Where parts of about equal length begin and end."""
+    return pairwise(count * i // parts for i in range(parts + 1))
