@@ -130,7 +130,7 @@ def _goals_table(goals: Table) -> str:
         got = f"{row['measured']:.2f}" if row["measured"] != "" else "–"
         case = row["case"].replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace("…", " to ")
         lines.append([row["goal"], case, asked, got, verdict])
-    return markdown(lines, ["goal", "case", "asked", "measured", ""])
+    return markdown(lines, ["goal", "case", "asked", "measured", "verdict"])
 
 
 def _limit(rows: Table) -> str:
@@ -296,7 +296,7 @@ def _exact(measured: Table) -> str:
             if pairs:
                 cells = [f"{pairs[n]:.2f}" if n in pairs else "–" for n in lengths]
                 lines.append([library, str(dim), passes(gradient), rival, *cells])
-    return markdown(lines, ["library", "d", "", "rival", *(f"n = {n:,}" for n in lengths)])
+    return markdown(lines, ["library", "d", "pass", "rival", *(f"n = {n:,}" for n in lengths)])
 
 
 def _order_one(rows: Table) -> str:
@@ -309,7 +309,7 @@ def _order_one(rows: Table) -> str:
                 times = {row["n"]: seconds(row["seconds"]) for row in mine}
                 cells = [times.get(n, "–") for n in lengths]
                 lines.append([str(dim), method, passes(gradient), *cells, *_errors(mine[-1])])
-    heads = ["d", "method", "", *(f"n = {n:,}" for n in lengths), *_ERRORS.values()]
+    heads = ["d", "method", "pass", *(f"n = {n:,}" for n in lengths), *_ERRORS.values()]
     return f"""\
 One view is ordinary attention, which a polynomial serves as well. torch, one thread. *FastAttention, m*: that of
 performer-pytorch with m random features, drawn with a seed; its error is that of one draw, and nothing bounds it.
@@ -326,7 +326,7 @@ def _overhead(rows: Table) -> str:
             cells.append(seconds(mine[0]["seconds"]) if mine else "–")
         lines.append([library, method, *cells])
     words = "16 rows, d = dv = 8, one thread: there is hardly anything to compute. JAX runs under jit unless it says otherwise."
-    return f"{words}\n\n{markdown(lines, ['library', '', 'forward', 'forward + gradient'])}"
+    return f"{words}\n\n{markdown(lines, ['library', 'call', 'forward', 'forward + gradient'])}"
 
 
 def _machine(machines: Table, measured: Table) -> str:
