@@ -130,7 +130,7 @@ def _goals_table(goals: Table) -> str:
         got = f"{row['measured']:.2f}" if row["measured"] != "" else "–"
         case = row["case"].replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace("…", " to ")
         lines.append([row["goal"], case, asked, got, verdict])
-    return markdown(lines, ["goal", "case", "asked", "measured", ""])
+    return markdown(lines, ["goal", "case", "asked", "measured", "verdict"])
 
 
 def _limit(rows: Table) -> str:
@@ -227,7 +227,8 @@ last length where the exact method was faster, if that is later; ≤: at every l
 
 ### The exact method against its rivals
 
-Time of the rival over ours; SDPA over pair keys took turns with ours where both are torch's and goals are about it.
+Time of the rival over ours, so how many times as fast ours is; SDPA over pair keys took turns with ours where both are
+torch's and goals are about it.
 
 {_exact(measured)}"""
 
@@ -288,24 +289,27 @@ def _crossing(row: Row, measured: Table) -> str:
 def _exact(measured: Table) -> str:
     lines = []
     rows = where(measured, group="rivals", method="exact")
+    lengths = sorted({*column(rows, "n")})
     for library, dim, gradient in distinct(rows, "library", "dim", "gradient"):
         for rival in ("dense einsum", "einsum by default", STORED, "SDPA over pair keys"):
-            pairs = speedups(measured, library, rival, dim, gradient)
+            pairs = dict(speedups(measured, library, rival, dim, gradient))
             if pairs:
-                cells = ", ".join(f"{n:,}: {times:.2f}" for n, times in pairs)
-                lines.append([library, str(dim), passes(gradient), rival, cells])
-    return markdown(lines, ["library", "d", "", "rival", "n: times as fast"])
+                cells = [f"{pairs[n]:.2f}" if n in pairs else "–" for n in lengths]
+                lines.append([library, str(dim), passes(gradient), rival, *cells])
+    return markdown(lines, ["library", "d", "pass", "rival", *(f"n = {n:,}" for n in lengths)])
 
 
 def _order_one(rows: Table) -> str:
     lines = []
+    lengths = sorted({*column(rows, "n")})
     for dim, method in distinct(rows, "dim", "method"):
         for gradient in (False, True):
             mine = where(rows, dim=dim, method=method, gradient=gradient)
             if mine:
-                cells = ", ".join(f"{row['n']:,}: {seconds(row['seconds'])}" for row in mine)
-                lines.append([str(dim), method, passes(gradient), *_errors(mine[-1]), cells])
-    heads = ["d", "method", "", *_ERRORS.values(), "n: time"]
+                times = {row["n"]: seconds(row["seconds"]) for row in mine}
+                cells = [times.get(n, "–") for n in lengths]
+                lines.append([str(dim), method, passes(gradient), *cells, *_errors(mine[-1])])
+    heads = ["d", "method", "pass", *(f"n = {n:,}" for n in lengths), *_ERRORS.values()]
     return f"""\
 One view is ordinary attention, which a polynomial serves as well. torch, one thread. *FastAttention, m*: that of
 performer-pytorch with m random features, drawn with a seed; its error is that of one draw, and nothing bounds it.
@@ -322,7 +326,7 @@ def _overhead(rows: Table) -> str:
             cells.append(seconds(mine[0]["seconds"]) if mine else "–")
         lines.append([library, method, *cells])
     words = "16 rows, d = dv = 8, one thread: there is hardly anything to compute. JAX runs under jit unless it says otherwise."
-    return f"{words}\n\n{markdown(lines, ['library', '', 'forward', 'forward + gradient'])}"
+    return f"{words}\n\n{markdown(lines, ['library', 'call', 'forward', 'forward + gradient'])}"
 
 
 def _machine(machines: Table, measured: Table) -> str:

@@ -41,6 +41,8 @@ exclude_patterns = ["_build", "_generated", "bands", "benchmarks", "causal", "sc
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+# A line may start with a per cent sign.
+myst_disable_syntax = ["myst_line_comment"]
 # Formulas in indented blocks are no code.
 highlight_language = "none"
 
@@ -242,9 +244,32 @@ def _break_names(app: Any, doctree: nodes.document, _name: str) -> None:
             literal.replace_self(nodes.raw("", html, format="html"))
 
 
+# A number with its name, its exponent or its unit: n = 1,024, 1e-18, 38 %, 4.2 ms.
+_NUMBER = re.compile(
+    r"((?:\b\w{1,3} = )?[\d.,]*\d(?:e[-+−]\d+)?(?: (?:%|[mµ]?s|min|[kMGT]?i?B|[MGTPEZ]?flop)(?![\w]))?)"
+)
+
+
+def _keep_numbers_whole(app: Any, doctree: nodes.document, _name: str) -> None:
+    """Let no line end between the parts of a number."""
+    if app.builder.format != "html":
+        return
+    for text in list(doctree.findall(nodes.Text)):
+        pieces = _NUMBER.split(text)
+        whole = [bool(_NUMBER.fullmatch(piece)) and not re.fullmatch(r"[\d.,]+", piece) for piece in pieces]
+        if any(whole) and not isinstance(text.parent, nodes.FixedTextElement | nodes.literal | nodes.raw):
+            parts = [
+                nodes.inline("", piece, classes=["number"]) if kept else nodes.Text(piece)
+                for piece, kept in zip(pieces, whole, strict=True)
+            ]
+            text.parent.replace(text, parts)
+
+
 def _drawn(formula: str, inline: bool) -> str:
     """A formula in TeX as SVG in the colour of the text, its baseline on that of the line; the TeX is what is read aloud."""
-    drawn = ziamath.Latex(formula.strip(), size=17, inline=inline, color="currentColor")
+    # Sizes of delimiters that are commands, \\big\\langle, are unknown to it.
+    formula = re.sub(r"\\[bB]igg?[lr]?(?=\\)", "", formula.strip())
+    drawn = ziamath.Latex(formula, size=17, inline=inline, color="currentColor")
     text = html.escape(" ".join(formula.split()), quote=True)
     style = f"vertical-align: {drawn.getyofst():.1f}px" if inline else ""
     return drawn.svg().replace("<svg ", f'<svg class="formula" role="img" aria-label="{text}" style="{style}" ', 1)
@@ -266,5 +291,6 @@ def setup(app: Any) -> None:
     """Run before numpydoc, which takes docstrings apart."""
     app.add_html_math_renderer("drawn", (_inline_math, None), (_block_math, None))
     app.connect("doctree-resolved", _break_names)
+    app.connect("doctree-resolved", _keep_numbers_whole)
     app.connect("autodoc-process-docstring", _prepare, priority=400)
     app.connect("autodoc-process-signature", _signature)
