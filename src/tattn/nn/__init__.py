@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends import needed
 from .config import AttentionConfig
+from .masks import from_attention_mask, from_key_padding_mask
 
 if TYPE_CHECKING:
     from .torch import TensorAttention
 
-__all__ = ["AttentionConfig", "TensorAttention"]
+__all__ = ["AttentionConfig", "TensorAttention", "from_attention_mask", "from_key_padding_mask"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from ..attention import tensor_attention
 from ..backends.torch import BACKEND
 from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind
 from ..plans import Plan, plan_text
-from .checks import checked_layer_call
+from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 from .operator import planned_attention, traced_whole
@@ -39,10 +39,50 @@ class TensorAttention(nn.Module):
 
     Parameters
     ----------
-    embed_dim, num_heads, order, head_dim, value_dim, num_key_heads, context_dims
-        As in `AttentionConfig`.
-    bound, learn_bound, tol, degree, method, max_rank, eps, bias, causal
-        As in `AttentionConfig`. ``head_dim`` and ``bound`` determine the cost; docs/layers.md has a table.
+    embed_dim : int
+        Channels of the input and the output.
+    num_heads : int
+        Query heads.
+    order : int
+        Number of views plus one: 3 attends to pairs, 2 is ordinary attention.
+    head_dim : int, optional
+        Channels d of query and keys in a head; embed_dim / num_heads if not given, and 8 where that is more. The rank,
+        which time and memory are proportional to, is C(d + degree, degree).
+    value_dim : int, optional
+        Channels of the values in a head; embed_dim / num_heads if not given, and `head_dim` where that is no whole number.
+    num_key_heads : int, optional
+        Heads of keys and values, each shared by num_heads / num_key_heads query heads; `num_heads` if not given.
+    context_dims : sequence of order − 1 ints, optional
+        Channels of the contexts that are attended to; `embed_dim` each if not given.
+    bound : float or None
+        Largest |score|; no pair has more than e^(2 · bound) times the weight of another. None does not normalise rows;
+        scores are Σ_c q_c a_c b_c / d, and their range depends on the data. With a `degree`, calls then use norm bands
+        of this degree, which need no range and return an error for each row. Without a `degree`, every call makes a
+        plan from the data; it waits for the device and cannot be traced.
+    learn_bound : bool
+        Learn a factor t of `bound` for each head: the logistic function of a parameter, so it is never above 1.
+    tol : float, optional
+        Largest distance of a head's output from attention with exp, in channel e relative to the product over the views
+        of their largest |value| in channel e. It chooses the least degree that meets it. Not used if `degree` is given.
+        1e-3 where neither is given and no degree is fixed: with another method than "polynomial", or without a bound.
+    degree : int, optional
+        Degree of the polynomial that takes the place of exp, whatever its distance to exp. If neither `degree` nor
+        `tol` is given, 4.
+    method : {"polynomial", "exact", "auto"}
+        "auto" takes the exact method if it needs fewer operations for the lengths of the call; both are within `tol`.
+        The others are the same function at every length.
+    max_rank : int
+        Largest rank to accept, at most 262,144. A head's summary of one view holds rank · (value_dim + 1) numbers.
+    eps : float
+        Rows much shorter than this stay short. Gradients of the normalisation stay below 1/eps.
+    bias : bool
+        Whether projections have a bias.
+    causal : bool
+        Row i sees the rows of the contexts up to its own, aligned at the end. Contexts need at least as many rows as
+        the input. Not with norm bands.
+    window : int or sequence of order − 1 ints, optional
+        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
+        method="exact": time is proportional to the product of the windows.
     device, dtype
         Of the weights. The attention computes in float64 if they are float64, and in float32 otherwise, also under
         autocast.
@@ -58,7 +98,7 @@ class TensorAttention(nn.Module):
     TypeError, ValueError
         For arguments that do not fit, by name.
     PlanError
-        If the polynomial method cannot meet `tol` at this bound and head dimension; the message says what would do.
+        If no polynomial serves this bound and head dimension; the message says what would do.
 
     Notes
     -----
@@ -71,8 +111,8 @@ class TensorAttention(nn.Module):
     --------
     >>> import torch, tattn
     >>> layer = tattn.nn.TensorAttention(64, 8)
-    >>> layer.plan.degree, layer.plan.rank, layer.plan.error < 1e-3
-    (7, 6435, True)
+    >>> layer.plan.degree, layer.plan.rank
+    (4, 495)
     >>> layer(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
     >>> text, image, audio = (torch.randn(2, n, width) for n, width in ((30, 64), (40, 48), (50, 32)))
@@ -95,24 +135,27 @@ class TensorAttention(nn.Module):
         context_dims: Sequence[int] | None = None,
         bound: float | None = 2.0,
         learn_bound: bool = False,
-        tol: float = 1e-3,
+        tol: float | None = None,
         degree: int | None = None,
         method: str = "polynomial",
         max_rank: int = 1 << 15,
         eps: float = 1e-3,
         bias: bool = True,
         causal: bool = False,
+        window: int | Sequence[int] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **brought: Any,
     ) -> None:
         super().__init__()
+        refuse_brought("TensorAttention", (), brought, BROUGHT_TO_LAYERS)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         _checked_place(device, dtype)
         self.config = config = AttentionConfig(
             embed_dim, num_heads, order=order, head_dim=head_dim, value_dim=value_dim,  # type: ignore[arg-type]
             num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
-            tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,
-            causal=causal,
+            tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,  # type: ignore[arg-type]
+            causal=causal, window=window,  # type: ignore[arg-type]
         )  # fmt: skip
         # For both dtypes now, since a compiler cannot trace how plans are made.
         self._plans = {name: _plans(config, name, name == _computed_in(dtype)) for name in ("float32", "float64")}
@@ -138,19 +181,20 @@ class TensorAttention(nn.Module):
     @property
     def plan(self) -> Plan | None:
         """Degree, rank, error and costs of a head; None if `bound` and `degree` are None: every call then makes its own."""
-        return self.config.plan(dtype=_computed_in(self.q_proj.weight.dtype))
+        return self.config.plan(dtype=_computed_in(_weight(self.q_proj).dtype))
 
     def plan_for(self, n: int | Sequence[int] = USUAL_ROWS) -> Plan | None:
         """`plan` with costs counted for one head and `n` rows, or (n, n_1, …); TypeError or ValueError for what are no lengths."""
-        return self.config.plan(n, _computed_in(self.q_proj.weight.dtype))
+        return self.config.plan(n, _computed_in(_weight(self.q_proj).dtype))
 
     def forward(
         self,
         x: Tensor,
         contexts: Sequence[Tensor] | None = None,
-        *,
+        *further: Any,
         key_masks: Tensor | Sequence[Tensor | None] | None = None,
         return_error: bool = False,
+        **brought: Any,
     ) -> Any:
         """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts.
 
@@ -161,9 +205,9 @@ class TensorAttention(nn.Module):
         contexts : sequence of order − 1 Tensors (..., n_μ, context_dims[μ]), optional
             `x` itself in every view if not given. The batch broadcasts with that of `x`.
         key_masks : boolean Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
-            True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``; the
-            ``key_padding_mask`` of ``nn.MultiheadAttention`` is the opposite. A single mask is for every view, and for
-            self-attention only. A row with nothing to attend to gets 0 from every head.
+            True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``;
+            `tattn.nn.from_key_padding_mask` and `tattn.nn.from_attention_mask` turn those of others into such. A single
+            mask is for every view, and for self-attention only. A row with nothing to attend to gets 0 from every head.
         return_error : bool
             Also return a certified bound of each head's error in each row (..., num_heads, n), measured like `tol`.
 
@@ -179,8 +223,9 @@ class TensorAttention(nn.Module):
             With ``bound=None`` and no degree, as from `tattn.tensor_attention`. Also if the weights were moved to a
             dtype in which the layer cannot be built.
         """
+        refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
-        weight = self.q_proj.weight
+        weight = _weight(self.q_proj)
         contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
@@ -208,7 +253,7 @@ class TensorAttention(nn.Module):
         if not texts:
             return tensor_attention(
                 query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
-                causal=self.config.causal, return_error=return_error,
+                causal=self.config.causal, window=self.config.window, return_error=return_error,
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0])
@@ -216,21 +261,24 @@ class TensorAttention(nn.Module):
         options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
         if traced_whole(plans[chosen]):
             return planned_attention(query, keys, values, text=texts[chosen], **options)
-        return tensor_attention(query, keys, values, causal=self.config.causal, **options)
+        return tensor_attention(query, keys, values, causal=self.config.causal, window=self.config.window, **options)
 
     def extra_repr(self) -> str:
-        """Sizes, bound, degree, rank and error."""
+        """Sizes, bound, degree, rank, error, and what a row costs."""
         config, plan = self.config, self.plan
         parts = [f"embed_dim={config.embed_dim}, num_heads={config.num_heads}, order={config.order}"]
         parts.append(f"head_dim={config.head_dim}, value_dim={config.value_dim}, num_key_heads={config.num_key_heads}")
         bound = "None" if config.bound is None else f"{config.bound:g}"
         parts.append(f"bound={bound}{' (learned)' if config.learn_bound else ''}, method={config.method!r}")
+        if config.causal:
+            parts.append("causal=True" if config.window is None else f"window={config.window}")
         if plan is None:
             parts.append("planned from data in every call")
         elif plan.series == "banded":
             parts.append(f"degree={plan.degree}, rank={plan.rank}, error with the answer")
         elif plan.method == "polynomial":
             parts.append(f"degree={plan.degree}, rank={plan.rank}, error={plan.error:.2g}")
+            parts.append(f"cost of a row=ordinary attention to {config.ordinary_rows(plan)} rows")
         return ", ".join(parts)
 
 
@@ -250,6 +298,20 @@ def _checked_place(device: Any, dtype: Any) -> None:
 
 def _computed_in(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
+
+
+def _weight(projection: nn.Module) -> Tensor:
+    """A tensor with the device and dtype of a projection's weights, whatever module stands in its place."""
+    weight = getattr(projection, "weight", None)
+    if callable(weight) and not isinstance(weight, Tensor):
+        # Quantized modules give it when asked.
+        weight = weight()
+    if isinstance(weight, Tensor):
+        return weight
+    found = next(projection.parameters(), None)
+    if found is None:
+        raise TypeError(f"q_proj should be a module with weights, got {type(projection).__name__}")
+    return found
 
 
 def _served(weight: Tensor) -> tuple[str, ...]:
