@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from ..attention import tensor_attention
 from ..backends.torch import BACKEND
 from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind
 from ..plans import Plan, plan_text
+from ..state.decoding import DecodingState
+from ..state.summary import summarize
 from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 from .operator import planned_attention, traced_whole
+from .serving import ServingState, check_state, restored_state
 
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
 LOGIT = 2.0
@@ -157,6 +161,8 @@ class TensorAttention(nn.Module):
             tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,  # type: ignore[arg-type]
             causal=causal, window=window,  # type: ignore[arg-type]
         )  # fmt: skip
+        # What states of this very layer have in common.
+        self._owner = object()
         # For both dtypes now, since a compiler cannot trace how plans are made.
         self._plans = {name: _plans(config, name, name == _computed_in(dtype)) for name in ("float32", "float64")}
         made = {"bias": bias, "device": device, "dtype": dtype}
@@ -227,18 +233,179 @@ class TensorAttention(nn.Module):
         checked_flags(return_error=return_error)
         weight = _weight(self.q_proj)
         contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
-        query = self.q_proj(x)
-        keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
-        values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
-        score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
 
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
             return self._attention(q, ks, vs, masks, return_error)
 
+        out, error = self._attend(attention, x, contexts, masks, return_error)
+        return (out, error) if return_error else out
+
+    def prefill(
+        self, x: Tensor, *, key_masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, ServingState]:
+        """The output of a causal layer for rows to begin with, such as a prompt, and the state to go on from.
+
+        Parameters
+        ----------
+        x : Tensor (..., n, embed_dim)
+        key_masks
+            As in `forward`: False for the padding of shorter prompts.
+
+        Returns
+        -------
+        out : Tensor (..., n, embed_dim)
+            As from the layer itself.
+        state : ServingState
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from `forward`; also for a layer that is not causal, attends to other contexts, or is planned from data.
+
+        Notes
+        -----
+        Memory of the state: 2 · (order − 1) · num_key_heads · rank · (value_dim + 1) numbers for each stream of the
+        batch, or with the exact method its keys and values, of the last `window` rows if there is one.
+
+        Examples
+        --------
+        >>> import torch, tattn
+        >>> layer = tattn.nn.TensorAttention(16, 4, causal=True)
+        >>> x = torch.randn(2, 10, 16)
+        >>> out, state = layer.prefill(x[:, :9])
+        >>> last, state = layer.step(x[:, 9:], state)
+        >>> torch.allclose(last, layer(x)[:, 9:], atol=1e-5)
+        True
+        """
+        plan = self._served_plan()
+        weight = _weight(self.q_proj)
+        contexts, masks = checked_layer_call((x, None, key_masks), self.config, weight, BACKEND, _served(weight))
+        batch, length = tuple(x.shape[:-2]), x.shape[-2]
+        begun: list[ServingState] = []
+
+        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+            state = ServingState(self.config, length, batch, owner=self._owner)
+            if plan is None:
+                begun.append(replace(state, rows=self._kept(ks, vs, masks, batch)))
+            else:
+                summary = summarize(ks, vs, plan, key_masks=masks)
+                begun.append(replace(state, decoding=DecodingState(plan, summary)))
+            return self._attention(q, ks, vs, masks, False)
+
+        return self._attend(attention, x, contexts, masks, False)[0], begun[0]
+
+    def step(
+        self,
+        x: Tensor,
+        state: ServingState | None = None,
+        *,
+        key_masks: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, ServingState]:
+        """The output of a causal layer for the rows that follow, and the new state; `state` itself does not change.
+
+        Parameters
+        ----------
+        x : Tensor (..., n, embed_dim)
+            One row, or several that are taken one after another. The batch of the state.
+        state : ServingState, optional
+            From `prefill`, `step` or `restored` of this layer; the rows are the first if not given.
+        key_masks
+            As in `forward`, for these rows: False for streams that have ended.
+
+        Returns
+        -------
+        out : Tensor (..., n, embed_dim)
+        state : ServingState
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from `prefill`; also for a state of another layer, dtype, device or batch.
+        """
+        if state is None:
+            return self.prefill(x, key_masks=key_masks)
+        plan = self._served_plan()
+        weight = _weight(self.q_proj)
+        contexts, masks = checked_layer_call((x, None, key_masks), self.config, weight, BACKEND, _served(weight))
+        check_state(state, self.config, self._owner, x, _tensor_dtype(weight.dtype))
+        after = [state]
+
+        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+            outs = []
+            for row in range(x.shape[-2]):
+                one = slice(row, row + 1)
+                seen = None if masks is None else [None if m is None else m[..., one] for m in masks]
+                out, new = self._stepped(plan, after[0], q[..., one, :], _rows(ks, one), _rows(vs, one), seen)
+                after[0] = new
+                outs.append(out)
+            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
+
+        return self._attend(attention, x, contexts, masks, False)[0], after[0]
+
+    def restored(self, saved: Mapping[str, Tensor]) -> ServingState:
+        """The state that ``state.state_dict()`` holds, for this layer; ValueError or TypeError if it is of another."""
+        dtype = _tensor_dtype(_weight(self.q_proj).dtype)
+        return replace(restored_state(self.config, self._served_plan(), saved, dtype), owner=self._owner)
+
+    def _served_plan(self) -> Plan | None:
+        """The plan of the state's sums; None for keys and values as they are."""
+        config = self.config
+        if not config.causal:
+            raise ValueError("prefill and step need causal=True in the constructor, got a layer that sees all rows")
+        if set(config.context_dims) != {config.embed_dim}:
+            raise ValueError(f"prefill and step need contexts of embed_dim, got context_dims={config.context_dims}")
+        if config.method == "exact":
+            return None
+        if config.bound is None:
+            raise ValueError("prefill and step need a bound, or method='exact', got bound=None")
+        plans, texts = self._plans[_computed_in(_weight(self.q_proj).dtype)]
+        if not plans:
+            raise PlanError(texts[0])
+        return plans[0]
+
+    def _kept(self, ks: Any, vs: Any, masks: Any, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Keys, values and masks of the rows that later ones see."""
+        masks = masks or [None] * len(ks)
+        windows = self.config.window or (None,) * len(ks)
+        starts = [0 if w is None else max(0, k.shape[-2] - w) for w, k in zip(windows, ks, strict=True)]
+        kept = [
+            k.new_ones((*batch, 1, 1, k.shape[-2]), dtype=torch.bool)
+            if m is None
+            else m.expand(*batch, 1, 1, k.shape[-2])
+            for m, k in zip(masks, ks, strict=True)
+        ]
+        rows = [[x[..., start:, :] for x, start in zip(xs, starts, strict=True)] for xs in (ks, vs)]
+        return *rows[0], *rows[1], *(m[..., start:] for m, start in zip(kept, starts, strict=True))
+
+    def _stepped(
+        self, plan: Plan | None, state: ServingState, query: Tensor, keys: Any, values: Any, masks: Any
+    ) -> tuple[Tensor, ServingState]:
+        """The output of one row of all heads, and the state with it."""
+        if plan is not None:
+            assert state.decoding is not None
+            out, decoding = state.decoding.step(query, keys, values, key_masks=masks)
+            return out, replace(state, length=state.length + 1, decoding=decoding)
+        config, views = self.config, self.config.views
+        new = self._kept(keys, values, masks, state.batch)
+        pairs = zip(state.rows, new, strict=True)
+        grown = [torch.cat(pair, dim=-2 if i < 2 * views else -1) for i, pair in enumerate(pairs)]
+        ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
+        out = tensor_attention(
+            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, key_masks=seen
+        )
+        return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, seen, state.batch))
+
+    def _attend(
+        self, attention: Any, x: Tensor, contexts: Sequence[Tensor], masks: Any, return_error: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output, and the errors if asked for, of heads that `attention` computes from projected rows."""
+        query = self.q_proj(x)
+        keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
+        values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
+        score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
         rows = query, keys, values, masks
         out, error = attend(self.config, attention, rows, score_factor, torch.Tensor.detach, return_error)
-        out = self.out_proj(out)
-        return (out, error) if return_error else out
+        return self.out_proj(out), error
 
     def _attention(
         self,
@@ -298,6 +465,16 @@ def _checked_place(device: Any, dtype: Any) -> None:
 
 def _computed_in(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
+
+
+def _tensor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What attention computes in, for weights of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(arrays: Sequence[Tensor], some: slice) -> list[Tensor]:
+    """Some rows of each."""
+    return [a[..., some, :] for a in arrays]
 
 
 def _weight(projection: nn.Module) -> Tensor:
