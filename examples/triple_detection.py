@@ -108,7 +108,7 @@ class Net(nn.Module):
 
 def tensor_attention(heads: int, head_dim: int, **options: Any) -> Callable[[int], nn.Module]:
     """A layer that makes tensor attention of these heads for a width."""
-    return lambda width: tattn.nn.TensorAttention(width, heads, head_dim=head_dim, **options)
+    return lambda width: tattn.nn.TensorAttention(width, heads, head_dim=head_dim, value_dim=head_dim, **options)
 
 
 # The same number of parameters: order 3 has six projections of 64 channels, order 2 four of 96.
@@ -375,10 +375,11 @@ two linear forms. {steps:,} Adam steps on fresh sequences; all models see the sa
         )
     }
 
-*Pairs* is `tattn.nn.TensorAttention(12, 4, head_dim=16, bound=3.0, degree=4)`, *single rows* the same layer of order 2 with more
-heads, so that parameters are as many, twice the bound and exact softmax. `nn.MultiheadAttention` gets the channels of those
-heads and several times the parameters. It makes no difference: with attention to single rows the pair has to be found
-after the sum over rows, which has lost it. The more frequent answer is right for {100 * rows[-1]["majority"]:.1f} %.
+*Pairs* is `tattn.nn.TensorAttention(12, 4, head_dim=16, value_dim=16, bound=3.0, degree=4)`, *single rows* the same layer of order
+2 with more heads, so that parameters are as many, twice the bound and exact softmax. `nn.MultiheadAttention` gets the
+channels of those heads and several times the parameters. It makes no difference: with attention to single rows the pair
+has to be found after the sum over rows, which has lost it. The more
+frequent answer is right for {100 * rows[-1]["majority"]:.1f} %.
 
 ## Heads, bound, degree, rank
 

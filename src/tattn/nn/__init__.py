@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends import needed
 from .config import AttentionConfig
+from .masks import from_attention_mask, from_key_padding_mask
 
 if TYPE_CHECKING:
+    from .serving import ServingState
     from .torch import TensorAttention
 
-__all__ = ["AttentionConfig", "TensorAttention"]
+__all__ = ["AttentionConfig", "ServingState", "TensorAttention", "from_attention_mask", "from_key_padding_mask"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +25,9 @@ def __getattr__(name: str) -> Any:
             from .torch import TensorAttention
 
         return TensorAttention
+    if name == "ServingState":
+        with needed("torch", f"tattn.nn.{name}"):
+            from .serving import ServingState
+
+        return ServingState
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,39 @@ from ..checks import (
 )
 from .config import AttentionConfig
 
+# What people bring from `torch.nn.MultiheadAttention`, and what to write instead.
+BROUGHT_TO_LAYERS = {
+    "dropout": "put nn.Dropout on the output, since weights of attention are never formed",
+    "batch_first": "leave it out, rows are always (..., n, embed_dim)",
+    "kdim": "write context_dims=(…), the channels of the context of each view",
+    "vdim": "write context_dims=(…); keys and values of a view come from one context",
+    "add_bias_kv": "leave it out, or add a row to the contexts",
+    "add_zero_attn": "leave it out, or add a row of zeros to the contexts",
+}
+BROUGHT_TO_CALLS = {
+    "attn_mask": "write causal=True in the constructor for a causal mask and key_masks=… for padding; there are no other masks",
+    "key_padding_mask": "write key_masks=tattn.nn.from_key_padding_mask(key_padding_mask), True where to attend",
+    "attention_mask": "write key_masks=tattn.nn.from_attention_mask(attention_mask), True where to attend",
+    "is_causal": "write causal=True in the constructor",
+    "need_weights": "leave it out, the call returns the output alone, since weights of attention are never formed",
+    "average_attn_weights": "leave it out, weights of attention are never formed",
+    "query": "write layer(x), or layer(x, contexts)",
+    "key": "write layer(x, contexts) with one context for each view, such as layer(x, (memory, memory))",
+    "value": "write layer(x, contexts); keys and values of a view come from one context",
+}
+
+
+def refuse_brought(call: str, further: Sequence[Any], named: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+    """TypeError for arguments that a call does not have, which says what to write for those of other layers."""
+    if further:
+        raise TypeError(
+            f"{call} takes x and contexts, got {2 + len(further)} positional arguments: write layer(x) for layer(x, x, x), and "
+            "layer(x, (context, context)) to attend from x to pairs of rows of a context"
+        )
+    for name in named:
+        hint = f": {hints[name]}" if name in hints else ""
+        raise TypeError(f"{call} has no argument {name!r}{hint}")
+
 
 def checked_layer_call(
     given: tuple[Any, Any, Any],

@@ -22,6 +22,10 @@ from ..planning.banded import bands_fit
 from ..planning.selection import MAX_RANK
 from ..plans import Plan
 
+# Degree of a layer that is given neither a degree nor a tolerance, and the most channels of query and keys in a head unless asked
+# for others: as fast as ordinary attention at some thousand rows, forward and backward (docs/layers.md).
+USUAL_DEGREE, USUAL_HEAD_DIM = 4, 8
+_USUAL_TOL = 1e-3
 # Rows of every view that the costs of a plan are counted for unless asked for others.
 USUAL_ROWS = 16_384
 # Norm bands of every view where rows are not normalised and a degree is given.
@@ -54,25 +58,28 @@ class AttentionConfig:
     order : int
         Number of views plus one: 3 attends to pairs, 2 is ordinary attention.
     head_dim : int, optional
-        Channels d of query and keys in a head; embed_dim / num_heads if not given. The rank is C(d + degree, degree).
+        Channels d of query and keys in a head; embed_dim / num_heads if not given, and 8 where that is more. The rank,
+        which time and memory are proportional to, is C(d + degree, degree).
     value_dim : int, optional
-        Channels of the values in a head; `head_dim` if not given.
+        Channels of the values in a head; embed_dim / num_heads if not given, and `head_dim` where that is no whole number.
     num_key_heads : int, optional
         Heads of keys and values, each shared by num_heads / num_key_heads query heads; `num_heads` if not given.
     context_dims : sequence of order − 1 ints, optional
         Channels of the contexts that are attended to; `embed_dim` each if not given.
     bound : float or None
-        Largest |score|. None does not normalise rows; scores are Σ_c q_c a_c b_c / d, and their range depends on the
-        data. With a `degree`, calls then use norm bands of this degree, which need no range and return an error for
-        each row. Without a `degree`, every call makes a plan from the data; it waits for the device and cannot be
-        traced.
+        Largest |score|; no pair has more than e^(2 · bound) times the weight of another. None does not normalise rows;
+        scores are Σ_c q_c a_c b_c / d, and their range depends on the data. With a `degree`, calls then use norm bands
+        of this degree, which need no range and return an error for each row. Without a `degree`, every call makes a
+        plan from the data; it waits for the device and cannot be traced.
     learn_bound : bool
         Learn a factor t of `bound` for each head: the logistic function of a parameter, so it is never above 1.
-    tol : float
-        Largest error of a head's output in channel e, relative to the product over the views of their largest |value| in
-        channel e. Not used if `degree` is given, unless the method is "exact".
+    tol : float, optional
+        Largest distance of a head's output from attention with exp, in channel e relative to the product over the views
+        of their largest |value| in channel e. It chooses the least degree that meets it. Not used if `degree` is given.
+        1e-3 where neither is given and no degree is fixed: with another method than "polynomial", or without a bound.
     degree : int, optional
-        Degree of the polynomial, whatever its error. If not given, the least degree that meets `tol`.
+        Degree of the polynomial that takes the place of exp, whatever its distance to exp. If neither `degree` nor
+        `tol` is given, 4.
     method : {"polynomial", "exact", "auto"}
         "auto" takes the exact method if it needs fewer operations for the lengths of the call; both are within `tol`.
         The others are the same function at every length.
@@ -85,6 +92,9 @@ class AttentionConfig:
     causal : bool
         Row i sees the rows of the contexts up to its own, aligned at the end. Contexts need at least as many rows as
         the input. Not with norm bands.
+    window : int or sequence of order − 1 ints, optional
+        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
+        method="exact": time is proportional to the product of the windows.
 
     Raises
     ------
@@ -103,26 +113,30 @@ class AttentionConfig:
     context_dims: Sequence[int] = None  # type: ignore[assignment]
     bound: float | None = 2.0
     learn_bound: bool = False
-    tol: float = 1e-3
+    tol: float = None  # type: ignore[assignment]
     degree: int | None = None
     method: str = "polynomial"
     max_rank: int = 1 << 15
     eps: float = 1e-3
     bias: bool = True
     causal: bool = False
+    window: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         embed_dim, num_heads = whole("embed_dim", self.embed_dim, 1), whole("num_heads", self.num_heads, 1)
         order = whole("order", self.order, 2, MAX_ORDER)
-        if self.head_dim is None and embed_dim % num_heads:
+        share, remainder = divmod(embed_dim, num_heads)
+        if self.head_dim is None and remainder:
             raise ValueError(
                 f"embed_dim should be a multiple of num_heads {num_heads} if head_dim is not given, got {embed_dim}"
             )
-        head_dim = embed_dim // num_heads if self.head_dim is None else whole("head_dim", self.head_dim, 1)
-        value_dim = head_dim if self.value_dim is None else whole("value_dim", self.value_dim, 1)
+        head_dim = min(share, USUAL_HEAD_DIM) if self.head_dim is None else whole("head_dim", self.head_dim, 1)
+        usual = head_dim if remainder else share
+        value_dim = usual if self.value_dim is None else whole("value_dim", self.value_dim, 1)
         key_heads = num_heads if self.num_key_heads is None else whole("num_key_heads", self.num_key_heads, 1)
         if num_heads % key_heads:
             raise ValueError(f"num_key_heads should divide num_heads {num_heads}, got {key_heads}")
+        fixed = self.degree is None and self.tol is None and self.method == "polynomial" and self.bound is not None
         resolved = {
             "embed_dim": embed_dim,
             "num_heads": num_heads,
@@ -133,13 +147,14 @@ class AttentionConfig:
             "context_dims": _context_dims(self.context_dims, embed_dim, order - 1),
             "bound": None if self.bound is None else positive("bound", self.bound),
             "learn_bound": true_or_false("learn_bound", self.learn_bound),
-            "tol": positive("tol", self.tol),
-            "degree": None if self.degree is None else whole("degree", self.degree, 1),
+            "tol": _USUAL_TOL if self.tol is None else positive("tol", self.tol),
+            "degree": USUAL_DEGREE if fixed else None if self.degree is None else whole("degree", self.degree, 1),
             "method": checked_method(self.method),
             "max_rank": whole("max_rank", self.max_rank, 1),
             "eps": positive("eps", self.eps),
             "bias": true_or_false("bias", self.bias),
-            "causal": true_or_false("causal", self.causal),
+            "causal": true_or_false("causal", self.causal) or self.window is not None,
+            "window": _window(self.window, order - 1),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -151,6 +166,8 @@ class AttentionConfig:
             raise ValueError(f"degree belongs to method 'polynomial', got it with method {self.method!r}")
         if self.causal and self.degree is not None and self.bound is None:
             raise ValueError("causal needs a bound, or no degree: norm bands sort rows, got bound=None and a degree")
+        if self.window is not None and self.method != "exact":
+            raise ValueError(f"window needs method='exact', got it with method {self.method!r}")
         if self.degree is not None and self.bound is None and self.degree < 2:
             raise ValueError(f"degree should be at least 2 with bound=None, got {self.degree}")
 
@@ -224,12 +241,28 @@ class AttentionConfig:
                 f"max_rank={self.max_rank:,}; a head would take {made.bytes_polynomial / 2**20:,.0f} MiB. "
                 f"{self._advice(dtype)}"
             )
-        return made
+        rows = self.ordinary_rows(made)
+        if rows is None:
+            return made
+        return replace(
+            made, reason=f"{made.reason}; a row takes as many operations as in ordinary attention to {rows:,} rows"
+        )
+
+    def ordinary_rows(self, plan: Plan) -> int | None:
+        """How many keys a row of ordinary attention sees in as many operations as a row takes with this plan of a head, about.
+
+        Ordinary attention with as many heads, of `value_dim` channels: beyond so many rows tensor attention takes less.
+        None if the plan's operations are not proportional to the rows.
+        """
+        if plan.method != "polynomial":
+            return None
+        return round(plan.flops_polynomial / plan.lengths[0] / (4.0 * self.value_dim))
 
     def _bounded_plan(self, n: int | Sequence[int], dtype: str, method: str) -> Plan:
         return plan_for(
             n=n, dim=self.head_dim, bound=self.promise, order=self.order, tol=self.tol, dtype=dtype, scale=self.scale,
             value_dim=self.value_dim, method=method, degree=self.degree, causal=self.causal,
+            window=self.window,
         )  # fmt: skip
 
     def _bands(self) -> int:
@@ -300,6 +333,15 @@ def plan_of_call(plans: Sequence[Plan], lengths: Sequence[int]) -> int:
     usual = polynomial.lengths
     flops_exact = exact.flops_exact / prod(usual) * prod(lengths)
     return int(flops_exact <= polynomial.flops_polynomial / sum(usual) * sum(lengths))
+
+
+def _window(given: int | Sequence[int] | None, views: int) -> tuple[int, ...] | None:
+    """One length for each view, out of one for all or as many."""
+    if given is None or isinstance(given, (list, tuple)):
+        if given is not None and len(given) != views:
+            raise ValueError(f"window should have {views} entries for order {views + 1}, got {len(given)}")
+        return None if given is None else tuple(whole(f"window[{i}]", w, 1) for i, w in enumerate(given))
+    return (whole("window", given, 1),) * views
 
 
 def _context_dims(given: Sequence[int] | None, embed_dim: int, views: int) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
     TypeError, ValueError
         For arguments that do not fit, by name.
     PlanError
-        If the polynomial method cannot meet ``tol`` at this bound and head dimension; the message says what would do.
+        If no polynomial serves this bound and head dimension; the message says what would do.
 
     Examples
     --------
@@ -124,7 +124,7 @@ def apply(
         plans = plans_of(config, _computed_in(query.dtype))
         if plans:
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
-        options |= {"key_masks": masks, "causal": config.causal, "return_error": return_error}
+        options |= {"key_masks": masks, "causal": config.causal, "window": config.window, "return_error": return_error}
         return tensor_attention(query, keys, values, **options)
 
     # Whatever the caller has set: one bias serves all rows, and one head many.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from ..attention import tensor_attention
 from ..backends.torch import BACKEND
 from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind
 from ..plans import Plan, plan_text
-from .checks import checked_layer_call
+from ..state.decoding import DecodingState
+from ..state.summary import summarize
+from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import attend
 from .operator import planned_attention, traced_whole
+from .serving import ServingState, check_state, restored_state
 
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
 LOGIT = 2.0
@@ -39,10 +43,50 @@ class TensorAttention(nn.Module):
 
     Parameters
     ----------
-    embed_dim, num_heads, order, head_dim, value_dim, num_key_heads, context_dims
-        As in `AttentionConfig`.
-    bound, learn_bound, tol, degree, method, max_rank, eps, bias, causal
-        As in `AttentionConfig`. ``head_dim`` and ``bound`` determine the cost; docs/layers.md has a table.
+    embed_dim : int
+        Channels of the input and the output.
+    num_heads : int
+        Query heads.
+    order : int
+        Number of views plus one: 3 attends to pairs, 2 is ordinary attention.
+    head_dim : int, optional
+        Channels d of query and keys in a head; embed_dim / num_heads if not given, and 8 where that is more. The rank,
+        which time and memory are proportional to, is C(d + degree, degree).
+    value_dim : int, optional
+        Channels of the values in a head; embed_dim / num_heads if not given, and `head_dim` where that is no whole number.
+    num_key_heads : int, optional
+        Heads of keys and values, each shared by num_heads / num_key_heads query heads; `num_heads` if not given.
+    context_dims : sequence of order − 1 ints, optional
+        Channels of the contexts that are attended to; `embed_dim` each if not given.
+    bound : float or None
+        Largest |score|; no pair has more than e^(2 · bound) times the weight of another. None does not normalise rows;
+        scores are Σ_c q_c a_c b_c / d, and their range depends on the data. With a `degree`, calls then use norm bands
+        of this degree, which need no range and return an error for each row. Without a `degree`, every call makes a
+        plan from the data; it waits for the device and cannot be traced.
+    learn_bound : bool
+        Learn a factor t of `bound` for each head: the logistic function of a parameter, so it is never above 1.
+    tol : float, optional
+        Largest distance of a head's output from attention with exp, in channel e relative to the product over the views
+        of their largest |value| in channel e. It chooses the least degree that meets it. Not used if `degree` is given.
+        1e-3 where neither is given and no degree is fixed: with another method than "polynomial", or without a bound.
+    degree : int, optional
+        Degree of the polynomial that takes the place of exp, whatever its distance to exp. If neither `degree` nor
+        `tol` is given, 4.
+    method : {"polynomial", "exact", "auto"}
+        "auto" takes the exact method if it needs fewer operations for the lengths of the call; both are within `tol`.
+        The others are the same function at every length.
+    max_rank : int
+        Largest rank to accept, at most 262,144. A head's summary of one view holds rank · (value_dim + 1) numbers.
+    eps : float
+        Rows much shorter than this stay short. Gradients of the normalisation stay below 1/eps.
+    bias : bool
+        Whether projections have a bias.
+    causal : bool
+        Row i sees the rows of the contexts up to its own, aligned at the end. Contexts need at least as many rows as
+        the input. Not with norm bands.
+    window : int or sequence of order − 1 ints, optional
+        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
+        method="exact": time is proportional to the product of the windows.
     device, dtype
         Of the weights. The attention computes in float64 if they are float64, and in float32 otherwise, also under
         autocast.
@@ -58,7 +102,7 @@ class TensorAttention(nn.Module):
     TypeError, ValueError
         For arguments that do not fit, by name.
     PlanError
-        If the polynomial method cannot meet `tol` at this bound and head dimension; the message says what would do.
+        If no polynomial serves this bound and head dimension; the message says what would do.
 
     Notes
     -----
@@ -71,8 +115,8 @@ class TensorAttention(nn.Module):
     --------
     >>> import torch, tattn
     >>> layer = tattn.nn.TensorAttention(64, 8)
-    >>> layer.plan.degree, layer.plan.rank, layer.plan.error < 1e-3
-    (7, 6435, True)
+    >>> layer.plan.degree, layer.plan.rank
+    (4, 495)
     >>> layer(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
     >>> text, image, audio = (torch.randn(2, n, width) for n, width in ((30, 64), (40, 48), (50, 32)))
@@ -95,25 +139,30 @@ class TensorAttention(nn.Module):
         context_dims: Sequence[int] | None = None,
         bound: float | None = 2.0,
         learn_bound: bool = False,
-        tol: float = 1e-3,
+        tol: float | None = None,
         degree: int | None = None,
         method: str = "polynomial",
         max_rank: int = 1 << 15,
         eps: float = 1e-3,
         bias: bool = True,
         causal: bool = False,
+        window: int | Sequence[int] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **brought: Any,
     ) -> None:
         super().__init__()
+        refuse_brought("TensorAttention", (), brought, BROUGHT_TO_LAYERS)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         _checked_place(device, dtype)
         self.config = config = AttentionConfig(
             embed_dim, num_heads, order=order, head_dim=head_dim, value_dim=value_dim,  # type: ignore[arg-type]
             num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
-            tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,
-            causal=causal,
+            tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,  # type: ignore[arg-type]
+            causal=causal, window=window,  # type: ignore[arg-type]
         )  # fmt: skip
+        # What states of this very layer have in common.
+        self._owner = object()
         # For both dtypes now, since a compiler cannot trace how plans are made.
         self._plans = {name: _plans(config, name, name == _computed_in(dtype)) for name in ("float32", "float64")}
         made = {"bias": bias, "device": device, "dtype": dtype}
@@ -138,19 +187,20 @@ class TensorAttention(nn.Module):
     @property
     def plan(self) -> Plan | None:
         """Degree, rank, error and costs of a head; None if `bound` and `degree` are None: every call then makes its own."""
-        return self.config.plan(dtype=_computed_in(self.q_proj.weight.dtype))
+        return self.config.plan(dtype=_computed_in(_weight(self.q_proj).dtype))
 
     def plan_for(self, n: int | Sequence[int] = USUAL_ROWS) -> Plan | None:
         """`plan` with costs counted for one head and `n` rows, or (n, n_1, …); TypeError or ValueError for what are no lengths."""
-        return self.config.plan(n, _computed_in(self.q_proj.weight.dtype))
+        return self.config.plan(n, _computed_in(_weight(self.q_proj).dtype))
 
     def forward(
         self,
         x: Tensor,
         contexts: Sequence[Tensor] | None = None,
-        *,
+        *further: Any,
         key_masks: Tensor | Sequence[Tensor | None] | None = None,
         return_error: bool = False,
+        **brought: Any,
     ) -> Any:
         """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts.
 
@@ -161,9 +211,9 @@ class TensorAttention(nn.Module):
         contexts : sequence of order − 1 Tensors (..., n_μ, context_dims[μ]), optional
             `x` itself in every view if not given. The batch broadcasts with that of `x`.
         key_masks : boolean Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
-            True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``; the
-            ``key_padding_mask`` of ``nn.MultiheadAttention`` is the opposite. A single mask is for every view, and for
-            self-attention only. A row with nothing to attend to gets 0 from every head.
+            True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``;
+            `tattn.nn.from_key_padding_mask` and `tattn.nn.from_attention_mask` turn those of others into such. A single
+            mask is for every view, and for self-attention only. A row with nothing to attend to gets 0 from every head.
         return_error : bool
             Also return a certified bound of each head's error in each row (..., num_heads, n), measured like `tol`.
 
@@ -179,21 +229,183 @@ class TensorAttention(nn.Module):
             With ``bound=None`` and no degree, as from `tattn.tensor_attention`. Also if the weights were moved to a
             dtype in which the layer cannot be built.
         """
+        refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
-        weight = self.q_proj.weight
+        weight = _weight(self.q_proj)
         contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
-        query = self.q_proj(x)
-        keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
-        values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
-        score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
 
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
             return self._attention(q, ks, vs, masks, return_error)
 
+        out, error = self._attend(attention, x, contexts, masks, return_error)
+        return (out, error) if return_error else out
+
+    def prefill(
+        self, x: Tensor, *, key_masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, ServingState]:
+        """The output of a causal layer for rows to begin with, such as a prompt, and the state to go on from.
+
+        Parameters
+        ----------
+        x : Tensor (..., n, embed_dim)
+        key_masks
+            As in `forward`: False for the padding of shorter prompts.
+
+        Returns
+        -------
+        out : Tensor (..., n, embed_dim)
+            As from the layer itself.
+        state : ServingState
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from `forward`; also for a layer that is not causal, attends to other contexts, or is planned from data.
+
+        Notes
+        -----
+        Memory of the state: 2 · (order − 1) · num_key_heads · rank · (value_dim + 1) numbers for each stream of the
+        batch, or with the exact method its keys and values, of the last `window` rows if there is one.
+
+        Examples
+        --------
+        >>> import torch, tattn
+        >>> layer = tattn.nn.TensorAttention(16, 4, causal=True)
+        >>> x = torch.randn(2, 10, 16)
+        >>> out, state = layer.prefill(x[:, :9])
+        >>> last, state = layer.step(x[:, 9:], state)
+        >>> torch.allclose(last, layer(x)[:, 9:], atol=1e-5)
+        True
+        """
+        plan = self._served_plan()
+        weight = _weight(self.q_proj)
+        contexts, masks = checked_layer_call((x, None, key_masks), self.config, weight, BACKEND, _served(weight))
+        batch, length = tuple(x.shape[:-2]), x.shape[-2]
+        begun: list[ServingState] = []
+
+        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+            state = ServingState(self.config, length, batch, owner=self._owner)
+            if plan is None:
+                begun.append(replace(state, rows=self._kept(ks, vs, masks, batch)))
+            else:
+                summary = summarize(ks, vs, plan, key_masks=masks)
+                begun.append(replace(state, decoding=DecodingState(plan, summary)))
+            return self._attention(q, ks, vs, masks, False)
+
+        return self._attend(attention, x, contexts, masks, False)[0], begun[0]
+
+    def step(
+        self,
+        x: Tensor,
+        state: ServingState | None = None,
+        *,
+        key_masks: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, ServingState]:
+        """The output of a causal layer for the rows that follow, and the new state; `state` itself does not change.
+
+        Parameters
+        ----------
+        x : Tensor (..., n, embed_dim)
+            One row, or several that are taken one after another. The batch of the state.
+        state : ServingState, optional
+            From `prefill`, `step` or `restored` of this layer; the rows are the first if not given.
+        key_masks
+            As in `forward`, for these rows: False for streams that have ended.
+
+        Returns
+        -------
+        out : Tensor (..., n, embed_dim)
+        state : ServingState
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from `prefill`; also for a state of another layer, dtype, device or batch.
+        """
+        if state is None:
+            return self.prefill(x, key_masks=key_masks)
+        plan = self._served_plan()
+        weight = _weight(self.q_proj)
+        contexts, masks = checked_layer_call((x, None, key_masks), self.config, weight, BACKEND, _served(weight))
+        check_state(state, self.config, self._owner, x, _tensor_dtype(weight.dtype))
+        after = [state]
+
+        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+            outs = []
+            for row in range(x.shape[-2]):
+                one = slice(row, row + 1)
+                seen = None if masks is None else [None if m is None else m[..., one] for m in masks]
+                out, new = self._stepped(plan, after[0], q[..., one, :], _rows(ks, one), _rows(vs, one), seen)
+                after[0] = new
+                outs.append(out)
+            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
+
+        return self._attend(attention, x, contexts, masks, False)[0], after[0]
+
+    def restored(self, saved: Mapping[str, Tensor]) -> ServingState:
+        """The state that ``state.state_dict()`` holds, for this layer; ValueError or TypeError if it is of another."""
+        dtype = _tensor_dtype(_weight(self.q_proj).dtype)
+        return replace(restored_state(self.config, self._served_plan(), saved, dtype), owner=self._owner)
+
+    def _served_plan(self) -> Plan | None:
+        """The plan of the state's sums; None for keys and values as they are."""
+        config = self.config
+        if not config.causal:
+            raise ValueError("prefill and step need causal=True in the constructor, got a layer that sees all rows")
+        if set(config.context_dims) != {config.embed_dim}:
+            raise ValueError(f"prefill and step need contexts of embed_dim, got context_dims={config.context_dims}")
+        if config.method == "exact":
+            return None
+        if config.bound is None:
+            raise ValueError("prefill and step need a bound, or method='exact', got bound=None")
+        plans, texts = self._plans[_computed_in(_weight(self.q_proj).dtype)]
+        if not plans:
+            raise PlanError(texts[0])
+        return plans[0]
+
+    def _kept(self, ks: Any, vs: Any, masks: Any, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Keys, values and masks of the rows that later ones see."""
+        masks = masks or [None] * len(ks)
+        windows = self.config.window or (None,) * len(ks)
+        starts = [0 if w is None else max(0, k.shape[-2] - w) for w, k in zip(windows, ks, strict=True)]
+        kept = [
+            k.new_ones((*batch, 1, 1, k.shape[-2]), dtype=torch.bool)
+            if m is None
+            else m.expand(*batch, 1, 1, k.shape[-2])
+            for m, k in zip(masks, ks, strict=True)
+        ]
+        rows = [[x[..., start:, :] for x, start in zip(xs, starts, strict=True)] for xs in (ks, vs)]
+        return *rows[0], *rows[1], *(m[..., start:] for m, start in zip(kept, starts, strict=True))
+
+    def _stepped(
+        self, plan: Plan | None, state: ServingState, query: Tensor, keys: Any, values: Any, masks: Any
+    ) -> tuple[Tensor, ServingState]:
+        """The output of one row of all heads, and the state with it."""
+        if plan is not None:
+            assert state.decoding is not None
+            out, decoding = state.decoding.step(query, keys, values, key_masks=masks)
+            return out, replace(state, length=state.length + 1, decoding=decoding)
+        config, views = self.config, self.config.views
+        new = self._kept(keys, values, masks, state.batch)
+        pairs = zip(state.rows, new, strict=True)
+        grown = [torch.cat(pair, dim=-2 if i < 2 * views else -1) for i, pair in enumerate(pairs)]
+        ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
+        out = tensor_attention(
+            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, key_masks=seen
+        )
+        return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, seen, state.batch))
+
+    def _attend(
+        self, attention: Any, x: Tensor, contexts: Sequence[Tensor], masks: Any, return_error: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output, and the errors if asked for, of heads that `attention` computes from projected rows."""
+        query = self.q_proj(x)
+        keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
+        values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
+        score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
         rows = query, keys, values, masks
         out, error = attend(self.config, attention, rows, score_factor, torch.Tensor.detach, return_error)
-        out = self.out_proj(out)
-        return (out, error) if return_error else out
+        return self.out_proj(out), error
 
     def _attention(
         self,
@@ -208,7 +420,7 @@ class TensorAttention(nn.Module):
         if not texts:
             return tensor_attention(
                 query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
-                causal=self.config.causal, return_error=return_error,
+                causal=self.config.causal, window=self.config.window, return_error=return_error,
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0])
@@ -216,21 +428,24 @@ class TensorAttention(nn.Module):
         options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
         if traced_whole(plans[chosen]):
             return planned_attention(query, keys, values, text=texts[chosen], **options)
-        return tensor_attention(query, keys, values, causal=self.config.causal, **options)
+        return tensor_attention(query, keys, values, causal=self.config.causal, window=self.config.window, **options)
 
     def extra_repr(self) -> str:
-        """Sizes, bound, degree, rank and error."""
+        """Sizes, bound, degree, rank, error, and what a row costs."""
         config, plan = self.config, self.plan
         parts = [f"embed_dim={config.embed_dim}, num_heads={config.num_heads}, order={config.order}"]
         parts.append(f"head_dim={config.head_dim}, value_dim={config.value_dim}, num_key_heads={config.num_key_heads}")
         bound = "None" if config.bound is None else f"{config.bound:g}"
         parts.append(f"bound={bound}{' (learned)' if config.learn_bound else ''}, method={config.method!r}")
+        if config.causal:
+            parts.append("causal=True" if config.window is None else f"window={config.window}")
         if plan is None:
             parts.append("planned from data in every call")
         elif plan.series == "banded":
             parts.append(f"degree={plan.degree}, rank={plan.rank}, error with the answer")
         elif plan.method == "polynomial":
             parts.append(f"degree={plan.degree}, rank={plan.rank}, error={plan.error:.2g}")
+            parts.append(f"cost of a row=ordinary attention to {config.ordinary_rows(plan)} rows")
         return ", ".join(parts)
 
 
@@ -250,6 +465,30 @@ def _checked_place(device: Any, dtype: Any) -> None:
 
 def _computed_in(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
+
+
+def _tensor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What attention computes in, for weights of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(arrays: Sequence[Tensor], some: slice) -> list[Tensor]:
+    """Some rows of each."""
+    return [a[..., some, :] for a in arrays]
+
+
+def _weight(projection: nn.Module) -> Tensor:
+    """A tensor with the device and dtype of a projection's weights, whatever module stands in its place."""
+    weight = getattr(projection, "weight", None)
+    if callable(weight) and not isinstance(weight, Tensor):
+        # Quantized modules give it when asked.
+        weight = weight()
+    if isinstance(weight, Tensor):
+        return weight
+    found = next(projection.parameters(), None)
+    if found is None:
+        raise TypeError(f"q_proj should be a module with weights, got {type(projection).__name__}")
+    return found
 
 
 def _served(weight: Tensor) -> tuple[str, ...]:
