@@ -10,6 +10,7 @@ from .methods import Banded, Exact, Polynomial
 from .planning import plan, plan_for
 from .planning.measure import measure_error
 from .plans import Plan
+from .positions import rotary
 from .state.decoding import DecodingState
 from .state.summary import Summary, summarize, summarize_vjp
 
@@ -30,6 +31,7 @@ __all__ = [
     "paper",
     "plan",
     "plan_for",
+    "rotary",
     "scores",
     "summarize",
     "summarize_vjp",

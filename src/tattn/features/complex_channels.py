@@ -28,6 +28,9 @@ from ..backends.tables import memoized
 from .balance import balanced_factors, prod_in_range
 from .monomials import Grading, exponents, rank
 
+# Monomials and columns up to which all blocks are one matrix.
+_SMALL, _FEW = 512, 16
+
 
 def conjugate(x: Array, backend: Backend, axis: int = -1, real: int = 0) -> Array:
     """Complex numbers along an axis, (real ones, real parts, imaginary parts), with imaginary parts of the other sign."""
@@ -65,6 +68,8 @@ class Turn(NamedTuple):
     def turned(self, x: Array, backend: Backend) -> Array:
         """What is linear in the real monomials as the same of the complex ones: (..., r, k)."""
         xp = backend.xp
+        if self._whole(x):
+            return backend.table(_whole, *self, like=x, dtype=x.dtype) @ x
         order = backend.table(_order, *self, like=x)
         x = xp.take(x, order, axis=-2)
         kept: tuple[list[Array], ...] = ([], [], [])
@@ -83,6 +88,8 @@ class Turn(NamedTuple):
     def turned_back(self, x: Array, backend: Backend) -> Array:
         """The adjoint of `turned`: (..., r, k)."""
         xp = backend.xp
+        if self._whole(x):
+            return backend.table(_whole_transposed, *self, like=x, dtype=x.dtype) @ x
         columns, real = x.shape[-1], self.real
         at = [0, real, (x.shape[-2] + real) // 2]
         parts = []
@@ -98,6 +105,10 @@ class Turn(NamedTuple):
             parts.append(xp.reshape(part, (*part.shape[:-2], block.size * block.number, columns)))
         places = backend.table(_places, *self, like=x)
         return xp.take(xp.concat(parts, axis=-2), places, axis=-2)
+
+    def _whole(self, x: Array) -> bool:
+        """Whether one product with all blocks is quicker than one for each kind of them."""
+        return bool(x.shape[-2] <= _SMALL and x.shape[-1] <= _FEW)
 
     def product(self, weights: Array, factors: Sequence[Array], backend: Backend) -> Array:
         """What is read out of Π_views Σ z^α for sums (..., r, k) of real monomials, by real monomials: (..., r, k)."""
@@ -160,6 +171,28 @@ def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple
         found.append(block_of)
         start += number
     return order, tuple(found)
+
+
+@memoized
+def _whole(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
+    """Complex monomials from real ones, (r, r)."""
+    order, blocks = _blocks(dim, degree, grading, level)
+    # Of each kind of rows, block by block as in `turned`.
+    kinds: tuple[list[np.ndarray], ...] = ([], [], [])
+    for block in blocks:
+        columns = order[block.start : block.start + block.size * block.number].reshape(block.size, block.number)
+        whole = np.zeros((block.size, block.number, len(order)))
+        for number in range(block.number):
+            whole[:, number, columns[:, number]] = _matrix(block.powers)
+        ends = np.cumsum((0, *block.rows))
+        for of_kind, start, stop in zip(kinds, ends[:-1], ends[1:], strict=True):
+            of_kind.append(whole[start:stop].reshape(-1, len(order)))
+    return np.concatenate([rows for of_kind in kinds for rows in of_kind])
+
+
+def _whole_transposed(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
+    """The adjoint's."""
+    return np.ascontiguousarray(_whole(dim, degree, grading, level).T)
 
 
 def _order(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
