@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import COMPLEX, Call, assert_close, complex_methods, draw, refuse, run
+from cases import COMPLEX, KINDS, Call, assert_close, complex_methods, draw, ratios, refuse, run, sample
 from numpy.polynomial import Polynomial
 from reference import Dense, as_complex, dense, through_features
 
@@ -118,6 +118,33 @@ def test_monomials_of_complex_numbers(turn: Turn, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose((apart * phi).sum(), (y * found).sum(), rtol=1e-12)
     monkeypatch.undo()
     np.testing.assert_allclose(turn.turned_back(y, BACKEND), apart, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_no_error_of_a_causal_call_exceeds_the_plan(
+    kind: str, dtype: str, kernels: bool, draws: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(BACKEND, "kernels", ())
+    precision = np.float64 if dtype == "float32" else np.longdouble
+    for seed in draws(60):
+        rng = np.random.default_rng(seed)
+        views, bound = int(rng.integers(1, 4)), float(rng.choice([0.1, 0.5, 1.0, 2.0, 3.0]))
+        drawn, scale = sample(kind, seed, views, bound, dtype, "complex")
+        n = min(len(x) for x in (drawn.query, *drawn.keys))
+        drawn = drawn._replace(query=drawn.query[:n], grad=drawn.grad[:n])
+        asked: Any = {"degree": int(rng.integers(1, 9)), "scale": scale, "causal": True, "channels": "complex"}
+        plan = tattn.plan(drawn.query, drawn.keys, drawn.values, **asked)
+        if not np.isfinite(plan.error):
+            continue
+        out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan, causal=True)
+        dquery, dkeys, dvalues = pullback(drawn.grad)
+        given: Any = {"scale": scale, "grad_out": drawn.grad, "causal": True, "channels": "complex"}
+        truth = dense(drawn.query, drawn.keys, drawn.values, precision=precision, **given)
+        found = ratios(plan, drawn, Dense(out, out, dquery, list(dkeys), list(dvalues)), truth)
+        assert max(found) <= 1, (seed, found, str(plan))
 
 
 def kept(q: np.ndarray, a: np.ndarray, b: np.ndarray, plan: tattn.Plan) -> float:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from math import comb, factorial, prod
+from math import comb, cos, factorial, pi, prod, sin
 from typing import NamedTuple
 
 import numpy as np
 
+from ..arrays import sum_of
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 from .balance import balanced_factors, prod_in_range
@@ -45,6 +46,12 @@ def multiply(x: Array, y: Array, backend: Backend, axis: int = -1, real: int = 0
     (own, a, b), (other, c, d) = ([_part(z, axis, *cut) for cut in cuts] for z in (x, y))
     parts = [a * c - b * d, a * d + b * c]
     return backend.xp.concat([own * other, *parts] if real else parts, axis=axis)
+
+
+@memoized
+def conjugating(dim: int) -> np.ndarray:
+    """1 for real parts and −1 for imaginary parts, (1, d)."""
+    return np.repeat([[1.0, -1.0]], dim // 2, axis=1)
 
 
 def _part(x: Array, axis: int, start: int, stop: int | None) -> Array:
@@ -118,6 +125,55 @@ class Turn(NamedTuple):
     def multiplied(self, factors: Sequence[Array], backend: Backend) -> Array:
         """Products of complex monomials (..., r, k)."""
         return reduce(lambda x, y: multiply(x, y, backend, -2, self.real), factors)
+
+
+class Forms(NamedTuple):
+    """Complex monomials as real numbers whose products over the query and all views, weighted, are real parts of products.
+
+    Of k complex numbers, with angles θ_l = π l / k,
+
+        Re Π_j z_j = 2^(k−1) / k · Σ_{l < k} (−1)^l Π_j Re(z_j e^{i θ_l}),
+
+    since a product of cosines is a mean of cosines of sums with all signs, of which the sum over l leaves those of one sign. So
+    where products are many, as they are of prefixes, real ones serve: k for every pair of numbers.
+    """
+
+    turn: Turn
+    factors: int
+
+    @property
+    def size(self) -> int:
+        """How many numbers a row has."""
+        real = self.turn.real
+        return real + (rank(*self.turn[:3]) - real) // 2 * self.factors
+
+    def turned(self, x: Array, backend: Backend) -> Array:
+        """What is linear in the real monomials (..., r, k) as the same of these numbers."""
+        y, real = self.turn.turned(x, backend), self.turn.real
+        half = (y.shape[-2] + real) // 2
+        re, im = y[..., real:half, :], y[..., half:, :]
+        forms = [re * c - im * s for c, s in self._angles()]
+        return backend.xp.concat([y[..., :real, :], *forms], axis=-2)
+
+    def turned_back(self, x: Array, backend: Backend) -> Array:
+        """The adjoint of `turned`."""
+        real = self.turn.real
+        width = (x.shape[-2] - real) // self.factors
+        forms = [x[..., real + width * number : real + width * (number + 1), :] for number in range(self.factors)]
+        re = sum_of([form * c for form, (c, _) in zip(forms, self._angles(), strict=True)])
+        im = sum_of([form * -s for form, (_, s) in zip(forms, self._angles(), strict=True)])
+        return self.turn.turned_back(backend.xp.concat([x[..., :real, :], re, im], axis=-2), backend)
+
+    def _angles(self) -> list[tuple[float, float]]:
+        return [(cos(pi * number / self.factors), sin(pi * number / self.factors)) for number in range(self.factors)]
+
+
+@memoized
+def form_weights(coefficients: tuple[float, ...], forms: Forms) -> np.ndarray:
+    """The weights of `complex_weights` for the numbers of `Forms`, (size, 1)."""
+    weights, real, count = complex_weights(coefficients, forms.turn), forms.turn.real, forms.factors
+    pairs = weights[real : (len(weights) + real) // 2] * (2.0 ** (count - 1) / count)
+    return np.concatenate([weights[:real], *(pairs * (-1) ** number for number in range(count))])
 
 
 def product(weights: Array, factors: Sequence[Array], turn: Turn | None, backend: Backend) -> Array:
