@@ -336,8 +336,9 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
         # The real part of one product is that of real channels, with the conjugate of the query.
         units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=w.dtype)
     elif operands.paired:
-        forms = Forms(Turn(q.shape[-1], *expansion.monomials), m + 1)
-        w = backend.table(form_weights, expansion.coefficients, forms, like=q, dtype=w.dtype)
+        forms = Forms(Turn(q.shape[-1], degree, grading), m + 1)
+        which = expansion.coefficients, q.shape[-1], grading, m + 1
+        w = backend.table(form_weights, *which, like=q, dtype=w.dtype)
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
     row, columns = w.shape[0] * itemsize * prod(leading), values[0].shape[-1] + 1

@@ -70,17 +70,17 @@ class Turn(NamedTuple):
     @property
     def real(self) -> int:
         """How many monomials are their own conjugates: these come first, then real parts, then imaginary parts."""
-        return sum(block.number * block.rows[0] for block in _blocks(*self)[1])
+        return sum(block.number * block.rows[0] for block in self._blocks())
 
     def turned(self, x: Array, backend: Backend) -> Array:
         """What is linear in the real monomials as the same of the complex ones: (..., r, k)."""
         xp = backend.xp
         if self._whole(x):
-            return backend.table(_whole, *self, like=x, dtype=x.dtype) @ x
-        order = backend.table(_order, *self, like=x)
+            return backend.table(_whole, self.dim, self.degree, self.grading, self.level, like=x, dtype=x.dtype) @ x
+        order = backend.table(_order, self.dim, self.degree, self.grading, self.level, like=x)
         x = xp.take(x, order, axis=-2)
         kept: tuple[list[Array], ...] = ([], [], [])
-        for block in _blocks(*self)[1]:
+        for block in self._blocks():
             matrix = backend.table(_matrix, block.powers, like=x, dtype=x.dtype)
             part = x[..., block.start : block.start + block.size * block.number, :]
             part = matrix @ xp.reshape(part, (*part.shape[:-2], block.size, block.number * part.shape[-1]))
@@ -96,11 +96,14 @@ class Turn(NamedTuple):
         """The adjoint of `turned`: (..., r, k)."""
         xp = backend.xp
         if self._whole(x):
-            return backend.table(_whole_transposed, *self, like=x, dtype=x.dtype) @ x
+            return (
+                backend.table(_whole_transposed, self.dim, self.degree, self.grading, self.level, like=x, dtype=x.dtype)
+                @ x
+            )
         columns, real = x.shape[-1], self.real
         at = [0, real, (x.shape[-2] + real) // 2]
         parts = []
-        for block in _blocks(*self)[1]:
+        for block in self._blocks():
             rows = []
             for place, count in enumerate(block.rows):
                 if count:
@@ -110,8 +113,12 @@ class Turn(NamedTuple):
             matrix = backend.table(_transposed, block.powers, like=x, dtype=x.dtype)
             part = matrix @ (rows[0] if len(rows) == 1 else xp.concat(rows, axis=-2))
             parts.append(xp.reshape(part, (*part.shape[:-2], block.size * block.number, columns)))
-        places = backend.table(_places, *self, like=x)
+        places = backend.table(_places, self.dim, self.degree, self.grading, self.level, like=x)
         return xp.take(xp.concat(parts, axis=-2), places, axis=-2)
+
+    def _blocks(self) -> tuple[_Block, ...]:
+        # One by one, as compilers take them for constants.
+        return _blocks(self.dim, self.degree, self.grading, self.level)
 
     def _whole(self, x: Array) -> bool:
         """Whether one product with all blocks is quicker than one for each kind of them."""
@@ -145,7 +152,7 @@ class Forms(NamedTuple):
     def size(self) -> int:
         """How many numbers a row has."""
         real = self.turn.real
-        return real + (rank(*self.turn[:3]) - real) // 2 * self.factors
+        return real + (rank(self.turn.dim, self.turn.degree, self.turn.grading) - real) // 2 * self.factors
 
     def turned(self, x: Array, backend: Backend) -> Array:
         """What is linear in the real monomials (..., r, k) as the same of these numbers."""
@@ -169,9 +176,10 @@ class Forms(NamedTuple):
 
 
 @memoized
-def form_weights(coefficients: tuple[float, ...], forms: Forms) -> np.ndarray:
-    """The weights of `complex_weights` for the numbers of `Forms`, (size, 1)."""
-    weights, real, count = complex_weights(coefficients, forms.turn), forms.turn.real, forms.factors
+def form_weights(coefficients: tuple[float, ...], dim: int, grading: Grading, count: int) -> np.ndarray:
+    """The weights of `complex_weights` for the numbers of `Forms` of so many factors, (size, 1)."""
+    degree = len(coefficients) - 1
+    weights, real = complex_weights(coefficients, dim, degree, grading), Turn(dim, degree, grading).real
     pairs = weights[real : (len(weights) + real) // 2] * (2.0 ** (count - 1) / count)
     return np.concatenate([weights[:real], *(pairs * (-1) ** number for number in range(count))])
 
@@ -189,21 +197,18 @@ class _Block(NamedTuple):
     powers: tuple[int, ...]
     number: int
     start: int
-
-    @property
-    def size(self) -> int:
-        """Monomials of a block."""
-        return prod(t + 1 for t in self.powers)
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """How many are their own conjugates (|z_1|^t_1 |z_2|^t_2 … or none), and real and imaginary parts of the others."""
-        real = int(all(t % 2 == 0 for t in self.powers))
-        return real, (self.size - real) // 2, (self.size - real) // 2
+    # Monomials of a block; those that are their own conjugates, |z_1|^t_1 |z_2|^t_2 … or none, and parts of the others.
+    size: int
+    rows: tuple[int, int, int]
 
 
 @memoized
-def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[np.ndarray, tuple[_Block, ...]]:
+def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[_Block, ...]:
+    """The blocks in order."""
+    return _layout(dim, degree, grading, level)[1]
+
+
+def _layout(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[np.ndarray, tuple[_Block, ...]]:
     """Where each real monomial stands, block by block and of alike blocks place by place, and the blocks."""
     alpha = exponents(dim, degree, grading).astype(np.int64)
     if level is not None:
@@ -223,8 +228,8 @@ def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple
     found, start = [], 0
     for of_kind, number in zip(kinds.tolist(), np.bincount(kind.reshape(-1)).tolist(), strict=True):
         own_powers = tuple(t for t in of_kind if t)
-        block_of = _Block(own_powers, number // prod(t + 1 for t in own_powers), start)
-        found.append(block_of)
+        size, real = prod(t + 1 for t in own_powers), int(all(t % 2 == 0 for t in own_powers))
+        found.append(_Block(own_powers, number // size, start, size, (real, (size - real) // 2, (size - real) // 2)))
         start += number
     return order, tuple(found)
 
@@ -232,7 +237,7 @@ def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple
 @memoized
 def _whole(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """Complex monomials from real ones, (r, r)."""
-    order, blocks = _blocks(dim, degree, grading, level)
+    order, blocks = _layout(dim, degree, grading, level)
     # Of each kind of rows, block by block as in `turned`.
     kinds: tuple[list[np.ndarray], ...] = ([], [], [])
     for block in blocks:
@@ -251,14 +256,16 @@ def _whole_transposed(dim: int, degree: int, grading: Grading, level: int | None
     return np.ascontiguousarray(_whole(dim, degree, grading, level).T)
 
 
+@memoized
 def _order(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """The table of `turned`: where its rows come from."""
-    return _blocks(dim, degree, grading, level)[0]
+    return _layout(dim, degree, grading, level)[0]
 
 
+@memoized
 def _places(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """The table of `turned_back`: where its rows come from."""
-    return np.argsort(_blocks(dim, degree, grading, level)[0])
+    return np.argsort(_layout(dim, degree, grading, level)[0])
 
 
 @memoized
@@ -297,10 +304,12 @@ def _transposed(powers: tuple[int, ...]) -> np.ndarray:
 
 
 @memoized
-def complex_weights(coefficients: tuple[float, ...], turn: Turn) -> np.ndarray:
+def complex_weights(
+    coefficients: tuple[float, ...], dim: int, degree: int, grading: Grading = (), level: int | None = None
+) -> np.ndarray:
     """C_|α| 2^(−|α|) |α|! / α! of every complex monomial, twice that of those with a conjugate, (r, 1)."""
     reals, others = [np.zeros(0)], [np.zeros(0)]
-    for block in _blocks(*turn)[1]:
+    for block in _blocks(dim, degree, grading, level):
         t = sum(block.powers)
         of_rows = []
         for row in _complex_powers(block.powers).tolist():
