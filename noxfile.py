@@ -152,6 +152,7 @@ def doctest(session: nox.Session) -> None:
         "docs/quickstart.md",
         "docs/adjoint.md",
         "docs/causal.md",
+        "docs/positions.md",
     )
 
 

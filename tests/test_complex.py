@@ -6,11 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import COMPLEX, Call, assert_close, complex_methods, draw, refuse, run
+from cases import COMPLEX, KINDS, Call, assert_close, complex_methods, draw, ratios, refuse, run, sample
 from numpy.polynomial import Polynomial
-from reference import Dense, as_complex, dense, through_features
+from reference import Dense, as_complex, changed, dense, through_features
 
 import tattn
+from tattn.backends.numpy import BACKEND
+from tattn.features import complex_channels
+from tattn.features.complex_channels import Turn
+from tattn.features.monomials import exponents, features
+from tattn.methods.bands import level_sizes
 
 orders = pytest.mark.parametrize("views", [1, 2, 3])
 
@@ -74,10 +79,11 @@ def test_causal_calls(library: Any, views: int, option: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("views", [2, 3])
-def test_causal_calls_of_many_blocks(views: int) -> None:
+def test_causal_calls_of_many_blocks(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefixes are carried from block to block, and back in the adjoint."""
+    monkeypatch.setattr(BACKEND, "workspace", 1 << 12)
     rng = np.random.default_rng(0)
-    n = 300 if views == 2 else 60
+    n = 60 if views == 2 else 24
     query, *keys = rng.uniform(-1, 1, (views + 1, n, 4))
     values = list(rng.normal(size=(views, n, 2)))
     call = Call(query, keys, values, None, rng.normal(size=(n, 2)), rng.normal(size=n))
@@ -85,6 +91,60 @@ def test_causal_calls_of_many_blocks(views: int) -> None:
     (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, return_lse=True)
     dquery, dkeys, dvalues = pullback(call.grad_out, call.grad_lse)
     assert_close(Dense(out, lse, dquery, list(dkeys), list(dvalues)), expected(call, plan), 1e-11)
+
+
+@pytest.mark.parametrize("turn", [Turn(6, 4), Turn(2, 7), Turn(4, 3, (1, 2, 1, 2)), Turn(6, 4, level=4)], ids=str)
+def test_monomials_of_complex_numbers(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is z^α, one of every conjugate pair, and all blocks at once are what they are one by one."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(3, turn.dim))
+    phi = features(rows.T, turn.degree, BACKEND, turn.grading)
+    if turn.level is not None:
+        phi = phi[-level_sizes(turn.dim, turn.level)[-1] :]
+    found = turn.turned(phi, BACKEND)
+    real, half = turn.real, (len(phi) + turn.real) // 2
+    z = as_complex(rows)
+    every = np.concatenate([z, z.conj()], axis=-1)
+    alpha = exponents(turn.dim, turn.degree, turn.grading)[-len(phi) :]
+    expected = np.prod(every[:, None, :] ** alpha, axis=-1).T
+    own = np.concatenate([found[:real], found[real:half] + 1j * found[half:], found[real:half] - 1j * found[half:]])
+    for x in (own, expected):
+        x[...] = x[np.lexsort(np.concatenate([x.real, x.imag], axis=1).round(8).T)]
+    np.testing.assert_allclose(own, expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(complex_channels, "_SMALL", 0)
+    np.testing.assert_allclose(turn.turned(phi, BACKEND), found, rtol=1e-12, atol=1e-13)
+    y = rng.normal(size=found.shape)
+    apart = turn.turned_back(y, BACKEND)
+    np.testing.assert_allclose((apart * phi).sum(), (y * found).sum(), rtol=1e-12)
+    monkeypatch.undo()
+    np.testing.assert_allclose(turn.turned_back(y, BACKEND), apart, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_no_error_of_a_causal_call_exceeds_the_plan(
+    kind: str, dtype: str, kernels: bool, draws: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(BACKEND, "kernels", ())
+    precision = np.float64 if dtype == "float32" else np.longdouble
+    for seed in draws(40):
+        rng = np.random.default_rng(seed)
+        views, bound = int(rng.integers(1, 4)), float(rng.choice([0.1, 0.5, 1.0, 2.0, 3.0]))
+        drawn, scale = sample(kind, seed, views, bound, dtype, "complex")
+        n = min(len(x) for x in (drawn.query, *drawn.keys))
+        drawn = drawn._replace(query=drawn.query[:n], grad=drawn.grad[:n])
+        asked: Any = {"degree": int(rng.integers(1, 9)), "scale": scale, "causal": True, "channels": "complex"}
+        plan = tattn.plan(drawn.query, drawn.keys, drawn.values, **asked)
+        if not np.isfinite(plan.error):
+            continue
+        out, pullback = tattn.tensor_attention_vjp(drawn.query, drawn.keys, drawn.values, plan=plan, causal=True)
+        dquery, dkeys, dvalues = pullback(drawn.grad)
+        given: Any = {"scale": scale, "grad_out": drawn.grad, "causal": True, "channels": "complex"}
+        truth = dense(drawn.query, drawn.keys, drawn.values, precision=precision, **given)
+        found = ratios(plan, drawn, Dense(out, out, dquery, list(dkeys), list(dvalues)), truth)
+        assert max(found) <= 1, (seed, found, str(plan))
 
 
 def kept(q: np.ndarray, a: np.ndarray, b: np.ndarray, plan: tattn.Plan) -> float:
@@ -130,17 +190,12 @@ def test_a_pruned_basis_keeps_what_it_says() -> None:
     _, dkeys, _ = pullback(grad)
     step = rng.normal(size=keys[0].shape)
     ahead, behind = (
-        tattn.tensor_attention(query, [keys[0] + h * step, keys[1]], values, plan=tattn_promise(plan))
+        tattn.tensor_attention(
+            query, [keys[0] + h * step, keys[1]], values, plan=changed(plan, source="promise", sizes=())
+        )
         for h in (1e-6, -1e-6)
     )
     np.testing.assert_allclose((dkeys[0] * step).sum(), (grad * (ahead - behind)).sum() / 2e-6, rtol=1e-6)
-
-
-def tattn_promise(plan: tattn.Plan) -> tattn.Plan:
-    """The plan, which no other rows are compared with."""
-    from reference import changed
-
-    return changed(plan, source="promise", sizes=())
 
 
 @orders
@@ -153,7 +208,7 @@ def test_summaries_and_decoding(library: Any, views: int) -> None:
     asked: Any = {"bound": 1.0, "degree": 3, "dtype": "float64", "channels": "complex"}
     plan = tattn.plan_for(n=n, dim=4, order=views + 1, **asked)
     q, ks, vs = library.arrays(query, keys, values)
-    parts = [tattn.summarize([k[s] for k in ks], [v[s] for v in vs], plan) for s in (slice(0, 1), slice(1, n))]
+    parts = [tattn.summarize([k[s, :] for k in ks], [v[s, :] for v in vs], plan) for s in (slice(0, 1), slice(1, n))]
     whole = tattn.tensor_attention(q, ks, vs, plan=through_features(plan))
     np.testing.assert_allclose(library.numpy((parts[0] + parts[1]).attend(q)), library.numpy(whole), rtol=1e-12)
     causal = dense(query, keys, values, causal=True, channels="complex", function=Polynomial(plan.coefficients))
@@ -223,6 +278,58 @@ def test_an_estimated_plan() -> None:
     assert largest < 1e-3
 
 
+@pytest.mark.libraries("torch")
+def test_torch_transformations() -> None:
+    """Autograd, and one graph by torch.compile, which traces no further than the call."""
+    import torch
+
+    call = draw(2, dim=4)
+    plan = tattn.plan_for(n=[9, 7, 6], dim=4, bound=1.0, degree=3, dtype="float64", channels="complex")
+    arrays = [torch.tensor(x, requires_grad=True) for x in (call.query, *call.keys, *call.values)]
+
+    def of(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+        return tattn.tensor_attention(q, [a, b], [u, v], plan=plan)
+
+    truth = expected(call._replace(grad_lse=np.zeros(9)), plan)
+    for function in (of, torch.compile(of, fullgraph=True, backend="aot_eager")):
+        out = function(*arrays)
+        np.testing.assert_allclose(out.detach(), truth.out, rtol=1e-11, atol=1e-13)
+        grads = torch.autograd.grad((out * torch.tensor(call.grad_out)).sum(), arrays)
+        for got, want in zip(grads, (truth.dquery, *truth.dkeys, *truth.dvalues), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.libraries("jax")
+def test_jax_transformations() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    call = draw(2, dim=4)
+    plan = tattn.plan_for(n=[9, 7, 6], dim=4, bound=1.0, degree=3, dtype="float64", channels="complex")
+
+    def loss(q: Any, a: Any, b: Any, u: Any, v: Any) -> Any:
+        return (tattn.tensor_attention(q, [a, b], [u, v], plan=plan) * call.grad_out).sum()
+
+    arrays = [jnp.asarray(x) for x in (call.query, *call.keys, *call.values)]
+    truth = expected(call._replace(grad_lse=np.zeros(9)), plan)
+    grads = jax.jit(jax.grad(loss, argnums=tuple(range(5))))(*arrays)
+    for got, want in zip(grads, (truth.dquery, *truth.dkeys, *truth.dvalues), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.libraries("torch")
+def test_narrow_dtypes_compute_in_float32(dtype: str) -> None:
+    import torch
+
+    call = draw(2, dim=4)
+    narrow = [torch.tensor(x).to(getattr(torch, dtype)) for x in (call.query, *call.keys, *call.values)]
+    out = tattn.tensor_attention(narrow[0], narrow[1:3], narrow[3:], method="exact", channels="complex")
+    q, a, b, u, v = (x.double().numpy() for x in narrow)
+    assert str(out.dtype) == f"torch.{dtype}"
+    np.testing.assert_allclose(out.double(), dense(q, [a, b], [u, v], channels="complex").out, atol=4e-3)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     call = draw(2, dim=3)
     given = call.query, call.keys, call.values
@@ -242,5 +349,7 @@ def test_what_does_not_fit_is_refused() -> None:
     given = call.query, call.keys, call.values
     refuse(tattn.measure_error, ValueError, "channels should be", *given, call.grad_out, channels=None)
     plan = tattn.plan_for(n=9, dim=4, bound=1.0, dtype="float64")
+    hint = "got complex128: give real parts followed by imaginary parts, and channels='complex'"
+    refuse(tattn.tensor_attention, TypeError, hint, as_complex(given[0]), [as_complex(k) for k in given[1]], given[2])
     made_for = "plan was made for channels real, the call has channels complex"
     refuse(tattn.tensor_attention, tattn.PlanError, made_for, *given, plan=plan, channels="complex")

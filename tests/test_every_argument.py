@@ -158,6 +158,9 @@ def core_cases() -> dict[str, Case]:
         "Summary.attend": case(SUMMARY.attend, ("query", "no rows"), query=Q, return_lse=False),
         "Summary.attend_vjp": case(SUMMARY.attend_vjp, ("query", "no rows"), query=Q, return_lse=False),
         "Summary.attend_vjp, pullback": case(to_summary, grad_out=Q, grad_lse=Q[:, 0]),
+        "rotary": case(
+            tattn.rotary, ("rows", "no rows"), rows=Q, positions=np.arange(6), frequencies=np.ones(2),
+        ),
         "warm_up": case(tattn.warm_up, ("dtypes", "no list"), ("dtypes", "one fewer"), ("dtypes", "one more"), dtypes=("float32",)),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),
         "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]], return_lse=False),

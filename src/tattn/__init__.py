@@ -11,6 +11,7 @@ from .planning import plan, plan_for
 from .planning.measure import measure_error
 from .planning.tolerance import best_tol
 from .plans import Plan
+from .positions import rotary
 from .state.decoding import DecodingState
 from .state.summary import Summary, summarize, summarize_vjp
 
@@ -32,6 +33,7 @@ __all__ = [
     "paper",
     "plan",
     "plan_for",
+    "rotary",
     "scores",
     "summarize",
     "summarize_vjp",

@@ -14,6 +14,7 @@ import numpy as np
 from . import __version__
 from .backends.numpy import BACKEND
 from .checks import METHODS, SERIES
+from .operands import CHANNELS, REAL
 from .planning import plan_for
 from .planning.limits import flops_of, speed
 from .plans import Plan, duration, strict_json
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--moment", type=int, help="moment that bounds their error, with --series banded (default: 2)")
     plan.add_argument("--causal", action="store_true", help="a row sees keys up to its own row")
     plan.add_argument("--window", type=int, nargs="+", help="and of those the last so many of each view")
+    plan.add_argument("--channels", choices=CHANNELS, default=REAL, help="complex: dim real and imaginary parts")
     plan.add_argument("--workers", type=int, help="processes or machines with a share of the rows each")
     plan.add_argument("--bandwidth", type=float, help="bytes a second that a worker sends")
     plan.add_argument("--max-flops", type=float, help="refuse a call that takes more operations")

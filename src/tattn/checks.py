@@ -424,7 +424,8 @@ def check_floating(name: str, array: Any, query: Any, backend: Backend, like: st
     """TypeError unless the dtype is one that is computed in, and the query's; its device too."""
     dtype = backend.dtype_name(array.dtype)
     if dtype not in FLOATS:
-        raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}")
+        hint = ": give real parts followed by imaginary parts, and channels='complex'" if "complex" in dtype else ""
+        raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}{hint}")
     if array.dtype != query.dtype:
         raise TypeError(f"{name} should have {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
     check_device(name, array, query, backend, like)

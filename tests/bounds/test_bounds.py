@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import KINDS, Sample, ratios, sample
-from reference import Dense, dense, through_features, value_sizes
+from reference import Dense, dense, sizes_of, through_features, value_sizes
 
 import tattn
 
@@ -62,13 +62,19 @@ def test_no_error_exceeds_the_plan(
 
 @pytest.mark.parametrize("kind", ["uniform", "heavy", "corners", "aligned", "two-sided"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_no_error_exceeds_a_pruned_plan(kind: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("channels", ["real", "complex"])
+def test_no_error_exceeds_a_pruned_plan(
+    kind: str, dtype: str, channels: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Channels of very unequal sizes, so that plans leave monomials out; where all entries are alike, these add up."""
     worst: list[list[float]] = []
     for seed in range(DRAWS // 6):
         rng = np.random.default_rng([seed, len(kind)])
         views, dim, light = int(rng.integers(1, 4)), int(rng.integers(8, 15)), float(rng.choice([1e-3, 1e-2, 5e-2]))
         sizes = np.where(np.arange(dim) < rng.integers(1, 3), 1.0, light * rng.uniform(0.3, 1, dim))
+        if channels == "complex":
+            dim = 2 * (dim // 2)
+            sizes = np.tile(sizes[: dim // 2], 2)
         lengths = rng.integers(2, 9, views + 1)
         arrays = [
             (KINDS[kind](rng, (int(n), dim), i) * sizes ** (1 / (views + 1))).astype(dtype)
@@ -76,11 +82,12 @@ def test_no_error_exceeds_a_pruned_plan(kind: str, dtype: str, capsys: pytest.Ca
         ]
         values = [rng.choice([-1.0, 1.0], (int(n), 12)).astype(dtype) for n in lengths[1:]]
         drawn = Sample(arrays[0], arrays[1:], values, rng.normal(size=(int(lengths[0]), 12)).astype(dtype))
-        tops = np.prod([np.abs(a.astype(float)).max(0) for a in arrays], 0)
-        scale = float(rng.choice([0.3, 1.0, 1.5]) / tops.sum())
+        tops = np.prod([sizes_of(a.astype(float), channels).max(0) for a in arrays], 0)
+        scale = float(rng.choice([0.3, 1.0, 1.5]) / tops.sum()) * (1 + (channels == "complex"))
         asked = {"scale": scale, "tol": float(rng.choice([3e-2, 1e-2, 2e-3])), "gradients": bool(rng.integers(2))}
         try:
-            plan = tattn.plan(drawn.query, drawn.keys, drawn.values, method="polynomial", **asked)
+            given = {"method": "polynomial", "channels": channels, **asked}
+            plan = tattn.plan(drawn.query, drawn.keys, drawn.values, **given)
         except tattn.PlanError:
             continue
         if not plan.grading:
@@ -90,7 +97,9 @@ def test_no_error_exceeds_a_pruned_plan(kind: str, dtype: str, capsys: pytest.Ca
         worst.append(found[:2])
     assert len(worst) > 5
     with capsys.disabled():
-        print(f"\n  {kind}, {dtype}, {len(worst)} pruned draws: error/bound at most {np.max(worst, axis=0)}")
+        print(
+            f"\n  {kind}, {dtype}, {channels}, {len(worst)} pruned draws: error/bound at most {np.max(worst, axis=0)}"
+        )
 
 
 @pytest.mark.parametrize("value", [1 / 3, 0.1, 0.7, 0.3])

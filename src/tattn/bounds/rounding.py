@@ -12,7 +12,7 @@ the arithmetic and not a theorem about it; the tests hold it against corners, co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp, inf, prod, sqrt
+from math import comb, exp, inf, prod, sqrt
 from typing import NamedTuple
 
 from ..backends.operations import CHAIN
@@ -126,21 +126,26 @@ def _of_features(coefficients: Sequence[float], bound: float, sums: Sums) -> tup
 
     def count(t: int, others: float = 0.0) -> float:
         found = (views + 1) * (t + 2) + lost + others
-        return complex_units(found, t, dim, views) if paired else found
+        return complex_units(found, t, dim, views, chunk > 0) if paired else found
 
     slope = LAMBDA * sqrt((value_dim + 1) * max(1, chunk)) + 4
     return _of_sums(coefficients, bound, count, lambda t: count(t, slope))
 
 
-def complex_units(units: float, t: int, dim: int, views: int) -> float:
+def complex_units(units: float, t: int, dim: int, views: int, prefixes: bool = False) -> float:
     """Units that a term of degree t loses with complex channels, `dim` parts of them, where as many real ones lose so many.
 
     Complex monomials are sums over the real ones of a block, whose moduli add up to (|x| + |y|)^t ≤ 2^(t/2) |z|^t. Sums of one view
-    at a time are off by parts of that while those of the other views are right, so the factor comes once.
+    at a time are off by parts of that while the other views are right, so the factor comes once. Products of `prefixes` are
+    sums of real ones (`Forms`), which add up to more: by Hölder's inequality to 2^(k−1)/k Σ_l |cos(φ + π l / k)|^k for k factors.
     """
     size: float = min(2.0**t, (2 * t / dim + 1) ** (dim / 2))
     turned = min(size, LAMBDA * sqrt(size)) + 2 + COMPLEX_PRODUCT
-    return (units + (views + 1) * turned) * float(2.0 ** (t / 2))
+    growth: float = 2.0 ** (t / 2)
+    if prefixes and views > 1:
+        # The sum is C(k, k/2) k / 2^k for even k, and at most so much for odd ones.
+        growth *= comb(views + 1, (views + 1) // 2) / (2.0 if views % 2 else sqrt(3))
+    return (units + (views + 1) * turned) * growth
 
 
 def _of_sums(

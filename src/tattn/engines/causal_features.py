@@ -32,7 +32,9 @@ from ..backends.operations import CHAIN, Prefix
 from ..backends.tables import memoized
 from ..features.balance import balanced_values, with_one, with_powers
 from ..features.basis import Basis
-from ..features.monomials import Expansion, Grading, rank, runs
+from ..features.complex_channels import Forms, Turn, conjugating, form_weights
+from ..features.monomials import Expansion, Grading, pull_back, rank, runs
+from ..features.monomials import features as features_of
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
@@ -48,7 +50,6 @@ from .features import (
     log_normaliser,
     scaled_gradient,
     summary,
-    turn_of,
     weights,
     with_ones,
     zero_sum,
@@ -113,8 +114,6 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
 
 def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
     """What takes the place of the loops over chunks, if anything does for these arrays."""
-    if operands.paired:
-        return None
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
 
@@ -124,6 +123,8 @@ def _read_by(
     """`_read_rows` by a kernel, from sums and the rows of query and views."""
     backend = setting.backend
     columns = sum(x.shape[-1] + 1 for x in rows if x is not None)
+    if setting.forms is not None:
+        columns += setting.forms.size * setting.forms.factors
     row = columns * prod(setting.leading) * backend.itemsize(setting.w.dtype)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
@@ -143,11 +144,35 @@ def _prefix(setting: Setting, rows: Sequence[Array | None]) -> Prefix:
         backend.cast(clean(x, mask, backend), dtype) * unit
         for x, mask, unit in zip((q, *keys), (None, *masks), setting.units, strict=True)
     ]
+    if setting.forms is not None:
+        of_all = [_as_channels(setting, x)[0] for x in of_all]
     shares = [
         with_ones(v, mask, dtype, backend) * share for v, mask, share in zip(values, masks, setting.shares, strict=True)
     ]
-    table = run_table(q.shape[-1], setting.degree, setting.grading)  # type: ignore[union-attr]
+    which = (q.shape[-1], setting.degree, setting.grading)  # type: ignore[union-attr]
+    table = run_table(*which) if setting.forms is None else run_table(setting.forms.size - 1, 1, ())
     return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares)
+
+
+def _as_channels(setting: Setting, x: Array) -> tuple[Array, Array, Array]:
+    """Rows (..., n, d) as what kernels take for channels where these are complex: all monomials but 1, which are those of degree 1.
+
+    (..., n, size − 1), with the rows channel by channel and their real monomials.
+    """
+    backend = setting.backend
+    x = backend.xp.matrix_transpose(x)
+    phi = features_of(x, setting.degree, backend, setting.grading)
+    return backend.xp.matrix_transpose(setting.turned(phi)[..., 1:, :]), x, phi
+
+
+def _from_channels(setting: Setting, gradient: Array, rows: Array) -> Array:
+    """Gradients of `_as_channels` as those of the rows in their units (..., n, d)."""
+    backend, xp = setting.backend, setting.backend.xp
+    _, x, phi = _as_channels(setting, rows)
+    gradient = xp.matrix_transpose(gradient)
+    gradient = xp.concat([xp.zeros_like(gradient[..., :1, :]), gradient], axis=-2)
+    pulled = pull_back(x, phi, setting.turned_back(gradient), setting.degree, backend, setting.grading)
+    return xp.matrix_transpose(pulled)
 
 
 @memoized
@@ -249,12 +274,17 @@ def _adjoint_by(
     g_hat = scaled_gradient(o, l, g, g_lse, backend)
     carry, (dq, d_keys, d_shares) = kernel(_prefix(setting, (q, *views)), starts, carry, g_hat)
 
+    def of_channels(gradient: Array, unit: Any, mask: Array | None, like: Array) -> Array:
+        if setting.forms is not None:
+            gradient = _from_channels(setting, gradient, backend.cast(clean(like, mask, backend), dtype) * unit)
+        return of_rows(gradient, unit, mask, like)
+
     def of_rows(gradient: Array, factor: Any, mask: Array | None, like: Array) -> Array:
         return sum_to_leading(clean(gradient * factor, mask, backend), like.shape[:-2], backend)
 
     keys, values, masks = views[:m], views[m : 2 * m], views[2 * m :]
-    found = [of_rows(dq, setting.units[0], None, q)]
-    found += [of_rows(*of_view) for of_view in zip(d_keys, setting.units[1:], masks, keys, strict=True)]
+    found = [of_channels(dq, setting.units[0], None, q)]
+    found += [of_channels(*of_view) for of_view in zip(d_keys, setting.units[1:], masks, keys, strict=True)]
     d_values = [dz[..., :-1] for dz in d_shares]
     return carry, found + [of_rows(*v) for v in zip(d_values, setting.shares, masks, values, strict=True)]
 
@@ -305,12 +335,18 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     """What blocks share, and the rows of a block: some chunks, whose prefixes fit in the workspace."""
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
-    units = start.units if start else shared_units(operands, causal=True)
-    turn = turn_of(operands, expansion)
-    w = weights(expansion, q, backend, turn)
+    units = list(start.units if start else shared_units(operands, causal=True))
+    forms, w = None, weights(expansion, q, backend)
+    if operands.paired and m == 1:
+        # The real part of one product is that of real channels, with the conjugate of the query.
+        units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=w.dtype)
+    elif operands.paired:
+        forms = Forms(Turn(q.shape[-1], degree, grading), m + 1)
+        which = expansion.coefficients, q.shape[-1], grading, m + 1
+        w = backend.table(form_weights, *which, like=q, dtype=w.dtype)
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
-    row, columns = rank(q.shape[-1], degree, grading) * itemsize * prod(leading), values[0].shape[-1] + 1
+    row, columns = w.shape[0] * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
     in_tile = row * (1 if m == 1 else columns)
     chunk = chunk_of(m)
@@ -322,13 +358,14 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     in_block = row * (2 * (m + 1) + 2 * m * columns // chunk)
     chunks = max(1, min(2 * backend.workspace // (in_block * chunk), CHAIN, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend, turn), chunk * chunks
+    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend, forms), chunk * chunks
 
 
 def _limits(setting: Setting) -> list[Any]:
     """How large an entry of query and keys may be for its monomials to be numbers."""
     most = 2.0 ** (_LARGEST[setting.backend.dtype_name(setting.w.dtype)] / setting.degree)
-    return [most / unit for unit in setting.units]
+    # Units of a conjugate are negative.
+    return [most / abs(unit) for unit in setting.units]
 
 
 def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[tuple[Sum, ...], list[Array | None]]:

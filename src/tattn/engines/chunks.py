@@ -12,7 +12,6 @@ the rows behind a chunk and of those behind j in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..arrays import clean, prod_of, sum_to_leading, swap_outer
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 from ..features.basis import read
-from ..features.complex_channels import Turn, conjugate, multiply
+from ..features.complex_channels import Forms
 from ..features.monomials import Grading, Monomials, features, pull_back
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
@@ -41,29 +40,15 @@ class Setting(NamedTuple):
     tile: int
     leading: tuple[int, ...]
     backend: Backend
-    turn: Turn | None = None
+    forms: Forms | None = None
 
     def turned(self, x: Array) -> Array:
-        """Real monomials (..., r, k) as those that prefixes are made of: the complex ones where channels are complex."""
-        return x if self.turn is None else self.turn.turned(x, self.backend)
+        """Monomials (..., r, k) as what prefixes are made of, where channels are complex."""
+        return x if self.forms is None else self.forms.turned(x, self.backend)
 
     def turned_back(self, x: Array) -> Array:
         """The adjoint of `turned`."""
-        return x if self.turn is None else self.turn.turned_back(x, self.backend)
-
-    def conjugate(self, x: Array) -> Array:
-        """Of complex monomials (..., r), of which real ones are their own."""
-        return x if self.turn is None else conjugate(x, self.backend, real=self.turn.real)
-
-    def times(self, x: Array, y: Array) -> Array:
-        """Products of monomials (..., r), in the place of x where that may be."""
-        return _times(x, y, self.backend) if self.turn is None else multiply(x, y, self.backend, real=self.turn.real)
-
-    def product(self, factors: Sequence[Array]) -> Array:
-        """Products of monomials (..., r), of one array or more."""
-        if self.turn is None:
-            return prod_of(factors)
-        return reduce(self.times, factors)
+        return x if self.forms is None else self.forms.turned_back(x, self.backend)
 
     @property
     def monomials(self) -> Monomials:
@@ -124,9 +109,9 @@ def numerator(setting: Setting, chunks: Chunks) -> Array:
 
     def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
         phi_q, phis, zs, befores, _ = _tile(given, m, b, r, columns, backend)
-        x = setting.conjugate(phi_q * setting.w[:, 0])[..., None, :, :]
+        x = (phi_q * setting.w[:, 0])[..., None, :, :]
         for z, phi, before in zip(zs[1:], phis[1:], befores[1:], strict=True):
-            x = setting.times(setting.conjugate(_prefix(setting, z, phi, before)), x)
+            x = _times(_prefix(setting, z, phi, before), x, backend)
         inside = _scores(setting, x, phis[0]) @ xp.matrix_transpose(zs[0])[..., None]
         found = _contracted(x, befores[0], setting) + inside[..., 0]
         return None, (_together(found, backend),)
@@ -175,19 +160,17 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
     triangle = _triangle(setting, g_hat)
     upper = xp.matrix_transpose(triangle)
     w = setting.w[:, 0]
-    weighted = setting.conjugate(phi_q * w)[..., None, :, :]
+    weighted = (phi_q * w)[..., None, :, :]
     if m == 1:
         pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * triangle
-        y_q = setting.conjugate(xp.matrix_transpose(g_hat) @ befores[0] + pairs @ phis[0])
+        y_q = xp.matrix_transpose(g_hat) @ befores[0] + pairs @ phis[0]
         xs = [weighted]
     else:
         prefixes = [_prefix(setting, *view) for view in zip(zs, phis, befores, strict=True)]
-        both = swap_outer(setting.product(prefixes), backend)
-        y_q = setting.conjugate((xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :])
-        if setting.turn is not None:
-            prefixes = [setting.conjugate(prefix) for prefix in prefixes]
-        xs = [setting.product([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
-            setting.times(prefixes[1 - view], weighted) for view in range(m)
+        both = swap_outer(prod_of(prefixes), backend)
+        y_q = (xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :]
+        xs = [prod_of([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
+            _times(prefixes[1 - view], weighted, backend) for view in range(m)
         ]  # fmt: skip
     after, ys, dzs = [], [], []
     for total, z, phi, x in zip(carry, zs, phis, xs, strict=True):

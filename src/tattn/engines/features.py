@@ -304,14 +304,15 @@ def joined(sums: Sequence[Sum]) -> Sum:
 
 def turn_of(operands: Operands, expansion: Expansion) -> Turn | None:
     """What turns the monomials of complex channels; None for real ones."""
-    return Turn(operands.query.shape[-1], *expansion.monomials) if operands.paired else None
+    return Turn(operands.query.shape[-1], expansion.degree, expansion.grading) if operands.paired else None
 
 
 def weights(expansion: Expansion, like: Array, backend: Backend, turn: Turn | None = None) -> Array:
     """The weights w_α = c_|α| · |α|! / α! as a column (r, 1), or those of complex monomials."""
     dtype = backend.compute_dtype(like.dtype)
     if turn is not None:
-        return backend.table(complex_weights, expansion.coefficients, turn, like=like, dtype=dtype)
+        which = expansion.coefficients, turn.dim, turn.degree, turn.grading
+        return backend.table(complex_weights, *which, like=like, dtype=dtype)
     # By plain tuples, which torch.compile takes for constants.
     return backend.table(
         weight_table, expansion.coefficients, like.shape[-1], expansion.grading, like=like, dtype=dtype

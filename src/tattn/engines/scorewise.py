@@ -21,11 +21,11 @@ from ..backends import Array, Backend
 from ..backends.operations import CHAIN
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import row_products
-from ..features.complex_channels import conjugate, multiply
+from ..features.complex_channels import conjugate, conjugating, multiply
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream
 from .features import add, divided, log_normaliser, scaled_gradient, with_ones, zero_sum
-from .tuples import conjugating, scaled_keys
+from .tuples import scaled_keys
 
 # Rows of the last view in a block, where they do not leave room.
 LAST = 256

@@ -22,8 +22,6 @@ from math import prod
 from operator import mul
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..arrays import broadcast_leading, clean, prod_of, sizes_of, sum_to_leading, transposed, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE
@@ -31,7 +29,7 @@ from ..backends.tables import memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.balance import balanced_values, with_powers
-from ..features.complex_channels import multiply
+from ..features.complex_channels import conjugating, multiply
 from ..features.scaling import shared_units
 from ..operands import Gradients, Operands, Upstream
 from ..problem import Cost, Problem
@@ -280,12 +278,6 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
             first = xp.where(mask, first, _NEVER)
         views.append(Rows(_by_columns(k, backend), _by_columns(xp.concat([v, one], axis=-1), backend), first, last))
     return places(q, 0) if limits.offsets else None, views, run
-
-
-@memoized
-def conjugating(dim: int) -> np.ndarray:
-    """1 for real parts and −1 for imaginary parts, (1, d)."""
-    return np.repeat([[1.0, -1.0]], dim // 2, axis=1)
 
 
 def _by_columns(x: Array, backend: Backend) -> Array:

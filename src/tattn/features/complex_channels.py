@@ -18,15 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from math import comb, factorial, prod
+from math import comb, cos, factorial, pi, prod, sin
 from typing import NamedTuple
 
 import numpy as np
 
+from ..arrays import sum_of
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 from .balance import balanced_factors, prod_in_range
 from .monomials import Grading, exponents, rank
+
+# Monomials and columns up to which all blocks are one matrix.
+_SMALL, _FEW = 512, 16
 
 
 def conjugate(x: Array, backend: Backend, axis: int = -1, real: int = 0) -> Array:
@@ -42,6 +46,12 @@ def multiply(x: Array, y: Array, backend: Backend, axis: int = -1, real: int = 0
     (own, a, b), (other, c, d) = ([_part(z, axis, *cut) for cut in cuts] for z in (x, y))
     parts = [a * c - b * d, a * d + b * c]
     return backend.xp.concat([own * other, *parts] if real else parts, axis=axis)
+
+
+@memoized
+def conjugating(dim: int) -> np.ndarray:
+    """1 for real parts and −1 for imaginary parts, (1, d)."""
+    return np.repeat([[1.0, -1.0]], dim // 2, axis=1)
 
 
 def _part(x: Array, axis: int, start: int, stop: int | None) -> Array:
@@ -60,15 +70,17 @@ class Turn(NamedTuple):
     @property
     def real(self) -> int:
         """How many monomials are their own conjugates: these come first, then real parts, then imaginary parts."""
-        return sum(block.number * block.rows[0] for block in _blocks(*self)[1])
+        return sum(block.number * block.rows[0] for block in self._blocks())
 
     def turned(self, x: Array, backend: Backend) -> Array:
         """What is linear in the real monomials as the same of the complex ones: (..., r, k)."""
         xp = backend.xp
-        order = backend.table(_order, *self, like=x)
+        if self._whole(x):
+            return backend.table(_whole, self.dim, self.degree, self.grading, self.level, like=x, dtype=x.dtype) @ x
+        order = backend.table(_order, self.dim, self.degree, self.grading, self.level, like=x)
         x = xp.take(x, order, axis=-2)
         kept: tuple[list[Array], ...] = ([], [], [])
-        for block in _blocks(*self)[1]:
+        for block in self._blocks():
             matrix = backend.table(_matrix, block.powers, like=x, dtype=x.dtype)
             part = x[..., block.start : block.start + block.size * block.number, :]
             part = matrix @ xp.reshape(part, (*part.shape[:-2], block.size, block.number * part.shape[-1]))
@@ -83,10 +95,15 @@ class Turn(NamedTuple):
     def turned_back(self, x: Array, backend: Backend) -> Array:
         """The adjoint of `turned`: (..., r, k)."""
         xp = backend.xp
+        if self._whole(x):
+            return (
+                backend.table(_whole_transposed, self.dim, self.degree, self.grading, self.level, like=x, dtype=x.dtype)
+                @ x
+            )
         columns, real = x.shape[-1], self.real
         at = [0, real, (x.shape[-2] + real) // 2]
         parts = []
-        for block in _blocks(*self)[1]:
+        for block in self._blocks():
             rows = []
             for place, count in enumerate(block.rows):
                 if count:
@@ -96,8 +113,16 @@ class Turn(NamedTuple):
             matrix = backend.table(_transposed, block.powers, like=x, dtype=x.dtype)
             part = matrix @ (rows[0] if len(rows) == 1 else xp.concat(rows, axis=-2))
             parts.append(xp.reshape(part, (*part.shape[:-2], block.size * block.number, columns)))
-        places = backend.table(_places, *self, like=x)
+        places = backend.table(_places, self.dim, self.degree, self.grading, self.level, like=x)
         return xp.take(xp.concat(parts, axis=-2), places, axis=-2)
+
+    def _blocks(self) -> tuple[_Block, ...]:
+        # One by one, as compilers take them for constants.
+        return _blocks(self.dim, self.degree, self.grading, self.level)
+
+    def _whole(self, x: Array) -> bool:
+        """Whether one product with all blocks is quicker than one for each kind of them."""
+        return bool(x.shape[-2] <= _SMALL and x.shape[-1] <= _FEW)
 
     def product(self, weights: Array, factors: Sequence[Array], backend: Backend) -> Array:
         """What is read out of Π_views Σ z^α for sums (..., r, k) of real monomials, by real monomials: (..., r, k)."""
@@ -107,6 +132,56 @@ class Turn(NamedTuple):
     def multiplied(self, factors: Sequence[Array], backend: Backend) -> Array:
         """Products of complex monomials (..., r, k)."""
         return reduce(lambda x, y: multiply(x, y, backend, -2, self.real), factors)
+
+
+class Forms(NamedTuple):
+    """Complex monomials as real numbers whose products over the query and all views, weighted, are real parts of products.
+
+    Of k complex numbers, with angles θ_l = π l / k,
+
+        Re Π_j z_j = 2^(k−1) / k · Σ_{l < k} (−1)^l Π_j Re(z_j e^{i θ_l}),
+
+    since a product of cosines is a mean of cosines of sums with all signs, of which the sum over l leaves those of one sign. So
+    where products are many, as they are of prefixes, real ones serve: k for every pair of numbers.
+    """
+
+    turn: Turn
+    factors: int
+
+    @property
+    def size(self) -> int:
+        """How many numbers a row has."""
+        real = self.turn.real
+        return real + (rank(self.turn.dim, self.turn.degree, self.turn.grading) - real) // 2 * self.factors
+
+    def turned(self, x: Array, backend: Backend) -> Array:
+        """What is linear in the real monomials (..., r, k) as the same of these numbers."""
+        y, real = self.turn.turned(x, backend), self.turn.real
+        half = (y.shape[-2] + real) // 2
+        re, im = y[..., real:half, :], y[..., half:, :]
+        forms = [re * c - im * s for c, s in self._angles()]
+        return backend.xp.concat([y[..., :real, :], *forms], axis=-2)
+
+    def turned_back(self, x: Array, backend: Backend) -> Array:
+        """The adjoint of `turned`."""
+        real = self.turn.real
+        width = (x.shape[-2] - real) // self.factors
+        forms = [x[..., real + width * number : real + width * (number + 1), :] for number in range(self.factors)]
+        re = sum_of([form * c for form, (c, _) in zip(forms, self._angles(), strict=True)])
+        im = sum_of([form * -s for form, (_, s) in zip(forms, self._angles(), strict=True)])
+        return self.turn.turned_back(backend.xp.concat([x[..., :real, :], re, im], axis=-2), backend)
+
+    def _angles(self) -> list[tuple[float, float]]:
+        return [(cos(pi * number / self.factors), sin(pi * number / self.factors)) for number in range(self.factors)]
+
+
+@memoized
+def form_weights(coefficients: tuple[float, ...], dim: int, grading: Grading, count: int) -> np.ndarray:
+    """The weights of `complex_weights` for the numbers of `Forms` of so many factors, (size, 1)."""
+    degree = len(coefficients) - 1
+    weights, real = complex_weights(coefficients, dim, degree, grading), Turn(dim, degree, grading).real
+    pairs = weights[real : (len(weights) + real) // 2] * (2.0 ** (count - 1) / count)
+    return np.concatenate([weights[:real], *(pairs * (-1) ** number for number in range(count))])
 
 
 def product(weights: Array, factors: Sequence[Array], turn: Turn | None, backend: Backend) -> Array:
@@ -122,21 +197,18 @@ class _Block(NamedTuple):
     powers: tuple[int, ...]
     number: int
     start: int
-
-    @property
-    def size(self) -> int:
-        """Monomials of a block."""
-        return prod(t + 1 for t in self.powers)
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """How many are their own conjugates (|z_1|^t_1 |z_2|^t_2 … or none), and real and imaginary parts of the others."""
-        real = int(all(t % 2 == 0 for t in self.powers))
-        return real, (self.size - real) // 2, (self.size - real) // 2
+    # Monomials of a block; those that are their own conjugates, |z_1|^t_1 |z_2|^t_2 … or none, and parts of the others.
+    size: int
+    rows: tuple[int, int, int]
 
 
 @memoized
-def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[np.ndarray, tuple[_Block, ...]]:
+def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[_Block, ...]:
+    """The blocks in order."""
+    return _layout(dim, degree, grading, level)[1]
+
+
+def _layout(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[np.ndarray, tuple[_Block, ...]]:
     """Where each real monomial stands, block by block and of alike blocks place by place, and the blocks."""
     alpha = exponents(dim, degree, grading).astype(np.int64)
     if level is not None:
@@ -156,20 +228,44 @@ def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple
     found, start = [], 0
     for of_kind, number in zip(kinds.tolist(), np.bincount(kind.reshape(-1)).tolist(), strict=True):
         own_powers = tuple(t for t in of_kind if t)
-        block_of = _Block(own_powers, number // prod(t + 1 for t in own_powers), start)
-        found.append(block_of)
+        size, real = prod(t + 1 for t in own_powers), int(all(t % 2 == 0 for t in own_powers))
+        found.append(_Block(own_powers, number // size, start, size, (real, (size - real) // 2, (size - real) // 2)))
         start += number
     return order, tuple(found)
 
 
+@memoized
+def _whole(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
+    """Complex monomials from real ones, (r, r)."""
+    order, blocks = _layout(dim, degree, grading, level)
+    # Of each kind of rows, block by block as in `turned`.
+    kinds: tuple[list[np.ndarray], ...] = ([], [], [])
+    for block in blocks:
+        columns = order[block.start : block.start + block.size * block.number].reshape(block.size, block.number)
+        whole = np.zeros((block.size, block.number, len(order)))
+        for number in range(block.number):
+            whole[:, number, columns[:, number]] = _matrix(block.powers)
+        ends = np.cumsum((0, *block.rows))
+        for of_kind, start, stop in zip(kinds, ends[:-1], ends[1:], strict=True):
+            of_kind.append(whole[start:stop].reshape(-1, len(order)))
+    return np.concatenate([rows for of_kind in kinds for rows in of_kind])
+
+
+def _whole_transposed(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
+    """The adjoint's."""
+    return np.ascontiguousarray(_whole(dim, degree, grading, level).T)
+
+
+@memoized
 def _order(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """The table of `turned`: where its rows come from."""
-    return _blocks(dim, degree, grading, level)[0]
+    return _layout(dim, degree, grading, level)[0]
 
 
+@memoized
 def _places(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """The table of `turned_back`: where its rows come from."""
-    return np.argsort(_blocks(dim, degree, grading, level)[0])
+    return np.argsort(_layout(dim, degree, grading, level)[0])
 
 
 @memoized
@@ -208,10 +304,12 @@ def _transposed(powers: tuple[int, ...]) -> np.ndarray:
 
 
 @memoized
-def complex_weights(coefficients: tuple[float, ...], turn: Turn) -> np.ndarray:
+def complex_weights(
+    coefficients: tuple[float, ...], dim: int, degree: int, grading: Grading = (), level: int | None = None
+) -> np.ndarray:
     """C_|α| 2^(−|α|) |α|! / α! of every complex monomial, twice that of those with a conjugate, (r, 1)."""
     reals, others = [np.zeros(0)], [np.zeros(0)]
-    for block in _blocks(*turn)[1]:
+    for block in _blocks(dim, degree, grading, level):
         t = sum(block.powers)
         of_rows = []
         for row in _complex_powers(block.powers).tolist():

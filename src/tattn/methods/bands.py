@@ -237,7 +237,8 @@ class Series(NamedTuple):
             return found * weights[-found.shape[-2] :][:, None]
         turn = self.turn(t)
         found = conjugate(multiply_out(coefficients, tensors, backend, turn), backend, -2, turn.real)
-        weights = backend.table(complex_weights, (1.0,) * (t + 1), turn, like=like, dtype=like.dtype)
+        which = (1.0,) * (t + 1), self.dim, t, (), t
+        weights = backend.table(complex_weights, *which, like=like, dtype=like.dtype)
         return turn.turned_back(found * weights, backend)
 
 

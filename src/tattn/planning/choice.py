@@ -233,7 +233,7 @@ def _call(inputs: Inputs, plan: Plan, certify: bool) -> Call:
         # The rows that were recomputed are those of another call.
         method = method.inner
     call = Call(method, inputs.views, plan.scale, inputs.order, certify, plan.problem.chain)
-    return call._replace(channels=inputs.channels)
+    return call._replace(channels=plan.channels)
 
 
 def gradient_bounds(work: Work, inputs: Inputs, out: Array, kept: Array, upstream: Upstream) -> tuple[Array, ...]:

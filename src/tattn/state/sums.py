@@ -61,7 +61,7 @@ class SumCall(NamedTuple):
 
     def turn(self, dim: int) -> Turn | None:
         """What turns the monomials of complex channels; None for real ones."""
-        return Turn(dim, *self.expansion.monomials) if self.channels == COMPLEX else None
+        return Turn(dim, self.expansion.degree, self.expansion.grading) if self.channels == COMPLEX else None
 
 
 # log2 of eps over the smallest normal number.
