@@ -353,3 +353,26 @@ def test_what_does_not_fit_is_refused() -> None:
     refuse(tattn.tensor_attention, TypeError, hint, as_complex(given[0]), [as_complex(k) for k in given[1]], given[2])
     made_for = "plan was made for channels real, the call has channels complex"
     refuse(tattn.tensor_attention, tattn.PlanError, made_for, *given, plan=plan, channels="complex")
+
+
+@pytest.mark.libraries("torch")
+def test_a_compiled_call_knows_its_channels() -> None:
+    """What a compiler takes as one operator is told by its plan alone."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    query, a, b, u, v = (torch.tensor(x) for x in rng.uniform(-1, 1, (5, 30, 6)))
+    plan = tattn.plan_for(n=30, dim=6, bound=2.0, degree=4, dtype="float64", channels="complex")
+
+    def attend(query: Any) -> Any:
+        return tattn.tensor_attention(query, [a, b], [u, v], plan=plan)
+
+    found, expected = [], attend(query)
+    for backend in ("eager", "aot_eager"):
+        leaf = query.clone().requires_grad_()
+        out = torch.compile(attend, fullgraph=True, backend=backend)(leaf)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    leaf = query.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(attend(leaf).square().sum(), leaf)
+    for out, of_query in found:
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(of_query, grad, rtol=1e-10, atol=1e-12)

@@ -22,6 +22,7 @@ from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
 from .planning.limits import check_flops, checked_most, flops_of
+from .planning.program import ATTENTION
 from .planning.selection import Wish
 from .plans import Plan
 
@@ -157,7 +158,7 @@ def tensor_attention(
     inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
-        return _returned(_computed(work, inputs), inputs, work, asked)[0]
+        return _returned(_computed(work, inputs, asked), inputs, work, asked)[0]
 
 
 def tensor_attention_vjp(
@@ -290,8 +291,15 @@ def _unplanned(inputs: Inputs, asked: _Asked) -> bool:
     return asked.method == "exact" and asked.plan is None and not inputs.traced
 
 
-def _computed(work: Work, inputs: Inputs) -> tuple[Array, ...]:
-    """Output, log-sum-exp and what the adjoint needs besides; computed once more where gradients are recorded."""
+def _computed(work: Work, inputs: Inputs, asked: _Asked | None = None) -> tuple[Array, ...]:
+    """Output, log-sum-exp and what the adjoint needs besides; computed once more where gradients are recorded.
+
+    A compiler may take a call with a plan as one operator, if it is said what was `asked`.
+    """
+    if inputs.traced and asked is not None and asked.plan is not None:
+        whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error), work.arrays)
+        if whole is not None:
+            return *whole[:2], *inputs.backend.values_of(whole[2:])
     if work.result is None or inputs.backend.records(work.arrays):
         return inputs.backend.differentiable(forward, backward, work.call, work.arrays)
     return work.result
@@ -308,6 +316,9 @@ def _returned(result: tuple[Array, ...], inputs: Inputs, work: Work, asked: _Ask
             returned.append(lse[..., 0])
         if asked.error:
             errors = work.call.method.row_errors(kept)
+            if errors is None and kept.shape[-1] > 1:
+                # An operator has told it already.
+                errors = kept[..., 1]
             if errors is None:
                 plain: Any = backend.values_of((lse, *inputs.arrays))
                 (told,) = backend.run(told_error, stated_call(work), plain[1:])

@@ -222,7 +222,8 @@ def positive(name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:
         number = inf
-    if not (isfinite(number) and number > 0):
+    # As compilers can trace it where numbers are symbols.
+    if not 0 < number < inf:
         raise ValueError(f"{name} should be finite and above 0, got {shown(value)}")
     return number
 

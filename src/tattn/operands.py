@@ -46,7 +46,8 @@ class View(NamedTuple):
 class Operands(NamedTuple):
     """What attention is computed of: query (..., n, d) and views, the factor of the scores, and what a row sees.
 
-    `extra` are arrays that a method takes besides; `channels` is one of `CHANNELS`.
+    `extra` are arrays that a method takes besides; `channels` is one of `CHANNELS`. `wanted` says of query, keys and values whether
+    their gradients are asked for, () of all; a method may leave the others 0.
     """
 
     backend: Backend
@@ -56,6 +57,7 @@ class Operands(NamedTuple):
     order: Order = EVERY_ROW
     extra: tuple[Array, ...] = ()
     channels: str = REAL
+    wanted: tuple[bool, ...] = ()
 
     @classmethod
     def of(
@@ -97,6 +99,10 @@ class Operands(NamedTuple):
     def masks(self) -> tuple[Array | None, ...]:
         """The masks of every view."""
         return tuple(v.mask for v in self.views)
+
+    def wants(self, number: int) -> bool:
+        """Whether a gradient of keys or values of this view is asked for."""
+        return not self.wanted or self.wanted[1 + number] or self.wanted[1 + len(self.views) + number]
 
     @property
     def paired(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from math import inf, isfinite
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +48,12 @@ def plan_of_facts(given: Any) -> Plan:
         if not agrees:
             raise ValueError(f"plan's {name} should be one that goes with the rest of it, got {_short(facts[name])}")
     return _plan(told)
+
+
+@lru_cache(maxsize=256)
+def plan_of_text(text: str) -> Plan:
+    """What `plans.plan_text` wrote."""
+    return plan_of_facts(json.loads(text))
 
 
 def _plan(told: Any) -> Plan:

@@ -850,3 +850,123 @@ def test_jit_trace_is_refused_for_functions(called: Callable[..., Any], tensors:
             TypeError, match=r"^query should have a shape of whole numbers, got one that torch.jit.trace"
         ):
             torch.jit.trace(recorded, plain)
+
+
+FUNCTION_PLANS: dict[str, Any] = {
+    "polynomial": tattn.plan_for(n=60, dim=3, bound=1.0, degree=3),
+    "exact": tattn.plan_for(n=60, dim=3, bound=1.0, method="exact"),
+    "causal": tattn.plan_for(n=60, dim=3, bound=1.0, degree=3, causal=True),
+    "window": tattn.plan_for(n=60, dim=3, bound=1.0, method="exact", window=(4, 5)),
+    "banded": tattn.plan_for(n=60, dim=3, degree=2, series="banded", bands=2),
+}
+
+
+@pytest.mark.parametrize("name", list(FUNCTION_PLANS))
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_calls_take_every_length_in_two_graphs(name: str, dynamic: bool | None) -> None:
+    plan = FUNCTION_PLANS[name]
+
+    def call(q: Any, a: Any, u: Any, mask: Any) -> Any:
+        return tattn.tensor_attention(
+            q, [a, a], [u, u], plan=plan, causal=plan.causal, window=plan.window, key_masks=[mask, None],
+            return_lse=True, return_error=True,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (30, 41, 52, 63, 74, 85, 96, 107, 118, 700):
+        q, a, u = (torch.randn(2, n, 3, generator=torch.Generator().manual_seed(n)).clamp(-1, 1) for _ in range(3))
+        mask = torch.arange(n) < n - 2
+        results = []
+        for of in (compiled, call):
+            x = [t.clone().requires_grad_() for t in (q, a, u)]
+            out, lse, error = of(*x, mask)
+            assert not error.requires_grad
+            results.append((out, lse, error, *torch.autograd.grad(out.sin().sum() + lse.sum(), x)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("name", ["polynomial", "causal", "banded"])
+def test_exported_calls_take_every_length_and_hold_their_plan(name: str) -> None:
+    import io
+
+    plan = FUNCTION_PLANS[name]
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Any, a: Any, u: Any) -> Any:
+            return tattn.tensor_attention(q, [a, a], [u, u], plan=plan, causal=plan.causal)
+
+    length = torch.export.Dim("n", min=4, max=10_000)
+    drawn = [torch.rand(2, 20, 3) for _ in range(3)]
+    exported = torch.export.export(Attention(), tuple(drawn), dynamic_shapes=[{1: length}] * 3)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for n in (7, 500):
+        given = [torch.rand(2, n, 3) for _ in range(3)]
+        torch.testing.assert_close(loaded(*given), Attention()(*given))
+
+
+def test_the_operator_keeps_to_its_contract() -> None:
+    from tattn.backends.torch import _whole
+    from tattn.planning.program import ATTENTION, written
+
+    rng = np.random.default_rng(0)
+    q, a, b, u, v = (torch.tensor(rng.uniform(-0.5, 0.5, (2, n, 3)), requires_grad=True) for n in (5, 4, 6, 4, 6))
+    mask, none = torch.tensor([[True], [False], [True], [True]]), torch.ones(0, dtype=torch.bool)
+    plans = [
+        tattn.plan_for(n=6, dim=3, bound=1.0, degree=3, dtype="float64"),
+        tattn.plan_for(n=6, dim=3, bound=1.0, method="exact", dtype="float64"),
+        tattn.plan_for(n=6, dim=3, degree=2, series="banded", bands=3, dtype="float64"),
+    ]
+    for plan in plans:
+        for certify in (False, True):
+            torch.library.opcheck(_whole, ([q, a, b, u, v, mask, none], ATTENTION, written(plan, certify)))
+
+
+def test_a_method_of_ones_own_is_traced_as_before() -> None:
+    """No text tells of it, and another method would be another function."""
+    from dataclasses import dataclass, replace
+
+    from tattn.methods import Exact
+    from tattn.planning.program import written
+
+    @dataclass(frozen=True)
+    class Half(Exact):
+        def forward(self, operands: Any, certify: bool = False) -> Any:
+            return super().forward(operands._replace(scale=operands.scale / 2), certify)
+
+    plan = tattn.plan_for(n=6, dim=3, bound=1.0, method="exact", dtype="float64")
+    assert written(plan, False) and not written(replace(plan, algorithm=Half()), False)
+
+
+def test_gradients_that_nobody_asks_for_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys and values of a view need no gradient, the pass over their rows is left out."""
+    from tattn.engines import features
+
+    passes = []
+    adjoint = features.key_adjoint
+
+    def counted(*given: Any) -> Any:
+        passes.append(given)
+        return adjoint(*given)
+
+    monkeypatch.setattr(features, "key_adjoint", counted)
+    plan = PLANS["polynomial"]
+    drawn = [torch.tensor(a) for a in np.random.default_rng(0).uniform(-1, 1, (5, 6, 3))]
+
+    def gradients(asked: tuple[int, ...]) -> tuple[Any, ...]:
+        tensors = [t.clone().requires_grad_(i in asked) for i, t in enumerate(drawn)]
+        out = tattn.tensor_attention(tensors[0], tensors[1:3], tensors[3:], plan=plan)
+        return torch.autograd.grad(out.sin().sum(), [tensors[i] for i in asked])
+
+    every = gradients((0, 1, 2, 3, 4))
+    for asked, count in (((0,), 0), ((0, 1), 1), ((1, 3), 1), ((4,), 1), ((0, 2, 3), 2), ((0, 1, 2, 3, 4), 2)):
+        passes.clear()
+        for i, got in zip(asked, gradients(asked), strict=True):
+            same(got, every[i])
+        assert len(passes) == count

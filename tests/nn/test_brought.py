@@ -166,3 +166,15 @@ def test_wrapped_projections() -> None:
     layer.q_proj = torch.nn.Identity()
     with pytest.raises(TypeError, match=r"^q_proj should be a module with weights, got Identity"):
         layer(x)
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TypedStorage:UserWarning")
+def test_quantized_projections() -> None:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer, x = tattn.nn.TensorAttention(EMBED, HEADS).eval(), torch.randn(2, 5, EMBED)
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)
+    assert type(quantized.q_proj) is not torch.nn.Linear and quantized.plan == layer.plan
+    expected = layer(x)
+    assert (quantized(x) - expected).abs().max() < 0.1 * expected.abs().max()

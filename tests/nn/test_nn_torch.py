@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_nn import CASES, EMBED, HEADS, SMALL, config_of, inputs_of, reference
+from test_nn import CASES, EMBED, HEADS, SMALL, inputs_of, reference
 
 import tattn
-from tattn.nn.config import plans_of
 
 torch = pytest.importorskip("torch")
 
@@ -115,25 +114,6 @@ def test_compiled_layers_promise_what_plain_ones_do(method: str) -> None:
             torch.testing.assert_close(a, b)
         assert not results[0][1].requires_grad
         assert (results[0][1] == torch.inf).all() == (size < 1)
-
-
-def test_the_operator_keeps_to_its_contract() -> None:
-    from tattn.nn.operator import _forward
-    from tattn.plans import plan_text
-
-    config = config_of(order=3)
-    rng = np.random.default_rng(0)
-    q, a, b, u, v = (torch.tensor(rng.uniform(-0.5, 0.5, (2, n, 3)), requires_grad=True) for n in (5, 4, 6, 4, 6))
-    mask = torch.tensor([True, False, True, True])
-    banded = config_of(bound=None, degree=2)
-    plans = [
-        (config.plan(dtype="float64"), False),
-        (config_of(method="exact").plan(dtype="float64"), True),
-        *((plans_of(banded, "float64")[3], certify) for certify in (False, True)),
-    ]
-    none, some = torch.ones(0, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
-    for (plan, certify), other in zip(plans, (none, some, none, none), strict=True):
-        torch.library.opcheck(_forward, (q, [a, b], [u, v], [mask, other], plan_text(plan), certify))
 
 
 @pytest.mark.parametrize("strict", [False, True])

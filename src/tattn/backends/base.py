@@ -394,6 +394,10 @@ class Backend:
         result: tuple[Array, ...] = self.run(forward, call, arrays)
         return result
 
+    def whole(self, program: str, described: tuple[Any, ...], arrays: Sequence[Array | None]) -> Any:
+        """Outputs of a program of `operations.PROGRAMS` as one operator; None where no compiler that takes it is at work."""
+        return None
+
     def residuals(
         self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], residuals: Sequence[Array]
     ) -> Sequence[Array]:

@@ -68,3 +68,22 @@ class Prefix(NamedTuple):
     q: Any
     keys: Sequence[Any]
     shares: Sequence[Any]
+
+
+class Program(NamedTuple):
+    """What a compiler takes whole, as one operator of its library, where it would unroll every block of rows.
+
+    The operator gets arrays and a text, from which `read` makes the static argument of `forward` and `backward`, which return
+    and take what those of `Backend.differentiable` do, three outputs. `written` makes the text, or "" where none says all.
+    `shapes` are those of the outputs for these arrays.
+    """
+
+    written: Callable[..., str]
+    read: Callable[[str], Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    shapes: Callable[[Any, Sequence[Any]], Sequence[tuple[int, ...]]]
+
+
+# By name: modules that compute put theirs here, and exported programs of a library find them again.
+PROGRAMS: dict[str, Program] = {}

@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from . import compiled
 from .base import MOST_POWER, Array, Backend, powers_of_two
+from .operations import PROGRAMS
 from .tables import Tables, memoized
 from .threads import run_threads
 
@@ -217,6 +218,12 @@ class TorchBackend(Backend):
         result: tuple[Array, ...] = function.apply((forward, backward, call), *arrays)
         return result
 
+    def whole(self, program: str, described: tuple[Any, ...], arrays: Sequence[Array | None]) -> Any:
+        if not torch.compiler.is_compiling() or transformed():
+            return None
+        text = _text_of(program, *described)
+        return operator(program, text, arrays) if text else None
+
     def residuals(
         self, forward: Callable[..., Any], call: Any, arrays: Sequence[Array | None], residuals: Sequence[Array]
     ) -> Sequence[Array]:
@@ -373,8 +380,12 @@ class _Adjoint(torch.autograd.Function):
         saved = ctx.saved_tensors
         arrays, kept = saved[: ctx.count], saved[ctx.count :]
         kept = BACKEND.residuals(forward, call, arrays, kept)
-        grads = BACKEND.run(backward, call, (*arrays, *kept, grad_out, grad_lse))
-        return (None, *grads, *(None for _ in arrays[len(grads) :]))
+        # A gradient that is left out costs nothing, where the computation can do without.
+        needed = ctx.needs_input_grad[1:]
+        asking = getattr(call, "asking", None)
+        grads = BACKEND.run(backward, asking(needed) if asking else call, (*arrays, *kept, grad_out, grad_lse))
+        found = (g if need else None for g, need in zip(grads, needed, strict=False))
+        return (None, *found, *(None for _ in arrays[len(grads) :]))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, method: Any, *arrays: Array | None) -> Any:
@@ -423,6 +434,79 @@ def _with_arguments(count: int) -> Any:
     forward = eval(f"lambda method, {names}: compute(method, ({names},))", {"compute": _compute})
     return type(f"_Attention{count}", (_Adjoint,), {"forward": staticmethod(forward)})
 
+
+def transformed() -> bool:
+    """Whether a transformation of torch.func is at work, which operators do not serve."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _text_of(program: str, *described: Any) -> str:
+    """The text of a program's call."""
+    return PROGRAMS[program].written(*described)
+
+
+# Asked when the call is traced.
+transformed._dynamo_marked_constant = _text_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def operator(program: str, text: str, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """A program as an operator, which runs eagerly, in blocks and in place, at any length; no second derivatives."""
+    # A mask of shape (0,) is none: `torch.jit.trace` takes no lists that may hold None.
+    none = arrays[0].new_empty(0, dtype=torch.bool)  # type: ignore[union-attr]
+    given = [none if a is None else a for a in arrays]
+    result: tuple[Array, ...] = _whole(given, program, text)
+    return result
+
+
+def _given(arrays: Sequence[Array]) -> tuple[Array | None, ...]:
+    return tuple(None if a.shape == (0,) else a for a in arrays)
+
+
+@torch.library.custom_op(
+    "tattn::whole", mutates_args=(), schema="(Tensor[] arrays, str program, str call) -> (Tensor, Tensor, Tensor)"
+)
+def _whole(arrays: Any, program: Any, call: Any) -> Any:
+    """The outputs of a program."""
+    known = PROGRAMS[program]
+    out, lse, kept = BACKEND.run(known.forward, known.read(call), _given(arrays))[:3]
+    # An operator returns no tensor twice.
+    return out.contiguous(), lse.contiguous(), (kept.clone() if kept is lse else kept).contiguous()
+
+
+@_whole.register_fake
+def _(arrays: Any, program: Any, call: Any) -> Any:
+    known = PROGRAMS[program]
+    dtype = BACKEND.compute_dtype(arrays[0].dtype)
+    return tuple(arrays[0].new_empty(s, dtype=dtype) for s in known.shapes(known.read(call), _given(arrays)))
+
+
+@torch.library.custom_op(
+    "tattn::whole_backward", mutates_args=(), schema="(Tensor[] arrays, str program, str call) -> Tensor[]"
+)
+def _whole_backward(arrays: Any, program: Any, call: Any) -> Any:
+    """The gradients of a program: arrays, then output and what was kept, and the gradients of the first two outputs."""
+    known = PROGRAMS[program]
+    return [g.contiguous() for g in BACKEND.run(known.backward, known.read(call), _given(arrays))]
+
+
+@_whole_backward.register_fake
+def _(arrays: Any, program: Any, call: Any) -> Any:
+    return [a.new_empty(a.shape) for a in arrays[:-4] if a.is_floating_point()]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    arrays, ctx.program, ctx.call = inputs
+    out, _, kept = output
+    ctx.save_for_backward(*arrays, out, kept)
+
+
+def _pull(ctx: Any, grad_out: Array, grad_lse: Array, _: Array) -> Any:
+    saved = ctx.saved_tensors
+    grads = _whole_backward([*saved, grad_out, grad_lse], ctx.program, ctx.call)
+    return [*grads, *(None for _ in saved[len(grads) : -2])], None, None
+
+
+_whole.register_autograd(_pull, setup_context=_setup)
 
 # Up to query, and keys, values and masks of eight views.
 _COMPILED = {count: _with_arguments(count) for count in range(2, 26)}

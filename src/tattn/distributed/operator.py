@@ -14,10 +14,10 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from ..backends.torch import BACKEND
 from ..checks import PlanError, checked_masks
-from ..nn.operator import plan_of_text
 from ..plans import Plan, plan_text
 from ..state import sums as summaries
 from ..state.summary import call_of, row_gradients, summarize
+from ..stored import plan_of_text
 from .agreement import agree_on_backward, all_reduce, checked_group, scan
 from .promise import Asked
 from .shards import agreed, columns, packed, split, widened

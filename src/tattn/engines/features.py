@@ -80,6 +80,10 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     of_query, dq = query_adjoint(q, units[0], combined, columns, monomials, backend)
     d_keys, d_values = [], []
     for number, view in enumerate(operands.views):
+        if not operands.wants(number):
+            d_keys.append(backend.xp.zeros_like(view.keys, dtype=operands.dtype))
+            d_values.append(backend.xp.zeros_like(view.values, dtype=operands.dtype))
+            continue
         others = [s for other, s in enumerate(summaries) if other != number]
         own = product(w, [of_query, *others], turn, backend) * (1 / view.keys.shape[-2])
         dk, dv = key_adjoint(view, units[number + 1], own, monomials, backend)

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     """All that a computation depends on besides arrays; hashable.
 
     `certify`: whether bounds come with the answer; `chain`: terms of the longest chain of additions that the plan counts with;
-    `stated`: (error, grad_error) of all rows, for bounds.
+    `stated`: (error, grad_error) of all rows, for bounds; `wanted`: the gradients asked for, as in `Operands`.
     """
 
     method: Method
@@ -63,6 +63,11 @@ class Call(NamedTuple):
     chain: int = CHAIN
     stated: tuple[float, float] = (inf, inf)
     channels: str = REAL
+    wanted: tuple[bool, ...] = ()
+
+    def asking(self, wanted: Sequence[bool]) -> Call:
+        """The call where only some of the gradients of query, keys and values are asked for."""
+        return self._replace(wanted=tuple(wanted[: 1 + 2 * self.views]))
 
     def operands(
         self, backend: Backend, arrays: Sequence[Array | None], extra: int | None = None
@@ -96,7 +101,7 @@ def backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tu
     def adjoint(part: Sequence[Array | None]) -> tuple[Array, ...]:
         operands, (out, *kept, grad_out, grad_lse) = call.operands(backend, part)
         attended, upstream = Attended(out, None, tuple(kept)), Upstream(grad_out, grad_lse)
-        return call.method.backward(operands, attended, upstream).flat()
+        return call.method.backward(operands._replace(wanted=call.wanted), attended, upstream).flat()
 
     operands, _ = call.operands(backend, arrays)
     targets = (operands.query, *operands.keys, *operands.values)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..attention import tensor_attention
 from ..backends.torch import BACKEND
 from ..checks import FLOATS, PlanError, checked_dtype, checked_flags, checked_kind
-from ..plans import Plan, plan_text
+from ..planning.program import written
+from ..plans import Plan
 from ..state.decoding import DecodingState
 from ..state.summary import summarize
 from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
@@ -360,7 +361,7 @@ class TensorAttention(nn.Module):
             raise ValueError("prefill and step need a bound, or method='exact', got bound=None")
         plans, texts = self._plans[_computed_in(_weight(self.q_proj).dtype)]
         if not plans:
-            raise PlanError(texts[0])
+            raise PlanError(texts[0][0])
         return plans[0]
 
     def _kept(self, ks: Any, vs: Any, masks: Any, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -423,12 +424,16 @@ class TensorAttention(nn.Module):
                 causal=self.config.causal, window=self.config.window, return_error=return_error,
             )  # fmt: skip
         if not plans:
-            raise PlanError(texts[0])
+            raise PlanError(texts[0][0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
-        options: dict[str, Any] = {"plan": plans[chosen], "key_masks": key_masks, "return_error": return_error}
-        if traced_whole(plans[chosen]):
-            return planned_attention(query, keys, values, text=texts[chosen], **options)
-        return tensor_attention(query, keys, values, causal=self.config.causal, window=self.config.window, **options)
+        plan, text = plans[chosen], texts[chosen][return_error]
+        if traced_whole(plan):
+            out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=key_masks)
+            return (out, error) if return_error else out
+        return tensor_attention(
+            query, keys, values, plan=plan, causal=self.config.causal, window=self.config.window, key_masks=key_masks,
+            return_error=return_error,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Sizes, bound, degree, rank, error, and what a row costs."""
@@ -501,12 +506,14 @@ def _served(weight: Tensor) -> tuple[str, ...]:
     return FLOATS[:-1] if cast else (own,)
 
 
-def _plans(config: AttentionConfig, dtype: str, needed: bool) -> tuple[tuple[Plan, ...], tuple[str, ...]]:
-    """Plans to choose from and their texts; no plan but a text that says why if there is none and it is not needed yet."""
+def _plans(config: AttentionConfig, dtype: str, needed: bool) -> tuple[tuple[Plan, ...], tuple[tuple[str, ...], ...]]:
+    """Plans to choose from and their texts, without and with errors of rows; no plan but a text that says why if there is none
+    and it is not needed yet.
+    """
     try:
         plans = plans_of(config, dtype)
     except PlanError as cannot:
         if needed:
             raise
-        return (), (str(cannot),)
-    return plans, tuple(plan_text(plan) for plan in plans)
+        return (), ((str(cannot),),)
+    return plans, tuple((written(plan, False), written(plan, True)) for plan in plans)

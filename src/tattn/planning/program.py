@@ -1,0 +1,75 @@
+"""Attention with a plan as a program that compilers take whole: what it is written down as, and the shapes that come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+from ..arrays import broadcast_leading
+from ..backends import Array, Backend
+from ..backends.operations import PROGRAMS, Program
+from ..methods import Banded, Call, backward, forward, told_error
+from ..methods.certificate import COLUMNS, ERROR
+from ..plans import Plan
+from ..stored import plan_of_facts
+
+ATTENTION = "attention"
+
+
+@lru_cache(maxsize=256)
+def written(plan: Plan, certify: bool) -> str:
+    """A plan and whether errors of rows are asked for, as text; "" for a method that a text does not tell."""
+    facts = plan.facts()
+    try:
+        told = plan_of_facts(facts)
+    except ValueError:
+        return ""
+    return json.dumps([certify, facts]) if told.algorithm == plan.algorithm else ""
+
+
+@lru_cache(maxsize=256)
+def read(text: str) -> Call:
+    """The call that `written` wrote of."""
+    certify, facts = json.loads(text)
+    plan = plan_of_facts(facts)
+    call = Call(plan.algorithm, plan.order - 1, plan.scale, plan.problem.order, certify, plan.problem.chain)
+    call = call._replace(channels=plan.channels)
+    return call._replace(stated=(plan.error, plan.grad_error)) if plan.certified else call
+
+
+def error_column(plan: Plan) -> int:
+    """Where the errors of rows stand in what is kept of a certified call: in a certificate, or behind one column."""
+    return ERROR if plan.series == "banded" else 1
+
+
+def _banded(call: Call) -> bool:
+    return isinstance(call.method, Banded)
+
+
+def _forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Output, lse and what the adjoint needs, (..., n, ·), with the errors of rows in a column if they are asked for."""
+    out, lse, kept = forward(call, backend, arrays)[:3]
+    if call.certify and not _banded(call):
+        (told,) = told_error(call, backend, arrays)
+        kept = backend.xp.concat([kept, backend.xp.broadcast_to(told, tuple(kept.shape))], axis=-1)
+    return out, lse, kept
+
+
+def _backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Gradients of query, keys and values."""
+    *given, kept, grad_out, grad_lse = arrays
+    if call.certify and not _banded(call):
+        kept = kept[..., :1]  # type: ignore[index]
+    return backward(call, backend, (*given, kept, grad_out, grad_lse))
+
+
+def _shapes(call: Call, arrays: Sequence[Array | None]) -> Sequence[tuple[int, ...]]:
+    """Of output, lse and what is kept."""
+    query, values = arrays[0], arrays[1 + call.views]
+    rows = (*broadcast_leading(*arrays), query.shape[-2])  # type: ignore[union-attr]
+    columns = (COLUMNS if _banded(call) else 2) if call.certify else 1
+    return (*rows, values.shape[-1]), (*rows, 1), (*rows, columns)  # type: ignore[union-attr]
+
+
+PROGRAMS[ATTENTION] = Program(written, read, _forward, _backward, _shapes)
