@@ -109,7 +109,7 @@ def rotary(rows: Array, positions: Array, frequencies: Array) -> Array:
     others = (("positions", positions), ("frequencies", frequencies))
     checked_broadcast([("rows", tuple(rows.shape[:-2])), *((name, tuple(x.shape[:-1])) for name, x in others)])
     with backend.on_device_of(rows):
-        return _turned(rows, positions, frequencies, backend)
+        return turn(rows, positions, frequencies, backend)
 
 
 def _checked(name: str, array: Any, rows: Array, backend: Backend) -> None:
@@ -122,7 +122,7 @@ def _checked(name: str, array: Any, rows: Array, backend: Backend) -> None:
     check_device(name, array, rows, backend, "rows")
 
 
-def _turned(rows: Array, positions: Array, frequencies: Array, backend: Backend) -> Array:
+def turn(rows: Array, positions: Array, frequencies: Array, backend: Backend) -> Array:
     """`rotary` of arrays that fit."""
     xp = backend.xp
     dtype = backend.compute_dtype(rows.dtype)

@@ -14,13 +14,13 @@ import pytest
 from conftest import Library
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense, value_sizes
+from reference import as_complex, dense, value_sizes
 
 import tattn
 from tattn.backends import backend_of
 from tattn.nn import AttentionConfig
 from tattn.nn.config import plan_of_call, plans_of
-from tattn.nn.heads import unit_rows
+from tattn.nn.heads import Learned, attend, unit_rows
 
 EMBED, HEADS = 6, 2
 SMALL = {"head_dim": 3, "bound": 1.0, "tol": 1e-2}
@@ -36,6 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
     "contexts, shared and learned": {
         "context_dims": (4, 5), "num_heads": 4, "num_key_heads": 1, "value_dim": 5, "learn_bound": True,
     },
+    "rotary": {"positions": "rotary", "head_dim": 4},
+    "rotary, causal, shared and learned": {
+        "positions": "rotary", "head_dim": 4, "num_heads": 4, "num_key_heads": 2, "value_dim": 2, "causal": True,
+        "learn_frequencies": True, "base": 20.0,
+    },
+    "rotary, order 2 and contexts": {"positions": "rotary", "head_dim": 4, "order": 2, "context_dims": (5,)},
 }  # fmt: skip
 
 
@@ -120,13 +126,24 @@ def heads_of(
         if config.bound is None:
             return rows
         p = config.order
-        return rows / ((np.abs(rows) ** p).sum(-1, keepdims=True) + config.eps**p) ** (1 / p)
+        sizes = np.abs(as_complex(rows) if config.positions else rows)
+        return rows / ((sizes**p).sum(-1, keepdims=True) + config.eps**p) ** (1 / p)
+
+    def turned(rows: np.ndarray, frequencies: np.ndarray, first: int = 0) -> np.ndarray:
+        angles = (np.arange(rows.shape[-2]) + first)[:, None] * frequencies[:, None, :]
+        found = as_complex(rows) * np.exp(1j * angles)
+        return np.concatenate([found.real, found.imag], axis=-1)
 
     query = unit(project("q_proj", x, config.num_heads))
     if config.learn_bound:
         query = query / (1 + np.exp(-params["bound_logit"]))[:, None, None]
     keys = [unit(project(f"k_projs.{i}", c, config.num_key_heads)) for i, c in enumerate(views)]
     values = [project(f"v_projs.{i}", c, config.num_key_heads) for i, c in enumerate(views)]
+    if config.positions:
+        turns = params.get("frequencies", config.frequencies())
+        for i, own in enumerate(np.repeat(turns, config.num_heads // config.num_key_heads, axis=1)):
+            first = keys[i].shape[-2] - x.shape[-2] if config.causal else 0
+            query, keys[i] = turned(query, own, first), turned(keys[i], -own)
     return query, keys, values
 
 
@@ -141,7 +158,8 @@ def reference(
     """The layer by its definition, and what errors of the heads, relative to their values, come to in its output."""
     query, keys, values = heads_of(config, params, x, contexts)
     given = None if masks is None else [None if m is None else m[..., None, :] for m in masks]
-    out = dense(query, keys, values, scale=config.scale, masks=given, causal=config.causal).out
+    order = {"causal": config.causal, "channels": config.channels}
+    out = dense(query, keys, values, scale=config.scale, masks=given, **order).out
     allowed = np.broadcast_to(error * value_sizes(values, given), out.shape)
 
     def joined(heads: np.ndarray) -> np.ndarray:
@@ -214,7 +232,7 @@ def test_no_score_exceeds_the_bound(
     units = {}
     for (kind, rows), exponent in zip(kinds.items(), exponents, strict=True):
         array = layered.array((rows * 10.0**exponent).astype(dtype))
-        unit = unit_rows(array, order, config.eps, backend_of(array), lambda a: a)
+        unit = unit_rows(array, config, backend_of(array), lambda a: a)
         units[kind] = np.abs(layered.numpy(unit).astype(np.float64))
         assert np.isfinite(units[kind]).all()
     # Views that are aligned reach the bound; so they show a norm that is too large or too small.
@@ -552,3 +570,43 @@ def test_drawn_weights_keep_variance(layered: Library) -> None:
             assert abs(array.var() * array.shape[1] - 1) < 0.1
         else:
             assert (array == (2 if name == "bound_logit" else 0)).all()
+
+
+@pytest.mark.libraries("torch", "jax")
+def test_positions_count_by_their_differences(layered: Library) -> None:
+    """Rows in front of a sequence, which a mask leaves out, move its positions and nothing else."""
+    config = config_of(positions="rotary", head_dim=4, method="exact")
+    params, rng = weights_of(config), np.random.default_rng(3)
+    x, front = rng.normal(size=(7, EMBED)), rng.normal(size=(5, EMBED))
+    layer = Layer(layered, config, params)
+    moved = layer(np.concatenate([front, x]), None, np.arange(12) >= 5)[5:]
+    np.testing.assert_allclose(moved, layer(x), rtol=1e-11, atol=1e-12)
+    # And they do count: rows in another order are another sequence.
+    assert np.abs(layer(x[::-1])[::-1] - layer(x)).max() > 1e-3
+
+
+@given(
+    seed=st.integers(0, 2**32), exponents=st.lists(st.floats(-30, 30), min_size=4, max_size=4), order=st.integers(2, 5)
+)
+@pytest.mark.libraries("torch", "jax")
+def test_no_score_of_turned_rows_exceeds_the_bound(
+    layered: Library, seed: int, exponents: list[float], order: int
+) -> None:
+    """By the moduli of the very rows that the layer makes in float32, far from the first position as well."""
+    rng = np.random.default_rng(seed)
+    config = AttentionConfig(6, 1, head_dim=6, order=order, bound=2.0, positions="rotary", causal=True)
+    seen: list[Any] = []
+
+    def attention(query: Any, keys: Any, values: Any, masks: Any) -> Any:
+        seen.extend([query, *keys])
+        return values[0]
+
+    same_rows = rng.normal(size=(5, 6)) * rng.choice([1, 1e-3, 0], (5, 6))
+    rows = [layered.array((same_rows * 10.0**e).astype(np.float32)) for e in exponents]
+    views = [rows[1 + i % 3] for i in range(order - 1)]
+    attend(config, attention, (rows[0], views, views, None), Learned(before=10**6), lambda a: a, False)
+    moduli = [np.abs(as_complex(layered.numpy(r).astype(np.float64)))[0, 0] for r in seen]
+    assert (config.scale * np.prod(moduli, axis=0).sum(-1) <= config.promise).all()
+    # Rows that are alike in all views reach the bound, so that a norm that is too large shows, too.
+    if min(exponents[:3]) > 4:
+        assert (config.scale * (moduli[0] ** order).sum(-1)).max() > 0.999 * config.bound

@@ -442,3 +442,30 @@ def test_the_default_device_changes_nothing(case: str, n: int) -> None:
         assert torch.equal(layer(x, key_masks=mask), expected)
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("learned", [False, True])
+def test_positions_in_programs_for_any_length(learned):
+    """What was traced, compiled or exported at one length turns the rows of another by their own positions."""
+    layer = tattn.nn.TensorAttention(8, 2, positions="rotary", causal=True, learn_frequencies=learned)
+    x, *others = (torch.randn(2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (20, 9, 33))
+    programs = [
+        torch.jit.trace(layer, (x,)),
+        torch.compile(layer, fullgraph=True, dynamic=True, backend="eager"),
+        torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim("n", min=2)},)).module(),
+    ]
+    for program in programs:
+        for y in (x, *others):
+            torch.testing.assert_close(program(y), layer(y), rtol=1e-5, atol=1e-6)
+
+
+def test_learned_frequencies_get_gradients():
+    layer = tattn.nn.TensorAttention(8, 2, positions="rotary", learn_frequencies=True, dtype=torch.float64)
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert layer.frequencies.shape == (2, 2, 2)
+
+    def attend(frequencies):
+        return torch.func.functional_call(layer, {"frequencies": frequencies}, (x,))
+
+    assert torch.autograd.gradcheck(attend, (layer.frequencies.detach().clone().requires_grad_(),))

@@ -18,6 +18,8 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "order 2": {"order": 2},
     "shared and learned": {"num_key_heads": 2, "learn_bound": True, "value_dim": 3},
+    "rotary": {"positions": "rotary", "num_key_heads": 2, "head_dim": 4},
+    "rotary, exact": {"positions": "rotary", "method": "exact", "window": (3, 2)},
     "exact": {"method": "exact"},
     "window": {"method": "exact", "window": (3, 2)},
     "window without a bound": {"method": "exact", "window": 3, "bound": None},

@@ -144,7 +144,8 @@ class TorchBackend(Backend):
         return array.to(dtype)
 
     def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
-        if torch.compiler.is_compiling():
+        # What is traced holds its tables, each time that it is.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return torch.tensor(_numbers(function, *args), dtype=dtype or torch.int64, device=like.device)
         return super().table(function, *args, like=like, dtype=dtype)
 

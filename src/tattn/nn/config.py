@@ -7,16 +7,20 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from math import isfinite, prod
 
+import numpy as np
+
 from ..checks import (
     MAX_ORDER,
     PlanError,
     checked_dtype,
     checked_lengths,
     checked_method,
+    described,
     positive,
     true_or_false,
     whole,
 )
+from ..operands import COMPLEX, REAL
 from ..planning import plan_for
 from ..planning.banded import bands_fit
 from ..planning.selection import MAX_RANK
@@ -26,6 +30,7 @@ from ..plans import Plan
 # for others: as fast as ordinary attention at some thousand rows, forward and backward (docs/layers.md).
 USUAL_DEGREE, USUAL_HEAD_DIM = 4, 8
 _USUAL_TOL = 1e-3
+POSITIONS = (None, "rotary")
 # Rows of every view that the costs of a plan are counted for unless asked for others.
 USUAL_ROWS = 16_384
 # Norm bands of every view where rows are not normalised and a degree is given.
@@ -95,6 +100,14 @@ class AttentionConfig:
     window : int or sequence of order − 1 ints, optional
         Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
         method="exact": time is proportional to the product of the windows.
+    positions : {None, "rotary"}
+        "rotary": scores depend on how far the rows of a pair stand from the query row. Channels are complex, half as many of
+        them as `head_dim`, and turn with the position (`tattn.rotary`), at the same rank and bound. In causal calls
+        positions are aligned at the end, as rows are.
+    base : float
+        Frequencies go from 1 down to about 1 / `base` radians a row, in equal ratios over channels, heads of keys and views.
+    learn_frequencies : bool
+        Learn them from there, (order − 1, num_key_heads, head_dim / 2).
 
     Raises
     ------
@@ -121,6 +134,9 @@ class AttentionConfig:
     bias: bool = True
     causal: bool = False
     window: Sequence[int] | None = None
+    positions: str | None = None
+    base: float = 10_000.0
+    learn_frequencies: bool = False
 
     def __post_init__(self) -> None:
         embed_dim, num_heads = whole("embed_dim", self.embed_dim, 1), whole("num_heads", self.num_heads, 1)
@@ -155,9 +171,19 @@ class AttentionConfig:
             "bias": true_or_false("bias", self.bias),
             "causal": true_or_false("causal", self.causal) or self.window is not None,
             "window": _window(self.window, order - 1),
+            "base": positive("base", self.base),
+            "learn_frequencies": true_or_false("learn_frequencies", self.learn_frequencies),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions should be None or 'rotary', got {described(self.positions)}")
+        if self.positions and head_dim % 2:
+            raise ValueError(
+                f"head_dim should be even with positions='rotary', whose channels are pairs, got {head_dim}"
+            )
+        if self.learn_frequencies and not self.positions:
+            raise ValueError("learn_frequencies needs positions='rotary', got positions=None")
         if self.max_rank > MAX_RANK:
             raise ValueError(f"max_rank should be at most {MAX_RANK:,}, got {self.max_rank:,}")
         if self.learn_bound and self.bound is None:
@@ -182,13 +208,29 @@ class AttentionConfig:
         return 1 / self.head_dim if self.bound is None else self.bound
 
     @property
+    def channels(self) -> str:
+        """What the channels of a head are: "real", or "complex" where positions turn them."""
+        return COMPLEX if self.positions else REAL
+
+    def frequencies(self) -> np.ndarray:
+        """Radians a row by which channels turn, (views, num_key_heads, head_dim / 2), before anything is learned.
+
+        From 1 down to about 1 / `base`, in equal ratios over channels, heads and views, so that no two are alike.
+        """
+        channels, heads, views = np.ogrid[: self.head_dim // 2, : self.num_key_heads, : self.views]
+        place = (channels + (heads + views / self.views) / self.num_key_heads) / (self.head_dim // 2)
+        return np.transpose(self.base**-place)
+
+    @property
     def promise(self) -> float:
         """What scale · Σ_c |q_c a_c b_c| never exceeds, normalised rows being as long as rounding makes them."""
         if self.bound is None:
             raise ValueError("promise needs a bound, got bound=None")
         # In units in the last place of float32, a row is too long by d / p + 2 (powers and their sum), 16 (the root of
-        # a fast library) and 2 (the quotients), and p rows meet; twice that.
-        return self.bound * (1 + 2.0**-23 * (self.head_dim + 20 * self.order))
+        # a fast library) and 2 (the quotients), and p rows meet; twice that. Moduli are off by 4 units more, and each of the
+        # turns of a row, of keys one and of the query one for each view, by 6.
+        of_positions = 20 * self.order if self.positions else 0
+        return self.bound * (1 + 2.0**-23 * (self.head_dim + 20 * self.order + of_positions))
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name; weights are (out, in)."""
@@ -198,6 +240,8 @@ class AttentionConfig:
             weights |= {f"{name}.{i}": (rows, width) for i, width in enumerate(self.context_dims)}
         weights["out_proj"] = (self.embed_dim, self.num_heads * self.value_dim)
         shapes: dict[str, tuple[int, ...]] = {"bound_logit": (self.num_heads,)} if self.learn_bound else {}
+        if self.learn_frequencies:
+            shapes["frequencies"] = (self.views, self.num_key_heads, self.head_dim // 2)
         for name, shape in weights.items():
             shapes[f"{name}.weight"] = shape
             if self.bias:
@@ -262,7 +306,7 @@ class AttentionConfig:
         return plan_for(
             n=n, dim=self.head_dim, bound=self.promise, order=self.order, tol=self.tol, dtype=dtype, scale=self.scale,
             value_dim=self.value_dim, method=method, degree=self.degree, causal=self.causal,
-            window=self.window,
+            window=self.window, channels=self.channels,
         )  # fmt: skip
 
     def _bands(self) -> int:
@@ -272,7 +316,7 @@ class AttentionConfig:
     def _unbounded_plan(self, n: int | Sequence[int], dtype: str, bands: int) -> Plan:
         return plan_for(
             n=n, dim=self.head_dim, order=self.order, dtype=dtype, scale=self.scale, value_dim=self.value_dim,
-            degree=self.degree, series="banded", bands=bands,
+            degree=self.degree, series="banded", bands=bands, channels=self.channels,
         )  # fmt: skip
 
     def _named(self, dtype: str) -> str:

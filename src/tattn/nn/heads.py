@@ -8,25 +8,37 @@ query and (..., K, 1, n_μ, d) for a view.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..arrays import swap_outer
 from ..backends import Array, Backend, backend_of
+from ..backends.tables import memoized
+from ..positions import turn
 from .config import AttentionConfig
+
+
+class Learned(NamedTuple):
+    """Factors (H,) of the scores and frequencies (m, K, d / 2), None for those of the config; and rows before these."""
+
+    score_factor: Array | None = None
+    frequencies: Array | None = None
+    before: int = 0
 
 
 def attend(
     config: AttentionConfig,
     attention: Callable[..., Any],
     rows: tuple[Array, Sequence[Array], Sequence[Array], Sequence[Array | None] | None],
-    score_factor: Array | None,
+    learned: Learned,
     constant: Callable[[Array], Array],
     return_error: bool,
 ) -> tuple[Array, Array | None]:
     """Output (..., n, H · dv) in the query's dtype, and the errors (..., H, n) if asked for.
 
-    ``attention(query, keys, values, masks)`` computes the heads of such `rows`, `score_factor` (H,) multiplies their scores, and
-    `constant` takes an array out of differentiation.
+    ``attention(query, keys, values, masks)`` computes the heads of such `rows`. `constant` takes an array out of
+    differentiation.
     """
     query, keys, values, key_masks = rows
     backend = backend_of(query)
@@ -40,16 +52,18 @@ def attend(
         return swap_outer(backend.xp.reshape(rows, (*rows.shape[:-1], heads, rows.shape[-1] // heads)), backend)
 
     def normalised(rows: Array) -> Array:
-        return rows if config.bound is None else unit_rows(rows, config.order, config.eps, backend, constant)
+        return rows if config.bound is None else unit_rows(rows, config, backend, constant)
 
     def grouped(heads: Array, shared: int) -> Array:
         return backend.xp.reshape(heads, (*heads.shape[:-3], key_heads, shared, *heads.shape[-2:]))
 
     q = normalised(split(query, config.num_heads))
-    if score_factor is not None:
-        q = q * backend.cast(score_factor, q.dtype)[:, None, None]
+    if learned.score_factor is not None:
+        q = q * backend.cast(learned.score_factor, q.dtype)[:, None, None]
     q = grouped(q, shared)
     ks = [grouped(normalised(split(k, key_heads)), 1) for k in keys]
+    if config.positions:
+        q, ks = _turned(q, ks, config, learned, backend)
     vs = [grouped(split(v, key_heads), 1) for v in values]
     masks = None if key_masks is None else [None if mask is None else mask[..., None, None, :] for mask in key_masks]
     out, error = attention(q, ks, vs, masks) if return_error else (attention(q, ks, vs, masks), None)
@@ -60,15 +74,44 @@ def attend(
     return backend.cast(out, dtype), error
 
 
-def unit_rows(x: Array, order: int, eps: float, backend: Backend, constant: Callable[[Array], Array]) -> Array:
-    """Rows (..., n, d) of any finite size, each over (Σ_c |x_c|^p + eps^p)^(1/p) with p = order."""
-    xp = backend.xp
+def _turned(
+    q: Array, ks: Sequence[Array], config: AttentionConfig, learned: Learned, backend: Backend
+) -> tuple[Array, list[Array]]:
+    """Query and keys turned by their positions: the query by the frequencies of every view, one after another."""
+    xp, n = backend.xp, q.shape[-2]
+    frequencies = learned.frequencies
+    if frequencies is None:
+        frequencies = backend.table(_frequencies, config, backend.dtype_name(q.dtype), like=q, dtype=q.dtype)
+    frequencies = backend.cast(frequencies, q.dtype)
+
+    def places(count: int, like: Array) -> Array:
+        return xp.arange(count, dtype=like.dtype, device=backend.device(like)) + learned.before
+
+    turned = []
+    for view, k in enumerate(ks):
+        own, rows = frequencies[view][:, None, :], k.shape[-2]
+        of_keys = places(rows, k)
+        q = turn(q, of_keys[rows - n :] if config.causal else places(n, q), own, backend)
+        turned.append(turn(k, of_keys, -own, backend))
+    return q, turned
+
+
+@memoized
+def _frequencies(config: AttentionConfig, dtype: str) -> np.ndarray:
+    """Those of a config, in the dtype that they are used in."""
+    return config.frequencies().astype(dtype)
+
+
+def unit_rows(x: Array, config: AttentionConfig, backend: Backend, constant: Callable[[Array], Array]) -> Array:
+    """Rows (..., n, d) of any finite size, each over (Σ_c |x_c|^p + eps^p)^(1/p) with p = order; |x_c| of complex channels."""
+    xp, order, eps = backend.xp, config.order, config.eps
     top = xp.max(xp.abs(x), axis=-1, keepdims=True)
     # Powers of entries of size one neither overflow nor vanish. The result does not depend on the divisor, hence it counts
     # as a constant in the gradient.
     top = constant(xp.where(top > eps, top, eps))
     y = x / top
-    total = xp.sum(_power(y, xp.abs(y), order), axis=-1, keepdims=True)
+    powers = _moduli_power(y, order, backend) if config.positions else _power(y, xp.abs(y), order)
+    total = xp.sum(powers, axis=-1, keepdims=True)
     small = eps / top
     return y / xp.pow(total + _power(small, small, order), 1 / order)
 
@@ -79,6 +122,16 @@ def _power(y: Array, size: Array, exponent: int) -> Array:
     for _ in range(exponent // 2 - 1):
         result = result * (y * y)
     return result * size if exponent % 2 else result
+
+
+def _moduli_power(y: Array, exponent: int, backend: Backend) -> Array:
+    """|z|^exponent of complex channels, real parts before imaginary ones, as products, whose derivatives are right at 0."""
+    xp, half = backend.xp, y.shape[-1] // 2
+    square = y[..., :half] * y[..., :half] + y[..., half:] * y[..., half:]
+    result = square
+    for _ in range(exponent // 2 - 1):
+        result = result * square
+    return result * xp.sqrt(xp.where(square > 0, square, 1.0)) if exponent % 2 else result
 
 
 def _joined(array: Array, config: AttentionConfig, backend: Backend) -> Array:

@@ -18,7 +18,7 @@ from ..backends.jax import BACKEND
 from ..checks import checked_dtype, checked_flags, checked_kind
 from .checks import checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
-from .heads import attend
+from .heads import Learned, attend
 
 Params = dict[str, jax.Array]
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
@@ -70,7 +70,8 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
         if name.endswith("weight"):
             params[name] = jax.random.uniform(k, shape, dtype, -1, 1) * sqrt(3 / shape[1])
         else:
-            params[name] = jnp.full(shape, LOGIT if name == "bound_logit" else 0, dtype)
+            start = {"bound_logit": LOGIT, "frequencies": config.frequencies() if config.positions else 0}
+            params[name] = jnp.broadcast_to(jnp.asarray(start.get(name, 0), dtype), shape)
     return params
 
 
@@ -125,6 +126,7 @@ def apply(
         if plans:
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
         options |= {"key_masks": masks, "causal": config.causal, "window": config.window, "return_error": return_error}
+        options |= {"channels": config.channels}
         return tensor_attention(query, keys, values, **options)
 
     # Whatever the caller has set: one bias serves all rows, and one head many.
@@ -133,7 +135,8 @@ def apply(
         keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
         values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
         rows = query, keys, values, masks
-        out, error = attend(config, attention, rows, score_factor, jax.lax.stop_gradient, return_error)
+        learned = Learned(score_factor, params.get("frequencies"))
+        out, error = attend(config, attention, rows, learned, jax.lax.stop_gradient, return_error)
         out = project("out_proj", out)
     return (out, error) if return_error else out
 

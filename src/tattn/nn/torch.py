@@ -18,7 +18,7 @@ from ..state.decoding import DecodingState
 from ..state.summary import summarize
 from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
-from .heads import attend
+from .heads import Learned, attend
 from .operator import planned_attention, traced_whole
 from .serving import ServingState, check_state, restored_state
 
@@ -88,6 +88,14 @@ class TensorAttention(nn.Module):
     window : int or sequence of order − 1 ints, optional
         Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
         method="exact": time is proportional to the product of the windows.
+    positions : {None, "rotary"}
+        "rotary": scores depend on how far the rows of a pair stand from the query row. Channels are complex, half as many of
+        them as `head_dim`, and turn with the position (`tattn.rotary`), at the same rank and bound. In causal calls
+        positions are aligned at the end, as rows are.
+    base : float
+        Frequencies go from 1 down to about 1 / `base` radians a row, in equal ratios over channels, heads of keys and views.
+    learn_frequencies : bool
+        Learn them from there, (order − 1, num_key_heads, head_dim / 2).
     device, dtype
         Of the weights. The attention computes in float64 if they are float64, and in float32 otherwise, also under
         autocast.
@@ -127,6 +135,7 @@ class TensorAttention(nn.Module):
     """
 
     bound_logit: nn.Parameter | None
+    frequencies: nn.Parameter | None
 
     def __init__(
         self,
@@ -148,6 +157,9 @@ class TensorAttention(nn.Module):
         bias: bool = True,
         causal: bool = False,
         window: int | Sequence[int] | None = None,
+        positions: str | None = None,
+        base: float = 10_000.0,
+        learn_frequencies: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **brought: Any,
@@ -160,7 +172,8 @@ class TensorAttention(nn.Module):
             embed_dim, num_heads, order=order, head_dim=head_dim, value_dim=value_dim,  # type: ignore[arg-type]
             num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
             tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,  # type: ignore[arg-type]
-            causal=causal, window=window,  # type: ignore[arg-type]
+            causal=causal, window=window, positions=positions, base=base,  # type: ignore[arg-type]
+            learn_frequencies=learn_frequencies,
         )  # fmt: skip
         # What states of this very layer have in common.
         self._owner = object()
@@ -174,6 +187,9 @@ class TensorAttention(nn.Module):
         self.out_proj = nn.Linear(heads * config.value_dim, embed_dim, **made)
         logit = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if learn_bound else None
         self.register_parameter("bound_logit", logit)
+        shape = config.parameter_shapes().get("frequencies")
+        turns = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter("frequencies", turns)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,6 +200,9 @@ class TensorAttention(nn.Module):
                 nn.init.zeros_(projection.bias)
         if self.bound_logit is not None:
             nn.init.constant_(self.bound_logit, LOGIT)
+        if self.frequencies is not None:
+            with torch.no_grad():
+                self.frequencies.copy_(torch.as_tensor(self.config.frequencies()))
 
     @property
     def plan(self) -> Plan | None:
@@ -238,7 +257,7 @@ class TensorAttention(nn.Module):
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
             return self._attention(q, ks, vs, masks, return_error)
 
-        out, error = self._attend(attention, x, contexts, masks, return_error)
+        out, error = self._attend(attention, (x, contexts, masks), return_error)
         return (out, error) if return_error else out
 
     def prefill(
@@ -293,7 +312,7 @@ class TensorAttention(nn.Module):
                 begun.append(replace(state, decoding=DecodingState(plan, summary)))
             return self._attention(q, ks, vs, masks, False)
 
-        return self._attend(attention, x, contexts, masks, False)[0], begun[0]
+        return self._attend(attention, (x, contexts, masks), False)[0], begun[0]
 
     def step(
         self,
@@ -341,7 +360,7 @@ class TensorAttention(nn.Module):
                 outs.append(out)
             return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
 
-        return self._attend(attention, x, contexts, masks, False)[0], after[0]
+        return self._attend(attention, (x, contexts, masks), False, state.length)[0], after[0]
 
     def restored(self, saved: Mapping[str, Tensor]) -> ServingState:
         """The state that ``state.state_dict()`` holds, for this layer; ValueError or TypeError if it is of another."""
@@ -392,20 +411,23 @@ class TensorAttention(nn.Module):
         grown = [torch.cat(pair, dim=-2 if i < 2 * views else -1) for i, pair in enumerate(pairs)]
         ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
         out = tensor_attention(
-            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, key_masks=seen
-        )
+            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, key_masks=seen,
+            channels=config.channels,
+        )  # fmt: skip
         return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, seen, state.batch))
 
     def _attend(
-        self, attention: Any, x: Tensor, contexts: Sequence[Tensor], masks: Any, return_error: bool
+        self, attention: Any, given: tuple[Tensor, Sequence[Tensor], Any], return_error: bool, before: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Output, and the errors if asked for, of heads that `attention` computes from projected rows."""
+        """Output, and the errors if asked for, of heads that `attention` computes from projected rows; `before` those so far."""
+        x, contexts, masks = given
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
         score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
         rows = query, keys, values, masks
-        out, error = attend(self.config, attention, rows, score_factor, torch.Tensor.detach, return_error)
+        learned = Learned(score_factor, self.frequencies, before)
+        out, error = attend(self.config, attention, rows, learned, torch.Tensor.detach, return_error)
         return self.out_proj(out), error
 
     def _attention(
@@ -422,6 +444,7 @@ class TensorAttention(nn.Module):
             return tensor_attention(
                 query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
                 causal=self.config.causal, window=self.config.window, return_error=return_error,
+                channels=self.config.channels,
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0][0])
@@ -444,6 +467,10 @@ class TensorAttention(nn.Module):
         parts.append(f"bound={bound}{' (learned)' if config.learn_bound else ''}, method={config.method!r}")
         if config.causal:
             parts.append("causal=True" if config.window is None else f"window={config.window}")
+        if config.positions:
+            parts.append(
+                f"positions={config.positions!r}, base={config.base:g}{' (learned)' if config.learn_frequencies else ''}"
+            )
         if plan is None:
             parts.append("planned from data in every call")
         elif plan.series == "banded":
