@@ -217,3 +217,4 @@ def examples(session: nox.Session) -> None:
     session.install("-e", ".", TORCH, "matplotlib>=3.9", "scikit-learn>=1.5", "statsmodels>=0.14", "tqdm>=4.66")
     for name in ("triple_detection", "three_modalities", "drop_in", "noisy_triples", "sphere_triplets"):
         session.run("python", "-m", f"examples.{name}", *session.posargs, env=ONE_THREAD)
+    session.run("python", "-m", "examples.overview", env=ONE_THREAD)

@@ -384,7 +384,8 @@ polynomial, as far as that goes.
 
 ![Right answers and time](noisy_triples.png)
 
-% right at the length of training, seed by seed; the more frequent answer is right for {_mean(rows, "majority"):.1f} %:
+% right at the length of training, for each seed that was run; the more frequent answer is right for
+{_mean(rows, "majority"):.1f} %:
 
 {markdown(_of_models(rows, lengths), ["attention", "its parameters", *counts])}
 
@@ -429,7 +430,7 @@ def _of_transfer(rows: Table, lengths: list[int]) -> list[list[str]]:
     return lines
 
 
-def _exact(spent: Table, n: int) -> float:
+def exact_seconds(spent: Table, n: int) -> float:
     """Seconds of exact attention to pairs for one sequence of `n` readings."""
     last = where(spent, model="pairs, exact")[-1]
     return float(last["seconds"]) * (n / last["rows"]) ** 2
@@ -440,7 +441,7 @@ def _of_times(spent: Table) -> str:
     timed, lines = sorted({r["rows"] for r in spent}), []
     for (name,) in distinct(spent, "model"):
         mine = {r["rows"]: r["seconds"] for r in where(spent, model=name)}
-        lines.append([name, *(seconds(mine[n]) if n in mine else f"({_long(_exact(spent, n))})" for n in timed)])
+        lines.append([name, *(seconds(mine[n]) if n in mine else f"({_long(exact_seconds(spent, n))})" for n in timed)])
     return markdown(lines, ["attention", *(f"{n:,}" for n in timed)])
 
 
@@ -450,7 +451,7 @@ def _runs(rows: Table, spent: Table) -> str:
     run, sequences = longest["step"] * longest["steps"], longest["steps"] * longest["batch"]
     return (
         f"The {longest['steps']:,} steps of pairs at {longest['trained']:,} readings took {_long(run)} of processor time. "
-        f"The same steps by all pairs\nwould take {_long(sequences * _exact(spent, longest['trained']))}."
+        f"The same steps by all pairs\nwould take {_long(sequences * exact_seconds(spent, longest['trained']))}."
     )
 
 

@@ -87,3 +87,12 @@ def test_triples_are_learned_by_every_model() -> None:
         example.train(net, example.Task(16), given, 1e-2, 0, lambda steps: steps)
         assert all(torch.isfinite(p).all() for p in net.parameters())
         assert any((p != q).any() for p, q in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.libraries("torch")
+def test_the_overview_is_made_from_the_tables() -> None:
+    pytest.importorskip("torch")
+    from examples import overview
+
+    tables = {name: load(PAGES / f"{name}.csv") for name in overview.TABLES}
+    assert overview.page(tables) == (PAGES / "overview.md").read_text(encoding="utf-8")
