@@ -216,7 +216,8 @@ def evidence(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Layers that learn: tables, plots and pages into docs/examples, half an hour; `-- --quick` into build/examples."""
+    """Layers that learn: tables, plots and pages into docs/examples, an hour and a half; `-- --quick` into build/examples."""
     session.install("-e", ".", TORCH, "matplotlib>=3.9", "scikit-learn>=1.5", "statsmodels>=0.14", "tqdm>=4.66")
-    for name in ("triple_detection", "three_modalities", "drop_in", "sphere_triplets"):
+    for name in ("triple_detection", "three_modalities", "drop_in", "noisy_triples", "sphere_triplets"):
         session.run("python", "-m", f"examples.{name}", *session.posargs, env=ONE_THREAD)
+    session.run("python", "-m", "examples.overview", env=ONE_THREAD)

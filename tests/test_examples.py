@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def the_page_is_made_from_the_tables(name: str) -> None:
     assert (PAGES / f"{name}.png").exists()
 
 
-@pytest.mark.parametrize("name", ["triple_detection", "three_modalities", "drop_in"])
+@pytest.mark.parametrize("name", ["triple_detection", "three_modalities", "drop_in", "noisy_triples"])
 @pytest.mark.libraries("torch")
 def test_the_page_of_layers_is_made_from_the_tables(name: str) -> None:
     pytest.importorskip("torch")
@@ -45,3 +46,53 @@ def test_sums_over_triangles_keep_the_stated_error() -> None:
         error = np.abs(found.mean - triangles / normaliser).max() / weights.max() ** 2
         assert error <= found.error <= tol
         np.testing.assert_allclose(found.lse, np.log(normaliser), atol=-np.log1p(-found.error))
+
+
+@pytest.mark.libraries("torch")
+def test_triples_are_labelled_as_they_are_found_one_by_one() -> None:
+    torch = pytest.importorskip("torch")
+    from examples import noisy_triples as example
+
+    readings, wanted = example.Task(4000).batch(2, torch.Generator().manual_seed(0))
+    for row, labels in zip(readings, wanted, strict=True):
+        # Hidden numbers come more often than others by far.
+        hidden = torch.bincount(row, minlength=example.MODULUS).numpy() > 200
+        found = [
+            any(hidden[x] and hidden[-(q + x) % example.MODULUS] for x in range(example.MODULUS))
+            for q in range(example.MODULUS)
+        ]
+        assert labels.bool().tolist() == found
+
+
+@pytest.mark.libraries("torch")
+def test_triples_can_be_told_by_the_layer_set_by_hand() -> None:
+    pytest.importorskip("torch")
+    from examples import noisy_triples as example
+
+    net = example.by_hand(30, 256)
+    few, many = (example.accuracy(net, example.Task(n), 24)["right"] for n in (16, 1024))
+    assert few < 0.75 < 0.93 < many
+
+
+@pytest.mark.libraries("torch")
+def test_triples_are_learned_by_every_model() -> None:
+    torch = pytest.importorskip("torch")
+    from examples import noisy_triples as example
+
+    given = argparse.Namespace(steps=3, batch=4)
+    for attention in example.MODELS.values():
+        torch.manual_seed(0)
+        net = example.Net(attention())
+        before = [p.detach().clone() for p in net.parameters()]
+        example.train(net, example.Task(16), given, 1e-2, 0, lambda steps: steps)
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+        assert any((p != q).any() for p, q in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.libraries("torch")
+def test_the_overview_is_made_from_the_tables() -> None:
+    pytest.importorskip("torch")
+    from examples import overview
+
+    tables = {name: load(PAGES / f"{name}.csv") for name in overview.TABLES}
+    assert overview.page(tables) == (PAGES / "overview.md").read_text(encoding="utf-8")
