@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .backends import Array
+from .batch import filled_batch
 from .checks import (
     Inputs,
     PlanError,
@@ -135,9 +136,15 @@ def tensor_attention(
     (1000, 4)
     """
     asked = _Asked(tol, method, plan, return_lse, return_error, return_plan)
+    filled = filled_batch((query, keys, values, key_masks))
+    if filled is not None:
+        query, keys, values, key_masks = filled.given
     inputs = _checked(query, keys, values, key_masks, (causal, window), asked)
     work = _chosen(inputs, scale, asked)
-    return _returned(_computed(work, inputs, asked), inputs, work, asked)[0]
+    result = _computed(work, inputs, asked)
+    if filled is not None:
+        result = filled.emptied(result)
+    return _returned(result, inputs, work, asked)[0]
 
 
 def tensor_attention_vjp(
