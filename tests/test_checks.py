@@ -143,7 +143,6 @@ ARRAY_CASES = [
     case("many", ValueError, "key_masks[0]", "at most 24 dimensions", "64", key_masks=[MASK[(None,) * 63], None]),
     case("no rows", ValueError, "query", "no dimension of length 0", r"\(0, 4\)", query=Q[:0]),
     case("no channels", ValueError, "query", "no dimension of length 0", r"\(6, 0\)", query=Q[:, :0]),
-    case("no problems", ValueError, "query", "of length 0", r"\(0, 6, 4\)", query=np.zeros((0, ROWS, DIM))),
     case("no rows", ValueError, "keys[0]", "no dimension of length 0", r"\(0, 4\)", keys=[A[:0], B]),
     case("no channels", ValueError, "values[1]", "of length 0", r"\(6, 0\)", values=[U, V[:, :0]]),
     case("d", ValueError, "keys[0]", "last dimension 4", r"\(6, 3\)", keys=[A[:, :3], B]),
@@ -216,6 +215,12 @@ def test_scales_that_float32_cannot_hold(changes, error, message, nothing_read):
 @pytest.mark.parametrize("function", ALL, ids=by_name)
 def test_arrays_and_scale(function, changes, error, message, nothing_read):
     refuse(function, error, message, **{**ARRAYS, **changes})
+
+
+@pytest.mark.parametrize("function", [f for f in ALL if f is not tattn.tensor_attention], ids=by_name)
+def test_empty_batches_are_for_attention_alone(function, nothing_read):
+    message = r"^query should .*of length 0.*, got .*\(0, 6, 4\)"
+    refuse(function, ValueError, message, **{**ARRAYS, "query": np.zeros((0, ROWS, DIM))})
 
 
 @pytest.mark.parametrize("function", [*ATTENTION, measure_error], ids=by_name)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .backends import Array
 from .backends.progress import Progress, reporter, telling
+from .batch import filled_batch
 from .checks import (
     Inputs,
     PlanError,
@@ -155,10 +156,16 @@ def tensor_attention(
     (1000, 4)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
+    filled = filled_batch((query, keys, values, key_masks))
+    if filled is not None:
+        query, keys, values, key_masks = filled.given
     inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
-        return _returned(_computed(work, inputs, asked), inputs, work, asked)[0]
+        result = _computed(work, inputs, asked)
+        if filled is not None:
+            result = filled.emptied(result)
+        return _returned(result, inputs, work, asked)[0]
 
 
 def tensor_attention_vjp(

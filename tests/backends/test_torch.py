@@ -970,3 +970,21 @@ def test_gradients_that_nobody_asks_for_cost_nothing(monkeypatch: pytest.MonkeyP
         for i, got in zip(asked, gradients(asked), strict=True):
             same(got, every[i])
         assert len(passes) == count
+
+
+def test_batched_gradients(plan: tattn.Plan, tensors: list[Any]) -> None:
+    """What ``is_grads_batched`` and ``jacobian(vectorize=True)`` put in: several gradients in one."""
+    out, lse = attend(plan, return_lse=True)(*tensors)
+    upstream = [torch.randn(3, *t.shape, dtype=t.dtype, device=t.device) for t in (out, lse)]
+    batched = torch.autograd.grad((out, lse), tensors, upstream, is_grads_batched=True, retain_graph=True)
+    alone = torch.autograd.grad(out, tensors, upstream[0], is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        of_both = torch.autograd.grad((out, lse), tensors, [g[k] for g in upstream], retain_graph=True)
+        of_out = torch.autograd.grad(out, tensors, upstream[0][k], retain_graph=True)
+        for found, expected in ((batched, of_both), (alone, of_out)):
+            for a, b in zip(found, expected, strict=True):
+                same(a[k], b)
+    plain = tuple(t.detach() for t in tensors)
+    jacobians = [torch.autograd.functional.jacobian(attend(plan), plain, vectorize=v) for v in (True, False)]
+    for a, b in zip(*jacobians, strict=True):
+        same(a, b)

@@ -169,7 +169,7 @@ def test_wrapped_projections() -> None:
 
 
 @pytest.mark.libraries("torch")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TypedStorage:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch.ao")
 def test_quantized_projections() -> None:
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)

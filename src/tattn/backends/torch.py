@@ -145,7 +145,7 @@ class TorchBackend(Backend):
 
     def table(self, function: Callable[..., np.ndarray], *args: Any, like: Array, dtype: Any = None) -> Array:
         # What is traced holds its tables, each time that it is.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return torch.tensor(_numbers(function, *args), dtype=dtype or torch.int64, device=like.device)
         return super().table(function, *args, like=like, dtype=dtype)
 
@@ -363,6 +363,19 @@ def _compute(method: Any, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     return out, lse, *(k.clone() if k is lse else k for k in kept)
 
 
+def _of_each(pull: Callable[..., tuple[Array, ...]], grads: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Gradients pulled back; one after another where ``is_grads_batched`` has put several in each, which few operations take."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    if torch.compiler.is_compiling() or not any(map(legacy, grads)):
+        return pull(*grads)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # One that has no batch gets one of a single gradient.
+    apart = [torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    found = [_of_each(pull, tuple(g[k % len(g)] for g in apart)) for k in range(max(map(len, apart)))]
+    return tuple(torch._add_batch_dim(torch.stack(several), 0, level) for several in zip(*found, strict=True))
+
+
 class _Adjoint(torch.autograd.Function):
     """Inputs: (forward, backward, what they depend on besides arrays), and the arrays."""
 
@@ -384,7 +397,8 @@ class _Adjoint(torch.autograd.Function):
         # A gradient that is left out costs nothing, where the computation can do without.
         needed = ctx.needs_input_grad[1:]
         asking = getattr(call, "asking", None)
-        grads = BACKEND.run(backward, asking(needed) if asking else call, (*arrays, *kept, grad_out, grad_lse))
+        call = asking(needed) if asking else call
+        grads = _of_each(lambda *g: BACKEND.run(backward, call, (*arrays, *kept, *g)), (grad_out, grad_lse))
         found = (g if need else None for g, need in zip(grads, needed, strict=False))
         return (None, *found, *(None for _ in arrays[len(grads) :]))
 

@@ -82,7 +82,9 @@ def checked_layer_call(
         if dtype not in dtypes:
             raise TypeError(f"{name} should have the weights' dtype {backend.dtype_name(like.dtype)}, got {dtype}")
         check_device(name, a, like, backend, like="the weights")
-        check_shape(name, a)
+        # A batch may be empty.
+        if a.ndim < 2 or 0 in tuple(a.shape[-2:]):
+            check_shape(name, a)
         if a.shape[-1] != width:
             raise ValueError(f"{name} should have {width} channels, got shape {tuple(a.shape)}")
     attended = (x,) * views if contexts is None else tuple(contexts)

@@ -450,7 +450,7 @@ class TensorAttention(nn.Module):
             raise PlanError(texts[0][0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
         plan, text = plans[chosen], texts[chosen][return_error]
-        if traced_whole(plan):
+        if traced_whole(plan) and 0 not in query.shape:
             out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=key_masks)
             return (out, error) if return_error else out
         return tensor_attention(
