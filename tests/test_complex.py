@@ -16,6 +16,8 @@ from tattn.features import complex_channels
 from tattn.features.complex_channels import Turn
 from tattn.features.monomials import exponents, features
 from tattn.methods.bands import level_sizes
+from tattn.state import sums
+from tattn.state.summary import call_of
 
 orders = pytest.mark.parametrize("views", [1, 2, 3])
 
@@ -219,6 +221,34 @@ def test_summaries_and_decoding(library: Any, views: int) -> None:
         np.testing.assert_allclose(library.numpy(out), causal.out[token], rtol=1e-11, atol=1e-13)
 
 
+@orders
+def test_rows_that_continue_a_summary(views: int) -> None:
+    """Causal, from the sums of the rows before, with the gradients of rows and sums."""
+    call = draw(views, dim=4)
+    query = call.query[:3]
+    keys, values = [k[:5] for k in call.keys], [v[:5] for v in call.values]
+    if views == 3:
+        keys, values = [k[:4] for k in call.keys], [v[:4] for v in call.values]
+    head = len(keys[0]) - 3
+    plan = tattn.plan_for(n=9, dim=4, order=views + 1, bound=1.0, degree=3, dtype="float64", channels="complex")
+    before, to_rows = tattn.summarize_vjp([k[:head] for k in keys], [v[:head] for v in values], plan)
+    rows = (query, *(k[head:] for k in keys), *(v[head:] for v in values), *before.sums)
+    of = call_of(plan)
+    masks = (None,) * views
+    out, _, normaliser = sums.read_causal(of, BACKEND, (*rows, *masks))
+    polynomial = Polynomial(plan.coefficients)
+    given: Any = {"causal": True, "function": polynomial, "derivative": polynomial.deriv(), "channels": "complex"}
+    truth = dense(query, keys, values, grad_out=call.grad_out[:3], **given)
+    np.testing.assert_allclose(out, truth.out, rtol=1e-11, atol=1e-13)
+    columns = (out, normaliser, call.grad_out[:3], np.zeros((3, 1)))
+    found = sums.read_causal_backward(of, BACKEND, (*rows, *masks, *columns))
+    np.testing.assert_allclose(found[0], truth.dquery, rtol=1e-10, atol=1e-13)
+    of_heads = to_rows(found[1 + 2 * views :])
+    both = [np.concatenate(pair) for pair in zip((*of_heads[0], *of_heads[1]), found[1:], strict=False)]
+    for got, want in zip(both, (*truth.dkeys, *truth.dvalues), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-13)
+
+
 def test_gradients_of_a_summary() -> None:
     call = draw(2, dim=4)
     plan = tattn.plan_for(n=9, dim=4, bound=1.0, degree=3, dtype="float64", channels="complex")
@@ -266,6 +296,21 @@ def test_a_bound_is_of_moduli() -> None:
     assert 1.5 <= plan.bound <= 1.5 * 1.05
     truth = dense(query, keys, [np.ones((1, 1))] * 2, scale=0.5, channels="complex")
     np.testing.assert_allclose(truth.lse, 1.5)
+
+
+def test_bounds_of_gradients_are_of_moduli() -> None:
+    """What `Plan.grad_error` says, for real and imaginary parts alike."""
+    call = draw(2, dim=4)
+    plan = tattn.plan(call.query, call.keys, call.values, degree=4, channels="complex")
+    _, pullback = tattn.tensor_attention_vjp(call.query, call.keys, call.values, plan=plan)
+    _, (of_query, of_keys, _) = pullback(call.grad_out, return_error=True)
+    query, *keys = (np.abs(as_complex(x)).max(axis=0) for x in (call.query, *call.keys))
+    weight = np.abs(call.grad_out) @ np.prod([np.abs(v).max(axis=0) for v in call.values], axis=0)
+    allowed = plan.grad_error * plan.scale * np.tile(keys[0] * keys[1], 2) * weight[:, None]
+    np.testing.assert_allclose(of_query, allowed, rtol=0.01)
+    assert (of_query >= allowed).all()
+    allowed = plan.grad_error * plan.scale * np.tile(query * keys[1], 2) * weight.sum()
+    np.testing.assert_allclose(of_keys[0], np.broadcast_to(allowed, of_keys[0].shape), rtol=0.01)
 
 
 def test_an_estimated_plan() -> None:

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import METHODS, methods
+from cases import COMPLEX, METHODS
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import score_by_score, through_features, value_sizes
 
 import tattn
 
+WAYS = {**METHODS, **{f"complex {name}": way for name, way in COMPLEX.items()}}
+methods = pytest.mark.parametrize("method", list(WAYS))
 Arrays = tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]
 
 
@@ -28,14 +30,22 @@ def calls(draw: st.DrawFn) -> Arrays:
 
 def plan_of(method: str, q: np.ndarray, keys: Any, bound: float = 1.0) -> tattn.Plan:
     lengths = [len(x) for x in (q, *keys)]
-    return METHODS[method].plan(n=lengths, dim=q.shape[-1], order=len(lengths), bound=bound)
+    return WAYS[method].plan(n=lengths, dim=q.shape[-1], order=len(lengths), bound=bound)
+
+
+def channels(method: str, *rows: np.ndarray) -> list[np.ndarray]:
+    """The rows, or complex ones made of them row by row: moduli as large or little larger, and those of ones are one."""
+    if not method.startswith("complex"):
+        return list(rows)
+    return [np.concatenate([x, (x - x[:, ::-1]) / 4], axis=-1) for x in rows]
 
 
 def attend(q: np.ndarray, keys: Any, values: Any, method: str, **options: Any) -> np.ndarray:
+    q, *keys = channels(method, q, *keys)
     return tattn.tensor_attention(q, keys, values, plan=plan_of(method, q, keys), **options)
 
 
-of_scores = pytest.mark.parametrize("method", [name for name, way in METHODS.items() if way.of_scores])
+of_scores = pytest.mark.parametrize("method", [name for name, way in WAYS.items() if way.of_scores])
 
 
 def close(a: np.ndarray, b: np.ndarray) -> None:
@@ -122,6 +132,7 @@ def test_the_pullback_is_the_transpose(method: str, call: Arrays, seed: int) -> 
     """⟨g, J t⟩ = ⟨Jᵀ g, t⟩, J t by finite differences."""
     q, keys, values = call
     rng = np.random.default_rng(seed)
+    q, *keys = channels(method, q, *keys)
     plan = plan_of(method, q, keys, 1.1)
     arrays = [q, *keys, *values]
     tangents = [rng.normal(size=a.shape) for a in arrays]

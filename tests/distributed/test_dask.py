@@ -24,6 +24,7 @@ CASES = [
     {"views": 2, "masked": True},
     {"views": 2, "heads": True},
     {"views": 3, "masked": True, "heads": True},
+    {"views": 2, "channels": "complex"},
 ]
 
 
@@ -38,10 +39,10 @@ def draw(case: dict[str, Any]) -> tuple[Any, Any, Any, Any, Any, Any]:
     rng = np.random.default_rng(3)
     views, dtype = case["views"], case.get("dtype", "float64")
     heads = (2,) if case.get("heads") else ()
-    lengths = [9, 13, 4][:views]
-    query = rng.uniform(-1, 1, (*heads, 11, 3)).astype(dtype)
+    lengths, dim = [9, 13, 4][:views], 4 if case.get("channels") else 3
+    query = rng.uniform(-1, 1, (*heads, 11, dim)).astype(dtype)
     # One head of keys in the first view serves all.
-    keys = [rng.uniform(-1, 1, (*(heads if i else ()), n, 3)).astype(dtype) for i, n in enumerate(lengths)]
+    keys = [rng.uniform(-1, 1, (*(heads if i else ()), n, dim)).astype(dtype) for i, n in enumerate(lengths)]
     values = [rng.normal(size=(*(heads if i else ()), n, 2)).astype(dtype) for i, n in enumerate(lengths)]
     masks = [rng.random(n) < 0.7 for n in lengths] if case.get("masked") else None
     if masks:
@@ -81,7 +82,9 @@ def blocks(case: dict[str, Any]) -> tuple[Any, Any, Any, Any, Any, Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_and_gradients_are_those_of_the_whole(case: dict[str, Any]) -> None:
-    plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=4, dtype=case.get("dtype", "float64"))
+    asked = {"dtype": case.get("dtype", "float64"), "channels": case.get("channels", "real")}
+    dim = 4 if case.get("channels") else 3
+    plan = tattn.plan_for(n=9, dim=dim, order=case["views"] + 1, bound=1.0, degree=4, **asked)
     query, keys, values, masks, grad_out, grad_lse = draw(case)
     (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, key_masks=masks, return_lse=True)
     expected = pullback(grad_out, grad_lse)

@@ -67,6 +67,8 @@ def agreed(
     if refused is not None:
         raise refused
     if plan is None or plan.source == "data":
+        if plan is not None:
+            inputs = inputs._replace(channels=plan.channels)
         found = _ranges(inputs, number, group)
         if plan is None:
             checked_finite(found.largest, inputs.views)
@@ -123,7 +125,7 @@ def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:
         torch.ones(shape, dtype=torch.bool, device=q.device) if mask is None else mask.expand(shape)
         for mask, shape in zip(operands.masks, shapes, strict=True)
     ]
-    call = RangeCall(scale, inputs.views, together)
+    call = RangeCall(scale, inputs.views, together, inputs.channels)
     found = ranges(call, inputs.backend, inputs.backend.values_of((q, *rows, *seen)))
     like = inputs.arrays[0]
     ends = torch.tensor([found.bound, -found.lowest_mean, *found.sizes], dtype=torch.float64, device=like.device)  # type: ignore[union-attr]

@@ -30,7 +30,7 @@ from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.operations import CHAIN
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
-from ..features.complex_channels import Turn, complex_weights, product
+from ..features.complex_channels import Turn, as_factors, complex_weights, product
 from ..features.monomials import Expansion, Grading, Monomials, degrees, multinomials, rank
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
@@ -47,7 +47,8 @@ def forward(operands: Operands, expansion: Expansion) -> Attended:
     units = shared_units(operands)
     summaries = _summaries(operands, expansion, units)
     turn = turn_of(operands, expansion)
-    combined = product(weights(expansion, q, backend, turn), summaries, turn, backend)
+    factors = as_factors(summaries, turn, backend)
+    combined = product(weights(expansion, q, backend, turn), factors, turn, backend)
     out, normaliser = read_out(q, units[0], combined, expansion.monomials, backend)
     return Attended(out, log_normaliser(normaliser, operands.keys, backend), (normaliser, *summaries))
 
@@ -76,16 +77,18 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     w = weights(expansion, q, backend, turn)
     summaries = known or _summaries(operands, expansion, units)
     columns = (attended.out, normaliser, *upstream)
-    combined = product(w, summaries, turn, backend)
+    factors = as_factors(summaries, turn, backend)
+    combined = product(w, factors, turn, backend)
     of_query, dq = query_adjoint(q, units[0], combined, columns, monomials, backend)
+    (upstream_factor,) = as_factors([of_query], turn, backend)
     d_keys, d_values = [], []
     for number, view in enumerate(operands.views):
         if not operands.wants(number):
             d_keys.append(backend.xp.zeros_like(view.keys, dtype=operands.dtype))
             d_values.append(backend.xp.zeros_like(view.values, dtype=operands.dtype))
             continue
-        others = [s for other, s in enumerate(summaries) if other != number]
-        own = product(w, [of_query, *others], turn, backend) * (1 / view.keys.shape[-2])
+        others = [s for other, s in enumerate(factors) if other != number]
+        own = product(w, [upstream_factor, *others], turn, backend) * (1 / view.keys.shape[-2])
         dk, dv = key_adjoint(view, units[number + 1], own, monomials, backend)
         d_keys.append(dk)
         d_values.append(dv)

@@ -125,9 +125,9 @@ class Turn(NamedTuple):
         return bool(x.shape[-2] <= _SMALL and x.shape[-1] <= _FEW)
 
     def product(self, weights: Array, factors: Sequence[Array], backend: Backend) -> Array:
-        """What is read out of Π_views Σ z^α for sums (..., r, k) of real monomials, by real monomials: (..., r, k)."""
-        turned = balanced_factors([self.turned(x, backend) for x in factors], backend)
-        return self.turned_back(weights * conjugate(self.multiplied(turned, backend), backend, -2, self.real), backend)
+        """What is read out of Π_views Σ z^α for sums (..., r, k) of complex monomials, by real monomials: (..., r, k)."""
+        found = self.multiplied(balanced_factors(factors, backend), backend)
+        return self.turned_back(weights * conjugate(found, backend, -2, self.real), backend)
 
     def multiplied(self, factors: Sequence[Array], backend: Backend) -> Array:
         """Products of complex monomials (..., r, k)."""
@@ -182,6 +182,11 @@ def form_weights(coefficients: tuple[float, ...], dim: int, grading: Grading, co
     weights, real = complex_weights(coefficients, dim, degree, grading), Turn(dim, degree, grading).real
     pairs = weights[real : (len(weights) + real) // 2] * (2.0 ** (count - 1) / count)
     return np.concatenate([weights[:real], *(pairs * (-1) ** number for number in range(count))])
+
+
+def as_factors(sums: Sequence[Array], turn: Turn | None, backend: Backend) -> Sequence[Array]:
+    """Sums (..., r, k) as `product` takes them."""
+    return sums if turn is None else [turn.turned(x, backend) for x in sums]
 
 
 def product(weights: Array, factors: Sequence[Array], turn: Turn | None, backend: Backend) -> Array:

@@ -45,7 +45,7 @@ from ..engines.features import (
     weights,
 )
 from ..features.basis import Basis
-from ..features.complex_channels import Turn, product
+from ..features.complex_channels import Turn, as_factors, product
 from ..features.monomials import Expansion
 from ..operands import COMPLEX, REAL, Attended, Operands, Upstream, View
 
@@ -173,7 +173,8 @@ def _read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tu
     unit, _ = units(call)
     powers = _powers(sums, backend)
     turn = call.turn(q.shape[-1])  # type: ignore[union-attr]
-    combined = product(weights(call.expansion, q, backend, turn), _scaled(sums, powers, backend), turn, backend)
+    factors = as_factors(_scaled(sums, powers, backend), turn, backend)
+    combined = product(weights(call.expansion, q, backend, turn), factors, turn, backend)
     wide = backend.cast(q, backend.compute_dtype(q.dtype))  # type: ignore[union-attr]
     wide = _in_range(call, wide * unit, backend)
     out, normaliser = read_out(wide, 1.0, combined, call.expansion.monomials, backend)
@@ -184,11 +185,12 @@ def _read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | Non
     q, *sums = arrays[: 1 + call.views]
     columns = arrays[1 + call.views :]
     powers = _powers(sums, backend)
-    scaled = _scaled(sums, powers, backend)
     turn = call.turn(q.shape[-1])  # type: ignore[union-attr]
+    scaled = as_factors(_scaled(sums, powers, backend), turn, backend)
     w = weights(call.expansion, q, backend, turn)
     unit, combined = units(call)[0], product(w, scaled, turn, backend)
     upstream, dq = query_adjoint(q, unit, combined, columns, call.expansion.monomials, backend)
+    (upstream,) = as_factors([upstream], turn, backend)
     d_sums = []
     for view, (own, power) in enumerate(zip(sums, powers, strict=True)):
         others = [s for other, s in enumerate(scaled) if other != view]

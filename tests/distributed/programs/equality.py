@@ -31,6 +31,8 @@ CASES: list[dict[str, Any]] = [
     {"views": 3, "causal": True, "more": (0, 4, 2), "masked": True},
     {"views": 2, "causal": True, "more": (3, 1), "empty": True},
     {"views": 2, "causal": True, "rows": 60, "dtype": "bfloat16"},
+    {"views": 2, "masked": True, "channels": "complex"},
+    {"views": 2, "causal": True, "channels": "complex"},
 ]
 
 
@@ -43,11 +45,11 @@ def draw(case: dict[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor], list
     def tensor(a: np.ndarray) -> Tensor:
         return torch.tensor(a, device=DEVICE, dtype=None if a.dtype == bool else dtype)
 
-    n = case.get("rows", 11)
+    n, dim = case.get("rows", 11), 4 if case.get("channels") else 3
     lengths = [n + more for more in case.get("more", (0,) * views)] if case.get("causal") else [9, 13, 4][:views]
-    query = tensor(rng.uniform(-1, 1, (*heads, n, 3)))
+    query = tensor(rng.uniform(-1, 1, (*heads, n, dim)))
     # One head of keys in the first view serves all.
-    keys = [tensor(rng.uniform(-1, 1, (*(heads if i else ()), n, 3))) for i, n in enumerate(lengths)]
+    keys = [tensor(rng.uniform(-1, 1, (*(heads if i else ()), n, dim))) for i, n in enumerate(lengths)]
     values = [tensor(rng.normal(size=(*(heads if i else ()), n, 2))) for i, n in enumerate(lengths)]
     masks: list[Tensor | None] | None = None
     if case.get("masked"):
@@ -97,8 +99,8 @@ def gradients(outs: Any, grads: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 def plan_of(case: dict[str, Any], query: Tensor) -> tattn.Plan:
     return tattn.plan_for(
-        n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=4, dtype=str(query.dtype)[6:],
-        causal=bool(case.get("causal")),
+        n=9, dim=query.shape[-1], order=case["views"] + 1, bound=1.0, degree=4, dtype=str(query.dtype)[6:],
+        causal=bool(case.get("causal")), channels=case.get("channels", "real"),
     )  # fmt: skip
 
 
