@@ -335,7 +335,7 @@ def plot(rows: Table) -> Any:
     of_time.set_xscale("log", base=2)
     of_right.set(xlabel="readings", ylabel="% right, trained at this length", ylim=(45, 101))
     of_time.set(yscale="log", xlabel="readings", ylabel="processor seconds of a step")
-    of_right.legend(fontsize="x-small", loc="center right")
+    of_right.legend(fontsize="x-small", loc="center right", bbox_to_anchor=(1, 0.47))
     return figure
 
 
