@@ -90,7 +90,7 @@ def _noisy(tables: dict[str, Table]) -> list[str]:
     at = min(timed, key=lambda m: abs(m - n))
     return [
         "[noisy triples](noisy_triples.md)", "the same, of hidden numbers that many unreliable readings tell",
-        f"{n:,}", ", ".join(f"{100 * r:.1f}" for r in home) + " %", f"{min(ordinary):.1f} to {max(ordinary):.1f} % at any length",
+        f"{n:,}", ", ".join(f"{100 * r:.1f}" for r in home) + " %", f"{min(ordinary):.1f} to {max(ordinary):.1f} %, as trained",
         f"{seconds(timed[at])} at {at:,}", f"({seconds(noisy_triples.exact_seconds(spent, at))})",
     ]  # fmt: skip
 
