@@ -63,11 +63,16 @@ def _copy(w: Any, source: Any, target: Any) -> None:
 @compiled(FAST)
 def _features(x: Any, runs: Any, w: Any, phi: Any, slot: int, blocks: Any) -> None:
     """Monomials of rows (rows, d) times w (R,) into a slot of blocks (R / WIDTH, slots * SLOT); phi (R,) is room for a row."""
+    # Where every run is one channel times 1, the channels themselves are the monomials.
+    linear = runs.shape[0] > 0 and runs[-1, 2] == 1 + x.shape[1] and runs[-1, 3] == 0
     for i in range(x.shape[0]):
         phi[0] = 1
-        for run in range(runs.shape[0]):
-            channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
-            _scale(x[i, channel], phi[source : source + stop - start], phi[start:stop])
+        if linear:
+            _scale(1, x[i], phi[1 : 1 + x.shape[1]])
+        else:
+            for run in range(runs.shape[0]):
+                channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+                _scale(x[i, channel], phi[source : source + stop - start], phi[start:stop])
         to = slot * SLOT + i * WIDTH
         for block in range(blocks.shape[0]):
             low, target = block * WIDTH, blocks[block]
