@@ -19,7 +19,7 @@ from flint import acb, arb, arb_series, ctx
 from reference import Dense, score_by_score, sizes_of, through_features
 
 import tattn
-from tattn.approximation.exponential import minimax, taylor
+from tattn.approximation.exponential import crowded, minimax, taylor
 
 TERMS = 6  # of a Taylor series in a cell
 
@@ -33,38 +33,59 @@ def precision() -> Iterator[None]:
     ctx.cap = before
 
 
-def check_cells(coefficients: Sequence[float], bound: float, stated: float) -> None:
-    """|Q/e^x − 1| <= stated for the polynomial Q and all |x| <= bound: a Taylor series in each cell, cells as small as it takes.
+def horner(coefficients: Sequence[Any], x: Any) -> Any:
+    """A polynomial of a series."""
+    return reduce(lambda value, c: value * x + c, map(arb, reversed(coefficients)), arb_series([0]))
+
+
+def check_cells(error: Callable[[Any], Any], bound: float, stated: Any) -> None:
+    """|error(x)| <= stated for all |x| <= bound: a Taylor series in each cell, cells as small as it takes.
 
     The last term is one of all points of the cell, so it holds the rest of the series.
     """
-
-    def terms(center: Any, radius: Any) -> list[Any]:
-        """Terms of the error at center + radius s, as a series in s."""
-        x = arb_series([center, radius])
-        found = reduce(lambda value, c: value * x + c, map(arb, reversed(coefficients)), arb_series([0]))
-        found = found * (-x).exp() - 1
-        return [found[k] for k in range(TERMS + 1)]
-
     cells = [(0.0, 1.0)]
     while cells:
         middle, half = cells.pop()  # parts of the bound, without rounding
         center, radius = arb(bound) * middle, arb(bound) * half
-        head, rest = terms(center, radius)[:TERMS], terms(arb(center, radius), radius)[TERMS]
-        assert not abs(head[0]) > stated, (coefficients, bound, stated, center, head[0])
-        if not sum(map(abs, head), abs(rest)) <= stated:
-            assert half > 2**-40, (coefficients, bound, stated, center, head[0])
+        # At center + radius s, in powers of s.
+        head, rest = (error(arb_series([x, radius])) for x in (center, arb(center, radius)))
+        assert not abs(head[0]) > stated, (bound, stated, center, head[0])
+        if not sum((abs(head[k]) for k in range(TERMS)), abs(rest[TERMS])) <= stated:
+            assert half > 2**-40, (bound, stated, center, head[0])
             cells += [(middle - half / 2, half / 2), (middle + half / 2, half / 2)]
 
 
+def derivative(coefficients: Sequence[float]) -> list[Any]:
+    """Coefficients of P', without rounding; 0 for a constant."""
+    return [t * c for t, c in enumerate(map(arb, coefficients))][1:] or [0]
+
+
+BOUNDS = pytest.mark.parametrize("bound", [0.0, 0.1, 0.5, 1.0, 2.0, 3.7, 8.0])
+
+
 @pytest.mark.parametrize("series", [minimax, taylor])
-@pytest.mark.parametrize("bound", [0.0, 0.1, 0.5, 1.0, 2.0, 3.7, 8.0])
+@BOUNDS
 def test_no_polynomial_is_further_from_exp_than_it_says(series: Callable[..., Any], bound: float) -> None:
-    for degree in (1, 2, 3, 4, 6, 9, 14, 24):
+    for degree in (0, 1, 2, 3, 4, 6, 9, 14, 24):
         found = series(degree, bound)
-        slope = [t * c for t, c in enumerate(map(arb, found.coefficients))][1:]
-        check_cells(found.coefficients, found.bound, found.delta)
-        check_cells(slope, found.bound, found.delta_prime)
+        value, slope = found.coefficients, derivative(found.coefficients)
+        check_cells(lambda x, c=value: horner(c, x) * (-x).exp() - 1, found.bound, found.delta)
+        check_cells(lambda x, c=slope: horner(c, x) * (-x).exp() - 1, found.bound, found.delta_prime)
+
+
+@BOUNDS
+def test_no_polynomial_of_a_band_is_further_from_exp_than_it_says(bound: float) -> None:
+    """(e^x − P)/x^t and (e^x − P′)/x^(t−1) as power series of 90 terms, all others less than is added for them."""
+    for degree, moment in ((2, 2), (3, 2), (6, 2), (4, 4), (7, 4)):
+        found = crowded(degree, moment, bound)
+        rest = 2 * arb(8) ** 90 / arb(90).fac()
+        for kept, order, stated in (
+            (found.coefficients[moment:], moment, found.kappa),
+            (derivative(found.coefficients)[moment - 1 :], moment - 1, found.kappa_prime),
+        ):
+            own = [arb(c) for c in kept] + [arb(0)] * (90 - len(kept))
+            terms = [1 / arb(j + order).fac() - c for j, c in enumerate(own)]
+            check_cells(lambda x, c=terms: horner(c, x), found.bound, arb(stated) - rest)
 
 
 def balls(x: Any) -> np.ndarray:
