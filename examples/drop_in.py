@@ -207,7 +207,14 @@ An encoder of {LAYERS} blocks with {EMBED} channels and {HEADS} heads reads {ROW
 Python (`pydoc_data.topics`, PSF licence) and fills in the {100 * MASKED:.0f} % that are masked. Only the attention changes:
 
 ```python
-block.attention = tattn.nn.TensorAttention({EMBED}, {HEADS}, bound=1.0, degree=2)
+import torch
+import tattn
+
+x = torch.randn({ends[0]["batch"]}, {ROWS}, {EMBED})  # sequences, characters, channels
+before = torch.nn.MultiheadAttention({EMBED}, {HEADS}, batch_first=True)
+out, _ = before(x, x, x, need_weights=False)
+after = tattn.nn.TensorAttention({EMBED}, {HEADS}, bound=1.0, degree=2)
+out = after(x)
 ```
 
 {max(column(rows, "step")):,} steps of AdamW, {ends[0]["batch"]} sequences each. The loss is the cross-entropy in

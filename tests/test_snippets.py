@@ -11,8 +11,21 @@ def test_code_for_numpy(page: str) -> None:
     assert paste(page, "numpy")["dquery"].ndim == 2
 
 
+def test_code_for_causal_calls() -> None:
+    names = paste("docs/causal.md", "numpy")
+    assert names["out"].shape == names["near"].shape == (1000, 4)
+
+
+def test_code_that_checks_a_library() -> None:
+    # The check is in the code.
+    paste("docs/api/backends.md", "numpy")
+
+
 @pytest.mark.libraries("torch")
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md", "docs/coming_from.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "docs/index.md", "docs/quickstart.md", "docs/coming_from.md", "docs/examples/drop_in.md"],
+)
 def test_code_for_torch(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = paste(page, "torch")
     if "layer" in names:
@@ -21,6 +34,6 @@ def test_code_for_torch(page: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.libraries("jax")
-@pytest.mark.parametrize("page", ["docs/quickstart.md"])
-def test_code_for_jax(page: str) -> None:
-    assert paste(page, "jax")["out"].shape == (1000, 8)
+@pytest.mark.parametrize(("page", "shape"), [("docs/quickstart.md", (1000, 8)), ("docs/layers.md", (2, 1000, 64))])
+def test_code_for_jax(page: str, shape: tuple[int, ...]) -> None:
+    assert paste(page, "jax")["out"].shape == shape
