@@ -23,6 +23,8 @@ MAX_ORDER = 64
 # Up to this p the powers 2^p, 2^−p and half of them are normal numbers: some libraries take smaller ones for 0.
 LARGEST_POWER = {"float64": 1021, "float32": 125, "float16": 125, "bfloat16": 125}
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Names of arrays whose channels may be complex.
+_OF_CHANNELS = ("query", "keys", "rows")
 # Scores that take a few milliseconds, as many as to load what is compiled is worth.
 _LONG = 1 << 22
 # What computes adds some dimensions of its own, and NumPy broadcasts arrays of at most 32.
@@ -366,7 +368,8 @@ def described(value: Any) -> str:
 def checked_sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ...]:
     """The items of a list or tuple, one for each view, or what `each` says."""
     if not isinstance(given, (list, tuple)):
-        hint = f"; a single {each} goes in a tuple of one" if backend_of(given) is not None else ""
+        paired = "complex" in dtype and name.startswith(_OF_CHANNELS)
+        hint = ": give real parts followed by imaginary parts, and channels='complex'" if paired else ""
         raise TypeError(
             f"{name} should be a list or tuple of arrays, one for each {each}, got {type(given).__name__}{hint}"
         )
@@ -425,7 +428,11 @@ def check_floating(name: str, array: Any, query: Any, backend: Backend, like: st
     """TypeError unless the dtype is one that is computed in, and the query's; its device too."""
     dtype = backend.dtype_name(array.dtype)
     if dtype not in FLOATS:
-        hint = ": give real parts followed by imaginary parts, and channels='complex'" if "complex" in dtype else ""
+        hint = (
+            ": give real parts followed by imaginary parts, and channels='complex'"
+            if "complex" in dtype and name.startswith(_OF_CHANNELS)
+            else ""
+        )
         raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}{hint}")
     if array.dtype != query.dtype:
         raise TypeError(f"{name} should have {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
