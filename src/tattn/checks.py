@@ -368,8 +368,7 @@ def described(value: Any) -> str:
 def checked_sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ...]:
     """The items of a list or tuple, one for each view, or what `each` says."""
     if not isinstance(given, (list, tuple)):
-        paired = "complex" in dtype and name.startswith(_OF_CHANNELS)
-        hint = ": give real parts followed by imaginary parts, and channels='complex'" if paired else ""
+        hint = f"; a single {each} goes in a tuple of one" if backend_of(given) is not None else ""
         raise TypeError(
             f"{name} should be a list or tuple of arrays, one for each {each}, got {type(given).__name__}{hint}"
         )
@@ -428,11 +427,8 @@ def check_floating(name: str, array: Any, query: Any, backend: Backend, like: st
     """TypeError unless the dtype is one that is computed in, and the query's; its device too."""
     dtype = backend.dtype_name(array.dtype)
     if dtype not in FLOATS:
-        hint = (
-            ": give real parts followed by imaginary parts, and channels='complex'"
-            if "complex" in dtype and name.startswith(_OF_CHANNELS)
-            else ""
-        )
+        paired = "complex" in dtype and name.startswith(_OF_CHANNELS)
+        hint = ": give real parts followed by imaginary parts, and channels='complex'" if paired else ""
         raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}{hint}")
     if array.dtype != query.dtype:
         raise TypeError(f"{name} should have {like}'s dtype {backend.dtype_name(query.dtype)}, got {dtype}")
