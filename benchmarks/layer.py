@@ -22,6 +22,7 @@ from evidence.tables import Table, distinct, load, markdown, save, where
 from examples.triple_detection import Ordinary, Task, made, tensor_attention, train
 from tattn.nn import AttentionConfig
 
+from .lengths import LAYER_MARKS, between_marks
 from .turns import seconds
 
 EMBED, HEADS = 64, 8
@@ -174,7 +175,11 @@ def main() -> None:
             default_page(tables["default"], tables["learning"]) + "\n", encoding="utf-8"
         )
     if "rows" in tables:
-        (given.out / "rows.md").write_text(rows_page(tables["rows"]) + "\n", encoding="utf-8")
+        page = rows_page(tables["rows"])
+        (given.out / "rows.md").write_text(page + "\n", encoding="utf-8")
+        readme = Path(__file__).parent.parent / "README.md"
+        if given.out == parser.get_default("out"):
+            readme.write_text(between_marks(readme.read_text(encoding="utf-8"), page, LAYER_MARKS), encoding="utf-8")
 
 
 if __name__ == "__main__":

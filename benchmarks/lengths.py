@@ -25,6 +25,8 @@ from .rivals import fused
 
 _ROOT = Path(__file__).parent.parent
 _MARKS = "<!-- lengths: made by `python -m benchmarks.lengths` -->", "<!-- end of lengths -->"
+# Of the table of layers, which `benchmarks.layer` measures.
+LAYER_MARKS = "<!-- layers: made by `python -m benchmarks.layer` -->", "<!-- end of layers -->"
 LENGTHS = tuple(1 << i for i in range(8, 21))
 SHOWN = tuple(1 << i for i in range(10, 21, 2))
 DIM, DEGREE = 8, 4
@@ -147,9 +149,9 @@ def figure(table: Table) -> Any:
     return drawn
 
 
-def between_marks(text: str, table: str) -> str:
+def between_marks(text: str, table: str, marks: tuple[str, str] = _MARKS) -> str:
     """The text with what stands between the marks replaced."""
-    start, end = _MARKS
+    start, end = marks
     head, found, rest = text.partition(start)
     _, closed, tail = rest.partition(end)
     if not found or not closed:

@@ -235,6 +235,8 @@ def lengths_measured() -> tuple[Table, Row]:
 def test_the_table_of_the_readme_is_what_was_measured() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == lengths.between_marks(text, lengths.readme(*lengths_measured()))
+    layers = (ROOT / "docs" / "layers" / "rows.md").read_text(encoding="utf-8").strip()
+    assert text == lengths.between_marks(text, layers, lengths.LAYER_MARKS)
     with pytest.raises(ValueError, match="the text should hold"):
         lengths.between_marks("no marks", "table")
 
