@@ -31,7 +31,7 @@ def filled_batch(given: tuple[Any, Any, Any, Any]) -> Filled | None:
     """The arrays (..., n, d), masks (..., n), of an empty batch with a batch of one; None for others, and what are no arrays."""
     query, keys, values, masks = given
     several = [x for x in (keys, values, masks) if isinstance(x, (list, tuple))]
-    if not any(0 in getattr(x, "shape", ()) for x in (query, *chain.from_iterable(several))):
+    if not any(0 in _shape(x) for x in (query, *chain.from_iterable(several))):
         return None
     empty: set[int] = set()
 
@@ -54,10 +54,19 @@ def filled_batch(given: tuple[Any, Any, Any, Any]) -> Filled | None:
     return Filled(filled, tuple(empty)) if empty else None
 
 
+def _shape(array: Any) -> tuple[Any, ...]:
+    """The shape of an array; () of what has none, or will not tell."""
+    try:
+        shape = getattr(array, "shape", ())
+    except RuntimeError:
+        return ()
+    return tuple(shape) if isinstance(shape, tuple) else ()
+
+
 def _empty(array: Any, own: int) -> list[int]:
     """Empty dimensions before the last `own`, counted from the last of them."""
-    shape = getattr(array, "shape", None)
-    batch = tuple(shape)[: max(0, len(shape) - own)] if isinstance(shape, tuple) else ()
+    shape = _shape(array)
+    batch = shape[: max(0, len(shape) - own)]
     return [place for place, length in enumerate(reversed(batch)) if length == 0]
 
 

@@ -57,13 +57,12 @@ class Inputs(NamedTuple):
 
     def _compiled(self) -> bool:
         """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
-        pairs = prod(map(float, self.lengths)) * prod(self.leading)
-        if not self.order.causal or self.order.window or self.channels != REAL or pairs < _LONG:
+        if self.traced or not self.order.causal or self.order.window or self.channels != REAL:
             return False
-        return (
-            self.backend.kernel("prefix_read", *(a for a in self.arrays[: 2 * self.views + 1] if a is not None))
-            is not None
-        )
+        if prod([float(n) for n in (*self.lengths, *self.leading)]) < _LONG:
+            return False
+        rows = [a for a in self.arrays[: 2 * self.views + 1] if a is not None]
+        return self.backend.kernel("prefix_read", *rows) is not None
 
     def operands(self, scale: float = 1.0) -> Operands:
         """The arrays by their names."""
@@ -381,7 +380,7 @@ def checked_masks(key_masks: Any, keys: Sequence[Any], of: str) -> tuple[Any, ..
     """The mask of each view, or None; one array serves all of them. `of` says in words what there should be one for each of."""
     if key_masks is None:
         return (None,) * len(keys)
-    if backend_of(key_masks) is not None:
+    if not isinstance(key_masks, (list, tuple)) and backend_of(key_masks) is not None:
         most = max(getattr(k, "ndim", 0) for k in keys) - 1
         if getattr(key_masks, "ndim", 0) > most > 0:
             raise ValueError(
