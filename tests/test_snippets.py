@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from snippets import paste
 
@@ -35,5 +37,15 @@ def test_code_for_torch(page: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.libraries("jax")
 @pytest.mark.parametrize(("page", "shape"), [("docs/quickstart.md", (1000, 8)), ("docs/layers.md", (2, 1000, 64))])
-def test_code_for_jax(page: str, shape: tuple[int, ...]) -> None:
+def test_code_for_jax(page: str, shape: tuple[int, ...], float32_by_default: None) -> None:
     assert paste(page, "jax")["out"].shape == shape
+
+
+@pytest.fixture
+def float32_by_default() -> Iterator[None]:
+    """JAX as it is for a reader, whatever other tests have set."""
+    jax = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", before)
