@@ -42,7 +42,7 @@ class ServingState:
     owner: Any = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its numbers: sums and rests of all views, or keys, values and masks, (*batch, key heads, 1, ·, ·)."""
+        """Its numbers: sums and rests of all views, or keys, values and masks, (..., key heads, 1, ·, ·)."""
         if self.decoding is None or self.decoding.summary is None:
             return self.rows
         return (*self.decoding.summary.sums, *self.decoding.summary.rests)
