@@ -22,7 +22,7 @@ from .methods import backward, forward, told_error
 from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
-from .planning.limits import check_flops, checked_most, flops_of
+from .planning.limits import check_flops, checked_most
 from .planning.program import ATTENTION
 from .planning.selection import Wish
 from .plans import Plan
@@ -275,7 +275,7 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
     if plan is not None:
         check_plan(plan, inputs, number, method)
         if most is not None:
-            check_flops(plan, plan.algorithm.cost(inputs.problem(number)).flops, most)
+            check_flops(plan, most, plan.algorithm.cost(inputs.problem(number)).flops)
         return work_of(inputs, plan, certify)
     if inputs.traced and method != "exact" and inputs.order.window is None:
         raise PlanError(
@@ -284,11 +284,11 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
         )
     if inputs.traced:
         made = plan_inputs(inputs, number, wish)
-        check_flops(made, flops_of(made), most)
+        check_flops(made, most)
         return work_of(inputs, made, certify)
     if _unplanned(inputs, asked) and not certify and not asked.returns_plan:
         made = exact_plan(inputs, number)
-        check_flops(made, flops_of(made), most)
+        check_flops(made, most)
         return work_of(inputs, made)
     return chosen_work(inputs, number, wish, certify)
 

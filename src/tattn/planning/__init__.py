@@ -33,7 +33,7 @@ from ..plans import Plan, spread
 from ..problem import Problem, ScoreRange
 from .banded import asked_banded, banded_plan, is_banded
 from .estimated import estimated_plan
-from .limits import check_cost, check_flops, checked_most, flops_of
+from .limits import check_cost, check_flops, checked_most
 from .selection import Wish, check_rank, choose, plan_with, why_overflows
 
 # Methods that can be asked for as values.
@@ -120,14 +120,14 @@ def plan(
         number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
         asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}
         made = _of_method(method, inputs.problem(number), **asked)
-        check_flops(made, flops_of(made), checked_most(max_flops))
+        check_flops(made, checked_most(max_flops))
         return made
     number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
     banded = is_banded(series, bands, moment)
     wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients), checked_most(max_flops))
     banded_of = (inputs.problem(number), wish, bound, bands, moment)
     made = asked_banded(*banded_of) if banded else plan_inputs(inputs, number, wish, bound)
-    check_cost(inputs, made, flops_of(made), wish)
+    check_cost(inputs, made, wish)
     return made
 
 
@@ -215,7 +215,7 @@ def plan_for(
         made = asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
     else:
         made = choose(problem, _promised(bound), Wish(tol, method, degree, series))
-    check_flops(made, flops_of(made), checked_most(max_flops))
+    check_flops(made, checked_most(max_flops))
     if workers is None and flops is None:
         return made
     count = 1 if workers is None else whole("workers", workers, 1)

@@ -43,7 +43,7 @@ def chosen_work(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work
     """The cheapest way that meets `tol`, for values that can be read."""
     work = _cheapest(inputs, scale, wish, certify)
     if work.result is None:
-        check_cost(inputs, work.plan, flops_of(work.plan), wish)
+        check_cost(inputs, work.plan, wish)
     return work
 
 
@@ -85,7 +85,7 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
         reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
         work = work._replace(plan=replace(candidate, reason=reason), result=found)
-        check_cost(inputs, work.plan, recomputed * candidate.flops_exact, wish)
+        check_cost(inputs, work.plan, wish, recomputed * candidate.flops_exact)
         return _hybrid_work(inputs, work, row_errors, most, values)
     if plan is None:
         quantiles = ", ".join(

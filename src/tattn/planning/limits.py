@@ -32,15 +32,19 @@ def flops_of(plan: Plan) -> float:
     return plan.flops_exact if plan.method == "exact" else plan.flops_polynomial
 
 
-def check_cost(inputs: Inputs, plan: Plan, flops: float, wish: Wish) -> None:
-    """PlanError if a call takes more operations than it may; a warning if a method that was chosen takes long."""
-    check_flops(plan, flops, wish.max_flops)
+def check_cost(inputs: Inputs, plan: Plan, wish: Wish, flops: float | None = None) -> None:
+    """PlanError if a call takes more operations than it may; a warning if a method that was chosen takes long.
+
+    `flops`: what is left to do, all of the plan's if not given.
+    """
+    check_flops(plan, wish.max_flops, flops)
     if wish.method == "auto" and wish.degree is None:
-        _warn_of_time(inputs, plan, flops)
+        _warn_of_time(inputs, plan, flops_of(plan) if flops is None else flops)
 
 
-def check_flops(plan: Plan, flops: float, max_flops: float | None) -> None:
-    """PlanError if a call takes more operations than it may."""
+def check_flops(plan: Plan, max_flops: float | None, flops: float | None = None) -> None:
+    """PlanError if a call takes more operations than it may: the plan's, or so many."""
+    flops = flops_of(plan) if flops is None else flops
     if max_flops is not None and flops > max_flops:
         raise PlanError(
             f"the call takes {si(flops)}flop by the {plan.method} method, more than max_flops={max_flops:.3g}: {plan.reason}. "
