@@ -76,4 +76,16 @@ def test_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm")
     query, *views = np.random.default_rng(0).normal(size=(5, N, 4))
     tattn.tensor_attention(query, views[:2], views[2:], method="exact", progress=True)
-    assert "100%" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "100%" in said
+    # The line is ended: what the caller prints next does not stand behind the bar.
+    assert said.endswith("\n")
+
+
+def test_a_bar_for_every_part_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    query, *views = np.random.default_rng(0).normal(size=(5, N, 4))
+    out, pullback = tattn.tensor_attention_vjp(query, views[:2], views[2:], method="exact", progress=True)
+    for said in (capsys.readouterr().err, str(pullback(out) and capsys.readouterr().err)):
+        assert "100%" in said
+        assert said.endswith("\n")

@@ -57,6 +57,7 @@ def _telling(progress: Progress) -> Iterator[None]:
         TOLD.pop(here, None)
         if before is not None:
             TOLD[here] = before
+        finish(progress)
 
 
 def told(body: Callable[..., Any], rows: int) -> Callable[..., Any]:
@@ -73,19 +74,38 @@ def reporter(progress: Any) -> Progress | None:
         if not callable(progress):
             raise TypeError(f"progress should be True or callable, got {type(progress).__name__}")
         return progress  # type: ignore[no-any-return]
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("progress=True shows a bar by tqdm, which is not installed: pip install tqdm") from None
-    bar = tqdm(unit=" rows", unit_scale=True)
+    return Bar()
 
-    def show(done: int, total: int) -> None:
-        if done <= bar.n:
+
+class Bar:
+    """A bar by tqdm, which begins with the first rows that are told and again with each pass over them."""
+
+    def __init__(self) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            raise ImportError("progress=True shows a bar by tqdm, which is not installed: pip install tqdm") from None
+        self._new = tqdm
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = self._new(unit=" rows", unit_scale=True)
+        if done <= self._bar.n:
             # Another pass.
-            bar.reset()
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.refresh()
+            self._bar.reset()
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
 
-    return show
+    def close(self) -> None:
+        """End the line of the bar; what is told after that begins another."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+            self._bar = None
+
+
+def finish(progress: Progress | None) -> None:
+    """No more passes are told of, for now."""
+    if isinstance(progress, Bar):
+        progress.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends import Array, Backend, backend_of
-from ..backends.progress import Progress, reporter
+from ..backends.progress import Progress, finish, reporter
 from ..bounds.rounding import computed_in
 from ..checks import (
     checked_array,
@@ -455,6 +455,7 @@ def _summed(views: Views, plan: Plan, progress: Any) -> list[tuple[Array, Array]
                 done += min(piece, n - start)
                 report(done, total)
         results.append(result)
+    finish(report)
     return results
 
 
