@@ -12,7 +12,7 @@ from reference import dense, through_features, value_sizes
 import tattn
 from tattn.backends import backend_of
 from tattn.checks import checked_inputs
-from tattn.features.scaling import units_of
+from tattn.features.scaling import channel_units, units_of
 from tattn.planning import measured
 
 # Decimal exponents of the largest and the smallest normal numbers, and of the smallest of all.
@@ -151,6 +151,23 @@ def test_units_of_channels_are_normal_numbers_whose_product_is_the_scale(
     np.testing.assert_allclose(product[~zero], scale, rtol=1e-6)
     # Nothing is added to a score where a view is zero, but products with large entries would be NaN.
     assert max((top[zero] * unit[zero]).max() for top, unit in zip(tops, units, strict=True)) <= 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 4])
+def test_units_of_usual_channels_are_those_of_all(library: Any, views: int, dtype: str) -> None:
+    rng = np.random.default_rng(views)
+    for scale in (1.0, 0.3, 1e-2):
+        # One row for each view: its entries are the largest of their channels.
+        rows = [(10 ** rng.uniform(-2, 2, (1, 50))).astype(dtype) for _ in range(views + 1)]
+        rows[0] *= (0.1 / scale / np.prod(rows, axis=0)).astype(dtype)
+        given = library.arrays(*rows)
+        backend = backend_of(given[0])
+        found = channel_units(given[0], given[1:], [None] * views, scale, backend)
+        for unit, expected in zip(found, units_of(given, given, scale, backend), strict=True):
+            assert np.array_equal(library.numpy(unit), library.numpy(expected))
+        # None is left to the general rule.
+        assert (np.abs(np.log2(rows)) < 40).all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in:RuntimeWarning")

@@ -12,6 +12,7 @@ the arithmetic and not a theorem about it; the tests hold it against corners, co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import comb, exp, inf, prod, sqrt
 from typing import NamedTuple
 
@@ -96,8 +97,10 @@ def least_normaliser(delta: float, bound: float, lowest_mean: float) -> float:
     return (1 - delta) * exp(max(-bound, lowest_mean))
 
 
+# Every short call asks.
+@lru_cache(maxsize=256)
 def scores_round_less(
-    coefficients: Sequence[float], bound: float, *, dim: int, rank: int, value_dim: int, lengths: Sequence[int]
+    coefficients: tuple[float, ...], bound: float, *, dim: int, rank: int, value_dim: int, lengths: tuple[int, ...]
 ) -> bool:
     """Whether P of scores, for rows (n, n_1, …), rounds no more than `polynomial_rounding` allows for any number of rows."""
     views = len(lengths) - 1

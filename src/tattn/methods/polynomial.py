@@ -88,7 +88,12 @@ class Polynomial(OneError):
         by_features = sum(lengths) * r * (2.0 * (value_dim + 1) + 1)
         by_scores = prod([float(length) for length in lengths]) * (2.0 * dim + 2.0 * value_dim + 4.0 * self.degree)
         return by_scores < by_features and scores_round_less(
-            self.coefficients, self.bound, dim=dim, rank=r, value_dim=max(value_dim, USUAL_VALUE_DIM), lengths=lengths
+            self.coefficients,
+            self.bound,
+            dim=dim,
+            rank=r,
+            value_dim=max(value_dim, USUAL_VALUE_DIM),
+            lengths=tuple(lengths),
         )
 
     def forward(self, operands: Operands, certify: bool = False) -> Attended:
