@@ -208,14 +208,18 @@ def test_a_polynomial_has_no_options():
         plan_of_facts(plan.facts() | {"options": {"factor": 2.0}})
 
 
-def test_a_kernel(monkeypatch):
+def test_a_kernel():
     query, values, _ = drawn(2000)
     query = query[:20] / np.float32([8, 1, 1, 1])
     # Values that are high where scores are, and channels of unequal sizes: weights and units show.
     keys = [values[0] * np.float32([8, 1, 1, 1]), values[1]]
     before = tattn.plan(query, keys, values, method="polynomial", tol=1e-2)
     # Whatever the recipe leaves in the backend goes with the test.
-    monkeypatch.setattr(BACKEND, "kernels", BACKEND.kernels)
+    with BACKEND.using(kernels=BACKEND.kernels):
+        follow_the_kernel(query, keys, values, before)
+
+
+def follow_the_kernel(query, keys, values, before) -> None:
     names = followed("Add a kernel")
     kernel = names["kernel"]
     taken = []
