@@ -81,17 +81,17 @@ def test_causal_calls(library: Any, views: int, option: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("views", [2, 3])
-def test_causal_calls_of_many_blocks(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causal_calls_of_many_blocks(views: int) -> None:
     """Prefixes are carried from block to block, and back in the adjoint."""
-    monkeypatch.setattr(BACKEND, "workspace", 1 << 12)
     rng = np.random.default_rng(0)
     n = 60 if views == 2 else 24
     query, *keys = rng.uniform(-1, 1, (views + 1, n, 4))
     values = list(rng.normal(size=(views, n, 2)))
     call = Call(query, keys, values, None, rng.normal(size=(n, 2)), rng.normal(size=n))
     plan = tattn.plan(query, keys, values, degree=4, causal=True, channels="complex")
-    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, return_lse=True)
-    dquery, dkeys, dvalues = pullback(call.grad_out, call.grad_lse)
+    with BACKEND.using(workspace=1 << 12):
+        (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, return_lse=True)
+        dquery, dkeys, dvalues = pullback(call.grad_out, call.grad_lse)
     assert_close(Dense(out, lse, dquery, list(dkeys), list(dvalues)), expected(call, plan), 1e-11)
 
 
@@ -129,7 +129,7 @@ def test_no_error_of_a_causal_call_exceeds_the_plan(
     kind: str, dtype: str, kernels: bool, draws: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels:
-        monkeypatch.setattr(BACKEND, "kernels", ())
+        monkeypatch.setenv("TATTN_KERNELS", "0")
     precision = np.float64 if dtype == "float32" else np.longdouble
     for seed in draws(40):
         rng = np.random.default_rng(seed)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +20,11 @@ from cases import write_other_library
 
 import tattn
 from tattn.backends.numpy import BACKEND
-from tattn.methods import Exact
+from tattn.methods import METHODS, Exact
+from tattn.methods.gradient_bounds import OneError
+from tattn.planning.program import written
+from tattn.plans import plan_text
+from tattn.stored import plan_of_facts
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -72,33 +79,147 @@ def assert_gradients_within(found_and_bounds, expected):
         assert (abs(gradient - true) <= bound).all()
 
 
-def test_a_method():
-    names = followed("Add a method")
+def test_a_method(tmp_path):
+    """In a copy of the package, since a method is part of it."""
+    package = tmp_path / "tattn"
+    shutil.copytree(Path(tattn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    module, _ = blocks("Add a method")
+    (tmp_path / re.match(r"# src/(\S+)\n", module)[1]).write_text(module, encoding="utf-8")
+    table, (changes,) = package / "methods" / "__init__.py", blocks("Add a method", "diff")
+    text = table.read_text(encoding="utf-8")
+    for before, added in re.findall(r"^ (.*\n)\+(.*\n)", changes, re.MULTILINE):
+        assert text.count(before) == 1
+        text = text.replace(before, before + added)
+    table.write_text(text, encoding="utf-8")
+    paths = [str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"import {__name__} as recipes; recipes.check_wide({str(package)!r})"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_wide(package: str) -> None:
+    """The method of the recipe, in this package."""
+    from tattn.methods.wide import Wide
+
+    assert Path(tattn.__file__).parent == Path(package)
+    names: dict = {}
+    exec(blocks("Add a method")[1], names)
     query, keys, values = drawn(60)
-    plan = names["wide_plan"](query, keys, values)
-    assert isinstance(plan.algorithm, names["Wide"])
-    assert plan.method == "exact"
+    (out, plan), pullback = names["wide"](query, keys, values)
+    assert plan.algorithm == Wide()
+    assert plan.method == "wide"
     usual = Exact().guarantee(plan.problem, plan.scores)
     assert plan.certified
     assert plan.error < usual.error / 10
 
     expected, gradients = exact(query, keys, values)
-    out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
     assert out.dtype == np.float32
     assert_within(out, expected, plan.error, values)
-    assert_gradients_within(pullback(query, return_error=True), gradients)
+    found = pullback(query, return_error=True)
+    assert_gradients_within(found, gradients)
     # No worse than one rounding to float32: float64 was computed in.
     assert abs(out - expected).max() <= 2.0**-24 * abs(expected).max()
 
+    assert tattn.plan(query, keys, values, method="wide") == tattn.plan(query, keys, values, method=Wide()) == plan
+    assert (tattn.tensor_attention(query, keys, values, plan=plan) == out).all()
+    assert plan_of_facts(json.loads(plan_text(plan))) == plan
+    assert written(plan, False)
+    assert "wide was asked for" in str(plan)
+    METHODS["scaled"] = Scaled
+    scaled = tattn.plan(query, keys, values, method=Scaled(3.0))
+    assert plan_of_facts(json.loads(plan_text(scaled))) == scaled
+    promised = tattn.plan_for(n=60, dim=4, bound=plan.bound, method="wide")
+    assert promised.error == plan.error
+    with pytest.raises(ValueError, match=r"^degree belongs to the polynomial method, got it with method 'wide'"):
+        tattn.plan(query, keys, values, method="wide", degree=2)
+    with pytest.raises(
+        ValueError, match=r"^method should be one of 'auto', 'polynomial', 'exact', 'wide', got 'wider'"
+    ):
+        tattn.tensor_attention(query, keys, values, method="wider")
+    with pytest.raises(tattn.PlanError, match=r"^plan has method 'wide', the call asks for method 'exact'"):
+        tattn.tensor_attention(query, keys, values, plan=plan, method="exact")
 
-def test_a_kernel(monkeypatch):
+
+@dataclass(frozen=True)
+class Scaled(OneError):
+    """The exact method with other scales, which has a field and is in no table."""
+
+    factor: float = 2.0
+
+    name: ClassVar[str] = "scaled"
+    extra: ClassVar[int] = 0
+    at_a_time = Exact.at_a_time
+    cost = Exact.cost
+
+    def _scaled(self, operands):
+        return operands._replace(scale=self.factor * operands.scale)
+
+    def forward(self, operands, certify=False):
+        return Exact().forward(self._scaled(operands))
+
+    def backward(self, operands, attended, upstream):
+        return Exact().backward(self._scaled(operands), attended, upstream)
+
+    def guarantee(self, problem, scores):
+        if problem.order.causal:
+            raise ValueError("method 'scaled' is not for causal calls")
+        return Exact().guarantee(problem, scores._replace(bound=self.factor * scores.bound))
+
+
+def test_a_method_as_a_value():
+    """It needs no line in a table, and its fields are facts of the plan."""
+    query, keys, values = drawn(60, "float64")
+    plan = tattn.plan(query, keys, values, method=Scaled(3.0))
+    assert plan.method == "scaled"
+    assert plan.certified
+    assert plan.flops_polynomial == plan.flops_exact
+    out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan)
+    expected, gradients = tattn.tensor_attention_vjp(query, keys, values, scale=0.75, method="exact")
+    assert (out == expected).all()
+    assert all((a == b).all() for a, b in zip(flat(pullback(query)), flat(gradients(query)), strict=True))
+    assert plan.facts()["options"] == {"factor": 3.0}
+    with pytest.raises(ValueError, match=r"^plan's method should be one that goes with the rest of it, got 'scaled'"):
+        plan_of_facts(plan.facts())
+    with pytest.raises(ValueError, match=r"is not for causal calls$"):
+        tattn.plan(query, keys, values, method=Scaled(), causal=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (3, "^a plan's options should be by name, got 3"),
+        ({"factor": {}}, "^a plan's options should be text, numbers or tuples of them, got {} for 'factor'"),
+        ({"factor": 2.0}, "^a plan's options should be those of method 'exact'"),
+    ],
+)
+def test_options_that_are_none_of_the_method(options, message):
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, method="exact")
+    with pytest.raises(ValueError, match=message):
+        plan_of_facts(plan.facts() | {"options": options})
+
+
+def test_a_polynomial_has_no_options():
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, method="polynomial")
+    with pytest.raises(ValueError, match=r"^a plan of method 'polynomial' has no options"):
+        plan_of_facts(plan.facts() | {"options": {"factor": 2.0}})
+
+
+def test_a_kernel():
     query, values, _ = drawn(2000)
     query = query[:20] / np.float32([8, 1, 1, 1])
     # Values that are high where scores are, and channels of unequal sizes: weights and units show.
     keys = [values[0] * np.float32([8, 1, 1, 1]), values[1]]
     before = tattn.plan(query, keys, values, method="polynomial", tol=1e-2)
     # Whatever the recipe leaves in the backend goes with the test.
-    monkeypatch.setattr(BACKEND, "kernels", BACKEND.kernels)
+    with BACKEND.using(kernels=BACKEND.kernels):
+        follow_the_kernel(query, keys, values, before)
+
+
+def follow_the_kernel(query, keys, values, before) -> None:
     names = followed("Add a kernel")
     kernel = names["kernel"]
     taken = []

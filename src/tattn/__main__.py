@@ -13,10 +13,11 @@ import numpy as np
 
 from . import __version__
 from .backends.numpy import BACKEND
-from .checks import METHODS, SERIES
+from .checks import SERIES
 from .operands import CHANNELS, REAL
 from .planning import plan_for
 from .planning.limits import flops_of, speed
+from .planning.selection import NAMES
 from .plans import Plan, duration, strict_json
 from .terminal import command
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--value-dim", type=int, help="channels of the values (default: dim)")
     plan.add_argument("--scale", type=float, help="factor of the scores (default: 1/dim)")
     plan.add_argument("--degree", type=int, help="force the polynomial method at this degree")
-    plan.add_argument("--method", choices=METHODS, default="auto")
+    plan.add_argument("--method", choices=NAMES, default="auto")
     plan.add_argument("--series", choices=SERIES, default="minimax")
     plan.add_argument("--bands", type=int, help="norm bands of each view, with --series banded (default: 8)")
     plan.add_argument("--moment", type=int, help="moment that bounds their error, with --series banded (default: 2)")

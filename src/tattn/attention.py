@@ -15,6 +15,7 @@ from .checks import (
     checked_flags,
     checked_gradients,
     checked_inputs,
+    checked_method,
     checked_options,
     with_channels,
 )
@@ -24,7 +25,7 @@ from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
 from .planning.limits import check_flops, checked_most
 from .planning.program import ATTENTION
-from .planning.selection import Wish
+from .planning.selection import NAMES, Wish
 from .plans import Plan
 
 Pullback = Callable[..., Any]
@@ -269,7 +270,8 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
     certify = bool(asked.error)
     if isinstance(plan, Plan) and scale is None:
         scale = plan.scale
-    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
+    checked_method(method, NAMES)
+    number = checked_options(scale, inputs.dim, tol, inputs.views, inputs.dtype)
     most = checked_most(asked.max_flops)
     wish = Wish(tol, method, max_flops=most)
     if plan is not None:

@@ -170,9 +170,8 @@ def check_values(values: Any) -> None:
         raise TypeError("values should be a list or tuple of arrays, one for each view, got None")
 
 
-def checked_options(scale: Any, dim: int, tol: Any, method: Any, views: int, dtype: str) -> float:
+def checked_options(scale: Any, dim: int, tol: Any, views: int, dtype: str) -> float:
     """The scale as a float; ValueError names the option."""
-    checked_method(method)
     positive("tol", tol)
     if scale is None:
         return 1 / dim
@@ -317,10 +316,10 @@ def warn_caller(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
-def checked_method(method: Any) -> str:
+def checked_method(method: Any, names: Sequence[str] = METHODS) -> str:
     """ValueError if there is no such method."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method should be one of {', '.join(map(repr, METHODS))}, got {described(method)}")
+    if not isinstance(method, str) or method not in names:
+        raise ValueError(f"method should be one of {', '.join(map(repr, names))}, got {described(method)}")
     return method
 
 

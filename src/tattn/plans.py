@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
@@ -49,15 +49,17 @@ class Plan:
     ----------
     problem : Problem
         The call that it was made for: shapes, dtype, scale, and whether it is causal.
-    algorithm : Exact, Polynomial, Banded or Recomputed
+    algorithm : Exact, Polynomial, Banded, Recomputed or another method
         The method as a value. `method`, `series`, `degree`, `coefficients` and others are read from it.
     scores : ScoreRange
         What is known about the scores: `bound`, `lowest_mean`, `source`.
     guarantee : Guarantee
         What is promised: `error`, `grad_error`, `certified`.
     exact, polynomial : Cost
-        Operations and bytes of the exact method, and of the polynomial that is used or was compared with it.
-    method : {"polynomial", "exact"}
+        Operations and bytes of the exact method, and of the polynomial, or another method, that is used or was compared
+        with it.
+    method : str
+        "polynomial", "exact", or the name of another method.
     series : {"minimax", "taylor", "fitted", "banded"} or None
         Where the polynomial's coefficients come from. "banded": one polynomial for each tuple of norm bands, chosen on the
         device; the error is not known beforehand but comes with the answer, certified, for each query row.
@@ -339,8 +341,13 @@ class Plan:
         return isinstance(method, Polynomial) and not self.causal and method.by_scores(lengths, self.dim, value_dim)
 
     def facts(self) -> dict[str, Any]:
-        """All attributes that are numbers, strings or tuples of these, by name: files and messages hold them."""
-        return {name: getattr(self, name) for name in FACTS}
+        """All attributes that are numbers, strings or tuples of these, by name: files and messages hold them.
+
+        `options`, if there are any, are the fields of a method that is none of those of this package.
+        """
+        method: Any = self.algorithm
+        options = {} if self.series else {field.name: getattr(method, field.name) for field in fields(method)}
+        return {name: getattr(self, name) for name in FACTS} | ({"options": options} if options else {})
 
     def __str__(self) -> str:
         banded = self.series == "banded"
@@ -358,6 +365,7 @@ class Plan:
         word = "certified" if self.certified else "estimated"
         unknown = "with the answer, certified, for each row" if banded else "no bound: the range is unknown"
         size = "x".join(f"{n:,}" for n in self.lengths)
+        compared = "polynomial" if self.method == "exact" else self.method
         rows += [
             (
                 "score bound R",
@@ -371,7 +379,7 @@ class Plan:
             ("rows", size + (f", batch of {self.leading}" if self.leading > 1 else "")),
             ("exact", f"{si(self.flops_exact)}flop, {si(self.bytes_exact)}B"),
             *(
-                [("polynomial", f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B")]
+                [(compared, f"{si(self.flops_polynomial)}flop, {si(self.bytes_polynomial)}B")]
                 if isfinite(self.flops_polynomial)
                 else []
             ),
@@ -419,7 +427,6 @@ def _contradiction(plan: Plan) -> str:
     polynomial, banded = plan.method == "polynomial", plan.series == "banded"
     named = polynomial and not banded
     for name, allowed in (
-        ("method", ("polynomial", "exact")),
         ("series", ("minimax", "taylor", "fitted", "banded") if polynomial else (None,)),
         ("source", ("answer",) if banded else ("data", "promise", "estimate")),
         ("dtype", ("float64", "float32", "float16", "bfloat16")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import lru_cache
 from math import inf, isfinite
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ from .approximation.exponential import MAX_DEGREE
 from .approximation.pruning import MOST_CHANNELS, graded_rank, weights_of
 from .checks import LARGEST, MAX_ORDER
 from .features.monomials import rank as rank_of
-from .methods import Banded, Exact, Method, Polynomial, Recomputed
+from .methods import METHODS, Banded, Method, Polynomial, Recomputed
 from .operands import CHANNELS, COMPLEX, Order
 from .plans import FACTS, Plan, Spread
 from .problem import Cost, Guarantee, Problem, ScoreRange
 
-_WORDS: dict[str, tuple[str | None, ...]] = {
-    "method": ("polynomial", "exact"),
+_WORDS: dict[str, Container[str | None]] = {
+    "method": METHODS,
     "series": ("minimax", "taylor", "fitted", "banded", None),
     "source": ("data", "promise", "estimate", "answer"),
     "dtype": ("float64", "float32", "float16", "bfloat16"),
@@ -36,6 +36,8 @@ def plan_of_facts(given: Any) -> Plan:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"a plan should be facts by name, got {type(given).__name__}")
+    given = dict(given)
+    options = _options(given.pop("options", {}))
     for name in sorted({*FACTS} ^ {*given}):
         raise ValueError(f"a plan {'lacks' if name in FACTS else 'has no'} {name[:40]!r}")
     facts: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -47,7 +49,20 @@ def plan_of_facts(given: Any) -> Plan:
     for name, agrees in _agreements(told):
         if not agrees:
             raise ValueError(f"plan's {name} should be one that goes with the rest of it, got {_short(facts[name])}")
-    return _plan(told)
+    return _plan(told, options)
+
+
+def _options(given: Any) -> dict[str, Any]:
+    """The fields of a method, by name; ValueError for what JSON has and a field has not."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a plan's options should be by name, got {_short(given)}")
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for name, value in options.items():
+        if not any(is_one(value) for is_one in _HAS_KIND.values()):
+            raise ValueError(
+                f"a plan's options should be text, numbers or tuples of them, got {_short(value)} for {name[:40]!r}"
+            )
+    return options
 
 
 @lru_cache(maxsize=256)
@@ -56,13 +71,13 @@ def plan_of_text(text: str) -> Plan:
     return plan_of_facts(json.loads(text))
 
 
-def _plan(told: Any) -> Plan:
+def _plan(told: Any, options: Mapping[str, Any]) -> Plan:
     """The plan that facts which agree tell of."""
     order = Order(told.causal, told.window)
     shapes = told.order - 1, told.dim, told.value_dim, told.dtype, told.lengths, told.leading
     return Plan(
         problem=Problem(*shapes, told.scale, order, told.chain, told.channels),
-        algorithm=_algorithm(told),
+        algorithm=_algorithm(told, options),
         scores=ScoreRange(told.bound, told.lowest_mean, told.source),
         guarantee=Guarantee(told.error, told.grad_error, told.certified),
         exact=Cost(told.flops_exact, told.bytes_exact),
@@ -73,10 +88,15 @@ def _plan(told: Any) -> Plan:
     )
 
 
-def _algorithm(told: Any) -> Method:
+def _algorithm(told: Any, options: Mapping[str, Any]) -> Method:
     """The method that facts which agree tell of."""
-    if told.method == "exact":
-        return Exact()
+    if told.series is None:
+        try:
+            return METHODS[told.method](**options)
+        except TypeError as cannot:
+            raise ValueError(f"a plan's options should be those of method {told.method!r}: {cannot}") from None
+    if options:
+        raise ValueError(f"a plan of method {told.method!r} has no options, got {_short(options)}")
     if told.series == "banded":
         inner = Banded(told.degree, told.bands, told.moment)
         # What the exact rows round is known to the call that chose them.

@@ -327,3 +327,17 @@ def test_objects_that_only_look_like_arrays() -> None:
             tattn.tensor_attention(odd, [odd], [odd])
     with pytest.raises(TypeError, match="got a NumPy scalar"):
         tattn.tensor_attention(np.float64(1), [np.ones((3, 2))], [np.ones((3, 2))])
+
+
+def test_attributes_are_others_for_a_while() -> None:
+    backend = Backend(xp)
+    backend.cache = 5
+    with pytest.raises(KeyError), backend.using(workspace=7, cache=6, threads=lambda: 3):
+        assert (backend.workspace, backend.cache, backend.threads()) == (7, 6, 3)
+        with backend.using(workspace=8):
+            assert (backend.workspace, backend.cache) == (8, 6)
+        assert backend.workspace == 7
+        raise KeyError
+    assert (backend.workspace, backend.cache, backend.threads()) == (Backend.workspace, 5, 1)
+    with pytest.raises(AttributeError, match=r"^a backend has no 'wrokspace'$"), backend.using(wrokspace=7):
+        pass

@@ -161,6 +161,18 @@ def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [p() is None for p in programs] == [True, True, False, False]
 
 
+def test_programs_rest_on_the_attributes_of_the_backend() -> None:
+    from tattn.backends.jax import BACKEND
+
+    def workspace(call: Any, backend: Any, arrays: Any) -> Any:
+        return arrays[0] * backend.workspace
+
+    x = jnp.ones((3, 2))
+    for size in (BACKEND.workspace, 7):
+        with BACKEND.using(workspace=size):
+            assert (BACKEND.run(workspace, None, (x,)) == size).all()
+
+
 def test_settings_go_by_where_arrays_are(monkeypatch: pytest.MonkeyPatch) -> None:
     from tattn.backends import jax as backend
 

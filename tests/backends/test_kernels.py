@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -20,7 +21,6 @@ import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import CHAIN, Kernel
-from tattn.engines import causal_features
 from tattn.features.monomials import features
 
 SOURCE = Path(tattn.__file__).parents[1]
@@ -60,7 +60,7 @@ def noting(told: list[str], name: str, function: Callable[..., Any]) -> Callable
 
 
 @pytest.fixture
-def moments(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str]]]:
+def moments() -> Iterator[Callable[[int], list[str]]]:
     """Gives NumPy's backend a kernel for `moments` with chains of so many terms, which tells when it is used."""
 
     def offered(chain: int) -> list[str]:
@@ -71,10 +71,11 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[st
             return phi @ np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
 
         kernel = Kernel("moments", noting(told, "moments", function), lambda *given: given[2] is None, chain)
-        monkeypatch.setattr(BACKEND, "kernels", (kernel,))
+        stack.enter_context(BACKEND.using(kernels=(kernel,)))
         return told
 
-    yield offered
+    with ExitStack() as stack:
+        yield offered
 
 
 def call_of(n: int = 50) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
@@ -210,9 +211,8 @@ def test_rows_of_all_numbers(n, views, used, monkeypatch):
     call = drawn(n, views, "float64", "shared", masked=n > 2)
     plan = plan_of(call)
     assert_the_same(call, plan, used, monkeypatch)
-    monkeypatch.setattr(causal_features, "_KERNEL_ROWS", 64)
-    monkeypatch.setattr(BACKEND, "workspace", 1 << 10)
-    assert_the_same(call, plan, used, monkeypatch)
+    with BACKEND.using(workspace=1 << 10):
+        assert_the_same(call, plan, used, monkeypatch)
 
 
 @pytest.mark.parametrize(("dim", "degree", "value_dim"), [(1, 1, 1), (2, 9, 5), (8, 4, 8), (5, 6, 1), (16, 2, 40)])
@@ -284,28 +284,28 @@ def test_rows_without_numbers_spoil_those_that_see_them(used):
     assert np.isnan(out[30:]).all()
 
 
-def test_problems_are_spread_over_threads(used, monkeypatch):
+def test_problems_are_spread_over_threads(used):
     call = drawn(200, 2, "float64", "shared", dim=8, value_dim=8)
     plan = plan_of(call)
     expected = computed(call, plan=plan)
     alone = len(used)
-    monkeypatch.setattr(type(BACKEND), "threads", lambda self: 2)
-    shared = computed(call, plan=plan)
+    with BACKEND.using(threads=lambda: 2):
+        shared = computed(call, plan=plan)
     assert len(used) == 3 * alone
     for x, y in zip(shared, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("leading", ["one", "heads"])
-def test_columns_of_long_heads_are_spread_over_threads(leading, used, monkeypatch):
+def test_columns_of_long_heads_are_spread_over_threads(leading, used):
     """Two threads share one head, whose rows wait for each other: the same numbers, but for gradients that columns add up to."""
     call = drawn(900, 2, "float64", leading, masked=True, dim=4, value_dim=50)
     plan = plan_of(call)
     expected = computed(call, plan=plan)
     alone = len(used)
     heads = 3 if leading == "one" else 7
-    monkeypatch.setattr(type(BACKEND), "threads", lambda self: heads - 1)
-    shared = computed(call, plan=plan)
+    with BACKEND.using(threads=lambda: heads - 1):
+        shared = computed(call, plan=plan)
     assert len(used) > 2 * alone
     for i, (x, y) in enumerate(zip(shared, expected, strict=True)):
         exact = i not in (2, 3, 4)

@@ -57,15 +57,10 @@ def backend(library: Any) -> Backend:
 
 
 @pytest.fixture
-def shared(library: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def shared(library: Any, backend: Backend) -> Iterator[list[int]]:
     """Three threads for calls of some hundred rows; the list tells how many tasks there were, scan by scan."""
     before = real_threads(backend)
     set_threads(library, 2)
-    monkeypatch.setattr(backend, "threads", lambda: 3 if type(backend).threads(backend) > 1 else 1)
-    monkeypatch.setattr(backend, "workspace", 1 << 12)
-    monkeypatch.setattr(backend, "cache", 1 << 14)
-    monkeypatch.setattr("tattn.engines.features._FEW_ROWS", 1)
-    monkeypatch.setattr("tattn.engines.tuples._SHARED", 1)
     ran: list[int] = []
     in_threads = backend.in_threads
 
@@ -78,8 +73,12 @@ def shared(library: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> I
 
         return in_threads([partial(alone, task) for task in tasks], stop)
 
-    monkeypatch.setattr(backend, "in_threads", counted)
-    yield ran
+    def three() -> int:
+        return 3 if type(backend).threads(backend) > 1 else 1
+
+    # A block may take four workspaces.
+    with backend.using(threads=three, in_threads=counted, workspace=1 << 10, cache=1 << 14, shared_scores=1):
+        yield ran
     set_threads(library, before)
 
 
@@ -116,7 +115,6 @@ def test_the_numbers_are_those_of_one_thread(
     library: Any,
     backend: Backend,
     shared: list[int],
-    monkeypatch: pytest.MonkeyPatch,
     value_dim: int,
     options: dict[str, Any],
     scans: int,
@@ -126,8 +124,8 @@ def test_the_numbers_are_those_of_one_thread(
     found, again = run(library, given, **options), run(library, given, **options)
     assert shared == [3] * (2 * scans)
     shared.clear()
-    monkeypatch.setattr(backend, "threads", lambda: 1)
-    expected = run(library, given, **options)
+    with backend.using(threads=lambda: 1):
+        expected = run(library, given, **options)
     assert shared == []
     for name, a, b, e in zip(("out", "lse", "dquery", "da", "db", "du", "dv"), found, again, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
@@ -154,7 +152,6 @@ def test_any_call(
     library: Any,
     backend: Backend,
     shared: list[int],
-    monkeypatch: pytest.MonkeyPatch,
     views: int,
     leading: tuple[tuple[int, ...], tuple[int, ...]],
     size: float,
@@ -184,13 +181,14 @@ def test_any_call(
     given = query, keys, values, masks, grad
     found = run(library, given, **options)
     assert set(shared) <= {3}
-    monkeypatch.setattr(backend, "threads", lambda: 1)
-    for a, e in zip(found, run(library, given, **options), strict=True):
+    with backend.using(threads=lambda: 1):
+        expected = run(library, given, **options)
+    for a, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-11 * max(1.0, np.nanmax(np.abs(e[np.isfinite(e)]))))
 
 
 @pytest.mark.libraries("numpy", "torch")
-def test_sums_of_a_stream(library: Any, backend: Backend, shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_a_stream(library: Any, backend: Backend, shared: list[int]) -> None:
     query, keys, values, _, _ = draw(3)
     moved = library.arrays(query, keys, values)
 
@@ -200,8 +198,9 @@ def test_sums_of_a_stream(library: Any, backend: Backend, shared: list[int], mon
 
     several = found()
     assert shared
-    monkeypatch.setattr(backend, "threads", lambda: 1)
-    for a, b in zip(several, found(), strict=True):
+    with backend.using(threads=lambda: 1):
+        alone = found()
+    for a, b in zip(several, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
@@ -279,28 +278,29 @@ def test_an_interrupt_while_threads_are_started(
     late: list[Any] = []
     ran: list[str] = []
 
-    class Thread(threading.Thread):
-        def start(self) -> None:
-            if self.name.endswith("-0"):
-                return super().start()
-            if begins:
-                super().start()
-            else:
-                late.append(super().start)
-            raise KeyboardInterrupt
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name.endswith("-0"):
+            return start(thread)
+        if begins:
+            start(thread)
+        else:
+            late.append(partial(start, thread))
+        raise KeyboardInterrupt
 
     def body(carry: int, block: Any) -> Any:
         time.sleep(0.05)
         ran.append(threading.current_thread().name)
         return carry, (block,)
 
-    monkeypatch.setattr("tattn.backends.threads.Thread", Thread)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threading.Thread, "start", interrupted)
         backend.share_rows(body, 0, (library.array(np.zeros((300, 2))),), 1, 10)
     after = len(ran)
     assert real_threads(backend) == in_a_new_thread(backend) == 2
-    for start in late:
-        start()
+    for begin in late:
+        begin()
     time.sleep(0.2)
     assert len(ran) == after
 
@@ -356,14 +356,15 @@ def test_without_further_threads(library: Any, shared: list[int], monkeypatch: p
     expected = run(library, given, plan=polynomial(3))
     started: list[int] = []
 
-    class Thread(threading.Thread):
-        def start(self) -> None:
-            started.append(1)
-            if len(started) % 2 == 0:
-                raise RuntimeError("can't start new thread")
-            super().start()
+    start = threading.Thread.start
 
-    monkeypatch.setattr("tattn.backends.threads.Thread", Thread)
+    def every_other(thread: threading.Thread) -> None:
+        started.append(1)
+        if len(started) % 2 == 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", every_other)
     for a, e in zip(run(library, given, plan=polynomial(3)), expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12 * np.max(np.abs(e)))
     assert len(started) == 12

@@ -448,15 +448,14 @@ def test_example_of_modalities_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.thorough("jax")
-def test_small_blocks_change_nothing(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes of this test's own, since JAX keeps what it compiled for a workspace."""
+def test_small_blocks_change_nothing(library: Any) -> None:
     m = draw(lengths=(53, 41, 37), leading=(2,), shared="a1 x2 e", size=0.5)
     problem = problem_of(library, m)
     matrices = [getattr(problem, name) for name in NAMES]
-    monkeypatch.setattr(backend_of(problem.a1).for_arrays(matrices), "workspace", 1 << 10)
     truth = steps(m).gradient
-    np.testing.assert_allclose(library.numpy(exact_gradient(problem)), truth, atol=1e-13)
-    result = loss_gradient(problem, eps=1e-8, method="polynomial")
+    with backend_of(problem.a1).for_arrays(matrices).using(workspace=1 << 10):
+        np.testing.assert_allclose(library.numpy(exact_gradient(problem)), truth, atol=1e-13)
+        result = loss_gradient(problem, eps=1e-8, method="polynomial")
     np.testing.assert_allclose(library.numpy(result.gradient), truth, atol=1e-9)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from itertools import accumulate, pairwise
@@ -64,6 +64,8 @@ class Backend:
     most_rows : int
         Most rows of a block. An accelerator needs many, because every operation is a launch. Above 32,768 it has no
         effect.
+    shared_scores : int
+        Scores that are worth a thread.
     reads : bool
         Whether values can be read at once: they are on the host, and nothing records or traces the call.
     kernels : tuple of Kernel
@@ -78,6 +80,7 @@ class Backend:
     workspace = 2 << 20
     cache = 512 << 10
     most_rows = 1 << 12
+    shared_scores = 1 << 22
     reads = False
     kernels: tuple[Kernel, ...] = ()
 
@@ -94,6 +97,27 @@ class Backend:
     def chain(self) -> int:
         """Terms in the longest chain of additions of its operations."""
         return max(CHAIN, *(k.chain for k in self.kernels)) if self.kernels else CHAIN
+
+    @contextmanager
+    def using(self, **changed: Any) -> Iterator[None]:
+        """Other attributes for a while, in all threads: sizes of blocks, kernels, threads, for tests and measurements."""
+        for name in changed:
+            if not hasattr(self, name):
+                raise AttributeError(f"a backend has no {name!r}")
+        own = vars(self)
+        before = {name: own[name] for name in changed if name in own}
+        own.update(changed)
+        self.forget()
+        try:
+            yield
+        finally:
+            for name in changed:
+                del own[name]
+            own.update(before)
+            self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was compiled, which rests on the attributes."""
 
     def within(self, chain: int) -> Backend:
         """The same backend with no kernel whose chains of additions are longer."""

@@ -98,6 +98,9 @@ class JaxBackend(Backend):
         result: tuple[Array, ...] = _bound(forward, backward)(call, tuple(arrays))
         return result
 
+    def forget(self) -> None:
+        _compiled.cache_clear()
+
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         _register(cls, tuple(arrays), tuple(constants))
 

@@ -29,13 +29,11 @@ def promised_plan(inputs: Inputs, asked: Asked) -> tuple[Plan | None, float]:
         if bound is not None:
             raise ValueError("bound cannot be combined with a plan, which has its own")
         check_streams(plan)
-        number = checked_options(
-            plan.scale if scale is None else scale, inputs.dim, tol, "polynomial", inputs.views, inputs.dtype
-        )
+        number = checked_options(plan.scale if scale is None else scale, inputs.dim, tol, inputs.views, inputs.dtype)
         # The plan says what channels are.
         check_kind(plan, inputs._replace(channels=plan.channels), number, "polynomial")
         return plan, number
-    number = checked_options(scale, inputs.dim, tol, "polynomial", inputs.views, inputs.dtype)
+    number = checked_options(scale, inputs.dim, tol, inputs.views, inputs.dtype)
     if bound is None:
         return None, number
     promised = plan_for(

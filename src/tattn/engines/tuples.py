@@ -39,8 +39,6 @@ from ..problem import Cost, Problem
 _REACH, _LARGE = 16.0, 2.0**24
 # Blocks of scores for which tuples are made together.
 _TOGETHER = 8
-# Scores that are worth a thread.
-_SHARED = 1 << 22
 # A place after all others.
 _NEVER = 1 << 30
 
@@ -253,7 +251,7 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
         units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=dtype)
     scaled = scaled_keys(keys, units[1:], masks, backend)
     blocks = block_sizes(leading, operands.lengths, dtype, backend)
-    fewest = max(blocks[0], _SHARED // max(1, prod(leading) * prod(operands.lengths[1:])))
+    fewest = max(blocks[0], backend.shared_scores // max(1, prod(leading) * prod(operands.lengths[1:])))
     run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired)
 
     def places(x: Array, offset: int) -> Array:

@@ -8,7 +8,14 @@ from .method import Call, Method, backward, forward, gradient_bounds, told_error
 from .polynomial import Polynomial
 from .recomputed import Recomputed
 
+# The names that `method=` takes besides "auto". Norm bands are a series of the polynomial method.
+METHODS: dict[str, type[Method]] = {
+    "polynomial": Polynomial,
+    "exact": Exact,
+}
+
 __all__ = [
+    "METHODS",
     "Banded",
     "Call",
     "Exact",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, prod
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from ..arrays import in_parts, sum_to_leading
 from ..backends import Array, Backend
@@ -18,10 +18,11 @@ from ..problem import Cost, Guarantee, Problem, ScoreRange
 from .gradient_bounds import told_error as told_of_values
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to compute attention, its gradient, and bounds of the errors of both; frozen, hashable, free of arrays."""
 
-    name: ClassVar[str]  # "exact" or "polynomial"
+    name: ClassVar[str]  # `Plan.method`
     extra: ClassVar[int]  # arrays that it takes besides query, keys, values and masks
 
     def forward(self, operands: Operands, certify: bool = False) -> Attended:
@@ -39,7 +40,7 @@ class Method(Protocol):
         """The bound of the error of every row (..., n) that came with the answer; None where one is stated for all rows."""
 
     def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
-        """What is promised of the answer before anything is computed."""
+        """What is promised of the answer before anything is computed; ValueError for a problem that it cannot compute."""
 
     def cost(self, problem: Problem) -> Cost:
         """Operations and bytes of a forward call."""

@@ -19,6 +19,7 @@ from ..checks import (
     checked_finite,
     checked_inputs,
     checked_lengths,
+    checked_method,
     checked_options,
     checked_order,
     described,
@@ -27,17 +28,17 @@ from ..checks import (
     whole,
     with_channels,
 )
-from ..methods import Banded, Exact, Polynomial
+from ..methods import Banded, Exact, Method, Polynomial
 from ..operands import REAL
 from ..plans import Plan, spread
 from ..problem import Problem, ScoreRange
 from .banded import asked_banded, banded_plan, is_banded
 from .estimated import estimated_plan
 from .limits import check_cost, check_flops, checked_most
-from .selection import Wish, check_rank, choose, plan_with, why_overflows
+from .selection import NAMES, Wish, check_rank, choose, plan_with, why_overflows
 
-# Methods that can be asked for as values.
-_VALUES = (Exact, Polynomial, Banded)
+# Methods that hold all that a plan needs, without the range of any scores.
+_COMPLETE = (Exact, Polynomial, Banded)
 # Scores of which nothing is known.
 _ANY = ScoreRange(inf, -inf, "promise")
 
@@ -49,7 +50,7 @@ def plan(
     *,
     scale: float | None = None,
     tol: float = 1e-3,
-    method: str | Exact | Polynomial | Banded = "auto",
+    method: str | Method = "auto",
     degree: int | None = None,
     bound: float | str | None = None,
     series: str = "minimax",
@@ -71,7 +72,7 @@ def plan(
         shapes are used, and they are checked for NaN and infinities.
     method : {"auto", "polynomial", "exact"}, or a tattn.Exact, tattn.Polynomial or tattn.Banded
         A value holds all that `degree`, `bound`, `series`, `bands` and `moment` would say, so none of them may come
-        with it.
+        with it. A method of your own is a value as well, and takes a `bound`.
     degree : int, optional
         Forces the polynomial method at this degree, whatever error that gives.
     bound : float or "estimated", optional
@@ -116,13 +117,13 @@ def plan(
     ('polynomial', True)
     """
     inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, window)), channels)
-    if isinstance(method, _VALUES):
-        number = checked_options(scale, inputs.dim, tol, "auto", inputs.views, inputs.dtype)
+    method = _checked(method)
+    number = checked_options(scale, inputs.dim, tol, inputs.views, inputs.dtype)
+    if isinstance(method, _COMPLETE):
         asked = {"degree": degree, "bound": bound, "series": series, "bands": bands, "moment": moment}
         made = _of_method(method, inputs.problem(number), **asked)
         check_flops(made, checked_most(max_flops))
         return made
-    number = checked_options(scale, inputs.dim, tol, method, inputs.views, inputs.dtype)
     banded = is_banded(series, bands, moment)
     wish = Wish(tol, method, degree, series, true_or_false("gradients", gradients), checked_most(max_flops))
     banded_of = (inputs.problem(number), wish, bound, bands, moment)
@@ -141,7 +142,7 @@ def plan_for(
     dtype: str = "float32",
     scale: float | None = None,
     value_dim: int | None = None,
-    method: str | Exact | Polynomial | Banded = "auto",
+    method: str | Method = "auto",
     degree: int | None = None,
     series: str = "minimax",
     bands: int | None = None,
@@ -201,15 +202,15 @@ def plan_for(
     order, dim = whole("order", order, 2, MAX_ORDER), whole("dim", dim, 1)
     lengths = checked_lengths(n, order)
     dtype = checked_dtype(dtype)
-    by_name = "auto" if isinstance(method, _VALUES) else method
-    number = checked_options(scale, dim, tol, by_name, order - 1, dtype)
+    method = _checked(method)
+    number = checked_options(scale, dim, tol, order - 1, dtype)
     value_dim = dim if value_dim is None else whole("value_dim", value_dim, 1)
     seen = checked_order(causal, window, lengths)
     channels = checked_channels(channels, dim, "dim")
     problem = Problem(order - 1, dim, value_dim, dtype, lengths, 1, number, seen, channels=channels)
     if bandwidth is not None and workers is None:
         raise ValueError(f"bandwidth should come with workers, got {positive('bandwidth', bandwidth)} alone")
-    if isinstance(method, _VALUES):
+    if isinstance(method, _COMPLETE):
         made = _of_method(method, problem, degree=degree, bound=bound, series=series, bands=bands, moment=moment)
     elif is_banded(series, bands, moment):
         made = asked_banded(problem, Wish(tol, method, degree, series), bound, bands, moment)
@@ -239,7 +240,7 @@ def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | N
     if bound is not None and not isinstance(bound, str):
         return choose(problem, _promised(bound), wish)
     if inputs.traced:
-        if (wish.method == "exact" or inputs.order.window is not None) and bound is None:
+        if (wish.fixed or inputs.order.window is not None) and bound is None:
             return choose(problem, _ANY, wish)
         raise PlanError(
             "the arrays are traced and their range cannot be read: give a bound that you promise, bound=..."
@@ -247,9 +248,10 @@ def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | N
     found = measured(inputs, scale)
     checked_finite(found.largest, inputs.views)
     if bound is not None:
-        if wish.method == "exact":
+        if wish.fixed:
             raise ValueError(
-                "bound='estimated' samples scores for a polynomial and cannot be combined with method 'exact'"
+                "bound='estimated' samples scores for a polynomial and cannot be combined with method "
+                f"{wish.fixed.name!r}"
             )
         if wish.series != "minimax":
             raise ValueError(
@@ -289,6 +291,11 @@ def measured(inputs: Inputs, scale: float) -> Ranges:
     """Range of the scores and largest entries of eager arrays."""
     call = RangeCall(scale, inputs.views, channels=inputs.channels)
     return ranges(call, inputs.backend, inputs.backend.values_of(inputs.arrays))
+
+
+def _checked(method: Any) -> Any:
+    """A method as a value, or one of `NAMES`."""
+    return method if isinstance(method, Method) else checked_method(method, NAMES)
 
 
 def _promised(bound: Any) -> ScoreRange:

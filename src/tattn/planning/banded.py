@@ -47,8 +47,8 @@ def asked_banded(problem: Problem, wish: Wish, bound: Any, bands: int | None, mo
         raise ValueError(
             f"bound cannot be combined with series 'banded', which finds its own ranges; got {described(bound)}"
         )
-    if wish.method == "exact":
-        raise ValueError("series 'banded' belongs to the polynomial method, got it with method 'exact'")
+    if wish.fixed:
+        raise ValueError(f"series 'banded' belongs to the polynomial method, got it with method {wish.fixed.name!r}")
     degree, bands, moment = (
         usual if given is None else given for given, usual in ((wish.degree, 2), (bands, 8), (moment, 2))
     )

@@ -58,7 +58,7 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
         plan = plan_inputs(inputs, scale, wish._replace(gradients=pruning))
     except PlanError as cannot:
         refused = cannot
-    if method == "exact" and plan:
+    if wish.fixed and plan:
         return work_of(inputs, plan)
     candidate = _banded_candidate(inputs, scale, wish, plan)
     if candidate is None:

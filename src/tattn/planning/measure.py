@@ -77,7 +77,7 @@ def measure_error(
     """
     check_values(values)
     inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, window)), channels)
-    number = checked_options(scale, inputs.dim, 1.0, "exact", inputs.views, inputs.dtype)
+    number = checked_options(scale, inputs.dim, 1.0, inputs.views, inputs.dtype)
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
     checked_output("out", out, expected, query, inputs.backend, "the query")

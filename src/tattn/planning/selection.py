@@ -16,11 +16,13 @@ from ..bounds.rounding import polynomial_errors
 from ..bounds.score_range import rounded_up
 from ..checks import PlanError, shown, warn_caller, whole
 from ..features.monomials import rank as rank_of
-from ..methods import Exact, Method, Polynomial
+from ..methods import METHODS, Exact, Method, Polynomial
 from ..methods.polynomial import cost_of
 from ..plans import Plan, si
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 
+# What `method=` may be: the cheapest method that meets `tol`, or one by name.
+NAMES = ("auto", *METHODS)
 MAX_RANK = 1 << 18
 # Exponents of all monomials in all channels, which are a table.
 _MAX_EXPONENTS = 1 << 28
@@ -32,36 +34,45 @@ MOST_DEGREE = 40
 class Wish(NamedTuple):
     """What a caller asks of a plan. `gradients`: whether those of a pruned basis are held to `tol`, None for no pruned basis.
 
-    `max_flops`: operations that a forward call may take, None for any number.
+    `method`: one of `NAMES`, or a method as a value; `max_flops`: operations that a forward call may take, None for any number.
     """
 
     tol: float
-    method: str = "auto"
+    method: str | Method = "auto"
     degree: int | None = None
     series: str = "minimax"
     gradients: bool | None = True
     max_flops: float | None = None
 
+    @property
+    def fixed(self) -> Method | None:
+        """The method that was asked for, where that leaves no choice: any but "auto" and "polynomial"."""
+        if not isinstance(self.method, str):
+            return self.method
+        return None if self.method in ("auto", "polynomial") else METHODS[self.method]()
+
 
 def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
     """The plan for scores of this range."""
+    fixed = wish.fixed
     if wish.degree is not None:
         wish = wish._replace(degree=whole("degree", wish.degree, 1, MAX_DEGREE))
-        if wish.method == "exact":
-            raise ValueError("degree belongs to the polynomial method, got it with method 'exact'")
+        if fixed:
+            raise ValueError(f"degree belongs to the polynomial method, got it with method {fixed.name!r}")
         check_rank(problem, wish.degree)  # type: ignore[arg-type]
-    if wish.method == "exact" and wish.series != "minimax":
-        raise ValueError(f"series belongs to the polynomial method, got {wish.series!r} with method 'exact'")
+    if fixed and wish.series != "minimax":
+        raise ValueError(f"series belongs to the polynomial method, got {wish.series!r} with method {fixed.name!r}")
     # What a plan for data serves, so that plans are found again.
     served = scores._replace(bound=rounded_up(scores.bound)) if scores.source == "data" else scores
-    if problem.order.window is not None:
-        if wish.method == "polynomial" or wish.degree is not None:
-            raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
+    windowed = problem.order.window is not None
+    if windowed and (wish.method == "polynomial" or wish.degree is not None):
+        raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
+    if fixed:
+        return plan_with(fixed, problem, served, f"{fixed.name} was asked for")
+    if windowed:
         return _exact(problem, served, "windows are exact")
     if wish.degree is not None:
         return _of_degree(problem, served, wish.series, wish.degree)
-    if wish.method == "exact":
-        return _exact(problem, served, "exact was asked for")
 
     best, needed = _candidate(problem, served, wish)
     why_not = _why_not(problem, scores.bound, wish.tol, needed)

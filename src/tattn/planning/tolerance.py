@@ -65,7 +65,7 @@ def best_tol(
     495
     """
     inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, None)), channels)
-    number = checked_options(scale, inputs.dim, 1.0, "polynomial", inputs.views, inputs.dtype)
+    number = checked_options(scale, inputs.dim, 1.0, inputs.views, inputs.dtype)
     most_rank, most = whole("max_rank", max_rank, 1), checked_most(max_flops)
     if inputs.traced:
         raise PlanError(
