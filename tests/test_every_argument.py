@@ -18,7 +18,7 @@ from tattn import scores
 from tattn.paper import products
 
 Q, A, B, U, V = np.random.default_rng(0).uniform(-1, 1, (5, 6, 4))
-MASK = np.ones(6, bool)
+MASK, WEIGHTS = np.ones(6, bool), np.full(6, 0.5)
 SOURCE = str(Path(tattn.__file__).parent)
 PLAN = tattn.plan_for(n=6, dim=4, bound=3.0, degree=3, dtype="float64")
 BANDED = tattn.plan_for(n=6, dim=4, series="banded", bands=2, dtype="float64")
@@ -69,8 +69,11 @@ def strange(good: Any, name: str) -> Iterator[tuple[str, Any]]:
             continue
         others = {**STRANGE, **other_arrays(array)}
         if array.dtype == bool:
-            # Byte order says nothing of bytes, and None is for no mask.
-            others = {label: other for label, other in others.items() if label not in ("byte order", "None")}
+            # Byte order says nothing of bytes.
+            del others["byte order"]
+        if name in ("key_masks", "key_weights"):
+            # A view may have none.
+            del others["None"]
         for label, other in others.items():
             if arrays is good:
                 label, other = f"[{i}] {label}", [*good[:i], other, *good[i + 1 :]]
@@ -81,8 +84,8 @@ def strange(good: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 OPTIONS = {
-    "scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "causal": False, "window": None, "channels": "complex",
-    "max_flops": 1e9,
+    "scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "key_weights": [WEIGHTS, None], "causal": False, "window": None,
+    "channels": "complex", "max_flops": 1e9,
 }  # fmt: skip
 CALL = {"query": Q, "keys": [A, B], "values": [U, V]}
 ASKED = {"return_lse": True, "return_error": False, "return_plan": False, "progress": None}
@@ -137,11 +140,12 @@ def core_cases() -> dict[str, Case]:
         "Plan.by_scores": case(PLAN.by_scores, lengths=(6, 6, 6), value_dim=4),
         "Plan.by_scores, banded": case(BANDED.by_scores, lengths=(6, 6, 6), value_dim=4),
         "measure_error": case(
-            tattn.measure_error, **CALL, out=Q, rows=3, seed=0, scale=0.5, key_masks=[MASK, MASK], causal=False, window=None,
-            channels="complex",
+            tattn.measure_error, **CALL, out=Q, rows=3, seed=0, scale=0.5, key_masks=[MASK, MASK], key_weights=[WEIGHTS, None],
+            causal=False, window=None, channels="complex",
         ),
         "best_tol": case(
-            tattn.best_tol, **CALL, max_rank=100, max_flops=1e9, scale=0.5, key_masks=[MASK, MASK], causal=False, channels="complex"
+            tattn.best_tol, **CALL, max_rank=100, max_flops=1e9, scale=0.5, key_masks=[MASK, MASK], key_weights=[WEIGHTS, None],
+            causal=False, channels="complex",
         ),
         "summarize": case(
             tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK], progress=None

@@ -36,9 +36,38 @@ def _to_leading(reduction: Callable[..., Array], array: Array, leading: tuple[in
     return backend.xp.reshape(reduction(array, axis=axes, keepdims=True), (*leading, *array.shape[-2:]))
 
 
+def are_weights(mask: Array | None, backend: Backend) -> bool:
+    """Whether a mask says of every row what it weighs, and not only whether it is there."""
+    return mask is not None and backend.dtype_name(mask.dtype) != "bool"
+
+
+def present(mask: Array, backend: Backend) -> Array:
+    """Which rows a mask (..., n, 1) leaves in: those that weigh anything."""
+    return mask > 0 if are_weights(mask, backend) else mask
+
+
 def clean(rows: Array, mask: Array | None, backend: Backend) -> Array:
     """Rows (..., n, k) with those that the mask (..., n, 1) leaves out set to 0, whatever they held."""
-    return rows if mask is None else backend.xp.where(mask, rows, 0.0)
+    return rows if mask is None else backend.xp.where(present(mask, backend), rows, 0.0)
+
+
+def weighed(rows: Array, mask: Array | None, backend: Backend) -> Array:
+    """Rows (..., n, k) times their weights, 0 where masked."""
+    rows = clean(rows, mask, backend)
+    return rows * backend.cast(mask, rows.dtype) if are_weights(mask, backend) else rows
+
+
+def unweighed(gradient: Array, rows: Array, mask: Array | None, backend: Backend) -> tuple[Array, ...]:
+    """Gradients of values v (..., n, k), and of their weights w (..., n, 1) if they have some.
+
+    From those of [v, 1], or of [w v, w], (..., n, k + 1), or of what is in front of the ones alone where rows have no weights.
+    """
+    of_values = gradient[..., : rows.shape[-1]]
+    if not are_weights(mask, backend):
+        return (clean(of_values, mask, backend),)
+    rows = backend.cast(clean(rows, mask, backend), gradient.dtype)
+    of_weights = backend.xp.sum(of_values * rows, axis=-1, keepdims=True) + gradient[..., rows.shape[-1] :]
+    return weighed(of_values, mask, backend), clean(of_weights, mask, backend)
 
 
 def prod_of(arrays: Sequence[Array]) -> Array:

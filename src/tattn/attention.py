@@ -27,6 +27,7 @@ from .planning.limits import check_flops, checked_most
 from .planning.program import ATTENTION
 from .planning.selection import NAMES, Wish
 from .plans import Plan
+from .weights import Weights, with_weights
 
 Pullback = Callable[..., Any]
 
@@ -53,6 +54,7 @@ def tensor_attention(
     method: str = "auto",
     plan: Plan | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
     channels: str | None = None,
@@ -98,6 +100,12 @@ def tensor_attention(
     key_masks : boolean array (..., n_μ), or sequence of m of them or None, optional
         True where to attend. One array serves all views. Where every pair is masked the output and its gradients are 0
         and lse is −inf.
+    key_weights : array (..., n_μ), or sequence of m of them or None, optional
+        A key of weight w ≥ 0 counts as w equal keys would: a pair has the weight exp(score) · w_j · w_k. None is a
+        weight of 1, and a key of weight 0 is masked: its gradients are 0. In the dtype of the query; one array serves
+        all views. The rank stays as it is, and so do the errors. A bias b_j of the scores is a weight of exp(b_j −
+        max b), and lse then lacks max b. A row is NaN if the weights that it sees are too small for the dtype beside
+        the largest of their views: if their products are below 1e-25 of that in float32, or 1e-280 in float64.
     causal : bool
         Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
         keys, row i sees the keys j ≤ i + n_μ − n.
@@ -157,13 +165,12 @@ def tensor_attention(
     (1000, 4)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
-    filled = filled_batch((query, keys, values, key_masks))
-    if filled is not None:
-        query, keys, values, key_masks = filled.given
-    inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
+    given = query, keys, values, key_masks, key_weights
+    filled = filled_batch(given)
+    inputs, weights = _checked(filled.given if filled else given, (causal, window), channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
-        result = _computed(work, inputs, asked)
+        result = _computed(work, inputs, weights, asked)
         if filled is not None:
             result = filled.emptied(result)
         return _returned(result, inputs, work, asked)[0]
@@ -179,6 +186,7 @@ def tensor_attention_vjp(
     method: str = "auto",
     plan: Plan | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
     channels: str | None = None,
@@ -192,8 +200,8 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, causal, window, channels, max_flops, return_lse, \
-    return_error, return_plan, progress
+    query, keys, values, scale, tol, method, plan, key_masks, key_weights, causal, window, channels, max_flops, \
+    return_lse, return_error, return_plan, progress
         As in `tensor_attention`.
 
     Returns
@@ -201,12 +209,13 @@ def tensor_attention_vjp(
     out : as from `tensor_attention`
     pullback : callable
         ``pullback(grad_out) -> (dquery, dkeys, dvalues)``, with ``dkeys`` and ``dvalues`` tuples. Each array has the
-        shape and dtype of its input. ``pullback(grad_out, grad_lse)`` adds a gradient of lse. The result is the exact
-        derivative of the computed output. ``pullback(..., return_error=True)`` returns the gradients and, in the same
-        structure, a certified bound for the error of every entry. With a banded plan the bounds come from the
-        certificates of the rows; otherwise from ``plan.error`` and ``plan.grad_error``, and they are infinite if the
-        plan is not certified. Where the inputs need gradients in torch, the pullback is itself differentiable. It needs
-        the output: change `out` in place only after calling it.
+        shape and dtype of its input. With `key_weights` their gradients follow, in the structure in which they were
+        given. ``pullback(grad_out, grad_lse)`` adds a gradient of lse. The result is the exact derivative of the
+        computed output. ``pullback(..., return_error=True)`` returns the gradients and, in the same structure, a
+        certified bound for the error of every entry. With a banded plan the bounds come from the certificates of the
+        rows; otherwise from ``plan.error`` and ``plan.grad_error``. They are infinite if the plan is not certified, and
+        for weights. Where the inputs need gradients in torch, the pullback is itself differentiable. It needs the
+        output: change `out` in place only after calling it.
 
     Raises
     ------
@@ -229,11 +238,11 @@ def tensor_attention_vjp(
     ((500, 4), 2, 2)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
-    inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
+    inputs, weights = _checked((query, keys, values, key_masks, key_weights), (causal, window), channels, asked)
     report, backend = reporter(progress), inputs.backend
     with telling(report):
         work = _chosen(inputs, scale, asked)
-        result = _computed(work, inputs)
+        result = _computed(work, inputs, weights)
     computed, lse, *kept = result
     returned, out = _returned(result, inputs, work, asked)
 
@@ -243,25 +252,34 @@ def tensor_attention_vjp(
         residuals = backend.residuals(forward, work.call, work.arrays, (computed, *kept))
         with telling(report):
             flat = backend.run(backward, work.call, (*work.arrays, *residuals, *upstream))
-        grads = tuple(Gradients.of(flat))
+        grads = structured(flat)
         if not return_error:
             return grads
         known = work
         if _unplanned(inputs, asked):
             known = work._replace(plan=plan_inputs(inputs, work.plan.scale, Wish(tol, method)))
-        return grads, tuple(Gradients.of(gradient_bounds(known, inputs, computed, kept[0], upstream)))
+        return grads, structured(gradient_bounds(known, inputs, computed, kept[0], upstream))
+
+    def structured(flat: Sequence[Array]) -> tuple[Any, ...]:
+        found = Gradients.of(flat, inputs.views)
+        return (*found[:3], weights.gradients(found.weights, backend)) if weights else tuple(found[:3])
 
     return returned, pullback
 
 
-def _checked(given: tuple[Any, Any, Any, Any], order: tuple[Any, Any], channels: Any, asked: _Asked) -> Inputs:
-    """The arrays of a call (query, keys, values, masks), what its channels are, and what it asked to be returned."""
+def _checked(
+    given: tuple[Any, Any, Any, Any, Any], order: tuple[Any, Any], channels: Any, asked: _Asked
+) -> tuple[Inputs, Weights | None]:
+    """The arrays of a call (query, keys, values, masks, weights), what its channels are, and what it asked to be returned."""
     checked_flags(return_lse=asked.lse, return_error=asked.error, return_plan=asked.returns_plan)
     check_values(given[2])
-    inputs = checked_inputs(*given, order)
+    query, keys, values, masks, key_weights = given
+    inputs = checked_inputs(query, keys, values, masks, order)
     if channels is None:
         channels = asked.plan.channels if isinstance(asked.plan, Plan) else REAL
-    return with_channels(inputs, channels)
+    promised = isinstance(asked.plan, Plan) and asked.plan.source in ("promise", "answer")
+    inputs = with_channels(inputs, channels)
+    return (inputs, None) if key_weights is None else with_weights(inputs, key_weights, reading=not promised)
 
 
 def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
@@ -300,11 +318,17 @@ def _unplanned(inputs: Inputs, asked: _Asked) -> bool:
     return asked.method == "exact" and asked.plan is None and not inputs.traced
 
 
-def _computed(work: Work, inputs: Inputs, asked: _Asked | None = None) -> tuple[Array, ...]:
+def _computed(work: Work, inputs: Inputs, weights: Weights | None, asked: _Asked | None = None) -> tuple[Array, ...]:
     """Output, log-sum-exp and what the adjoint needs besides; computed once more where gradients are recorded.
 
     A compiler may take a call with a plan as one operator, if it is said what was `asked`.
     """
+    out, lse, *kept = _of_divided(work, inputs, asked)
+    return out, (lse if weights is None else weights.of_all(lse, inputs.backend)), *kept
+
+
+def _of_divided(work: Work, inputs: Inputs, asked: _Asked | None) -> tuple[Array, ...]:
+    """`_computed` for weights as they stand in the place of masks."""
     if inputs.traced and asked is not None and asked.plan is not None:
         whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error), work.arrays)
         if whole is not None:

@@ -10,9 +10,9 @@ from .backends import Array, Backend, backend_of
 
 
 class Filled(NamedTuple):
-    """Query, keys, values and masks with no empty dimension in the batch, and which were, counted from the last of the batch."""
+    """Query, keys, values, masks and weights with no empty dimension in the batch, and which were, counted from its last."""
 
-    given: tuple[Any, Any, Any, Any]
+    given: tuple[Any, Any, Any, Any, Any]
     empty: tuple[int, ...]
 
     def emptied(self, results: Sequence[Array]) -> tuple[Array, ...]:
@@ -27,10 +27,13 @@ class Filled(NamedTuple):
         return array
 
 
-def filled_batch(given: tuple[Any, Any, Any, Any]) -> Filled | None:
-    """The arrays (..., n, d), masks (..., n), of an empty batch with a batch of one; None for others, and what are no arrays."""
-    query, keys, values, masks = given
-    several = [x for x in (keys, values, masks) if isinstance(x, (list, tuple))]
+def filled_batch(given: tuple[Any, Any, Any, Any, Any]) -> Filled | None:
+    """The arrays (..., n, d), masks and weights (..., n), of an empty batch with a batch of one.
+
+    None for others, and what are no arrays.
+    """
+    query, keys, values, masks, weights = given
+    several = [x for x in (keys, values, masks, weights) if isinstance(x, (list, tuple))]
     if not any(0 in _shape(x) for x in (query, *chain.from_iterable(several))):
         return None
     empty: set[int] = set()
@@ -47,10 +50,10 @@ def filled_batch(given: tuple[Any, Any, Any, Any]) -> Filled | None:
     def each(arrays: Any, own: int) -> Any:
         if isinstance(arrays, (list, tuple)):
             return [fill(a, own) for a in arrays]
-        # One mask for all views.
+        # One for all views.
         return fill(arrays, own) if backend_of(arrays) is not None else arrays
 
-    filled = (fill(query, 2), each(keys, 2), each(values, 2), each(masks, 1))
+    filled = (fill(query, 2), each(keys, 2), each(values, 2), each(masks, 1), each(weights, 1))
     return Filled(filled, tuple(empty)) if empty else None
 
 

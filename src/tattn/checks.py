@@ -377,20 +377,25 @@ def checked_sequence(name: str, given: Any, each: str = "view") -> tuple[Any, ..
 
 def checked_masks(key_masks: Any, keys: Sequence[Any], of: str) -> tuple[Any, ...]:
     """The mask of each view, or None; one array serves all of them. `of` says in words what there should be one for each of."""
-    if key_masks is None:
+    return checked_of_rows("key_masks", key_masks, keys, of)
+
+
+def checked_of_rows(name: str, given: Any, keys: Sequence[Any], of: str) -> tuple[Any, ...]:
+    """What each view has for its rows, or None; one array serves all views. `of` as in `checked_masks`."""
+    if given is None:
         return (None,) * len(keys)
-    if not isinstance(key_masks, (list, tuple)) and backend_of(key_masks) is not None:
-        most = max(getattr(k, "ndim", 0) for k in keys) - 1
-        if getattr(key_masks, "ndim", 0) > most > 0:
+    if not isinstance(given, (list, tuple)) and backend_of(given) is not None:
+        most, what = max(getattr(k, "ndim", 0) for k in keys) - 1, name.removeprefix("key_")
+        if getattr(given, "ndim", 0) > most > 0:
             raise ValueError(
-                f"key_masks should be a list or tuple of masks, or one mask (..., n) for all views of at most {most} dimensions, "
-                f"got an array of shape {tuple(key_masks.shape)}"
+                f"{name} should be a list or tuple of {what}, or one array (..., n) for all views of at most {most} dimensions, "
+                f"got an array of shape {tuple(given.shape)}"
             )
-        return (key_masks,) * len(keys)
-    masks = checked_sequence("key_masks", key_masks)
-    if len(masks) != len(keys):
-        raise ValueError(f"key_masks should have one entry for each of the {len(keys)} {of}, got {len(masks)}")
-    return masks
+        return (given,) * len(keys)
+    arrays = checked_sequence(name, given)
+    if len(arrays) != len(keys):
+        raise ValueError(f"{name} should have one entry for each of the {len(keys)} {of}, got {len(arrays)}")
+    return arrays
 
 
 def checked_array(name: str, array: Any) -> Backend:
@@ -465,12 +470,17 @@ def check_mask(name: str, mask: Any, key_name: str, key: Any, query: Any, backen
     dtype = backend.dtype_name(mask.dtype)
     if dtype != "bool":
         raise TypeError(f"{name} should be boolean, True where to attend, got dtype {dtype}")
-    if mask.ndim < 1 or mask.shape[-1] != key.shape[-2]:
+    check_row_entries(name, mask, key_name, key)
+    check_device(name, mask, query, backend)
+
+
+def check_row_entries(name: str, array: Any, key_name: str, key: Any) -> None:
+    """ValueError unless the array is (..., n), for the rows of the `key`."""
+    if array.ndim < 1 or array.shape[-1] != key.shape[-2]:
         raise ValueError(
             f"{name} should have shape (..., {key.shape[-2]}), one entry for each row of {key_name}, "
-            f"got shape {tuple(mask.shape)}"
+            f"got shape {tuple(array.shape)}"
         )
-    check_device(name, mask, query, backend)
 
 
 def checked_leading(named: Sequence[tuple[str, Any]]) -> tuple[int, ...]:

@@ -5,10 +5,10 @@ They are one flat sequence only where a library binds gradients or compiles: `Op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .arrays import broadcast_leading
+from .arrays import are_weights, broadcast_leading
 from .backends import Array, Backend
 
 # What the channels of query and keys are: numbers, or the real parts of complex ones followed by their imaginary parts.
@@ -27,7 +27,10 @@ EVERY_ROW = Order()
 
 
 class View(NamedTuple):
-    """One view: keys (..., n, d), values (..., n, dv), and a mask (..., n, 1), True where to attend, or None."""
+    """One view: keys (..., n, d), values (..., n, dv), and a mask (..., n, 1), True where to attend, or None.
+
+    A mask of floating numbers has the weight of every row, 0 where masked: then the masks of all views do.
+    """
 
     keys: Array
     values: Array
@@ -46,8 +49,8 @@ class View(NamedTuple):
 class Operands(NamedTuple):
     """What attention is computed of: query (..., n, d) and views, the factor of the scores, and what a row sees.
 
-    `extra` are arrays that a method takes besides; `channels` is one of `CHANNELS`. `wanted` says of query, keys and values whether
-    their gradients are asked for, () of all; a method may leave the others 0.
+    `extra` are arrays that a method takes besides; `channels` is one of `CHANNELS`. `wanted` says of query, keys, values and masks
+    whether their gradients are asked for, () of all; a method may leave the others 0.
     """
 
     backend: Backend
@@ -101,8 +104,18 @@ class Operands(NamedTuple):
         return tuple(v.mask for v in self.views)
 
     def wants(self, number: int) -> bool:
-        """Whether a gradient of keys or values of this view is asked for."""
-        return not self.wanted or self.wanted[1 + number] or self.wanted[1 + len(self.views) + number]
+        """Whether a gradient of keys, values or weights of this view is asked for."""
+        return not self.wanted or any(self.wanted[1 + number :: len(self.views)])
+
+    @property
+    def weights(self) -> tuple[Array, ...]:
+        """The weights of the rows of every view; () if they have none."""
+        return self.masks if are_weights(self.views[0].mask, self.backend) else ()
+
+    @property
+    def targets(self) -> tuple[Array, ...]:
+        """What gradients are of: query, keys, values, and weights if there are."""
+        return (self.query, *self.keys, *self.values, *self.weights)
 
     @property
     def paired(self) -> bool:
@@ -144,18 +157,24 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the query, and of keys and values of every view, or bounds of their errors."""
+    """Gradients of the query, and of keys, values and weights of every view, or bounds of their errors; no `weights`: ()."""
 
     query: Array
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
+    weights: tuple[Array, ...] = ()
 
     @classmethod
-    def of(cls, flat: Sequence[Array]) -> Gradients:
+    def of(cls, flat: Sequence[Array], views: int) -> Gradients:
         """From one after another."""
-        m = len(flat) // 2
-        return cls(flat[0], tuple(flat[1 : m + 1]), tuple(flat[m + 1 :]))
+        query, *rest = flat
+        return cls(query, *(tuple(rest[start : start + views]) for start in range(0, len(rest), views)))
+
+    @classmethod
+    def of_views(cls, query: Array, views: Iterable[Sequence[Array]]) -> Gradients:
+        """From those of keys, values and, if there are, weights of each view."""
+        return cls(query, *zip(*views, strict=True))
 
     def flat(self) -> tuple[Array, ...]:
         """One after another."""
-        return (self.query, *self.keys, *self.values)
+        return (self.query, *self.keys, *self.values, *self.weights)

@@ -22,7 +22,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import broadcast_leading, clean, max_to_leading, over_rows, prod_of, shared_leading, sizes_of, sum_of
+from ..arrays import (
+    broadcast_leading,
+    clean,
+    max_to_leading,
+    over_rows,
+    prod_of,
+    shared_leading,
+    sizes_of,
+    sum_of,
+    weighed,
+)
 from ..backends import Array, Backend
 from ..backends.numpy import BACKEND as numpy_backend
 from ..checks import LARGEST_POWER
@@ -197,7 +207,7 @@ def _survey(call: RangeCall, backend: Backend, arrays: Sequence[Array | None]) -
 def _channel_sums(
     x: Array, mask: Array | None, dtype: Any, paired: bool, backend: Backend
 ) -> tuple[Array, Array, Array, Array]:
-    """Largest |entry|, sum of squares and sum of every channel (..., 1, d), and number of rows (..., 1, 1).
+    """Largest |entry|, sum of squares and sum of every channel (..., 1, d), and number of rows (..., 1, 1), all by weight.
 
     Of `paired` channels moduli take the place of entries, (..., 1, d / 2).
     """
@@ -212,8 +222,8 @@ def _channel_sums(
         sizes = sizes_of(rows, paired, backend)
         return (
             xp.maximum(top, over_rows(xp.max, sizes, backend)),
-            squares + over_rows(xp.sum, sizes * sizes, backend),
-            total + over_rows(xp.sum, rows, backend),
+            squares + over_rows(xp.sum, weighed(sizes * sizes, mask, backend), backend),
+            total + over_rows(xp.sum, weighed(rows, mask, backend), backend),
             count,
         ), ()
 

@@ -21,16 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import clean, sum_to_leading
+from ..arrays import clean, sum_to_leading, unweighed
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN, Prefix
 from ..backends.tables import memoized
-from ..features.balance import balanced_values, with_one, with_powers
+from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
 from ..features.complex_channels import Forms, Turn, conjugating, form_weights
 from ..features.monomials import Expansion, Grading, pull_back, rank, runs
@@ -54,7 +55,7 @@ from .features import (
     with_ones,
     zero_sum,
 )
-from .spoiled import Columns, backward_apart, forward_apart
+from .spoiled import Columns, backward_apart, forward_apart, sees_some
 
 # log2 of monomials whose products with values are numbers.
 _LARGEST = {"float32": 96, "float64": 900}
@@ -87,7 +88,13 @@ def read_rows(operands: Operands, expansion: Expansion, start: Start | None = No
     operands, start, _ = _balanced(operands, start)
     setting, block = _setting(operands, expansion, start)
     compute = partial(_read_rows, setting, block, start)
-    return forward_apart(compute, operands, _limits(setting))
+    out, normaliser = forward_apart(compute, operands, _limits(setting))
+    if not operands.weights or start:
+        return out, normaliser
+    # The first rows may see weights that are far below the largest: too far for arithmetic, which takes them for masked rows.
+    xp = setting.backend.xp
+    vanishing = (normaliser < least_sum(setting.w.dtype, setting.backend)) & sees_some(operands)
+    return xp.where(vanishing, xp.nan, out), xp.where(vanishing, xp.nan, normaliser)
 
 
 def _read_rows(setting: Setting, block: int, start: Start | None, operands: Operands) -> tuple[Array, Array]:
@@ -242,10 +249,9 @@ def _backward(
     starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block, segments)
     carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in carried)
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
-    targets = (q, *operands.keys, *operands.values)
     found = [
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
-        for g, like in zip(grads, targets, strict=True)
+        for g, like in zip(grads, operands.targets, strict=True)
     ]
     behind = [sum_to_leading(g, shape[:-2], backend) for (g, _), shape in zip(carry, shapes, strict=True)]
     return _with_sums(setting, operands, found, behind, start)
@@ -277,16 +283,18 @@ def _adjoint_by(
     def of_channels(gradient: Array, unit: Any, mask: Array | None, like: Array) -> Array:
         if setting.forms is not None:
             gradient = _from_channels(setting, gradient, backend.cast(clean(like, mask, backend), dtype) * unit)
-        return of_rows(gradient, unit, mask, like)
-
-    def of_rows(gradient: Array, factor: Any, mask: Array | None, like: Array) -> Array:
-        return sum_to_leading(clean(gradient * factor, mask, backend), like.shape[:-2], backend)
+        return sum_to_leading(clean(gradient * unit, mask, backend), like.shape[:-2], backend)
 
     keys, values, masks = views[:m], views[m : 2 * m], views[2 * m :]
-    found = [of_channels(dq, setting.units[0], None, q)]
-    found += [of_channels(*of_view) for of_view in zip(d_keys, setting.units[1:], masks, keys, strict=True)]
-    d_values = [dz[..., :-1] for dz in d_shares]
-    return carry, found + [of_rows(*v) for v in zip(d_values, setting.shares, masks, values, strict=True)]
+    of_views = []
+    for dk, dz, unit, share, *view in zip(
+        d_keys, d_shares, setting.units[1:], setting.shares, keys, values, masks, strict=True
+    ):
+        k, v, mask = view
+        of_rows = unweighed(dz * share, v, mask, backend)
+        own = [sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(of_rows, view[1:], strict=False)]
+        of_views.append((of_channels(dk, unit, mask, k), *own))
+    return carry, [of_channels(dq, setting.units[0], None, q), *chain.from_iterable(zip(*of_views, strict=True))]
 
 
 def _balanced(operands: Operands, start: Start | None) -> tuple[Operands, Start | None, list[Array]]:
@@ -303,7 +311,7 @@ def _with_sums(
     behind = tuple(
         setting.turned_back(xp.matrix_transpose(g) * share) for g, share in zip(sums, setting.shares, strict=True)
     )
-    return _with_heads(setting, behind, Gradients.of(found), operands.views), behind if start else ()
+    return _with_heads(setting, behind, Gradients.of(found, len(behind)), operands.views), behind if start else ()
 
 
 def cost(problem: Problem, rank: float) -> Cost:
@@ -393,14 +401,15 @@ def _with_heads(setting: Setting, behind: Sequence[Array], found: Gradients, vie
     """The gradients with those of the rows that every query row sees, in front."""
     backend = setting.backend
     n = found.query.shape[-2]
-    d_keys, d_values = list(found.keys), list(found.values)
+    of_views = []
     for i, (view, g) in enumerate(zip(views, behind, strict=True)):
+        own = [grads[i] for grads in found[1:] if grads]
         head = view.keys.shape[-2] - n
         if head:
             parts = key_adjoint(view.rows(0, head), setting.units[i + 1], g, setting.monomials, backend)
-            for grads, part in zip((d_keys, d_values), parts, strict=True):
-                grads[i] = backend.xp.concat([part, grads[i]], axis=-2)
-    return Gradients(found.query, tuple(d_keys), tuple(d_values))
+            own = [backend.xp.concat(both, axis=-2) for both in zip(parts, own, strict=True)]
+        of_views.append(own)
+    return Gradients.of_views(found.query, of_views)
 
 
 def _starts(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
 
-from ..arrays import in_parts
+from ..arrays import are_weights, in_parts
 from ..backends import Array, Backend
 from ..operands import Gradients, Operands, Upstream, View
 from . import tuples
@@ -66,17 +66,12 @@ def _backward(operands: Operands, columns: Columns) -> tuple[Gradients, tuple[()
             here, (o, lse, *g) = folded.with_arrays(arrays)
             return tuples.backward(here, o, lse, Upstream(*g), folding.limits).flat()
 
-        targets = (folded.query, *folded.keys, *folded.values)
         limit = tuples.at_a_time(operands)
-        found = Gradients.of(in_parts(adjoint, limit, targets, backend, (*folded.flat(), *of_query)))
+        dq, *grads = in_parts(adjoint, limit, folded.targets, backend, (*folded.flat(), *of_query))
         lengths = operands.lengths[1:]
-        d_keys, d_values = (
-            tuple(
-                folding.unfolded(g, i, length, backend) for i, (g, length) in enumerate(zip(gs, lengths, strict=True))
-            )
-            for gs in (found.keys, found.values)
-        )
-        return Gradients(folding.rows(found.query, backend), d_keys, d_values), ()
+        m = len(lengths)
+        unfolded = [folding.unfolded(g, i % m, lengths[i % m], backend) for i, g in enumerate(grads)]
+        return Gradients.of([folding.rows(dq, backend), *unfolded], m), ()
     dqs: list[Array] = []
     totals: list[Array] = []
     for start, stop in _runs(operands):
@@ -89,7 +84,7 @@ def _backward(operands: Operands, columns: Columns) -> tuple[Gradients, tuple[()
             g if not totals else _joined([t + g[..., : t.shape[-2], :], g[..., t.shape[-2] :, :]], backend)
             for t, g in zip(totals or grads, grads, strict=True)
         ]
-    return Gradients.of([_joined(dqs, backend), *totals]), ()
+    return Gradients.of([_joined(dqs, backend), *totals], len(operands.views)), ()
 
 
 def _joined(parts: list[Array], backend: Backend) -> Array:
@@ -159,8 +154,10 @@ class _Folding(NamedTuple):
         for before, (k, v, mask) in zip(self.before, operands.views, strict=True):
             present = xp.ones((k.shape[-2], 1), dtype=xp.bool, device=backend.device(k)) if mask is None else mask
             held = []
-            for rows, fill in zip((k, v, present), (0.0, 0.0, False), strict=True):
-                blocks = self._blocks(rows, self.runs + before, fill, backend)
+            for rows in (k, v, present):
+                # Rows that are not there are masked, and weigh nothing.
+                nothing = 0.0 if are_weights(rows, backend) else False
+                blocks = self._blocks(rows, self.runs + before, nothing, backend)
                 cuts = [blocks[..., p : p + self.runs, :, :] for p in range(before + 1)]
                 held.append(_joined(cuts, backend))
             views.append(View(*held))

@@ -12,11 +12,12 @@ the rows behind a chunk and of those behind j in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import clean, prod_of, sum_to_leading, swap_outer
+from ..arrays import clean, prod_of, sum_to_leading, swap_outer, unweighed
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 from ..features.basis import read
@@ -138,17 +139,18 @@ def adjoint(
         return carry, tuple(_together(x, backend) for x in found)
 
     folded = [xp.flip(x, axis=-2) for x in (*chunks.together(backend), _together(g_hat, backend))]
-    carry, found = backend.scan_rows(body, carry, folded, setting.tile)
-    y_q, *of_views = (xp.flip(x, axis=-2) for x in found)
+    carry, flipped = backend.scan_rows(body, carry, folded, setting.tile)
+    y_q, *of_views = (xp.flip(x, axis=-2) for x in flipped)
     y_q, *ys = (xp.reshape(y, (*y.shape[:-2], y.shape[-2] * b, r)) for y in (y_q, *of_views[:m]))
     dq = _pulled_back(setting, y_q, 0, chunks, None, q)
-    d_keys, d_values = [], []
+    found = []
     for view, (y, dz) in enumerate(zip(ys, of_views[m:], strict=True)):
         k, v, mask = (views[i] for i in (view, m + view, 2 * m + view))
-        d_keys.append(_pulled_back(setting, y, view + 1, chunks, mask, k))
         dz = xp.reshape(dz, (*dz.shape[:-2], dz.shape[-2] * b, columns))
-        d_values.append(_of_rows(dz[..., :-1] * setting.shares[view], mask, v, backend))
-    return carry, [dq, *d_keys, *d_values]
+        of_rows = unweighed(dz * setting.shares[view], v, mask, backend)
+        own = [sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(of_rows, (v, mask), strict=False)]
+        found.append((_pulled_back(setting, y, view + 1, chunks, mask, k), *own))
+    return carry, [dq, *chain.from_iterable(zip(*found, strict=True))]
 
 
 def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[tuple[Sum, ...], list[Array]]:
@@ -259,12 +261,7 @@ def _pulled_back(setting: Setting, y: Array, place: int, chunks: Chunks, mask: A
     # The rest is linear in y, so what rows are shared by is summed first.
     y = setting.turned_back(xp.matrix_transpose(sum_to_leading(y, x.shape[:-2], backend)))
     dx = xp.matrix_transpose(pull_back(x, phi, y, setting.degree, backend, setting.grading))
-    return _of_rows(dx * setting.units[place], mask, like, backend)
-
-
-def _of_rows(gradient: Array, mask: Array | None, like: Array, backend: Backend) -> Array:
-    """Gradient in the leading dimensions of its rows, 0 where they are masked."""
-    return sum_to_leading(clean(gradient, mask, backend), like.shape[:-2], backend)
+    return sum_to_leading(clean(dx * setting.units[place], mask, backend), like.shape[:-2], backend)
 
 
 def _triangle(setting: Setting, like: Array) -> Array:

@@ -24,7 +24,7 @@ from math import inf, log, prod
 
 import numpy as np
 
-from ..arrays import broadcast_leading, clean, sum_to_leading, with_leading
+from ..arrays import are_weights, broadcast_leading, clean, present, sum_to_leading, unweighed, weighed, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.operations import CHAIN
@@ -81,24 +81,23 @@ def backward(operands: Operands, expansion: Expansion, attended: Attended, upstr
     combined = product(w, factors, turn, backend)
     of_query, dq = query_adjoint(q, units[0], combined, columns, monomials, backend)
     (upstream_factor,) = as_factors([of_query], turn, backend)
-    d_keys, d_values = [], []
+    of_views: list[Sequence[Array]] = []
     for number, view in enumerate(operands.views):
         if not operands.wants(number):
-            d_keys.append(backend.xp.zeros_like(view.keys, dtype=operands.dtype))
-            d_values.append(backend.xp.zeros_like(view.values, dtype=operands.dtype))
+            count = 3 if operands.weights else 2
+            of_views.append([backend.xp.zeros_like(x, dtype=operands.dtype) for x in view[:count]])
             continue
         others = [s for other, s in enumerate(factors) if other != number]
         own = product(w, [upstream_factor, *others], turn, backend) * (1 / view.keys.shape[-2])
-        dk, dv = key_adjoint(view, units[number + 1], own, monomials, backend)
-        d_keys.append(dk)
-        d_values.append(dv)
-    return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
+        of_views.append(key_adjoint(view, units[number + 1], own, monomials, backend))
+    found = Gradients.of_views(dq, of_views)
+    return found._replace(values=with_powers(found.values, powers, backend))
 
 
 def summary(view: View, unit: Array, monomials: Monomials, backend: Backend) -> Array:
     """Φ(k)ᵀ [v, 1] of a view, (..., r, dv + 1)."""
     operands = (*view, unit, *monomials)
-    kernel = backend.kernel("moments", *operands)
+    kernel = None if are_weights(view.mask, backend) else backend.kernel("moments", *operands)
     if kernel is not None:
         result: Array = kernel(*operands)
         return result
@@ -207,8 +206,8 @@ def query_adjoint(
     return joined(carries)[0], dq
 
 
-def key_adjoint(view: View, unit: Array, own: Array, monomials: Monomials, backend: Backend) -> tuple[Array, Array]:
-    """(dk, dv) of a view whose summary has the gradient `own` (..., r, dv + 1)."""
+def key_adjoint(view: View, unit: Array, own: Array, monomials: Monomials, backend: Backend) -> tuple[Array, ...]:
+    """(dk, dv), and those of weights if there are, of a view whose summary has the gradient `own` (..., r, dv + 1)."""
     xp = backend.xp
     degree, grading = monomials
     dtype, leading = backend.compute_dtype(view.keys.dtype), view.leading
@@ -220,22 +219,22 @@ def key_adjoint(view: View, unit: Array, own: Array, monomials: Monomials, backe
     basis = Basis(view.keys.shape[-1], degree, lean, grading)
     block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
 
-    features, pull_back = basis.features(backend), basis.puller_and_reader(own, backend)
+    read = columns if are_weights(view.mask, backend) else columns - 1
+    features, pull_back = basis.features(backend), basis.puller_and_reader(own, read, backend)
 
     def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
         return None, pull_back(features(xp.matrix_transpose(x)), z)
 
-    def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, Array]]:
+    def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
         x = backend.cast(k, dtype) * unit
         if mask is not None:
             # What masked rows hold does not matter, but a 0 would take longer.
-            x = xp.where(mask, x, 1.0)
-        _, (dk, dv) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
-        dk, dv = clean(dk * unit, mask, backend), clean(dv, mask, backend)
-        return None, (sum_to_leading(dk, k.shape[:-2], backend), sum_to_leading(dv, v.shape[:-2], backend))
+            x = xp.where(present(mask, backend), x, 1.0)
+        _, (dk, dz) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
+        grads = clean(dk * unit, mask, backend), *unweighed(dz, v, mask, backend)
+        return None, tuple(sum_to_leading(g, a.shape[:-2], backend) for g, a in zip(grads, (k, v, mask), strict=False))
 
-    _, (dk, dv) = backend.share_rows(body, None, view, together, FEWEST_BLOCKS * block)
-    return dk, dv
+    return backend.share_rows(body, None, view, together, FEWEST_BLOCKS * block)[1]
 
 
 def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend) -> Array:
@@ -372,9 +371,9 @@ def channels(x: Array, unit: Array, dtype: object, backend: Backend) -> Array:
 
 
 def with_ones(v: Array, mask: Array | None, dtype: object, backend: Backend) -> Array:
-    """[v, 1], and 0 in masked rows: (..., rows, dv + 1)."""
+    """[v, 1], or [w v, w] for weights w, and 0 in masked rows: (..., rows, dv + 1)."""
     xp = backend.xp
-    v = backend.cast(clean(v, mask, backend), dtype)
+    v = weighed(backend.cast(v, dtype), mask, backend)
     shape = (*v.shape[:-1], 1)
     if mask is not None:
         return side_by_side(v, xp.broadcast_to(backend.cast(mask, dtype), shape), backend)

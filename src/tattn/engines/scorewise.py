@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading
+from ..arrays import broadcast_leading, clean, row_pairs, sum_to_leading, unweighed
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN
 from ..features.balance import balanced_values, with_powers
@@ -74,11 +74,12 @@ def backward(operands: Operands, coefficients: Sequence[float], attended: Attend
 
     start = None if q.shape[-2] <= blocks[0] else _zeros(views, backend)
     grads, (dq,) = backend.scan_rows(body, start, (q, *columns), blocks[0])
-    d_keys, d_values = [], []
-    for ((dk, _), (dz, _)), u, (k, _, mask) in zip(grads, unit[1:], operands.views, strict=True):
-        d_keys.append(sum_to_leading(clean(dk * u, mask, backend), k.shape[:-2], backend))
-        d_values.append(clean(dz[..., :-1] * (1 / k.shape[-2]), mask, backend))
-    return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
+    of_views = []
+    for ((dk, _), (dz, _)), u, (k, v, mask) in zip(grads, unit[1:], operands.views, strict=True):
+        own = sum_to_leading(clean(dk * u, mask, backend), k.shape[:-2], backend)
+        of_views.append((own, *unweighed(dz * (1 / k.shape[-2]), v, mask, backend)))
+    found = Gradients.of_views(dq, of_views)
+    return found._replace(values=with_powers(found.values, powers, backend))
 
 
 def _prepared(operands: Operands) -> tuple[tuple[int, ...], list[Array], list[Side], tuple[int, ...]]:

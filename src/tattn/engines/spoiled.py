@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
-from ..arrays import broadcast_leading, max_to_leading, with_leading
+from ..arrays import broadcast_leading, max_to_leading, present, with_leading
 from ..backends import Array, Backend
 from ..operands import Gradients, Operands, View
 
@@ -76,9 +76,11 @@ def backward_apart(
     def nan_where_seen(number: int, spoiling: Array, gradient: Array) -> Array:
         seen = _any_of(spoiling, *_seeing(operands, number, n, gradient), backend)
         mask = operands.masks[number]
-        return _nan_where(seen if mask is None else seen & mask, gradient, backend)
+        return _nan_where(seen if mask is None else seen & present(mask, backend), gradient, backend)
 
-    d_keys = tuple(nan_where_seen(i, lost, dk) for i, dk in enumerate(found.keys))
+    d_keys, d_weights = (
+        tuple(nan_where_seen(i, lost, g) for i, g in enumerate(grads)) for grads in (found.keys, found.weights)
+    )
     d_values = []
     for i, dv in enumerate(found.values):
         # What multiplies a value is the gradient and the values of the other views.
@@ -87,8 +89,18 @@ def backward_apart(
             spoiling = spoiling | other
         d_values.append(nan_where_seen(i, spoiling, dv))
     some = xp.any(lost, axis=-2, keepdims=True)
-    grads = Gradients(_nan_where(lost, found.query, backend), d_keys, tuple(d_values))
+    grads = Gradients(_nan_where(lost, found.query, backend), d_keys, tuple(d_values), d_weights)
     return grads, tuple(_nan_where(some, x, backend) for x in behind)
+
+
+def sees_some(operands: Operands) -> Array:
+    """Which query rows see a row of every view that is not masked, (..., n, 1)."""
+    backend, n, found = operands.backend, operands.query.shape[-2], True
+    for number, mask in enumerate(operands.masks):
+        if mask is not None:
+            there = present(mask, backend)
+            found = _any_of(there, *_seen(operands, number, n, there), backend) & found
+    return found
 
 
 class _Rows(NamedTuple):
@@ -110,16 +122,16 @@ class _Rows(NamedTuple):
         def cleaned(bad: Array, x: Array) -> Array:
             return xp.where(bad, xp.zeros_like(x), x)
 
-        def present(bad: Array, mask: Array | None) -> Array:
+        def there(bad: Array, mask: Array | None) -> Array:
             # What masked rows hold does not matter.
-            return bad if mask is None else bad & mask
+            return bad if mask is None else bad & present(mask, backend)
 
         query = unlike_numbers(operands.query, limits[0])
         keys, values, views = [], [], []
         for (k, v, mask), limit in zip(operands.views, limits[1:], strict=True):
             bad_keys, bad_values = unlike_numbers(k, limit), xp.logical_not(xp.isfinite(v))
-            keys.append(present(bad_keys, mask))
-            values.append(present(bad_values, mask))
+            keys.append(there(bad_keys, mask))
+            values.append(there(bad_values, mask))
             views.append(View(cleaned(bad_keys, k), cleaned(bad_values, v), mask))
         whole = operands._replace(query=cleaned(query, operands.query), views=tuple(views))
         return cls(query, keys, values, whole)

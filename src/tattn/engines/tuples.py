@@ -22,13 +22,24 @@ from math import prod
 from operator import mul
 from typing import Any, NamedTuple
 
-from ..arrays import broadcast_leading, clean, prod_of, sizes_of, sum_to_leading, transposed, with_leading
+from ..arrays import (
+    broadcast_leading,
+    clean,
+    present,
+    prod_of,
+    sizes_of,
+    sum_to_leading,
+    transposed,
+    unweighed,
+    weighed,
+    with_leading,
+)
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE
 from ..backends.tables import memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
-from ..features.balance import balanced_values, with_powers
+from ..features.balance import balanced_values, least_sum, with_powers
 from ..features.complex_channels import conjugating, multiply
 from ..features.scaling import shared_units
 from ..operands import Gradients, Operands, Upstream
@@ -78,7 +89,7 @@ class _Pass(NamedTuple):
     """What all blocks of a call share: leading dimensions, rows of the query, tuples and rows of each view in a block, units.
 
     `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores;
-    `paired`: channels are complex.
+    `paired`: channels are complex; `columns`: those of values and ones that need gradients, of ones only where there are weights.
     """
 
     backend: Backend
@@ -89,6 +100,7 @@ class _Pass(NamedTuple):
     fewest: int
     memory: Memory | None
     paired: bool
+    columns: int
 
 
 class _Rows(NamedTuple):
@@ -118,6 +130,8 @@ def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
         for view, block, mask in zip(views, run.blocks[2:], operands.masks, strict=True)
         if mask is not None
     ]
+    # Beside weights that are all so small, what vanishes of other sums may count.
+    least = least_sum(operands.dtype, backend) if operands.weights else 0.0
 
     def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
         s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
@@ -127,13 +141,13 @@ def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
         if run.bounded and not masked:
             out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
             return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
-        # No normaliser is left where all pairs are masked, and where scores are too large for the dtype.
+        # No normaliser is left where all pairs are masked, and where scores are too large for the dtype, or weights too small.
         nothing: Array = xp.nan
         if masked:
             found = [_sees_some(run, at, view, block) for view, block in masked]
             alive = xp.matrix_transpose(prod_of(found))
             nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
-        some = normaliser > 0
+        some = normaliser > least
         safe = xp.where(some, normaliser, 1.0)
         out = transposed(xp.where(some, sums / safe, nothing), backend)
         lse = xp.log(safe) if top is None else top + xp.log(safe)
@@ -167,15 +181,16 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
         ds, _, grads = _adjoint(run, _Rows(s, h, shift, at), None, views)
         return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
 
-    start = None if q.shape[-2] <= run.blocks[0] else _zeros(views, backend)
+    start = None if q.shape[-2] <= run.blocks[0] else _zeros(run, views)
     (grads, *others), (dq,) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
     for more in others:
         grads = _plus(grads, more)
-    d_keys, d_values = [], []
-    for (dk, dv), unit, (k, v, mask) in zip(grads, run.units[1:], operands.views, strict=True):
-        d_keys.append(sum_to_leading(clean(dk * unit, mask, backend), k.shape[:-2], backend))
-        d_values.append(sum_to_leading(clean(dv, mask, backend), v.shape[:-2], backend))
-    return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
+    of_views = []
+    for (dk, dz), unit, view in zip(grads, run.units[1:], operands.views, strict=True):
+        own = clean(dk * unit, view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
+        of_views.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
+    found = Gradients.of_views(dq, of_views)
+    return found._replace(values=with_powers(found.values, powers, backend))
 
 
 def scaled_keys(
@@ -252,7 +267,8 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
     scaled = scaled_keys(keys, units[1:], masks, backend)
     blocks = block_sizes(leading, operands.lengths, dtype, backend)
     fewest = max(blocks[0], backend.shared_scores // max(1, prod(leading) * prod(operands.lengths[1:])))
-    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired)
+    columns = operands.values[0].shape[-1] + bool(operands.weights)
+    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired, columns)
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
@@ -260,7 +276,7 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
     limited = limits.offsets is not None or any(m is not None for m in masks)
     views = []
     for i, (k, v, mask) in enumerate(zip(scaled, operands.values, masks, strict=True)):
-        v = backend.cast(clean(v, mask, backend), dtype)
+        v = weighed(backend.cast(v, dtype), mask, backend)
         one = xp.ones((*v.shape[:-1], 1), dtype=dtype, device=device)
         first = last = None
         if limited:
@@ -273,7 +289,7 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
                 last = first + (limits.window[i] or _NEVER)
         if mask is not None:
             one = xp.broadcast_to(backend.cast(mask, dtype), (*broadcast_leading(v, mask), *one.shape[-2:]))
-            first = xp.where(mask, first, _NEVER)
+            first = xp.where(present(mask, backend), first, _NEVER)
         views.append(Rows(_by_columns(k, backend), _by_columns(xp.concat([v, one], axis=-1), backend), first, last))
     return places(q, 0) if limits.offsets else None, views, run
 
@@ -409,16 +425,16 @@ def _merge(state: State | None, part: State, backend: Backend) -> State:
 def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]) -> Any:
     """(ds, (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for a block of query rows.
 
-    dkeys (..., d, tuples) and dvalues (..., dv, tuples), if there are tuples.
+    dkeys (..., d, tuples) and dvalues (..., columns, tuples), if there are tuples.
     """
-    backend, xp = run.backend, run.backend.xp
+    backend, xp, columns = run.backend, run.backend.xp, run.columns
     s, h = rows.s, rows.h
     if pairs is not None and not views:
-        columns = transposed(s, backend), transposed(h[..., :-1], backend)
+        by_columns = transposed(s, backend), transposed(h[..., :columns], backend)
         ds: Any = None
         of_pairs = []
         for cut in _cuts(run, pairs):
-            part, *parts = _block_adjoint(run, rows, columns, cut)
+            part, *parts = _block_adjoint(run, rows, by_columns, cut)
             ds = _plus(ds, part)
             of_pairs.append(parts)
         return ds, tuple(_together(parts, backend) for parts in zip(*of_pairs, strict=True)), ()
@@ -430,7 +446,7 @@ def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]
         if pairs is not None:
             split = _split_complex if run.paired else _split
             dkeys_in, dkeys = split(dkeys, pairs.keys, k, backend)
-            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :-1, :], v[..., :-1], backend)
+            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :columns, :], v[..., :columns], backend)
             through = dkeys_in, dvalues_in
         dk, dv = (sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
         return _plus(carry, (ds, through, inner)), (dk, dv)
@@ -439,15 +455,15 @@ def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]
     start = None
     if views[0].keys.shape[-2] > block:
         tuples = 0 if pairs is None else pairs.keys.shape[-1]
-        shapes = [s.shape[-2:], *([(s.shape[-1], tuples), (h.shape[-1] - 1, tuples)] if tuples else [])]
+        shapes = [s.shape[-2:], *([(s.shape[-1], tuples), (columns, tuples)] if tuples else [])]
         zeros = [xp.zeros((*run.leading, *x), dtype=s.dtype, device=backend.device(s)) for x in shapes]
-        start = zeros[0], tuple(zeros[1:]), _zeros(views[1:], backend)
+        start = zeros[0], tuple(zeros[1:]), _zeros(run, views[1:])
     (ds, through, inner), own = backend.scan_rows(body, start, views[0], block)
     return ds, through, (own, *inner)
 
 
 def _block_adjoint(run: _Pass, rows: _Rows, columns: tuple[Array, Array], pairs: Pairs) -> tuple[Array, Array, Array]:
-    """ds, dkeys and dvalues of `_adjoint` for one block; `columns` are those of s and of g, (..., d, rows), (..., dv, rows)."""
+    """ds, dkeys and dvalues of `_adjoint` for one block, with s and h by `columns`, (..., d, rows) and (..., columns, rows)."""
     backend, xp = run.backend, run.backend.xp
     s, h, shift, at = rows
     f = backend.exp_less(backend.product(s, pairs.keys, run.memory, "scores"), shift)
@@ -505,11 +521,12 @@ def _split_complex(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) 
     return through, own
 
 
-def _zeros(views: Sequence[Rows], backend: Backend) -> tuple[tuple[Array, Array], ...]:
+def _zeros(run: _Pass, views: Sequence[Rows]) -> tuple[tuple[Array, Array], ...]:
     """Zeros for the gradients of every view."""
-    xp = backend.xp
+    backend, xp = run.backend, run.backend.xp
     return tuple(
-        (xp.zeros(k.shape, dtype=k.dtype, device=backend.device(k)), xp.zeros_like(v[..., :-1])) for k, v, *_ in views
+        (xp.zeros(k.shape, dtype=k.dtype, device=backend.device(k)), xp.zeros_like(v[..., : run.columns]))
+        for k, v, *_ in views
     )
 
 

@@ -141,6 +141,11 @@ def log2_range(dtype: Any, backend: Backend) -> tuple[float, float, float]:
     return least, -least, 1 - smallest
 
 
+def least_sum(dtype: Any, backend: Backend) -> float:
+    """What a sum has to be for that what vanishes of its terms does not count."""
+    return float(2.0 ** log2_range(dtype, backend)[0])
+
+
 def exp2_bound(logs: Array, dtype: Any, backend: Backend) -> Array:
     """Bounds from logarithms: 0 is 0, no other is below the smallest normal number, and what is none is infinite."""
     xp = backend.xp

@@ -194,10 +194,12 @@ class Basis(NamedTuple):
             return lambda phi, z: self._by_weights(phi, derivative, z, backend)
         return lambda phi, z: _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
 
-    def puller_and_reader(self, matrix: Array, backend: Backend) -> Callable[[Array, Array], tuple[Array, Array]]:
-        """As `puller`, and besides all but the last column of Mᵀ Φ: (..., rows, d) and (..., rows, k − 1)."""
+    def puller_and_reader(
+        self, matrix: Array, columns: int, backend: Backend
+    ) -> Callable[[Array, Array], tuple[Array, Array]]:
+        """As `puller`, and besides so many columns of Mᵀ Φ: (..., rows, d) and (..., rows, columns)."""
         xp = backend.xp
-        values = xp.matrix_transpose(matrix[..., :-1])
+        values = xp.matrix_transpose(matrix[..., :columns])
         if not self.lean:
             pull_back = self.puller(matrix, backend)
             return lambda phi, z: (pull_back(phi, z), xp.matrix_transpose(read(phi, values, backend)))

@@ -114,19 +114,19 @@ class Banded:
         (dq,) = return_rows(bands_of_query(), query.by.order, backend)
         (stacked,) = series.turned([xp.stack(upstreams, axis=-3)], backend)
 
-        def bands_of_keys(number: int) -> Iterator[tuple[Array, Array]]:
+        def bands_of_keys(number: int) -> Iterator[tuple[Array, ...]]:
             view, n = views[number], operands.keys[number].shape[-2]
             tensors = [stacked, *factors[:number], *factors[number + 1 :]]
             for band, cut in enumerate(edges(n, call.bands)):
                 own = series.contract(number + 1, band, tensors, backend) * (1 / n)
                 yield key_adjoint(view.band(*cut, backend), view.by.unit, own, monomials, backend)
 
-        d_keys, d_values = [], []
-        for number, (k, v, _) in enumerate(operands.views):
-            dk, dv = return_rows(bands_of_keys(number), views[number].by.order, backend)
-            d_keys.append(sum_to_leading(dk, k.shape[:-2], backend))
-            d_values.append(sum_to_leading(dv, v.shape[:-2], backend))
-        return Gradients(dq, tuple(d_keys), with_powers(d_values, powers, backend))
+        of_views = []
+        for number, view in enumerate(operands.views):
+            own = return_rows(bands_of_keys(number), views[number].by.order, backend)
+            of_views.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
+        grads = Gradients.of_views(dq, of_views)
+        return grads._replace(values=with_powers(grads.values, powers, backend))
 
     def gradient_bounds(
         self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]

@@ -134,7 +134,7 @@ def roundings(
 
 
 def shares(call: Banding, view: Sorted, backend: Backend) -> Array:
-    """Unmasked rows of each band over all rows, (..., B, 1, 1)."""
+    """Unmasked rows of each band, or their weights, over all rows, (..., B, 1, 1)."""
     xp = backend.xp
     n = view.rows.shape[-2]
     dtype = backend.compute_dtype(view.rows.dtype)

@@ -23,6 +23,7 @@ from ..arrays import (
     sizes_of,
     sum_of,
     sum_to_leading,
+    weighed,
 )
 from ..backends import Array, Backend
 from ..engines.features import block_of, channels, summed_products
@@ -116,7 +117,7 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
         if like is not q:
             found = _rows_alike(found, mask, like, backend)
         results.append(sum_to_leading(xp.broadcast_to(found, (*leading, *like.shape[-2:])), like.shape[:-2], backend))
-    return Gradients.of(results)
+    return _with_weights(results, operands)
 
 
 def told_error(operands: Operands, error: float) -> Array:
@@ -184,13 +185,18 @@ def banded_bounds(call: Banding, operands: Operands, attended: Attended, upstrea
     of_views = [_view_bounds(known, number, backend) for number in range(call.views)]
     safe = in_range([query.by.tops, *(v.by.tops for v in views), *value_tops, top], call.scale, backend)
     bounds = [of_query, *(b[0] for b in of_views), *(b[1] for b in of_views)]
-    targets = (operands.query, *operands.keys, *operands.values)
-    return Gradients.of(
-        [
-            sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
-            for b, like in zip(bounds, targets, strict=True)
-        ]
-    )
+    found = [
+        sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
+        for b, like in zip(bounds, operands.targets, strict=False)
+    ]
+    return _with_weights(found, operands)
+
+
+def _with_weights(bounds: Sequence[Array], operands: Operands) -> Gradients:
+    """Bounds for query, keys and values, and infinite ones for the weights of rows that are not masked."""
+    xp = operands.backend.xp
+    unknown = [xp.where(w > 0, xp.full_like(w, inf), 0.0) for w in operands.weights]
+    return Gradients.of([*bounds, *unknown], len(operands.views))
 
 
 def _rms_products(call: Banding, own: View, value_top: Array, view: Sorted, backend: Backend) -> Array:
@@ -379,11 +385,12 @@ def _moments(call: Banding, view: Sorted, z: Array | None, backend: Backend) -> 
     part, dtype = block_t(call, dim), backend.compute_dtype(view.rows.dtype)
     if z is None:
         z = xp.ones((n, 1), dtype=dtype, device=backend.device(view.rows))
+    # A row counts as often as it weighs.
     basis = Basis.of(dim, call.moment, z.shape[-1])
     shape = (part.stop - part.start, z.shape[-1])
 
     def prepare(x: Array, z: Array, mask: Array | None) -> tuple[Array, Array]:
-        return backend.cast(clean(x, mask, backend), dtype) * view.by.unit, clean(z, mask, backend)
+        return backend.cast(clean(x, mask, backend), dtype) * view.by.unit, weighed(z, mask, backend)
 
     def products(phi: Array, z: Array) -> tuple[Array]:
         return (basis.row_sums(phi, z, backend, degree=call.moment),)

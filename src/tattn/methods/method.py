@@ -67,8 +67,8 @@ class Call(NamedTuple):
     wanted: tuple[bool, ...] = ()
 
     def asking(self, wanted: Sequence[bool]) -> Call:
-        """The call where only some of the gradients of query, keys and values are asked for."""
-        return self._replace(wanted=tuple(wanted[: 1 + 2 * self.views]))
+        """The call where only some of the gradients of query, keys, values and weights are asked for."""
+        return self._replace(wanted=tuple(wanted[: 1 + 3 * self.views]))
 
     def operands(
         self, backend: Backend, arrays: Sequence[Array | None], extra: int | None = None
@@ -95,8 +95,8 @@ def forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tup
 
 
 def backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values, in their shapes and dtype, from the arrays of `forward`, its output, what it kept and
-    the gradients of output and lse.
+    """Gradients of query, keys, values and, if there are, weights, in their shapes and dtypes, from the arrays of `forward`, its
+    output, what it kept and the gradients of output and lse.
     """
 
     def adjoint(part: Sequence[Array | None]) -> tuple[Array, ...]:
@@ -105,12 +105,11 @@ def backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tu
         return call.method.backward(operands._replace(wanted=call.wanted), attended, upstream).flat()
 
     operands, _ = call.operands(backend, arrays)
-    targets = (operands.query, *operands.keys, *operands.values)
-    grads = in_parts(adjoint, call.method.at_a_time(operands), targets, backend, arrays)
+    grads = in_parts(adjoint, call.method.at_a_time(operands), operands.targets, backend, arrays)
     # A mask may have leading dimensions that its rows lack; and narrow dtypes only now that all sums are over.
     return tuple(
-        backend.cast(sum_to_leading(g, t.shape[:-2], backend), operands.query.dtype)
-        for g, t in zip(grads, targets, strict=True)
+        backend.cast(sum_to_leading(g, t.shape[:-2], backend), t.dtype)
+        for g, t in zip(grads, operands.targets, strict=True)
     )
 
 
@@ -123,8 +122,7 @@ def gradient_bounds(call: Call, backend: Backend, arrays: Sequence[Array | None]
         return call.method.gradient_bounds(operands, attended, upstream, call.stated).flat()
 
     operands, _ = call.operands(backend, arrays)
-    targets = (operands.query, *operands.keys, *operands.values)
-    return in_parts(bound, call.method.at_a_time(operands), targets, backend, arrays)
+    return in_parts(bound, call.method.at_a_time(operands), operands.targets, backend, arrays)
 
 
 def told_error(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array]:

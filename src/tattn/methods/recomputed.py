@@ -113,7 +113,8 @@ def _added(operands: Operands, through_banded: Gradients, through_exact: Gradien
     dq_chosen, *others = through_exact.flat()
     zeros = backend.xp.zeros((*leading, *q.shape[-2:]), dtype=dq_chosen.dtype, device=backend.device(q))
     dq = sum_to_leading(_placed(dq_chosen, zeros, place, backend), q.shape[:-2], backend)
-    return Gradients.of([a + b for a, b in zip(through_banded.flat(), (dq, *others), strict=True)])
+    added = [a + b for a, b in zip(through_banded.flat(), (dq, *others), strict=True)]
+    return Gradients.of(added, len(operands.views))
 
 
 def _placed(chosen: Array, every: Array, place: Array, backend: Backend) -> Array:

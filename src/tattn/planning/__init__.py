@@ -32,6 +32,7 @@ from ..methods import Banded, Exact, Method, Polynomial
 from ..operands import REAL
 from ..plans import Plan, spread
 from ..problem import Problem, ScoreRange
+from ..weights import with_weights
 from .banded import asked_banded, banded_plan, is_banded
 from .estimated import estimated_plan
 from .limits import check_cost, check_flops, checked_most
@@ -57,6 +58,7 @@ def plan(
     bands: int | None = None,
     moment: int | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
     gradients: bool = True,
@@ -67,7 +69,7 @@ def plan(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, key_masks, causal, window, channels
+    query, keys, values, scale, tol, key_masks, key_weights, causal, window, channels
         As in `tensor_attention`. The call that takes the plan needs the same `causal` and `window`. Of `values` only
         shapes are used, and they are checked for NaN and infinities.
     method : {"auto", "polynomial", "exact"}, or a tattn.Exact, tattn.Polynomial or tattn.Banded
@@ -117,6 +119,9 @@ def plan(
     ('polynomial', True)
     """
     inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, window)), channels)
+    if key_weights is not None:
+        reading = (bound is None or isinstance(bound, str)) and not is_banded(series, bands, moment)
+        inputs, _ = with_weights(inputs, key_weights, reading)
     method = _checked(method)
     number = checked_options(scale, inputs.dim, tol, inputs.views, inputs.dtype)
     if isinstance(method, _COMPLETE):

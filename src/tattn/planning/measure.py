@@ -7,6 +7,7 @@ from math import inf, isfinite
 
 import numpy as np
 
+from ..arrays import are_weights, clean
 from ..backends import Array
 from ..bounds.score_range import RangeCall, ranges
 from ..checks import (
@@ -22,6 +23,7 @@ from ..checks import (
 )
 from ..methods import Call, Exact, forward
 from ..operands import EVERY_ROW, REAL, Operands, View
+from ..weights import with_weights
 
 
 def measure_error(
@@ -34,6 +36,7 @@ def measure_error(
     seed: int = 0,
     scale: float | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
     channels: str = REAL,
@@ -42,7 +45,7 @@ def measure_error(
 
     Parameters
     ----------
-    query, keys, values, scale, key_masks, causal, window, channels
+    query, keys, values, scale, key_masks, key_weights, causal, window, channels
         The same as in the call that returned `out`.
     out : array (..., n, dv)
         The output to check.
@@ -77,6 +80,8 @@ def measure_error(
     """
     check_values(values)
     inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, window)), channels)
+    if key_weights is not None:
+        inputs, _ = with_weights(inputs, key_weights)
     number = checked_options(scale, inputs.dim, 1.0, inputs.views, inputs.dtype)
     rows, seed = whole("rows", rows, 1), whole("seed", seed, 0, inf)
     expected = (*inputs.leading, inputs.lengths[0], inputs.value_dim)
@@ -113,7 +118,7 @@ def _relative_errors(operands: Operands, out: Array, chosen: np.ndarray) -> Arra
     size: Array = 1.0
     for _, v, mask in operands.views:
         v = backend.cast(v, dtype)
-        size = size * xp.max(xp.abs(v if mask is None else xp.where(mask, v, 0.0)), axis=-2, keepdims=True)
+        size = size * xp.max(xp.abs(clean(v, mask, backend)), axis=-2, keepdims=True)
     difference = xp.abs(backend.cast(xp.take(out, index, axis=-2), dtype) - truth)
     return difference / xp.where(size > 0, size, 1.0)
 
@@ -126,6 +131,9 @@ def _each_with_its_keys(some: Operands, n: int, chosen: np.ndarray) -> Operands:
         behind = (chosen + length - n)[:, None] - np.arange(length)
         window = length if some.order.window is None else some.order.window[number]
         seen = backend.indices((behind >= 0) & (behind < window), some.query)[..., None] > 0
-        apart = seen if mask is None else seen & mask[..., None, :, :]
+        apart = seen
+        if mask is not None:
+            of_all = mask[..., None, :, :]
+            apart = backend.xp.where(seen, of_all, 0.0) if are_weights(mask, backend) else seen & of_all
         views.append(View(k[..., None, :, :], v[..., None, :, :], apart))
     return some._replace(query=some.query[..., None, :], views=tuple(views), order=EVERY_ROW)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..approximation.exponential import minimax
 from ..approximation.pruning import HIGHER, Pruned, Shells, smallest_pruned, weights_of, worthwhile
+from ..arrays import are_weights
 from ..backends import Array, Backend
 from ..backends.numpy import BACKEND as numpy_backend
 from ..checks import Inputs
@@ -89,7 +90,7 @@ def _of_least_degree(sample: Sample, tol: float, degrees: Sequence[int]) -> Esti
     for degree in degrees:
         fits = [_fitted(scores, present, degree, bound, held) for held in (0.0, 1e-2, 1.0)]
         for coefficients in (*fits, minimax(degree, bound).coefficients):
-            error, grad_error = _row_errors(scores, present, coefficients)
+            error, grad_error = _row_errors(scores, sample.weights, coefficients)
             if best is None or error < best.error:
                 best = Estimate(tuple(coefficients), bound, error, grad_error)
         assert best is not None
@@ -117,11 +118,11 @@ def sampled_errors(inputs: Inputs, calls: Sequence[Call]) -> Iterator[np.ndarray
         found = _rows_of(array, rows, problems, inputs=inputs, backend=inputs.backend)
         return found if inputs.dtype == "float64" else found.astype(np.float32)
 
-    def present(mask: Array | None, rows: np.ndarray) -> Any:
-        return None if mask is None else taken(mask, rows) > 0
+    def seen(mask: Array | None, rows: np.ndarray) -> Any:
+        return taken(mask, rows) if are_weights(mask, inputs.backend) or mask is None else taken(mask, rows) > 0
 
     views = tuple(
-        View(taken(k, some), taken(v, some), present(mask, some))
+        View(taken(k, some), taken(v, some), seen(mask, some))
         for (k, v, mask), some in zip(operands.views, rows[1:], strict=True)
     )
     arrays = operands._replace(query=taken(operands.query, rows[0]), views=views).flat()
@@ -131,14 +132,19 @@ def sampled_errors(inputs: Inputs, calls: Sequence[Call]) -> Iterator[np.ndarray
 
 
 class Sample(NamedTuple):
-    """Sampled rows of some problems, the query's times the scale, and which pairs (queries, pairs) are not masked.
+    """Sampled rows of some problems, the query's times the scale, and what pairs (queries, pairs) weigh, 0 if they are masked.
 
     In float64; complex channels as such.
     """
 
     query: np.ndarray  # (problems, queries, d)
     keys: tuple[np.ndarray, ...]  # (problems, rows, d) each
-    present: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def present(self) -> np.ndarray:
+        """Which pairs are not masked."""
+        return self.weights > 0
 
     @classmethod
     def of(cls, inputs: Inputs, scale: float) -> Sample:
@@ -155,12 +161,12 @@ class Sample(NamedTuple):
         if operands.paired:
             half = inputs.dim // 2
             q, *keys = (x[..., :half] + 1j * x[..., half:] for x in (q, *keys))
-        present = np.ones((len(problems), 1), bool)
+        weights = np.ones((len(problems), 1))
         for k, mask, some in zip(keys, operands.masks, rows[1:], strict=True):
-            seen = np.ones(k.shape[:2], bool) if mask is None else take(mask, some, problems)[..., 0] > 0
-            present = (present[:, :, None] & seen[:, None, :]).reshape(len(problems), -1)
-        shape = (len(problems), q.shape[1], present.shape[-1])
-        return cls(q, tuple(keys), np.broadcast_to(present[:, None, :], shape).reshape(-1, shape[-1]))
+            own = np.ones(k.shape[:2]) if mask is None else take(mask, some, problems)[..., 0]
+            weights = (weights[:, :, None] * own[:, None, :]).reshape(len(problems), -1)
+        shape = (len(problems), q.shape[1], weights.shape[-1])
+        return cls(q, tuple(keys), np.broadcast_to(weights[:, None, :], shape).reshape(-1, shape[-1]))
 
     def scores(self, channels: slice | list[int] = slice(None)) -> np.ndarray:
         """Scores (queries, pairs), or what some of the channels add to them."""
@@ -173,13 +179,13 @@ class Sample(NamedTuple):
 
     def fewer(self) -> Sample:
         """A few of the queries and of the rows, to choose by."""
-        present = self.present.reshape(*self.query.shape[:2], *(k.shape[1] for k in self.keys))
+        weights = self.weights.reshape(*self.query.shape[:2], *(k.shape[1] for k in self.keys))
         steps = (
             slice(None),
-            *(slice(None, None, -(-n // most)) for n, most in zip(present.shape[1:], self._few(), strict=True)),
+            *(slice(None, None, -(-n // most)) for n, most in zip(weights.shape[1:], self._few(), strict=True)),
         )
         query, *keys = (x[:, step] for x, step in zip((self.query, *self.keys), steps[1:], strict=True))
-        return Sample(query, tuple(keys), present[steps].reshape(query.shape[0] * query.shape[1], -1))
+        return Sample(query, tuple(keys), weights[steps].reshape(query.shape[0] * query.shape[1], -1))
 
     def _few(self) -> tuple[int, ...]:
         return (
@@ -237,16 +243,18 @@ def _of_kept(sample: Sample, pruned: Pruned) -> tuple[tuple[float, ...], float, 
     error = grad_error = 0.0
     # Row by row: by plain and weighted degree there are many numbers to a score.
     for row in np.nonzero(some)[0]:
-        own = [x[row, sample.present[row]] for x in sums]
+        present = sample.present[row]
+        own, of_pairs = [x[row, present] for x in sums], sample.weights[row, present]
         shells = Shells(pruned.grading, pruned.degree, own)
-        soft = np.exp(sum(own) - np.max(sum(own)))
+        soft = of_pairs * np.exp(sum(own) - np.max(sum(own)))
         soft /= soft.sum()
-        value = _combined(coefficients, shells.powers())
+        value = of_pairs * _combined(coefficients, shells.powers())
         total = value.sum()
         if not total > 0:
             return coefficients, inf, inf
         found = float(np.abs(value / total - soft).sum())
-        tilts = [np.abs(_combined(coefficients, shells.slopes(k)) / total - soft).sum() for k in weights]
+        slopes = [of_pairs * _combined(coefficients, shells.slopes(k)) for k in weights]
+        tilts = [np.abs(slope / total - soft).sum() for slope in slopes]
         error, grad_error = max(error, found), max(grad_error, 2 * float(max(tilts)) + found)
     return coefficients, error, grad_error
 
@@ -291,17 +299,17 @@ def _fitted(scores: np.ndarray, present: np.ndarray, degree: int, bound: float, 
     return tuple(float(c) for c in coefficients)
 
 
-def _row_errors(scores: np.ndarray, present: np.ndarray, coefficients: Sequence[float]) -> tuple[float, float]:
-    """Largest Σ |P/ΣP − softmax| over the rows, and the same for the gradient, in the units of Plan."""
-    some = present.any(axis=-1)
+def _row_errors(scores: np.ndarray, weights: np.ndarray, coefficients: Sequence[float]) -> tuple[float, float]:
+    """Largest Σ |P/ΣP − softmax| over the rows, and the same for the gradient, in the units of Plan; 0 weighs what is masked."""
+    some = (weights > 0).any(axis=-1)
     if not some.any():
         return 0.0, 0.0
-    x, seen = scores[some], present[some]
-    soft = np.where(seen, np.exp(x - x.max(axis=-1, keepdims=True)), 0.0)
+    x, weights = scores[some], weights[some]
+    soft = weights * np.exp(x - x.max(axis=-1, keepdims=True))
     soft /= soft.sum(axis=-1, keepdims=True)
     c = np.asarray(coefficients)
-    value = np.where(seen, np.polynomial.polynomial.polyval(x, c), 0.0)
-    slope = np.where(seen, np.polynomial.polynomial.polyval(x, np.polynomial.polynomial.polyder(c)), 0.0)
+    value = weights * np.polynomial.polynomial.polyval(x, c)
+    slope = weights * np.polynomial.polynomial.polyval(x, np.polynomial.polynomial.polyder(c))
     total = value.sum(axis=-1, keepdims=True)
     if not (total > 0).all():
         return inf, inf

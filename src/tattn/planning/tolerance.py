@@ -10,6 +10,7 @@ from ..backends import Array
 from ..checks import PlanError, checked_finite, checked_inputs, checked_options, whole, with_channels
 from ..operands import REAL
 from ..plans import si
+from ..weights import with_weights
 from . import measured, plan_found
 from .limits import checked_most
 from .selection import MAX_RANK, MOST_DEGREE, Wish, affordable_degrees
@@ -24,6 +25,7 @@ def best_tol(
     max_flops: float | None = None,
     scale: float | None = None,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     channels: str = REAL,
 ) -> float:
@@ -31,7 +33,7 @@ def best_tol(
 
     Parameters
     ----------
-    query, keys, values, scale, key_masks, causal, channels
+    query, keys, values, scale, key_masks, key_weights, causal, channels
         As in `plan`.
     max_rank : int
         Largest rank, the number of monomials: time and memory are proportional to it.
@@ -65,6 +67,8 @@ def best_tol(
     495
     """
     inputs = with_channels(checked_inputs(query, keys, values, key_masks, (causal, None)), channels)
+    if key_weights is not None:
+        inputs, _ = with_weights(inputs, key_weights)
     number = checked_options(scale, inputs.dim, 1.0, inputs.views, inputs.dtype)
     most_rank, most = whole("max_rank", max_rank, 1), checked_most(max_flops)
     if inputs.traced:

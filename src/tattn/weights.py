@@ -1,0 +1,138 @@
+"""Weights of keys: a row of weight w counts as w equal rows would, and a row of weight 0 is masked.
+
+Numerator and normaliser of softmax take the weight of every key as a factor, so a pair (j, k) has the score x + log w_j + log w_k.
+Softmax does not see a factor that all weights of a view share. So they are divided by the power of two that brings the largest
+into (1/2, 1], which rounds nothing; lse gets its logarithm back. From there on they stand in the place of masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, log
+from typing import Any, NamedTuple
+
+from .arrays import clean, sum_of, sum_to_leading, times_power
+from .backends import Array, Backend
+from .checks import (
+    Inputs,
+    check_floating,
+    check_library,
+    check_row_entries,
+    checked_broadcast,
+    checked_of_rows,
+)
+
+
+class Weights(NamedTuple):
+    """The weights of a call: as they were given, as arrays (..., n_μ, 1) or None, and log2 of what each view's were divided by."""
+
+    given: Any
+    columns: tuple[Array | None, ...]
+    powers: tuple[Array, ...]
+
+    def of_all(self, lse: Array, backend: Backend) -> Array:
+        """The lse (..., n, 1) of a call from that with divided weights."""
+        found: Array = backend.run(_raised, None, (lse, *self.powers))
+        return found
+
+    def gradients(self, of_divided: Sequence[Array], backend: Backend) -> Any:
+        """Gradients of what was given, in its structure, from those of the divided weights (..., n_μ, 1)."""
+        some = [i for i, column in enumerate(self.columns) if column is not None]
+        arrays = [x[i] for x in (of_divided, self.powers, self.columns) for i in some]
+        found = dict(zip(some, backend.run(_gradients, None, arrays) if some else (), strict=True))
+        if isinstance(self.given, (list, tuple)):
+            return tuple(found.get(i) for i in range(len(self.columns)))
+        return sum_of(list(found.values()))
+
+
+def with_weights(inputs: Inputs, key_weights: Any, reading: bool = True) -> tuple[Inputs, Weights]:
+    """The inputs of a call with weights in the place of masks; TypeError or ValueError names what does not fit.
+
+    `reading`: whether their values may be read; those that are none are NaN otherwise.
+    """
+    backend, m = inputs.backend, inputs.views
+    query, keys, masks = inputs.arrays[0], inputs.arrays[1 : m + 1], inputs.arrays[2 * m + 1 :]
+    columns = checked_weights(key_weights, keys, query, backend, "keys")
+    named = [("the arrays before", inputs.leading)]
+    named += [(f"key_weights[{i}]", tuple(w.shape[:-2])) for i, w in enumerate(columns) if w is not None]
+    leading = checked_broadcast(named)
+    traced = inputs.traced or backend.is_traced([w for w in columns if w is not None])
+    if reading and not traced:
+        with backend.on_device_of(query):
+            _check_entries(columns, backend)
+    divided = backend.run(_divided, m, (*keys, *masks, *columns))
+    arrays = (*inputs.arrays[: 2 * m + 1], *divided[:m])
+    return inputs._replace(arrays=arrays, leading=leading, traced=traced), Weights(key_weights, columns, divided[m:])
+
+
+def checked_weights(
+    key_weights: Any, keys: Sequence[Array | None], like: Array, backend: Backend, of: str
+) -> tuple[Array | None, ...]:
+    """The weights of each view, (..., n_μ, 1) or None, of the library, dtype and device of `like`."""
+    columns: list[Array | None] = []
+    for i, (k, w) in enumerate(zip(keys, checked_of_rows("key_weights", key_weights, keys, of), strict=True)):
+        if w is None or k is None:
+            columns.append(None)
+            continue
+        check_library(f"key_weights[{i}]", w, backend)
+        check_floating(f"key_weights[{i}]", w, like, backend)
+        check_row_entries(f"key_weights[{i}]", w, f"keys[{i}]", k)
+        columns.append(w[..., None])
+    return tuple(columns)
+
+
+def joined(weights: Array | None, mask: Array | None, keys: Array, backend: Backend) -> Array:
+    """Weights (..., n, 1) in the dtype of the computation, 0 where masked and NaN where they are no weights; of none ones."""
+    xp, dtype = backend.xp, backend.compute_dtype(keys.dtype)
+    if weights is None:
+        weights = xp.ones((keys.shape[-2], 1), dtype=dtype, device=backend.device(keys))
+    else:
+        weights = backend.cast(weights, dtype)
+        weights = xp.where((weights >= 0) & xp.isfinite(weights), weights, xp.nan)
+    return clean(weights, mask, backend)
+
+
+def _check_entries(columns: Sequence[Array | None], backend: Backend) -> None:
+    """ValueError that names weights with negative numbers, NaN or infinities among them, which are read."""
+    xp = backend.xp
+    some = [(i, w) for i, w in enumerate(columns) if w is not None and 0 not in w.shape]
+    plain: Sequence[Array] = backend.values_of([w for _, w in some])
+    ends = [backend.cast(end, backend.compute_dtype(w.dtype)) for w in plain for end in (xp.min(w), xp.max(w))]
+    found = [float(x) for x in backend.read(ends)]
+    for (i, _), least, most in zip(some, found[::2], found[1::2], strict=True):
+        if not (least >= 0 and isfinite(most)):
+            wrong = "NaN" if least != least or most != most else "infinity" if not isfinite(most) else f"{least:g}"
+            raise ValueError(f"key_weights[{i}] should hold finite numbers of at least 0, got {wrong} among them")
+
+
+def _divided(views: int, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Weights (..., n_μ, 1) of every view over powers of two, and log2 of these, from keys, masks and weights as they came."""
+    keys, masks, columns = (arrays[i * views : (i + 1) * views] for i in range(3))
+    whole = [joined(w, mask, k, backend) for k, mask, w in zip(keys, masks, columns, strict=True)]
+    powers = [_power(w, backend) for w in whole]
+    return *(times_power(w, -p, backend) for w, p in zip(whole, powers, strict=True)), *powers
+
+
+def _power(weights: Array, backend: Backend) -> Array:
+    """The whole number p with the largest weight in (2^(p − 1), 2^p], 0 for none; (..., 1, 1)."""
+    xp = backend.xp
+    (plain,) = backend.values_of((weights,))
+    top = xp.max(plain, axis=-2, keepdims=True)
+    usual = (top > 0) & xp.isfinite(top)
+    return xp.where(usual, xp.ceil(xp.log2(xp.where(usual, top, 1.0))), 0.0)
+
+
+def _raised(_: None, backend: Backend, arrays: Sequence[Array]) -> Array:
+    """`Weights.of_all` of lse and powers."""
+    lse, *powers = arrays
+    return lse + sum_of(powers) * log(2.0)
+
+
+def _gradients(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, ...]:
+    """Gradients (..., n_μ) of weights as they came, from those of the divided ones, powers, and the weights."""
+    count = len(arrays) // 3
+    found = []
+    for g, power, column in zip(*(arrays[i * count : (i + 1) * count] for i in range(3)), strict=True):
+        g = sum_to_leading(times_power(g, -power, backend), tuple(column.shape[:-2]), backend)
+        found.append(backend.cast(g, column.dtype)[..., 0])
+    return tuple(found)
