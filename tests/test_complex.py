@@ -15,6 +15,7 @@ from tattn.backends.numpy import BACKEND
 from tattn.features import complex_channels
 from tattn.features.complex_channels import Turn
 from tattn.features.monomials import exponents, features
+from tattn.features.pairs import Pairs, pair_weights
 from tattn.methods.bands import level_sizes
 from tattn.state import sums
 from tattn.state.summary import call_of
@@ -120,6 +121,34 @@ def test_monomials_of_complex_numbers(turn: Turn, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose((apart * phi).sum(), (y * found).sum(), rtol=1e-12)
     monkeypatch.undo()
     np.testing.assert_allclose(turn.turned_back(y, BACKEND), apart, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "pairs", [Pairs(Turn(*which)) for which in ((6, 4), (2, 7), (16, 2), (4, 3, (1, 2, 1, 2)), (8, 0))]
+)
+def test_complex_monomials_that_rows_make(pairs: Pairs) -> None:
+    """Each is a channel or its conjugate times another, and they are the turned ones in another order."""
+    turn, half = pairs.turn, pairs.half
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(3, turn.dim))
+    z = as_complex(rows)
+    every = np.concatenate([z, z.conj()], axis=-1).T
+    made = np.ones((half, 3), dtype=complex)
+    for channel, start, stop, source in pairs.runs:
+        made[start:stop] = every[channel] * made[source : source + stop - start]
+    phi = features(rows.T, turn.degree, BACKEND, turn.grading)
+    found = pairs.turned(phi, BACKEND)
+    np.testing.assert_allclose(found[:half] + 1j * found[half:], made, rtol=1e-12, atol=1e-12)
+    assert len({tuple(row) for row in np.concatenate([made, made.conj()]).round(9)}) == len(phi)
+    y = rng.normal(size=found.shape)
+    np.testing.assert_allclose((pairs.turned_back(y, BACKEND) * phi).sum(), (y * found).sum(), rtol=1e-12)
+    # All of them, weighted, are the polynomial of the real part.
+    q, a, b = made.T
+    coefficients = tuple(rng.normal(size=turn.degree + 1))
+    if not turn.grading:
+        w = pair_weights(coefficients, turn.dim, ())[:, 0]
+        total = w[:half] @ (q.real * (a * b).real) + w[half:] @ (q.imag * (a * b).imag)
+        np.testing.assert_allclose(total, Polynomial(coefficients)((z[0] * z[1] * z[2]).sum().real), rtol=1e-10)
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import Array, Backend, backend_of
+from .backends.operations import of_channels
 from .operands import CHANNELS, COMPLEX, REAL, Operands, Order, Upstream
 from .problem import Problem
 
@@ -57,12 +58,13 @@ class Inputs(NamedTuple):
 
     def _compiled(self) -> bool:
         """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
-        if self.traced or not self.order.causal or self.order.window or self.channels != REAL:
+        if self.traced or not self.order.causal or self.order.window:
             return False
         if prod([float(n) for n in (*self.lengths, *self.leading)]) < _LONG:
             return False
         rows = [a for a in self.arrays[: 2 * self.views + 1] if a is not None]
-        return self.backend.kernel("prefix_read", *rows) is not None
+        operation = of_channels("prefix_read", self.channels == COMPLEX, self.views)
+        return self.backend.kernel(operation, *rows) is not None
 
     def operands(self, scale: float = 1.0) -> Operands:
         """The arrays by their names."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -231,6 +232,66 @@ def test_pruned_monomials(used, monkeypatch):
     assert_the_same(call, plan, used, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3, 4])
+@pytest.mark.parametrize("leading", list(LEADING))
+@pytest.mark.parametrize("masked", [False, True])
+def test_complex_channels(dtype, views, leading, masked, used, monkeypatch):
+    call = drawn(37, views, dtype, leading, masked, dim=4)
+    assert_the_same(call, plan_of(call, channels="complex"), used, monkeypatch)
+
+
+@pytest.mark.parametrize(("dim", "degree", "value_dim"), [(2, 1, 1), (2, 9, 5), (8, 4, 8), (6, 6, 1), (16, 2, 40)])
+def test_complex_monomials_of_all_numbers(dim, degree, value_dim, used, monkeypatch):
+    call = drawn(45, 2, "float64", dim=dim, value_dim=value_dim)
+    assert_the_same(call, plan_of(call, degree, channels="complex"), used, monkeypatch)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 130, 300])
+@pytest.mark.parametrize("views", [2, 3])
+def test_complex_rows_of_all_numbers(n, views, used, monkeypatch):
+    """In one block, in several, and in several segments of these."""
+    call = drawn(n, views, "float64", "shared", masked=n > 2, dim=2)
+    plan = plan_of(call, channels="complex")
+    assert_the_same(call, plan, used, monkeypatch)
+    with BACKEND.using(workspace=1 << 10):
+        assert_the_same(call, plan, used, monkeypatch)
+
+
+def test_pruned_complex_monomials(used, monkeypatch):
+    call = drawn(45, 2, "float64", dim=8)
+    for x in (call["query"], *call["keys"]):
+        x[:, 1:4] *= 0.1
+        x[:, 5:] *= 0.1
+    plan = tattn.plan(call["query"], call["keys"], call["values"], method="polynomial", causal=True, tol=3e-2, scale=0.3,
+                      gradients=False, channels="complex")  # fmt: skip
+    assert plan.grading
+    assert len(set(plan.grading)) > 1
+    assert_the_same(call, plan, used, monkeypatch)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_scores_of_turned_rows_do_not_depend_on_where_they_stand(views, used):
+    """Rotary positions from 0 and from 10⁵ on, in float32 and float64."""
+    for dtype, tolerance in (("float32", 3e-5), ("float64", 1e-10)):
+        call = drawn(150, views, dtype, dim=8)
+        frequencies = np.random.default_rng(0).uniform(0, 1, (views, 4)).astype(dtype)
+
+        def turned(position: int, call: dict[str, Any] = call, frequencies: np.ndarray = frequencies) -> dict[str, Any]:
+            query, keys = call["query"], []
+            for k, f in zip(call["keys"], frequencies, strict=True):
+                query = tattn.rotary(query, position + np.arange(150), f)
+                keys.append(tattn.rotary(k, position + 150 - len(k) + np.arange(len(k)), -f))
+            return {**call, "query": query, "keys": keys}
+
+        plan = plan_of(call, channels="complex")
+        used.clear()
+        here, there = (computed(turned(position), plan=plan)[:2] for position in (0, 100_000))
+        assert set(used) == {"read", "pull"}
+        for x, y in zip(here, there, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("layout", ["strided", "reversed", "transposed", "broadcast", "read-only"])
 def test_inputs_of_all_layouts(layout, used):
     call = drawn(40, 2, "float32", "heads")
@@ -386,25 +447,27 @@ def test_sums_of_long_sequences_do_not_drift(views, used):
 
 
 def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):
-    """Each dtype has one version of it: others would be compiled while somebody waits."""
+    """Each dtype and kind of channels has one version of it: others would be compiled while somebody waits."""
     for leading in LEADING:
-        for dtype in ("float32", "float64"):
-            call = drawn(5, 2, dtype, leading)
-            plan = plan_of(call)
+        for dtype, channels in product(("float32", "float64"), ("real", "complex")):
+            call = drawn(5, 2, dtype, leading, dim=2)
+            plan = plan_of(call, channels=channels)
             computed(call, plan=plan)
             # Views of what broadcasts may not be written to.
             keys = [k[None] for k in call["keys"]]
             tattn.tensor_attention(call["query"], keys, call["values"], plan=plan, causal=True)
-    assert len(loops.read.signatures) <= 2
-    assert len(loops.pull.signatures) <= 2
+    for loop in (loops.read, loops.pull):
+        of_real = [types for types in loop.signatures if "none" in map(str, types)]
+        assert len(of_real) <= 2
+        assert len(loop.signatures) - len(of_real) <= 2
 
 
 def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     call = drawn(9, 1, "float64")
     found = kernels()
     assert found.on
-    assert found.operations == ("prefix_read", "prefix_pull", "step")
-    assert str(found) == f"kernels: numba {found.version}: prefix_read, prefix_pull, step"
+    assert found.operations == ("prefix_read", "prefix_pull", "step", "complex_prefix_read", "complex_prefix_pull")
+    assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on
     assert str(kernels()) == "kernels: none: turned off by TATTN_KERNELS=0"
@@ -438,9 +501,13 @@ def test_what_does_not_compile_or_computes_nonsense_is_left_out(loops, monkeypat
     assert tattn.warm_up()
 
 
-def test_warm_up_takes_dtypes():
+def test_warm_up_takes_dtypes_and_channels():
     with pytest.raises(ValueError, match="dtypes should be 'float32' or 'float64', got 'int8'"):
         tattn.warm_up(("int8",))
+    with pytest.raises(ValueError, match="channels should be 'real' or 'complex', got 'wide'"):
+        tattn.warm_up(channels=("wide",))
+    with pytest.raises(TypeError, match="channels should be a list or tuple of names, got str"):
+        tattn.warm_up(channels="complex")
 
 
 def test_without_a_folder_to_write_to_code_is_compiled_for_each_process(loops, monkeypatch):

@@ -15,6 +15,9 @@ step           ``(token, query, keys, values, sums, rests)``, a `Token`, rows (.
                (..., 1), sums and rests with the token
 =============  =====================================================================================================
 
+Where channels are complex, a name begins with "complex": there monomials, sums of prefixes and weights are those of
+`features.pairs`.
+
 A backend offers a kernel in `Backend.kernels`. It says for which arrays it is there, and how long its chains of additions are: a
 plan states the rounding of those, so a plan for arrays of that backend counts with them, and a call whose plan counts with
 shorter ones does without the kernel.
@@ -25,9 +28,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-OPERATIONS = ("moments", "prefix_read", "prefix_pull", "step")
+OPERATIONS = ("moments", "prefix_read", "prefix_pull", "step", "complex_prefix_read", "complex_prefix_pull")
 # Terms in a chain of additions of the array form.
 CHAIN = 128
+
+
+def of_channels(operation: str, paired: bool, views: int) -> str:
+    """The operation's name for these channels: of a product of two complex numbers the real part is that of real channels."""
+    return f"complex_{operation}" if paired and views > 1 else operation
 
 
 class Kernel(NamedTuple):
@@ -60,7 +68,8 @@ class Prefix(NamedTuple):
     """A block of rows of causal attention, in the dtype of the computation.
 
     Weights w (r,); which monomials are a channel times others, `features.monomials.Run` as rows (count, 4) of integers; query and
-    keys in units (..., n, d); values and ones times shares (..., n, dv + 1).
+    keys in units (..., n, d); values and ones times shares (..., n, dv + 1); and `half`, how many complex monomials there are, None
+    for real channels.
     """
 
     w: Any
@@ -68,6 +77,7 @@ class Prefix(NamedTuple):
     q: Any
     keys: Sequence[Any]
     shares: Sequence[Any]
+    half: int | None = None
 
 
 class Program(NamedTuple):

@@ -29,13 +29,13 @@ import numpy as np
 
 from ..arrays import clean, sum_to_leading, unweighed
 from ..backends import Array, Backend
-from ..backends.operations import CHAIN, Prefix
+from ..backends.operations import CHAIN, Prefix, of_channels
 from ..backends.tables import memoized
 from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
 from ..features.complex_channels import Forms, Turn, conjugating, form_weights
-from ..features.monomials import Expansion, Grading, pull_back, rank, runs
-from ..features.monomials import features as features_of
+from ..features.monomials import Expansion, Grading, rank, runs
+from ..features.pairs import Pairs, pair_weights
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
@@ -86,7 +86,7 @@ def forward(operands: Operands, expansion: Expansion) -> Attended:
 def read_rows(operands: Operands, expansion: Expansion, start: Start | None = None) -> tuple[Array, Array]:
     """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
     operands, start, _ = _balanced(operands, start)
-    setting, block = _setting(operands, expansion, start)
+    setting, block = _setting("prefix_read", operands, expansion, start)
     compute = partial(_read_rows, setting, block, start)
     out, normaliser = forward_apart(compute, operands, _limits(setting))
     if not operands.weights or start:
@@ -101,9 +101,8 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
     """`read_rows` of rows that hold numbers."""
     backend = setting.backend
     sums, views = _split(setting, operands, start)
-    kernel = _kernel("prefix_read", operands)
-    if kernel is not None:
-        return _read_by(kernel, setting, sums, (operands.query, *views))
+    if setting.kernel is not None:
+        return _read_by(setting, sums, (operands.query, *views))
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
         # The last block may be short of whole chunks.
@@ -121,21 +120,18 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
 
 def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
     """What takes the place of the loops over chunks, if anything does for these arrays."""
+    operation = of_channels(operation, operands.paired, len(operands.keys))
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
 
-def _read_by(
-    kernel: Callable[..., Any], setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]
-) -> tuple[Array, Array]:
+def _read_by(setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]) -> tuple[Array, Array]:
     """`_read_rows` by a kernel, from sums and the rows of query and views."""
-    backend = setting.backend
+    backend, kernel = setting.backend, setting.kernel
     columns = sum(x.shape[-1] + 1 for x in rows if x is not None)
-    if setting.forms is not None:
-        columns += setting.forms.size * setting.forms.factors
     row = columns * prod(setting.leading) * backend.itemsize(setting.w.dtype)
 
     def body(carry: tuple[Sum, ...], *rows: Array | None) -> tuple[tuple[Sum, ...], tuple[Array, Array]]:
-        carry, found = kernel(_prefix(setting, rows), carry)
+        carry, found = kernel(_prefix(setting, rows), carry)  # type: ignore[misc]
         return carry, divided(found, setting.leading, backend)
 
     block = max(64, min(backend.workspace // (2 * row), _KERNEL_ROWS))
@@ -151,35 +147,14 @@ def _prefix(setting: Setting, rows: Sequence[Array | None]) -> Prefix:
         backend.cast(clean(x, mask, backend), dtype) * unit
         for x, mask, unit in zip((q, *keys), (None, *masks), setting.units, strict=True)
     ]
-    if setting.forms is not None:
-        of_all = [_as_channels(setting, x)[0] for x in of_all]
     shares = [
         with_ones(v, mask, dtype, backend) * share for v, mask, share in zip(values, masks, setting.shares, strict=True)
     ]
-    which = (q.shape[-1], setting.degree, setting.grading)  # type: ignore[union-attr]
-    table = run_table(*which) if setting.forms is None else run_table(setting.forms.size - 1, 1, ())
-    return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares)
-
-
-def _as_channels(setting: Setting, x: Array) -> tuple[Array, Array, Array]:
-    """Rows (..., n, d) as what kernels take for channels where these are complex: all monomials but 1, which are those of degree 1.
-
-    (..., n, size − 1), with the rows channel by channel and their real monomials.
-    """
-    backend = setting.backend
-    x = backend.xp.matrix_transpose(x)
-    phi = features_of(x, setting.degree, backend, setting.grading)
-    return backend.xp.matrix_transpose(setting.turned(phi)[..., 1:, :]), x, phi
-
-
-def _from_channels(setting: Setting, gradient: Array, rows: Array) -> Array:
-    """Gradients of `_as_channels` as those of the rows in their units (..., n, d)."""
-    backend, xp = setting.backend, setting.backend.xp
-    _, x, phi = _as_channels(setting, rows)
-    gradient = xp.matrix_transpose(gradient)
-    gradient = xp.concat([xp.zeros_like(gradient[..., :1, :]), gradient], axis=-2)
-    pulled = pull_back(x, phi, setting.turned_back(gradient), setting.degree, backend, setting.grading)
-    return xp.matrix_transpose(pulled)
+    if isinstance(setting.forms, Pairs):
+        table, half = setting.forms.runs, setting.forms.half
+    else:
+        table, half = run_table(q.shape[-1], setting.degree, setting.grading), None  # type: ignore[union-attr]
+    return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares, half)
 
 
 @memoized
@@ -194,7 +169,7 @@ def backward(
 ) -> tuple[Gradients, tuple[Array, ...]]:
     """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
     operands, start, powers = _balanced(operands, start)
-    setting, block = _setting(operands, expansion, start)
+    setting, block = _setting("prefix_pull", operands, expansion, start)
     columns = (attended.out, *attended.kept, *upstream)
     compute = partial(_backward, setting, block, start)
     found, behind = backward_apart(compute, operands, columns, 0.0, _limits(setting))
@@ -211,13 +186,12 @@ def _backward(
     xp = backend.xp
     n, m = q.shape[-2], len(operands.views)
     sums, views = _split(setting, operands, start)
-    kernel = _kernel("prefix_pull", operands)
-    dtype = setting.w.dtype
+    kernel, dtype = setting.kernel, setting.w.dtype
     shapes = [tuple(s.shape) for s, _ in sums]
     of_block = adjoint
     carried = shapes
     if kernel is not None:
-        of_block = partial(_adjoint_by, kernel)
+        of_block = _adjoint_by
         carried = [(*setting.leading, *shape[-2:]) for shape in shapes]
         block = _rows_to_pull(setting, n, sum(prod(shape[-2:]) for shape in shapes))
     blocks = -(-n // block)
@@ -266,23 +240,16 @@ def _rows_to_pull(setting: Setting, n: int, size: int) -> int:
 
 
 def _adjoint_by(
-    kernel: Callable[..., Any],
-    setting: Setting,
-    carry: tuple[Sum, ...],
-    starts: Sequence[Array],
-    rows: Sequence[Any],
-    m: int,
+    setting: Setting, carry: tuple[Sum, ...], starts: Sequence[Array], rows: Sequence[Any], m: int
 ) -> tuple[tuple[Sum, ...], list[Array]]:
     """`chunks.adjoint` by a kernel, with sums of the gradients for every problem apart."""
     backend, dtype = setting.backend, setting.w.dtype
     q, o, l, g, g_lse, *views = rows
     o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
     g_hat = scaled_gradient(o, l, g, g_lse, backend)
-    carry, (dq, d_keys, d_shares) = kernel(_prefix(setting, (q, *views)), starts, carry, g_hat)
+    carry, (dq, d_keys, d_shares) = setting.kernel(_prefix(setting, (q, *views)), starts, carry, g_hat)  # type: ignore[misc]
 
     def of_channels(gradient: Array, unit: Any, mask: Array | None, like: Array) -> Array:
-        if setting.forms is not None:
-            gradient = _from_channels(setting, gradient, backend.cast(clean(like, mask, backend), dtype) * unit)
         return sum_to_leading(clean(gradient * unit, mask, backend), like.shape[:-2], backend)
 
     keys, values, masks = views[:m], views[m : 2 * m], views[2 * m :]
@@ -339,19 +306,24 @@ def at_a_time(operands: Operands, expansion: Expansion) -> int:
     return max(1, int(operands.backend.workspace // numbers))
 
 
-def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> tuple[Setting, int]:
+def _setting(operation: str, operands: Operands, expansion: Expansion, start: Start | None) -> tuple[Setting, int]:
     """What blocks share, and the rows of a block: some chunks, whose prefixes fit in the workspace."""
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
-    forms, w = None, weights(expansion, q, backend)
+    kernel = _kernel(operation, operands)
+    forms: Forms | Pairs | None = None
+    w = weights(expansion, q, backend)
     if operands.paired and m == 1:
         # The real part of one product is that of real channels, with the conjugate of the query.
         units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=w.dtype)
+    elif operands.paired and kernel is not None:
+        forms = Pairs(Turn(q.shape[-1], degree, grading))
+        which = expansion.coefficients, q.shape[-1], grading
+        w = backend.table(pair_weights, *which, like=q, dtype=w.dtype)
     elif operands.paired:
         forms = Forms(Turn(q.shape[-1], degree, grading), m + 1)
-        which = expansion.coefficients, q.shape[-1], grading, m + 1
-        w = backend.table(form_weights, *which, like=q, dtype=w.dtype)
+        w = backend.table(form_weights, expansion.coefficients, q.shape[-1], grading, m + 1, like=q, dtype=w.dtype)
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
     row, columns = w.shape[0] * itemsize * prod(leading), values[0].shape[-1] + 1
@@ -366,7 +338,7 @@ def _setting(operands: Operands, expansion: Expansion, start: Start | None) -> t
     in_block = row * (2 * (m + 1) + 2 * m * columns // chunk)
     chunks = max(1, min(2 * backend.workspace // (in_block * chunk), CHAIN, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend, forms), chunk * chunks
+    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend, forms, kernel), chunk * chunks
 
 
 def _limits(setting: Setting) -> list[Any]:

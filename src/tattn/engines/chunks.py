@@ -11,7 +11,7 @@ the rows behind a chunk and of those behind j in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ..backends.tables import memoized
 from ..features.basis import read
 from ..features.complex_channels import Forms
 from ..features.monomials import Grading, Monomials, features, pull_back
+from ..features.pairs import Pairs
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
 # Rows of a chunk: for one view, and for more.
@@ -30,7 +31,10 @@ SPANS = 32, 16
 
 
 class Setting(NamedTuple):
-    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a chunk, chunks of a tile."""
+    """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a chunk, chunks of a tile.
+
+    `forms`: as what complex monomials are multiplied; `kernel`: what computes blocks in place of this module.
+    """
 
     degree: int
     grading: Grading
@@ -41,7 +45,8 @@ class Setting(NamedTuple):
     tile: int
     leading: tuple[int, ...]
     backend: Backend
-    forms: Forms | None = None
+    forms: Forms | Pairs | None = None
+    kernel: Callable[..., Any] | None = None
 
     def turned(self, x: Array) -> Array:
         """Monomials (..., r, k) as what prefixes are made of, where channels are complex."""

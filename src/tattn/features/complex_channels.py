@@ -210,10 +210,10 @@ class _Block(NamedTuple):
 @memoized
 def _blocks(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[_Block, ...]:
     """The blocks in order."""
-    return _layout(dim, degree, grading, level)[1]
+    return layout(dim, degree, grading, level)[1]
 
 
-def _layout(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[np.ndarray, tuple[_Block, ...]]:
+def layout(dim: int, degree: int, grading: Grading, level: int | None) -> tuple[np.ndarray, tuple[_Block, ...]]:
     """Where each real monomial stands, block by block and of alike blocks place by place, and the blocks."""
     alpha = exponents(dim, degree, grading).astype(np.int64)
     if level is not None:
@@ -242,7 +242,7 @@ def _layout(dim: int, degree: int, grading: Grading, level: int | None) -> tuple
 @memoized
 def _whole(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """Complex monomials from real ones, (r, r)."""
-    order, blocks = _layout(dim, degree, grading, level)
+    order, blocks = layout(dim, degree, grading, level)
     # Of each kind of rows, block by block as in `turned`.
     kinds: tuple[list[np.ndarray], ...] = ([], [], [])
     for block in blocks:
@@ -264,17 +264,17 @@ def _whole_transposed(dim: int, degree: int, grading: Grading, level: int | None
 @memoized
 def _order(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """The table of `turned`: where its rows come from."""
-    return _layout(dim, degree, grading, level)[0]
+    return layout(dim, degree, grading, level)[0]
 
 
 @memoized
 def _places(dim: int, degree: int, grading: Grading, level: int | None) -> np.ndarray:
     """The table of `turned_back`: where its rows come from."""
-    return np.argsort(_layout(dim, degree, grading, level)[0])
+    return np.argsort(layout(dim, degree, grading, level)[0])
 
 
 @memoized
-def _complex_powers(powers: tuple[int, ...]) -> np.ndarray:
+def complex_powers(powers: tuple[int, ...]) -> np.ndarray:
     """(a_1, a_2, …) of z_1^a_1 z̄_1^(t_1 − a_1) … for all that a block keeps: its own conjugate first, if there is one."""
     shape = tuple(t + 1 for t in powers)
     every = np.asarray(powers, dtype=np.int64) - np.indices(shape).reshape(len(powers), prod(shape)).T
@@ -293,7 +293,7 @@ def _matrix(powers: tuple[int, ...]) -> np.ndarray:
         return np.asarray(np.convolve(plus, minus))
 
     rows = []
-    for of_row in _complex_powers(powers).tolist():
+    for of_row in complex_powers(powers).tolist():
         row = np.ones(1, dtype=np.complex128)
         for a, t in zip(of_row, powers, strict=True):
             row = np.kron(row, of_channel(a, t))
@@ -317,7 +317,7 @@ def complex_weights(
     for block in _blocks(dim, degree, grading, level):
         t = sum(block.powers)
         of_rows = []
-        for row in _complex_powers(block.powers).tolist():
+        for row in complex_powers(block.powers).tolist():
             parts = prod(factorial(a) * factorial(p - a) for a, p in zip(row, block.powers, strict=True))
             of_rows.append(coefficients[t] * (factorial(t) // parts) / 2.0**t)
         reals.append(np.repeat(of_rows[: block.rows[0]], block.number))

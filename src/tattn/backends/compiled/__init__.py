@@ -21,7 +21,12 @@ from ..operations import Kernel, Prefix, Token
 from ..threads import MOST_THREADS
 
 Array = Any
-OPERATIONS = ("prefix_read", "prefix_pull", "step")
+# By the channels that they are for.
+OF_CHANNELS = {
+    "real": ("prefix_read", "prefix_pull", "step"),
+    "complex": ("complex_prefix_read", "complex_prefix_pull"),
+}
+OPERATIONS = tuple(operation for of_kind in OF_CHANNELS.values() for operation in of_kind)
 # Switches kernels off where it is "0".
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
@@ -68,7 +73,7 @@ def kernels() -> Kernels:
     return Kernels((), version, problem) if problem else Kernels(OPERATIONS, version)
 
 
-def warm_up(dtypes: Sequence[str] = ("float32",)) -> bool:
+def warm_up(dtypes: Sequence[str] = ("float32",), channels: Sequence[str] = ("real",)) -> bool:
     """Compile the kernels for calls that compute in these dtypes, which takes seconds, before the first call does.
 
     What is compiled is kept on disk, for other processes too.
@@ -77,6 +82,8 @@ def warm_up(dtypes: Sequence[str] = ("float32",)) -> bool:
     ----------
     dtypes : sequence of str
         "float32" (which narrower inputs are computed in as well), "float64".
+    channels : sequence of str
+        "real", "complex" (which `positions` of layers take).
 
     Returns
     -------
@@ -93,7 +100,13 @@ def warm_up(dtypes: Sequence[str] = ("float32",)) -> bool:
     for dtype in dtypes:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtypes should be 'float32' or 'float64', got {dtype!r}")
-    return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in OPERATIONS)
+    if not isinstance(channels, (list, tuple)):
+        raise TypeError(f"channels should be a list or tuple of names, got {type(channels).__name__}")
+    for kind in channels:
+        if kind not in OF_CHANNELS:
+            raise ValueError(f"channels should be 'real' or 'complex', got {kind!r}")
+    wanted = [operation for kind in channels for operation in OF_CHANNELS[kind]]
+    return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in wanted)
 
 
 def why_not() -> str:
@@ -132,7 +145,9 @@ def _fails(operation: str, dtype: str) -> bool:
         ones = np.ones((1, 1, 1), dtype)
         block = Prefix(np.ones(1, dtype), np.empty((0, 4), np.int64), ones, [ones], [ones])
         zero = [(np.zeros_like(ones), np.zeros_like(ones))]
-        if operation == "prefix_read":
+        if operation.startswith("complex"):
+            found = _of_complex_numbers(operation, dtype)
+        elif operation == "prefix_read":
             found = prefix_read(block, zero, _alone)[1]
         elif operation == "step":
             sums = [np.zeros((1, 1, 2), dtype)]
@@ -145,6 +160,18 @@ def _fails(operation: str, dtype: str) -> bool:
         _failed[operation, dtype] = _told(error)
         return True
     return False
+
+
+def _of_complex_numbers(operation: str, dtype: str) -> Any:
+    """What an operation computes of Re q a b = 1 for q = a = i, b = −1, or of its derivative by Im a, which is 1 as well."""
+    q, b = (np.asarray([[x]], dtype) for x in ((0, 1), (-1, 0)))
+    ones, runs = np.ones((1, 1, 1), dtype), np.asarray([[0, 1, 2, 0]], np.int64)
+    block = Prefix(np.asarray([0, 1, 0, -1], dtype), runs, q, [q, b], [ones, ones], 2)
+    zeros = [np.zeros((1, 1, 4), dtype)] * 2
+    if operation == "complex_prefix_read":
+        return prefix_read(block, [zeros, zeros], _alone)[1]
+    of_a = prefix_pull(block, zeros, [zeros, zeros], ones, _alone)[1][1][0]
+    return of_a[..., 1] - of_a[..., 0]
 
 
 def _told(error: Exception) -> str:
@@ -187,17 +214,17 @@ def kernels_for(
         return tuple(back(a) for a in x) if isinstance(x, (list, tuple)) else wrapped(x)
 
     def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
-        rows = Prefix(values(block.w), block.runs, *as_numpy(block[2:]))
+        w, q, keys, shares = as_numpy((block.w, block.q, block.keys, block.shares))
+        rows = Prefix(w, block.runs, q, keys, shares, block.half)
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     def run_step(token: Token, *given: Any) -> Any:
         return back(step(token, *as_numpy(given)))
 
-    functions: tuple[Callable[..., Any], ...] = (partial(run, prefix_read), partial(run, prefix_pull), run_step)
-    return tuple(
-        Kernel(operation, function, partial(taken, operation))
-        for operation, function in zip(OPERATIONS, functions, strict=True)
-    )
+    functions: dict[str, Callable[..., Any]] = {"step": run_step}
+    functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
+    functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
+    return tuple(Kernel(operation, functions[operation], partial(taken, operation)) for operation in OPERATIONS)
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:
@@ -206,14 +233,13 @@ def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Cal
     problems = _Problems(block, [total for total, _ in sums])
     total, lost = problems.views([s for s, _ in sums]), problems.views([s for _, s in sums])
     out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
-    w = _padded(block.w, loops.WIDTH)
+    w = _padded(block, loops)
 
     def read(p: slice, e: slice) -> None:
-        z, s, rest, found = (
-            _writable(x) for x in (problems.z[p, ..., e], total[p, :, e], lost[p, :, e], out[p, ..., e])
-        )
-        loops.read(problems.q[p], problems.k[p], z, w, block.runs, s, rest, found)
-        total[p, :, e], lost[p, :, e], out[p, ..., e] = s, rest, found
+        cut = [total[p, :, e], lost[p, :, e], out[p, ..., e]]
+        own = [_writable(x) for x in cut]
+        loops.read(problems.q[p], problems.k[p], _writable(problems.z[p, ..., e]), w, block.runs, block.half, *own)
+        _put_back(own, cut)
 
     spread(read, problems.work(total, _TO_READ))
     return problems.of_views(total, lost, [s for s, _ in sums]), problems.whole(out)
@@ -232,21 +258,27 @@ def prefix_pull(
     total = problems.views(starts)
     after, missed = problems.views([s for s, _ in behind]), problems.views([s for _, s in behind])
     q, k, z, g = problems.q, problems.k, problems.z, problems.together(upstream)
-    dq, dk, dz = np.zeros_like(q), np.zeros_like(k), np.empty_like(z)
-    w = _padded(block.w, loops.WIDTH)
+    dz = np.empty_like(z)
+    w = _padded(block, loops)
 
     def pull(p: slice, e: slice) -> tuple[slice, np.ndarray, np.ndarray]:
-        cut = (z[p, ..., e], g[p, ..., e], total[p, :, e], after[p, :, e], missed[p, :, e], dz[p, ..., e])
-        of_z, of_g, of_total, s, rest, found = (_writable(x) for x in cut)
-        own_q, own_k = np.empty_like(q[p]), np.empty_like(k[p])
-        loops.pull(q[p], k[p], of_z, of_g, w, block.runs, of_total, s, rest, own_q, own_k, found)
-        after[p, :, e], missed[p, :, e], dz[p, ..., e] = s, rest, found
-        return p, own_q, own_k
+        given = [_writable(x) for x in (z[p, ..., e], g[p, ..., e])]
+        cut = [after[p, :, e], missed[p, :, e], dz[p, ..., e]]
+        s, rest, found = own = [_writable(x) for x in cut]
+        of_q, of_k = np.empty_like(q[p]), np.empty_like(k[p])
+        of_total = _writable(total[p, :, e])
+        loops.pull(q[p], k[p], *given, w, block.runs, block.half, of_total, s, rest, of_q, of_k, found)
+        _put_back(own, cut)
+        return p, of_q, of_k
 
-    # What columns add to the gradients of queries and keys is added up in their order.
-    for p, own_q, own_k in spread(pull, problems.work(total, _TO_PULL)):
-        dq[p] += own_q
-        dk[p] += own_k
+    parts = spread(pull, problems.work(total, _TO_PULL))
+    _, dq, dk = parts[0]
+    if len(parts) > 1:
+        # What columns add to the gradients of queries and keys is added up in their order.
+        dq, dk = np.zeros_like(q), np.zeros_like(k)
+        for p, of_q, of_k in parts:
+            dq[p] += of_q
+            dk[p] += of_k
     gradients = problems.whole(dq), problems.whole_views(dk), problems.whole_views(dz)
     return problems.of_views(after, missed, [s for s, _ in behind]), gradients
 
@@ -289,6 +321,13 @@ def step(
 def _writable(x: np.ndarray) -> np.ndarray:
     """The array, contiguous and such that it may be written to, which it is not."""
     return x if x.flags.c_contiguous and x.flags.writeable else x.copy()
+
+
+def _put_back(own: Sequence[np.ndarray], places: Sequence[np.ndarray]) -> None:
+    """What `_writable` made copies of, to where it came from."""
+    for x, place in zip(own, places, strict=True):
+        if x is not place:
+            place[...] = x
 
 
 class Work(NamedTuple):
@@ -346,9 +385,12 @@ def _last(x: np.ndarray, leading: int) -> np.ndarray:
     return x
 
 
-def _padded(w: np.ndarray, width: int) -> np.ndarray:
-    """Weights (r,) with zeros behind, to whole parts of the monomials."""
-    return np.concatenate([w, np.zeros(-len(w) % width, w.dtype)])
+def _padded(block: Prefix, loops: Any) -> np.ndarray:
+    """Weights in whole blocks of monomials, with zeros where these have none."""
+    blocks = -(-len(block.w) // loops.WIDTH) if block.half is None else -(-block.half // loops.HALF)
+    w = np.zeros(blocks * loops.WIDTH, block.w.dtype)
+    loops.spread_out(_writable(block.w), block.half, w)
+    return w
 
 
 def _spread(backend: Any, task: Callable[[slice, slice], Any], work: Work) -> list[Any]:

@@ -4,6 +4,12 @@ Symbols, for each of P problems: q (n, d) and k (m, n, d) in units, z = [v, 1] t
 with zeros behind, and `runs` (count, 4) of `features.monomials.Run`. Sums, and what rounding took from them, are (m, c, r).
 All arrays are contiguous, and of one dtype.
 
+Channels are complex where `half` is the number of complex monomials, and not None: numba compiles either kind when it is asked
+for. Then `runs` are those of `features.complex_channels.Pairs`, and the monomials are that many real parts and as many imaginary
+ones. A product of monomials Φ(q), w times conjugate, and sums S, T is their complex one, of which the real part counts:
+
+    n = Re Φ(q) Re S T + Im Φ(q) Im S T.
+
 Monomials are taken `WIDTH` at a time and rows `FEW` at a time. With S the sums before these,
 
     S_i = S + the products z Φ(k) of these rows up to i,
@@ -29,6 +35,10 @@ ROWS = 64
 # The loops below are written for four rows.
 FEW = 4
 WIDTH = 128
+# Complex monomials in as many numbers.
+HALF = WIDTH // 2
+# Rows whose complex monomials are made side by side.
+LANES = 32
 # Columns of the values whose sums are gone over for one few rows after another: they stay in the first cache.
 COLUMNS = 17
 # From the monomials of one slot, the query's or a view's, to the next: by no power of two, or they displace each other in caches.
@@ -80,6 +90,68 @@ def _features(x: Any, runs: Any, w: Any, phi: Any, slot: int, blocks: Any) -> No
 
 
 @compiled(FAST)
+def _multiply_lanes(factor: Any, source: Any, target: Any) -> None:
+    """Complex numbers (2 LANES,), real parts and imaginary ones, times each of (count, 2 LANES)."""
+    for low in range(0, source.shape[0], 2 * LANES):
+        s, t = source[low : low + 2 * LANES], target[low : low + 2 * LANES]
+        for i in range(LANES):
+            t[i] = factor[i] * s[i] - factor[LANES + i] * s[LANES + i]
+            t[LANES + i] = factor[i] * s[LANES + i] + factor[LANES + i] * s[i]
+
+
+@compiled(FAST)
+def _copy_lanes(w: Any, given: Any, rows: int, target: Any) -> None:
+    """Weights (WIDTH,) times real and imaginary parts of complex monomials of `LANES` rows, (HALF, 2 LANES) → (rows, WIDTH)."""
+    for low in range(0, HALF, 16):
+        of_re, of_im = w[low : low + 16], w[HALF + low : HALF + low + 16]
+        for i in range(rows):
+            source = given[2 * LANES * low + i : 2 * LANES * (low + 16)]
+            re = target[i * WIDTH + low : i * WIDTH + low + 16]
+            im = target[i * WIDTH + HALF + low : i * WIDTH + HALF + low + 16]
+            for a in range(16):
+                re[a] = of_re[a] * source[2 * LANES * a]
+                im[a] = of_im[a] * source[2 * LANES * a + LANES]
+
+
+@compiled(FAST)
+def _complex_features(x: Any, runs: Any, w: Any, phi: Any, slot: int, blocks: Any) -> None:
+    """`_features` of complex rows, whose channels and monomials phi has room for, ((d + R / 2) 2 LANES,)."""
+    dim, half = x.shape[1], x.shape[1] // 2
+    channels, monomials = phi[: dim * 2 * LANES], phi[dim * 2 * LANES :]
+    for begin in range(0, x.shape[0], LANES):
+        rows = min(LANES, x.shape[0] - begin)
+        for c in range(half):
+            # A channel, and its conjugate.
+            own, other = c * 2 * LANES, (half + c) * 2 * LANES
+            for i in range(rows):
+                re, im = x[begin + i, c], x[begin + i, half + c]
+                channels[own + i], channels[own + LANES + i] = re, im
+                channels[other + i], channels[other + LANES + i] = re, -im
+        monomials[:LANES] = 1
+        for run in range(runs.shape[0]):
+            channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+            _multiply_lanes(
+                channels[channel * 2 * LANES : (channel + 1) * 2 * LANES],
+                monomials[source * 2 * LANES : (source + stop - start) * 2 * LANES],
+                monomials[start * 2 * LANES : stop * 2 * LANES],
+            )
+        to = slot * SLOT + begin * WIDTH
+        for block in range(blocks.shape[0]):
+            given = monomials[block * HALF * 2 * LANES : (block + 1) * HALF * 2 * LANES]
+            of_block = w[block * WIDTH : (block + 1) * WIDTH]
+            _copy_lanes(of_block, given, rows, blocks[block, to : to + rows * WIDTH])
+
+
+@compiled()
+def _make(x: Any, runs: Any, half: Any, w: Any, phi: Any, slot: int, blocks: Any) -> None:
+    """The features of either kind."""
+    if half is None:
+        _features(x, runs, w, phi, slot, blocks)
+    else:
+        _complex_features(x, runs, w, phi, slot, blocks)
+
+
+@compiled(FAST)
 def _scale_rows(x: Any, source: Any, target: Any) -> None:
     for i in range(x.shape[0]):
         target[i] = x[i] * source[i]
@@ -93,11 +165,12 @@ def _pull_rows(x: Any, slopes: Any, phi: Any, back: Any, found: Any) -> None:
 
 
 @compiled()
-def _turn_block(w: Any, given: Any, turned: Any) -> None:
-    """Monomials of `ROWS` rows times w, (ROWS * WIDTH,) → (WIDTH * ROWS,), by small squares."""
-    for low in range(0, WIDTH, 16):
+def _turn_block(w: Any, given: Any, begin: int, end: int, turned: Any) -> None:
+    """Some monomials of `ROWS` rows times w (WIDTH,), (ROWS, WIDTH) → (end − begin, ROWS), by small squares."""
+    for low in range(begin, end, 16):
         for i in range(ROWS):
-            part, target = given[i * WIDTH + low : i * WIDTH + low + 16], turned[low * ROWS + i : (low + 16) * ROWS]
+            part = given[i * WIDTH + low : i * WIDTH + low + 16]
+            target = turned[(low - begin) * ROWS + i : (low - begin + 16) * ROWS]
             for a in range(16):
                 target[a * ROWS] = w[low + a] * part[a]
 
@@ -108,8 +181,9 @@ def _pull_features(
 ) -> None:
     """Gradients of rows (d, ROWS) from w times those of their monomials, in a slot of blocks.
 
-    Room (R, ROWS) for monomials and slopes, and zeros `found` (ROWS,).
+    Room (R, ROWS) for monomials and slopes, and zeros `found` (2, ROWS).
     """
+    sums = found[0]
     phi[0] = 1
     for run in range(runs.shape[0]):
         channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
@@ -119,16 +193,89 @@ def _pull_features(
     for block in range(blocks.shape[0]):
         low, given = block * WIDTH, blocks[block]
         of_block = flat[low * ROWS : (low + WIDTH) * ROWS]
-        _turn_block(w[low : low + WIDTH], given[slot * SLOT : (slot + 1) * SLOT], of_block)
+        _turn_block(w[low : low + WIDTH], given[slot * SLOT : (slot + 1) * SLOT], 0, WIDTH, of_block)
     dx[:] = 0
     for run in range(runs.shape[0] - 1, -1, -1):
         channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
         for j in range(stop - start):
-            _pull_rows(x[channel], slopes[start + j], phi[source + j], slopes[source + j], found)
+            _pull_rows(x[channel], slopes[start + j], phi[source + j], slopes[source + j], sums)
             if (j + 1) % CHAIN == 0 or j + 1 == stop - start:
                 for i in range(ROWS):
-                    dx[channel, i] += found[i]
-                    found[i] = 0
+                    dx[channel, i] += sums[i]
+                    sums[i] = 0
+
+
+@compiled(FAST)
+def _complex_scale_rows(re: Any, im: Any, sign: Any, source: Any, other: Any, target: Any, last: Any) -> None:
+    """Complex numbers (ROWS,), or their conjugates if the sign is −1, times others."""
+    for i in range(ROWS):
+        y = sign * im[i]
+        target[i] = re[i] * source[i] - y * other[i]
+        last[i] = re[i] * other[i] + y * source[i]
+
+
+@compiled(FAST)
+def _complex_pull_rows(
+    re: Any, im: Any, sign: Any, slope: Any, other: Any, phi: Any, psi: Any, back: Any, last: Any, found: Any
+) -> None:
+    """The adjoint of `_complex_scale_rows`, for real and imaginary parts each."""
+    for i in range(ROWS):
+        y = sign * im[i]
+        found[i] += slope[i] * phi[i] + other[i] * psi[i]
+        found[ROWS + i] += sign * (other[i] * phi[i] - slope[i] * psi[i])
+        back[i] += re[i] * slope[i] + y * other[i]
+        last[i] += re[i] * other[i] - y * slope[i]
+
+
+@compiled(FAST)
+def _complex_pull_features(
+    x: Any, runs: Any, w: Any, phi: Any, slopes: Any, slot: int, blocks: Any, dx: Any, found: Any
+) -> None:
+    """`_pull_features` of complex rows: all real parts of monomials and slopes, and then all imaginary ones."""
+    dim, count = x.shape[0] // 2, w.shape[0] // 2
+    phi[0] = 1
+    phi[count] = 0
+    for run in range(runs.shape[0]):
+        channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+        c, sign = channel % dim, x.dtype.type(1 if channel < dim else -1)
+        for j in range(stop - start):
+            _complex_scale_rows(
+                x[c], x[dim + c], sign, phi[source + j], phi[count + source + j], phi[start + j], phi[count + start + j]
+            )
+    flat = slopes.reshape(slopes.size)
+    for block in range(blocks.shape[0]):
+        low, given = block * HALF, blocks[block, slot * SLOT : (slot + 1) * SLOT]
+        of_block = w[block * WIDTH : (block + 1) * WIDTH]
+        _turn_block(of_block, given, 0, HALF, flat[low * ROWS : (low + HALF) * ROWS])
+        _turn_block(of_block, given, HALF, WIDTH, flat[(count + low) * ROWS : (count + low + HALF) * ROWS])
+    dx[:] = 0
+    both = found.reshape(found.size)
+    for run in range(runs.shape[0] - 1, -1, -1):
+        channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+        c, sign = channel % dim, x.dtype.type(1 if channel < dim else -1)
+        for j in range(stop - start):
+            at, of = start + j, source + j
+            _complex_pull_rows(
+                x[c], x[dim + c], sign, slopes[at], slopes[count + at], phi[of], phi[count + of], slopes[of],
+                slopes[count + of], both,
+            )  # fmt: skip
+            if (j + 1) % (CHAIN // 2) == 0 or j + 1 == stop - start:
+                for i in range(ROWS):
+                    dx[c, i] += found[0, i]
+                    dx[dim + c, i] += found[1, i]
+                    found[0, i] = 0
+                    found[1, i] = 0
+
+
+@compiled()
+def _pull_made(
+    x: Any, runs: Any, half: Any, w: Any, phi: Any, slopes: Any, slot: int, blocks: Any, dx: Any, found: Any
+) -> None:
+    """The adjoint of `_make`."""
+    if half is None:
+        _pull_features(x, runs, w, phi, slopes, slot, blocks, dx, found)
+    else:
+        _complex_pull_features(x, runs, w, phi, slopes, slot, blocks, dx, found)
 
 
 @compiled(FAST)
@@ -146,6 +293,27 @@ def _multiply(s: Any, f: Any, z: Any, x: Any, y: Any) -> None:
         y[2 * WIDTH + a] = x[2 * WIDTH + a] * s2
         y[3 * WIDTH + a] = x[3 * WIDTH + a] * s3
         s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+
+
+@compiled(FAST)
+def _complex_multiply(s: Any, f: Any, z: Any, x: Any, y: Any) -> None:
+    """`_multiply` of complex numbers, of x by the conjugates of sums; parts of these row by row, as in `_complex_contract_two`."""
+    for a in range(HALF):
+        b = HALF + a
+        t, u = s[WIDTH + a], s[WIDTH + b]
+        t, u = t + z[0] * f[a], u + z[0] * f[b]
+        re, im, x_re, x_im = s[a] + t, s[b] + u, x[a], x[b]
+        y[a], y[b] = x_re * re + x_im * im, x_im * re - x_re * im
+        t, u = t + z[1] * f[WIDTH + a], u + z[1] * f[WIDTH + b]
+        re, im, x_re, x_im = s[a] + t, s[b] + u, x[WIDTH + a], x[WIDTH + b]
+        y[WIDTH + a], y[WIDTH + b] = x_re * re + x_im * im, x_im * re - x_re * im
+        t, u = t + z[2] * f[2 * WIDTH + a], u + z[2] * f[2 * WIDTH + b]
+        re, im, x_re, x_im = s[a] + t, s[b] + u, x[2 * WIDTH + a], x[2 * WIDTH + b]
+        y[2 * WIDTH + a], y[2 * WIDTH + b] = x_re * re + x_im * im, x_im * re - x_re * im
+        t, u = t + z[3] * f[3 * WIDTH + a], u + z[3] * f[3 * WIDTH + b]
+        re, im, x_re, x_im = s[a] + t, s[b] + u, x[3 * WIDTH + a], x[3 * WIDTH + b]
+        y[3 * WIDTH + a], y[3 * WIDTH + b] = x_re * re + x_im * im, x_im * re - x_re * im
+        s[WIDTH + a], s[WIDTH + b] = t, u
 
 
 @compiled(FAST)
@@ -190,6 +358,34 @@ def _contract_two(s: Any, f: Any, y: Any, z: Any) -> Any:
     return n0, n1, n2, n3
 
 
+@compiled(FAST)
+def _complex_contract_two(s: Any, f: Any, y: Any, z: Any) -> Any:
+    """`_contract_two` of complex numbers, with the parts of the sums row by row: that takes one addition less."""
+    n0 = n1 = n2 = n3 = s.dtype.type(0)
+    for a in range(HALF):
+        b = HALF + a
+        t, u, v, w = s[WIDTH + a], s[WIDTH + b], s[3 * WIDTH + a], s[3 * WIDTH + b]
+        t, u = t + y[0] * f[SLOT + a], u + y[0] * f[SLOT + b]
+        v, w = v + z[0] * f[2 * SLOT + a], w + z[0] * f[2 * SLOT + b]
+        # The sums of both views, p + i q and r + i o.
+        p, q, r, o = s[a] + t, s[b] + u, s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        n0 += f[a] * (p * r - q * o) + f[b] * (p * o + q * r)
+        t, u = t + y[1] * f[SLOT + WIDTH + a], u + y[1] * f[SLOT + WIDTH + b]
+        v, w = v + z[1] * f[2 * SLOT + WIDTH + a], w + z[1] * f[2 * SLOT + WIDTH + b]
+        p, q, r, o = s[a] + t, s[b] + u, s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        n1 += f[WIDTH + a] * (p * r - q * o) + f[WIDTH + b] * (p * o + q * r)
+        t, u = t + y[2] * f[SLOT + 2 * WIDTH + a], u + y[2] * f[SLOT + 2 * WIDTH + b]
+        v, w = v + z[2] * f[2 * SLOT + 2 * WIDTH + a], w + z[2] * f[2 * SLOT + 2 * WIDTH + b]
+        p, q, r, o = s[a] + t, s[b] + u, s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        n2 += f[2 * WIDTH + a] * (p * r - q * o) + f[2 * WIDTH + b] * (p * o + q * r)
+        t, u = t + y[3] * f[SLOT + 3 * WIDTH + a], u + y[3] * f[SLOT + 3 * WIDTH + b]
+        v, w = v + z[3] * f[2 * SLOT + 3 * WIDTH + a], w + z[3] * f[2 * SLOT + 3 * WIDTH + b]
+        p, q, r, o = s[a] + t, s[b] + u, s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        n3 += f[3 * WIDTH + a] * (p * r - q * o) + f[3 * WIDTH + b] * (p * o + q * r)
+        s[WIDTH + a], s[WIDTH + b], s[3 * WIDTH + a], s[3 * WIDTH + b] = t, u, v, w
+    return n0, n1, n2, n3
+
+
 @compiled()
 def _join(s: Any, lost: Any) -> None:
     """One step of Kahan's sum: parts, which are 0 then, into totals."""
@@ -209,23 +405,41 @@ def _join_views(sums: Any, lost: Any) -> None:
 
 
 @compiled()
-def _pack(given: Any, step: int, packed: Any) -> None:
+def _place(a: int, half: Any) -> Any:
+    """Of a monomial, the block and where it is in this."""
+    if half is None:
+        return a // WIDTH, a % WIDTH
+    return a % half // HALF, a // half * HALF + a % half % HALF
+
+
+@compiled(leaf=False)
+def spread_out(w: Any, half: Any, padded: Any) -> None:
+    """Weights (r,) of all monomials into zeros for whole blocks of them."""
+    for a in range(w.shape[0]):
+        block, at = _place(a, half)
+        padded[block * WIDTH + at] = w[a]
+
+
+@compiled()
+def _pack(given: Any, half: Any, step: int, packed: Any) -> None:
     """Sums (m, c, r) into (blocks, c, m step), the first `WIDTH` of each step."""
     views, columns, r = given.shape
     for v in range(views):
         for e in range(columns):
             for a in range(r):
-                packed[a // WIDTH, e, v * step + a % WIDTH] = given[v, e, a]
+                block, at = _place(a, half)
+                packed[block, e, v * step + at] = given[v, e, a]
 
 
 @compiled()
-def _unpack(packed: Any, step: int, given: Any) -> None:
+def _unpack(packed: Any, half: Any, step: int, given: Any) -> None:
     """The reverse of `_pack`."""
     views, columns, r = given.shape
     for v in range(views):
         for e in range(columns):
             for a in range(r):
-                given[v, e, a] = packed[a // WIDTH, e, v * step + a % WIDTH]
+                block, at = _place(a, half)
+                given[v, e, a] = packed[block, e, v * step + at]
 
 
 @compiled()
@@ -259,59 +473,71 @@ def _get_in(x: Any, i: int, four: Any) -> None:
 
 
 @compiled()
-def _read_few(sums: Any, f: Any, shares: Any, e: int, i: int, product: Any) -> Any:
+def _read_few(sums: Any, f: Any, half: Any, shares: Any, e: int, i: int, product: Any) -> Any:
     """Numerators of four rows in column e from the sums (m 2 WIDTH,) of it, and a part of all monomials, f."""
     views = shares.shape[0]
     if views == 2:
-        return _contract_two(sums, f, _four(shares[0, e], i), _four(shares[1, e], i))
+        if half is None:
+            return _contract_two(sums, f, _four(shares[0, e], i), _four(shares[1, e], i))
+        return _complex_contract_two(sums, f, _four(shares[0, e], i), _four(shares[1, e], i))
     x = f[: FEW * WIDTH]
     for v in range(views - 1):
         of_keys = f[(1 + v) * SLOT : (1 + v) * SLOT + FEW * WIDTH]
-        _multiply(sums[2 * v * WIDTH : 2 * (v + 1) * WIDTH], of_keys, _four(shares[v, e], i), x, product)
+        of_view = sums[2 * v * WIDTH : 2 * (v + 1) * WIDTH]
+        if half is None:
+            _multiply(of_view, of_keys, _four(shares[v, e], i), x, product)
+        else:
+            _complex_multiply(of_view, of_keys, _four(shares[v, e], i), x, product)
         x = product
     last = views - 1
     of_keys = f[views * SLOT : views * SLOT + FEW * WIDTH]
     return _contract(sums[2 * last * WIDTH :], of_keys, _four(shares[last, e], i), x)
 
 
+@compiled()
+def _room_for(dim: int, r: int, half: Any) -> int:
+    """Of how many numbers `_make` needs room."""
+    return r if half is None else (2 * dim + r) * LANES
+
+
 @compiled(leaf=False)
-def read(q: Any, k: Any, z: Any, w: Any, runs: Any, total: Any, lost: Any, out: Any) -> None:
+def read(q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, total: Any, lost: Any, out: Any) -> None:
     """Numerators (P, n, c) of rows that see the sums and all rows up to their own; sums (P, m, c, r) then hold all rows."""
     problems, views, _, columns = z.shape
     blocks = w.shape[0] // WIDTH
-    phi, ones, product = _room(w.shape[0], w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
+    phi, ones, product = _room(_room_for(q.shape[2], w.shape[0], half), w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
     ones[:] = 1
     monomials = _room(blocks * (1 + views) * SLOT, w).reshape((blocks, (1 + views) * SLOT))
     sums = _room(blocks * columns * views * 2 * WIDTH, w).reshape((blocks, columns, views * 2 * WIDTH))
     rests = _room(blocks * columns * views * WIDTH, w).reshape((blocks, columns, views * WIDTH))
     shares, found = np.zeros((views, columns, ROWS), w.dtype), np.zeros((columns, ROWS), w.dtype)
     for p in range(problems):
-        _pack(total[p], 2 * WIDTH, sums)
-        _pack(lost[p], WIDTH, rests)
-        _read(q[p], k[p], z[p], w, runs, ones, phi, monomials, sums, rests, shares, found, product, out[p])
-        _unpack(sums, 2 * WIDTH, total[p])
-        _unpack(rests, WIDTH, lost[p])
+        _pack(total[p], half, 2 * WIDTH, sums)
+        _pack(lost[p], half, WIDTH, rests)
+        _read(q[p], k[p], z[p], w, runs, half, ones, phi, monomials, sums, rests, shares, found, product, out[p])
+        _unpack(sums, half, 2 * WIDTH, total[p])
+        _unpack(rests, half, WIDTH, lost[p])
 
 
 @compiled()
 def _read(
-    q: Any, k: Any, z: Any, w: Any, runs: Any, ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any,
-    found: Any, product: Any, out: Any,
+    q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any,
+    shares: Any, found: Any, product: Any, out: Any,
 ) -> None:  # fmt: skip
     """`read` for one problem, with room for all that it needs."""
     views, n, columns = z.shape
     for begin in range(0, n, ROWS):
         rows = min(ROWS, n - begin)
-        _features(q[begin : begin + rows], runs, w, phi, 0, monomials)
+        _make(q[begin : begin + rows], runs, half, w, phi, 0, monomials)
         for v in range(views):
-            _features(k[v, begin : begin + rows], runs, ones, phi, 1 + v, monomials)
+            _make(k[v, begin : begin + rows], runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
         for block in range(w.shape[0] // WIDTH):
             for left in range(0, columns, COLUMNS):
                 for i in range(0, rows, FEW):
                     f = monomials[block, i * WIDTH :]
                     for e in range(left, min(left + COLUMNS, columns)):
-                        _get_in(found[e], i, _read_few(sums[block, e], f, shares, e, i, product))
+                        _get_in(found[e], i, _read_few(sums[block, e], f, half, shares, e, i, product))
                 for e in range(left, min(left + COLUMNS, columns)):
                     _join_views(sums[block, e], rests[block, e])
         _turn_back(found, begin, rows, out)
@@ -357,6 +583,28 @@ def _times(x: Any, y: Any) -> None:
 
 
 @compiled(FAST)
+def _complex_times(x: Any, y: Any) -> None:
+    """`_times` of complex numbers."""
+    for low in range(0, FEW * WIDTH, WIDTH):
+        own, other = x[low : low + WIDTH], y[low : low + WIDTH]
+        for a in range(HALF):
+            re, im = own[a], own[HALF + a]
+            own[a] = re * other[a] - im * other[HALF + a]
+            own[HALF + a] = re * other[HALF + a] + im * other[a]
+
+
+@compiled(FAST)
+def _complex_slope(g: Any, x: Any, y: Any, slopes: Any) -> None:
+    """`_slope` of complex numbers."""
+    for i in range(FEW):
+        low = i * WIDTH
+        own, other, target = x[low : low + WIDTH], y[low : low + WIDTH], slopes[low : low + WIDTH]
+        for a in range(HALF):
+            target[a] += g[i] * (own[a] * other[a] - own[HALF + a] * other[HALF + a])
+            target[HALF + a] += g[i] * (own[a] * other[HALF + a] + own[HALF + a] * other[a])
+
+
+@compiled(FAST)
 def _slope(g: Any, x: Any, y: Any, slopes: Any) -> None:
     """Slopes of four rows get g x ∘ y."""
     for a in range(WIDTH):
@@ -394,13 +642,64 @@ def _behind(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) ->
     return n0, n1, n2, n3
 
 
+@compiled(FAST)
+def _complex_behind(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) -> Any:
+    """`_behind` of complex numbers, with q times the conjugates of others."""
+    n0 = n1 = n2 = n3 = s.dtype.type(0)
+    for a in range(HALF):
+        b = HALF + a
+        t, u = s[WIDTH + a], s[WIDTH + b]
+        c, d, o_re, o_im = (
+            g[3] * q[3 * WIDTH + a],
+            g[3] * q[3 * WIDTH + b],
+            others[3 * WIDTH + a],
+            others[3 * WIDTH + b],
+        )
+        t, u = t + c * o_re + d * o_im, u + d * o_re - c * o_im
+        re, im = s[a] + t, s[b] + u
+        slopes[3 * WIDTH + a] += z[3] * re
+        slopes[3 * WIDTH + b] += z[3] * im
+        n3 += f[3 * WIDTH + a] * re + f[3 * WIDTH + b] * im
+        c, d, o_re, o_im = (
+            g[2] * q[2 * WIDTH + a],
+            g[2] * q[2 * WIDTH + b],
+            others[2 * WIDTH + a],
+            others[2 * WIDTH + b],
+        )
+        t, u = t + c * o_re + d * o_im, u + d * o_re - c * o_im
+        re, im = s[a] + t, s[b] + u
+        slopes[2 * WIDTH + a] += z[2] * re
+        slopes[2 * WIDTH + b] += z[2] * im
+        n2 += f[2 * WIDTH + a] * re + f[2 * WIDTH + b] * im
+        c, d, o_re, o_im = g[1] * q[WIDTH + a], g[1] * q[WIDTH + b], others[WIDTH + a], others[WIDTH + b]
+        t, u = t + c * o_re + d * o_im, u + d * o_re - c * o_im
+        re, im = s[a] + t, s[b] + u
+        slopes[WIDTH + a] += z[1] * re
+        slopes[WIDTH + b] += z[1] * im
+        n1 += f[WIDTH + a] * re + f[WIDTH + b] * im
+        c, d, o_re, o_im = g[0] * q[a], g[0] * q[b], others[a], others[b]
+        t, u = t + c * o_re + d * o_im, u + d * o_re - c * o_im
+        re, im = s[a] + t, s[b] + u
+        slopes[a] += z[0] * re
+        slopes[b] += z[0] * im
+        n0 += f[a] * re + f[b] * im
+        s[WIDTH + a], s[WIDTH + b] = t, u
+    return n0, n1, n2, n3
+
+
 @compiled()
-def _others(own: int, running: Any, product: Any) -> None:
+def _others(own: int, half: Any, running: Any, product: Any) -> None:
     """The product (FEW * WIDTH,) of the running sums of all views but one (m, FEW * WIDTH)."""
     product[:] = 1
+    if half is not None:
+        for low in range(0, FEW * WIDTH, WIDTH):
+            product[low + HALF : low + WIDTH] = 0
     for v in range(running.shape[0]):
         if v != own:
-            _times(product, running[v])
+            if half is None:
+                _times(product, running[v])
+            else:
+                _complex_times(product, running[v])
 
 
 @compiled(FAST)
@@ -449,10 +748,91 @@ def _behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slopes: Any
     return (n0, n1, n2, n3), (m0, m1, m2, m3)
 
 
+@compiled(FAST)
+def _complex_behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
+    """`_behind_two` of complex numbers."""
+    n0 = n1 = n2 = n3 = m0 = m1 = m2 = m3 = s.dtype.type(0)
+    for a in range(HALF):
+        b = HALF + a
+        # The sums of both views, p + i q and r + i o.
+        p0, q0 = before[a] + y[0] * f[SLOT + a], before[b] + y[0] * f[SLOT + b]
+        r0, o0 = before[WIDTH + a] + z[0] * f[2 * SLOT + a], before[WIDTH + b] + z[0] * f[2 * SLOT + b]
+        p1, q1 = p0 + y[1] * f[SLOT + WIDTH + a], q0 + y[1] * f[SLOT + WIDTH + b]
+        r1, o1 = r0 + z[1] * f[2 * SLOT + WIDTH + a], o0 + z[1] * f[2 * SLOT + WIDTH + b]
+        p2, q2 = p1 + y[2] * f[SLOT + 2 * WIDTH + a], q1 + y[2] * f[SLOT + 2 * WIDTH + b]
+        r2, o2 = r1 + z[2] * f[2 * SLOT + 2 * WIDTH + a], o1 + z[2] * f[2 * SLOT + 2 * WIDTH + b]
+        p3, q3 = p2 + y[3] * f[SLOT + 3 * WIDTH + a], q2 + y[3] * f[SLOT + 3 * WIDTH + b]
+        r3, o3 = r2 + z[3] * f[2 * SLOT + 3 * WIDTH + a], o2 + z[3] * f[2 * SLOT + 3 * WIDTH + b]
+        slopes[a] += g[0] * (p0 * r0 - q0 * o0)
+        slopes[b] += g[0] * (p0 * o0 + q0 * r0)
+        slopes[WIDTH + a] += g[1] * (p1 * r1 - q1 * o1)
+        slopes[WIDTH + b] += g[1] * (p1 * o1 + q1 * r1)
+        slopes[2 * WIDTH + a] += g[2] * (p2 * r2 - q2 * o2)
+        slopes[2 * WIDTH + b] += g[2] * (p2 * o2 + q2 * r2)
+        slopes[3 * WIDTH + a] += g[3] * (p3 * r3 - q3 * o3)
+        slopes[3 * WIDTH + b] += g[3] * (p3 * o3 + q3 * r3)
+        # Gradients of the sums of the first view, t + i u, and of the second, v + i w; and these over the rows behind.
+        t, u, v, w = s[WIDTH + a], s[WIDTH + b], s[3 * WIDTH + a], s[3 * WIDTH + b]
+        c, d = g[3] * f[3 * WIDTH + a], g[3] * f[3 * WIDTH + b]
+        t, u = t + c * r3 + d * o3, u + d * r3 - c * o3
+        v, w = v + c * p3 + d * q3, w + d * p3 - c * q3
+        re, im = s[a] + t, s[b] + u
+        slopes[SLOT + 3 * WIDTH + a] += y[3] * re
+        slopes[SLOT + 3 * WIDTH + b] += y[3] * im
+        n3 += f[SLOT + 3 * WIDTH + a] * re + f[SLOT + 3 * WIDTH + b] * im
+        re, im = s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        slopes[2 * SLOT + 3 * WIDTH + a] += z[3] * re
+        slopes[2 * SLOT + 3 * WIDTH + b] += z[3] * im
+        m3 += f[2 * SLOT + 3 * WIDTH + a] * re + f[2 * SLOT + 3 * WIDTH + b] * im
+        c, d = g[2] * f[2 * WIDTH + a], g[2] * f[2 * WIDTH + b]
+        t, u = t + c * r2 + d * o2, u + d * r2 - c * o2
+        v, w = v + c * p2 + d * q2, w + d * p2 - c * q2
+        re, im = s[a] + t, s[b] + u
+        slopes[SLOT + 2 * WIDTH + a] += y[2] * re
+        slopes[SLOT + 2 * WIDTH + b] += y[2] * im
+        n2 += f[SLOT + 2 * WIDTH + a] * re + f[SLOT + 2 * WIDTH + b] * im
+        re, im = s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        slopes[2 * SLOT + 2 * WIDTH + a] += z[2] * re
+        slopes[2 * SLOT + 2 * WIDTH + b] += z[2] * im
+        m2 += f[2 * SLOT + 2 * WIDTH + a] * re + f[2 * SLOT + 2 * WIDTH + b] * im
+        c, d = g[1] * f[WIDTH + a], g[1] * f[WIDTH + b]
+        t, u = t + c * r1 + d * o1, u + d * r1 - c * o1
+        v, w = v + c * p1 + d * q1, w + d * p1 - c * q1
+        re, im = s[a] + t, s[b] + u
+        slopes[SLOT + WIDTH + a] += y[1] * re
+        slopes[SLOT + WIDTH + b] += y[1] * im
+        n1 += f[SLOT + WIDTH + a] * re + f[SLOT + WIDTH + b] * im
+        re, im = s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        slopes[2 * SLOT + WIDTH + a] += z[1] * re
+        slopes[2 * SLOT + WIDTH + b] += z[1] * im
+        m1 += f[2 * SLOT + WIDTH + a] * re + f[2 * SLOT + WIDTH + b] * im
+        c, d = g[0] * f[a], g[0] * f[b]
+        t, u = t + c * r0 + d * o0, u + d * r0 - c * o0
+        v, w = v + c * p0 + d * q0, w + d * p0 - c * q0
+        re, im = s[a] + t, s[b] + u
+        slopes[SLOT + a] += y[0] * re
+        slopes[SLOT + b] += y[0] * im
+        n0 += f[SLOT + a] * re + f[SLOT + b] * im
+        re, im = s[2 * WIDTH + a] + v, s[2 * WIDTH + b] + w
+        slopes[2 * SLOT + a] += z[0] * re
+        slopes[2 * SLOT + b] += z[0] * im
+        m0 += f[2 * SLOT + a] * re + f[2 * SLOT + b] * im
+        s[WIDTH + a], s[WIDTH + b], s[3 * WIDTH + a], s[3 * WIDTH + b] = t, u, v, w
+    return (n0, n1, n2, n3), (m0, m1, m2, m3)
+
+
+@compiled()
+def _pull_two(before: Any, after: Any, f: Any, half: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
+    """`_behind_two` of either kind."""
+    if half is None:
+        return _behind_two(before, after, f, g, y, z, slopes)
+    return _complex_behind_two(before, after, f, g, y, z, slopes)
+
+
 @compiled()
 def _pull_few(
-    before: Any, after: Any, f: Any, slope: Any, shares: Any, e: int, i: int, slopes: Any, of_shares: Any, running: Any,
-    product: Any,
+    before: Any, after: Any, f: Any, half: Any, slope: Any, shares: Any, e: int, i: int, slopes: Any, of_shares: Any,
+    running: Any, product: Any,
 ) -> None:  # fmt: skip
     """Gradients of four rows through column e: slopes of their monomials f, and of their shares.
 
@@ -460,7 +840,7 @@ def _pull_few(
     """
     views = shares.shape[0]
     if views == 2:
-        both = _behind_two(before, after, f, slope, _four(shares[0, e], i), _four(shares[1, e], i), slopes)
+        both = _pull_two(before, after, f, half, slope, _four(shares[0, e], i), _four(shares[1, e], i), slopes)
         _get_in(of_shares[0, e], i, both[0])
         _get_in(of_shares[1, e], i, both[1])
         return
@@ -470,27 +850,32 @@ def _pull_few(
         _run(before[v * WIDTH : (v + 1) * WIDTH], f[own : own + few], _four(shares[v, e], i), running[v])
     for v in range(views):
         own = (1 + v) * SLOT
-        _others(v, running, product)
-        if v == 0:
-            _slope(slope, product, running[0], slopes[:few])
-        four = _behind(
-            after[2 * v * WIDTH : 2 * (v + 1) * WIDTH], slope, f[:few], product, f[own : own + few],
-            _four(shares[v, e], i), slopes[own : own + few],
-        )  # fmt: skip
+        _others(v, half, running, product)
+        z, of_keys, of_slopes = _four(shares[v, e], i), f[own : own + few], slopes[own : own + few]
+        behind = after[2 * v * WIDTH : 2 * (v + 1) * WIDTH]
+        if half is None:
+            if v == 0:
+                _slope(slope, product, running[0], slopes[:few])
+            four = _behind(behind, slope, f[:few], product, of_keys, z, of_slopes)
+        else:
+            if v == 0:
+                _complex_slope(slope, product, running[0], slopes[:few])
+            four = _complex_behind(behind, slope, f[:few], product, of_keys, z, of_slopes)
         _get_in(of_shares[v, e], i, four)
 
 
 @compiled(leaf=False)
 def pull(
-    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, total: Any, behind: Any, missed: Any, dq: Any, dk: Any, dz: Any
-) -> None:
+    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, total: Any, behind: Any, missed: Any, dq: Any, dk: Any,
+    dz: Any,
+) -> None:  # fmt: skip
     """Gradients of q, k and z from those of the numerators, g (P, n, c); `total` are the sums before these rows.
 
     `behind` (P, m, c, r) are the sums of the gradients behind these rows, with what rounding took, `missed`; then also of them.
     """
     problems, views, n, columns = z.shape
     dim, blocks, chunks = q.shape[2], w.shape[0] // WIDTH, (n + ROWS - 1) // ROWS
-    phi, ones, product = _room(w.shape[0], w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
+    phi, ones, product = _room(_room_for(dim, w.shape[0], half), w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
     ones[:] = 1
     monomials = _room(blocks * (1 + views) * SLOT, w).reshape((blocks, (1 + views) * SLOT))
     slopes = _room(blocks * (1 + views) * SLOT, w).reshape((blocks, (1 + views) * SLOT))
@@ -502,23 +887,23 @@ def pull(
     running = _room(COLUMNS * views * 2 * WIDTH, w).reshape((COLUMNS, views * 2 * WIDTH))
     of_views = _room(views * FEW * WIDTH, w).reshape((views, FEW * WIDTH))
     turned, of_turned = _room(w.shape[0] * ROWS, w).reshape((-1, ROWS)), _room(w.shape[0] * ROWS, w).reshape((-1, ROWS))
-    x, dx, found = np.zeros((dim, ROWS), w.dtype), np.zeros((dim, ROWS), w.dtype), np.zeros(ROWS, w.dtype)
+    x, dx, found = np.zeros((dim, ROWS), w.dtype), np.zeros((dim, ROWS), w.dtype), np.zeros((2, ROWS), w.dtype)
     shares, of_shares = np.zeros((views, columns, ROWS), w.dtype), np.zeros((views, columns, ROWS), w.dtype)
     given = np.zeros((columns, ROWS), w.dtype)
     for p in range(problems):
         sums[:] = 0
         rests[:] = 0
-        _pack(total[p], 2 * WIDTH, sums)
-        _sum_up(k[p], z[p], runs, ones, phi, monomials, sums, rests, shares, starts)
+        _pack(total[p], half, 2 * WIDTH, sums)
+        _sum_up(k[p], z[p], runs, half, ones, phi, monomials, sums, rests, shares, starts)
         rests[:] = 0
-        _pack(behind[p], 2 * WIDTH, after)
-        _pack(missed[p], WIDTH, rests)
+        _pack(behind[p], half, 2 * WIDTH, after)
+        _pack(missed[p], half, WIDTH, rests)
         _pull(
-            q[p], k[p], z[p], g[p], w, runs, ones, phi, monomials, slopes, after, rests, starts, running, befores, of_views,
-            product, turned, of_turned, x, dx, found, shares, of_shares, given, dq[p], dk[p], dz[p],
+            q[p], k[p], z[p], g[p], w, runs, half, ones, phi, monomials, slopes, after, rests, starts, running, befores,
+            of_views, product, turned, of_turned, x, dx, found, shares, of_shares, given, dq[p], dk[p], dz[p],
         )  # fmt: skip
-        _unpack(after, 2 * WIDTH, behind[p])
-        _unpack(rests, WIDTH, missed[p])
+        _unpack(after, half, 2 * WIDTH, behind[p])
+        _unpack(rests, half, WIDTH, missed[p])
 
 
 @compiled(FAST)
@@ -532,14 +917,15 @@ def _add_eight(part: Any, f: Any, z: Any) -> None:
 
 @compiled()
 def _sum_up(
-    k: Any, z: Any, runs: Any, ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any, starts: Any
-) -> None:
+    k: Any, z: Any, runs: Any, half: Any, ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any,
+    starts: Any,
+) -> None:  # fmt: skip
     """The sums before every chunk of `ROWS` rows into `starts`, for one problem."""
     views, _, columns = z.shape
     for chunk in range(starts.shape[0]):
         last, begin = chunk == starts.shape[0] - 1, chunk * ROWS
         for v in range(0 if last else views):
-            _features(k[v, begin : begin + ROWS], runs, ones, phi, 1 + v, monomials)
+            _make(k[v, begin : begin + ROWS], runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, ROWS, shares[v])
         for block in range(sums.shape[0]):
             for left in range(0, columns, COLUMNS):
@@ -575,9 +961,9 @@ def _begin(kept: Any, s: Any) -> None:
 
 @compiled()
 def _pull(
-    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, ones: Any, phi: Any, monomials: Any, slopes: Any, after: Any,
-    rests: Any, starts: Any, running: Any, befores: Any, of_views: Any, product: Any, turned: Any, of_turned: Any, x: Any,
-    dx: Any, found: Any, shares: Any, of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any,
+    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, ones: Any, phi: Any, monomials: Any, slopes: Any,
+    after: Any, rests: Any, starts: Any, running: Any, befores: Any, of_views: Any, product: Any, turned: Any,
+    of_turned: Any, x: Any, dx: Any, found: Any, shares: Any, of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any,
 ) -> None:  # fmt: skip
     """`pull` for one problem, chunk by chunk from the last, with room for all that it needs."""
     views, n, columns = z.shape
@@ -585,9 +971,9 @@ def _pull(
         begin = chunk * ROWS
         rows = min(ROWS, n - begin)
         _turn(g, begin, rows, given)
-        _features(q[begin : begin + rows], runs, w, phi, 0, monomials)
+        _make(q[begin : begin + rows], runs, half, w, phi, 0, monomials)
         for v in range(views):
-            _features(k[v, begin : begin + rows], runs, ones, phi, 1 + v, monomials)
+            _make(k[v, begin : begin + rows], runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
         slopes[:] = 0
         for block in range(after.shape[0]):
@@ -605,16 +991,16 @@ def _pull(
                     f, of_f = monomials[block, i * WIDTH :], slopes[block, i * WIDTH :]
                     for e in range(left, right):
                         _pull_few(
-                            befores[i // FEW, e - left], after[block, e], f, _four(given[e], i), shares, e, i, of_f,
-                            of_shares, of_views, product,
+                            befores[i // FEW, e - left], after[block, e], f, half, _four(given[e], i), shares, e, i,
+                            of_f, of_shares, of_views, product,
                         )  # fmt: skip
                 for e in range(left, right):
                     _join_views(after[block, e], rests[block, e])
         _turn(q, begin, rows, x)
-        _pull_features(x, runs, w, turned, of_turned, 0, slopes, dx, found)
+        _pull_made(x, runs, half, w, turned, of_turned, 0, slopes, dx, found)
         _turn_back(dx, begin, rows, dq)
         for v in range(views):
             _turn(k[v], begin, rows, x)
-            _pull_features(x, runs, ones, turned, of_turned, 1 + v, slopes, dx, found)
+            _pull_made(x, runs, half, ones, turned, of_turned, 1 + v, slopes, dx, found)
             _turn_back(dx, begin, rows, dk[v])
             _turn_back(of_shares[v], begin, rows, dz[v])
