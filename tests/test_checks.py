@@ -19,7 +19,8 @@ from watching import calls_of
 import tattn
 from tattn.bounds import score_range
 from tattn.engines import features, scorewise, tuples
-from tattn.planning import sampling, selection
+from tattn.planning import sampling
+from tattn.planning.settings import MAX_RANK
 
 # Query, keys and values that fit.
 Q, A, B, U, V = np.random.default_rng(0).uniform(-1, 1, (5, 6, 4))
@@ -608,7 +609,7 @@ def test_a_degree_for_the_exact_method(nothing_read):
 @pytest.mark.parametrize("bound", [None, 1.0, "estimated"])
 def test_a_rank_too_large_names_rank_and_bytes(bound, no_forward):
     array = np.ones((5, 64), np.float32)
-    rank, limit = comb(74, 10), selection.MAX_RANK
+    rank, limit = comb(74, 10), MAX_RANK
     message = rf"degree 10 at dim 64 has rank {rank:,} and would take [\d.]+ [TP]B .*rank of {limit:,}"
     refuse(tattn.plan, ValueError, message, array, [array, array], degree=10, bound=bound)
     refuse(tattn.plan_for, ValueError, message, n=5, dim=64, bound=1.0, degree=10)

@@ -12,7 +12,8 @@ from ..operands import REAL
 from ..plans import si
 from . import measured, plan_found
 from .limits import checked_most
-from .selection import MAX_RANK, MOST_DEGREE, Wish, affordable_degrees
+from .selection import MOST_DEGREE, Wish, affordable_degrees
+from .settings import MAX_RANK
 
 
 def best_tol(
