@@ -115,7 +115,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["everything"])
 def distributed(session: nox.Session) -> None:
     """Rows spread over processes: torch.distributed by torchrun, Dask on a cluster of processes, and their examples."""
-    run(session, "pytest", "tests/distributed", *session.posargs)
+    run(session, "pytest", *SPREAD, "tests/distributed", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
@@ -125,7 +125,7 @@ def thorough(session: nox.Session) -> None:
         run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
     run(session, "pytest", *SPREAD, "--library=torch", *COMPILED, env={"TATTN_KERNELS": "0"})
     run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
-    run(session, "pytest", "--rest", "tests/distributed")
+    run(session, "pytest", *SPREAD, "--rest", "tests/distributed")
 
 
 @nox.session(venv_backend="none", requires=["everything"])

@@ -16,7 +16,7 @@ import numpy as np
 from tattn.approximation.exponential import least_error, smallest
 from tattn.features.monomials import rank
 from tattn.planning import plan_for
-from tattn.planning.selection import MAX_RANK
+from tattn.planning.settings import MAX_RANK
 
 from .plots import COLOURS, legend_below, panels, style
 from .tables import Row, Table, column, distinct, markdown, short, where

@@ -12,7 +12,7 @@ import numpy as np
 from tattn.checks import checked_inputs
 from tattn.features.monomials import rank
 from tattn.planning import measured, plan
-from tattn.planning.selection import MAX_RANK
+from tattn.planning.settings import MAX_RANK
 
 from .border import needed
 from .demo import encoder

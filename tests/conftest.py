@@ -216,10 +216,12 @@ def programs_of_one_module() -> Iterator[None]:
 
 
 @pytest.fixture
-def bands_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def bands_at_any_length() -> Iterator[None]:
     """Bands are weighed by their operations alone, so that calls too short for them take some."""
-    monkeypatch.setattr("tattn.planning.choice._BANDS_CALL", 0.0)
-    monkeypatch.setattr("tattn.planning.choice._BANDS_ROW", 0.0)
+    from tattn.planning.settings import using
+
+    with using(bands_call=0.0, bands_row=0.0):
+        yield
 
 
 @pytest.fixture(scope="session")

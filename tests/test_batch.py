@@ -21,6 +21,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("case", list(SHAPES))
 @pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"causal": True}], ids=["auto", "exact", "causal"])
+@pytest.mark.grid("jax")
 def test_empty_batches(library: Library, case: str, options: dict[str, Any]) -> None:
     query, keys, values = SHAPES[case]
     arrays = [library.array(np.ones((*lead, 4, 3))) for lead in (query, keys, keys, values, values)]

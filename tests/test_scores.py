@@ -76,6 +76,7 @@ def test_the_product_of_rows_is_the_score(library: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.grid("jax")
 def test_attention_with_it(library: Any, name: str) -> None:
     """Within the certified error of the softmax of the score."""
     of, options, score = CASES[name]

@@ -246,11 +246,9 @@ def test_functions_asked_of_a_namespace_are_those_used() -> None:
     assert all(f"`{name}`" in page for name in (*FUNCTIONS, *DTYPES))
 
 
-def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_bounded() -> None:
     """By number and by size; the newest is held whatever its size, and those of a captured graph for good."""
-    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 3)
-    monkeypatch.setattr("tattn.backends.tables._TABLE_BYTES", 100)
-    tables = Tables()
+    tables = Tables(3, 100)
     for i in range(3):
         assert tables.add(i, f"table {i}", 10) == []
     assert tables.add(3, "table 3", 10) == ["table 0"]
@@ -262,12 +260,12 @@ def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.add(6, "other", 80) == []
 
 
-def test_threads_share_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_tables() -> None:
     """While tables are let go of all the time."""
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 3)
     backend, like = Backend(xp), xp.ones(2)
+    backend.tables = Tables(3)
 
     def right(seed: int) -> bool:
         sizes = np.random.default_rng(seed).integers(1, 9, 300).tolist()
@@ -292,12 +290,12 @@ class _Capturing(Backend):
         self.waited.extend(arrays)
 
 
-def test_tables_of_captured_calls_are_never_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_captured_calls_are_never_given_back() -> None:
     import gc
     import weakref
 
-    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 1)
     backend, like = _Capturing(xp), xp.ones(2)
+    backend.tables = Tables(1)
     backend.waited = []
     first = weakref.ref(backend.table(np.arange, 3, like=like))
     backend.table(np.arange, 4, like=like)

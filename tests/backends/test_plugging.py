@@ -380,7 +380,10 @@ def test_a_library_whose_products_are_wrong_cannot_be_used(monkeypatch):
     def wrong(shape):
         return np.full(shape, 1.5, np.float32)
 
-    backend = Backend(SimpleNamespace(ones=wrong, float32=np.float32, astype=lambda x, dtype: x.astype(dtype)))
-    monkeypatch.setattr(backend, "devices", lambda: ["cpu"])
+    class Wrong(Backend):
+        def devices(self):
+            return ["cpu"]
+
+    backend = Wrong(SimpleNamespace(ones=wrong, float32=np.float32, astype=lambda x, dtype: x.astype(dtype)))
     monkeypatch.setattr(seen, "_by_module", lambda module: backend)
     assert seen.library("numpy").problem == "ArithmeticError: the product of two matrices of ones is wrong"

@@ -458,10 +458,9 @@ def test_threads_born_meanwhile_have_their_number(
     assert seen == [2] * 3
 
 
-def test_what_is_computed_once_may_be_asked_for_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_computed_once_may_be_asked_for_by_several_threads() -> None:
     """Results that are dropped meanwhile, too."""
-    monkeypatch.setattr("tattn.backends.tables.REMEMBERED", 2)
-    square = memoized(lambda i: i * i)
+    square = memoized(lambda i: i * i, most=2)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cases import CALLS, arguments, heavy_tailed
 from reference import changed, through_features
+from watching import calls_of
 
 import tattn
 from tattn.features.monomials import rank
@@ -691,9 +692,9 @@ _FAR: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("transformation", ["none", "grad", "vmap"])
 @pytest.mark.parametrize("name", list(_FAR))
 @pytest.mark.grid("torch")
-def test_tables_are_copied_to_a_device_once(name: str, transformation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_copied_to_a_device_once(name: str, transformation: str) -> None:
     """As where a CUDA graph is captured, which no copy can be a part of."""
-    monkeypatch.setattr(torch_backend._TABLES, "_held", {})
+    torch_backend.BACKEND.tables.clear()
     n = 700
     plan = through_features(tattn.plan_for(n=n, dim=3, tol=1e-2, **_FAR[name]))
     leading = (2,) if transformation == "vmap" else ()
@@ -717,7 +718,7 @@ def test_tables_are_copied_to_a_device_once(name: str, transformation: str, monk
 
 @pytest.mark.parametrize("name", list(_FAR))
 @pytest.mark.grid("torch")
-def test_kept_tables_serve_every_kind_of_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_tables_serve_every_kind_of_call(name: str) -> None:
     """Made under one transformation, mode or device context, used under another."""
     from torch._subclasses import FakeTensorMode
 
@@ -751,7 +752,7 @@ def test_kept_tables_serve_every_kind_of_call(name: str, monkeypatch: pytest.Mon
     }
     expected = {way: of(*arrays) for way, of in ways.items()}
     for first in ways:
-        monkeypatch.setattr(torch_backend._TABLES, "_held", {})
+        torch_backend.BACKEND.tables.clear()
         ways[first](*arrays)
         for way in ("gradient", "grad"):
             torch.testing.assert_close(ways[way](*arrays), expected[way], rtol=0, atol=1e-12)
@@ -944,18 +945,10 @@ def test_a_method_of_ones_own_is_traced_as_before() -> None:
     assert written(plan, False) and not written(replace(plan, algorithm=Half()), False)
 
 
-def test_gradients_that_nobody_asks_for_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_nobody_asks_for_cost_nothing() -> None:
     """Where keys and values of a view need no gradient, the pass over their rows is left out."""
     from tattn.engines import features
 
-    passes = []
-    adjoint = features.key_adjoint
-
-    def counted(*given: Any) -> Any:
-        passes.append(given)
-        return adjoint(*given)
-
-    monkeypatch.setattr(features, "key_adjoint", counted)
     plan = PLANS["polynomial"]
     drawn = [torch.tensor(a) for a in np.random.default_rng(0).uniform(-1, 1, (5, 6, 3))]
 
@@ -966,8 +959,9 @@ def test_gradients_that_nobody_asks_for_cost_nothing(monkeypatch: pytest.MonkeyP
 
     every = gradients((0, 1, 2, 3, 4))
     for asked, count in (((0,), 0), ((0, 1), 1), ((1, 3), 1), ((4,), 1), ((0, 2, 3), 2), ((0, 1, 2, 3, 4), 2)):
-        passes.clear()
-        for i, got in zip(asked, gradients(asked), strict=True):
+        with calls_of(features.key_adjoint) as passes:
+            found = gradients(asked)
+        for i, got in zip(asked, found, strict=True):
             same(got, every[i])
         assert len(passes) == count
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watching import calls_of
 
 import tattn
 
@@ -147,20 +148,17 @@ def test_compiled_gradients_of_narrow_dtypes_are_those_of_eager_calls(alone: Any
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ranges_travel_in_arrays_of_one_size(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_travel_in_arrays_of_one_size(alone: Any) -> None:
     """Ranks that agree add up as many numbers, whether they have masks or not; what would not add up is a fact."""
-    from tattn.distributed import shards
+    from tattn.distributed import agreement, shards
     from tattn.distributed.promise import Asked
 
-    sizes: list[tuple[str, int]] = []
-    facts: list[Any] = []
-    monkeypatch.setattr(shards, "all_reduce", lambda x, kind, _: sizes.append((kind, x.numel())) or x)
-    monkeypatch.setattr(shards, "agree", lambda said, _: facts.append(said))
-
     def told(query: Any, values: Any, masks: Any) -> tuple[Any, list[tuple[str, int]]]:
-        sizes.clear()
-        shards.agreed((query, [rows, rows], [values, values], masks), Asked(None, 1e-2), alone)
-        return facts[-1], list(sizes)
+        with calls_of(agreement.agree, agreement.all_reduce) as calls:
+            shards.agreed((query, [rows, rows], [values, values], masks), Asked(None, 1e-2), alone)
+        sizes = [(call.given["kind"], call.given["tensor"].numel()) for call in calls if call.name == "all_reduce"]
+        (said,) = [call.given["said"] for call in calls if call.name == "agree"]
+        return said, sizes
 
     rows = torch.rand(3, 5, 2)
     first = told(rows, rows, None)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.polynomial.polynomial import polyder, polyval
 from reference import Dense, dense, value_sizes
+from watching import calls_of
 
 import tattn
 
@@ -248,20 +249,20 @@ def test_float32_and_narrower(method: str) -> None:
 
 
 @methods
-def test_problems_one_after_another(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tattn.engines import causal_features as lowrank_causal
-    from tattn.engines import tuples as exact
+def test_problems_one_after_another(method: str) -> None:
+    from tattn.backends.numpy import BACKEND
 
     call = draw(9, 2, masked=True, broadcast=True)
     plan = tattn.plan_for(n=(9, 9, 12), dim=3, bound=1.0, degree=4, dtype="float64", causal=True)
     options = {"plan": plan, "causal": True} if method == "polynomial" else {"window": (3, 7)}
     (out, pullback) = tattn.tensor_attention_vjp(*call[:3], key_masks=call[3], **options)
     together = pullback(out)
-    for module in (exact, lowrank_causal):
-        monkeypatch.setattr(module, "at_a_time", lambda *_: 1)
-    (apart, pullback) = tattn.tensor_attention_vjp(*call[:3], key_masks=call[3], **options)
+    # Of which no two problems have room.
+    with BACKEND.using(workspace=1, cache=1):
+        (apart, pullback) = tattn.tensor_attention_vjp(*call[:3], key_masks=call[3], **options)
+        alone = pullback(out)
     np.testing.assert_allclose(apart, out, rtol=1e-13, atol=1e-13)
-    for a, b in zip(pullback(out)[1], together[1], strict=True):
+    for a, b in zip(alone[1], together[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -427,23 +428,16 @@ def test_what_does_not_go_with_an_order() -> None:
 
 def test_the_adjoint_keeps_few_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some 40 blocks of the array form, as many as there are segments, and then as many as there are blocks in one."""
-    from tattn.engines import causal_features as lowrank_causal
+    from tattn.engines import causal_features
 
     monkeypatch.setenv("TATTN_KERNELS", "0")
-    kept: list[int] = []
-    starts = lowrank_causal._starts
-
-    def counted(*given: Any) -> Any:
-        found = starts(*given)
-        kept.append(found[0].shape[-2])
-        return found
-
-    monkeypatch.setattr(lowrank_causal, "_starts", counted)
     rng = np.random.default_rng(0)
     query, *keys = rng.uniform(-1, 1, (3, 5120, 8))
     plan = tattn.plan_for(n=5120, dim=8, bound=1.0, degree=5, dtype="float64", causal=True)
     out, pullback = tattn.tensor_attention_vjp(query, keys, [k[:, :2] for k in keys], plan=plan, causal=True)
-    pullback(out)
+    with calls_of(causal_features._starts) as calls:
+        pullback(out)
+    kept = [call.result[0].shape[-2] for call in calls]
     segments, *inner = kept
     assert len(inner) == segments
     assert segments * inner[0] >= 40

@@ -12,25 +12,23 @@ from numpy.polynomial.polynomial import polyder, polyval
 from reference import Dense, dense, score_by_score, through_features, value_sizes
 
 import tattn
+from tattn.backends import backend_of
 from tattn.bounds.rounding import scores_round_less
-from tattn.engines import scorewise as engine
 
 
-@pytest.mark.parametrize("blocks", [None, 2], ids=["one block", "blocks"])
+# Room for four scores: one or two rows of each view in a block.
+@pytest.mark.parametrize("blocks", [{}, {"workspace": 64}], ids=["one block", "blocks"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.grid
-def test_it_is_the_definition_with_its_polynomial(
-    library: Any, case: dict[str, Any], blocks: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_the_definition_with_its_polynomial(library: Any, case: dict[str, Any], blocks: dict[str, int]) -> None:
     if blocks and library.name == "jax" and case["broadcast"]:
         pytest.skip("JAX compiles every block for long")
-    if blocks:
-        monkeypatch.setattr(engine, "blocks_of", lambda _, lengths, *__, **___: (blocks,) * len(lengths))
-    call = draw(**case, seed=blocks or 0)
-    # A degree for each kind of blocks, since JAX finds again what it compiled for the same call.
+    call = draw(**case, seed=2 if blocks else 0)
     plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=3 if blocks else 4, dtype="float64")
     plan = score_by_score(plan)
-    got, _ = run(library, call, plan=plan)
+    query = library.array(call.query)
+    with backend_of(query).for_arrays([query]).using(**blocks):
+        got, _ = run(library, call, plan=plan)
     p = plan.coefficients
     expected = dense(
         call.query, call.keys, call.values, masks=call.masks, grad_out=call.grad_out, grad_lse=call.grad_lse,

@@ -149,6 +149,7 @@ def test_masked_rows_may_hold_anything(library: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.grid("jax")
 def test_masked_rows_have_no_gradient_though_it_leaves_the_range(library: Any, method: str) -> None:
     call = draw(method, LEADING[0])
     order = options(method, call)

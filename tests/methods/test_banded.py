@@ -16,6 +16,7 @@ from tattn.approximation.exponential import DEFAULT_GRID, crowded
 from tattn.backends import backend_of
 from tattn.methods.bands import Banding, Series, _grid_table, edges, sorted_views
 from tattn.operands import Operands, View
+from tattn.planning.settings import using
 
 
 def ratios(call: Call, got: Dense, error: np.ndarray, bounds: Dense, plan: tattn.Plan, precision: Any) -> list[float]:
@@ -229,16 +230,12 @@ def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
 @pytest.mark.usefixtures("bands_at_any_length")
 @pytest.mark.parametrize("heads", [False, True], ids=["one problem", "heads and masks"])
 @pytest.mark.grid
-def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.MonkeyPatch, heads: bool) -> None:
+def test_one_loose_row_of_few_in_two_bands(library: Any, heads: bool) -> None:
     """The same on a size that every library compiles in seconds."""
     rng = np.random.default_rng(5)
     query, *keys = rng.uniform(-1, 1, (3, 20, 2))
     query[3] *= 30
     call = Call(query, keys, list(rng.normal(size=(2, 20, 2))), None, rng.normal(size=(20, 2)), rng.normal(size=20))
-    plan = tattn.plan(query, keys, series="banded", degree=2, bands=2)
-    monkeypatch.setattr("tattn.planning.choice.banded_candidates", lambda *_: [plan])
-    monkeypatch.setattr("tattn.planning.choice.MOST_RECOMPUTED", 0.2)
-    monkeypatch.setattr("tattn.planning.selection.MAX_RANK", 1)  # no polynomial that is certified beforehand
     if heads:
         # The loose row is another one in the second head.
         call = call._replace(
@@ -247,10 +244,12 @@ def test_one_loose_row_of_few_in_two_bands(library: Any, monkeypatch: pytest.Mon
             grad_out=np.broadcast_to(call.grad_out, (2, 1, 20, 2)).copy(),
             grad_lse=np.broadcast_to(call.grad_lse, (2, 1, 20)).copy(),
         )
-    got, _ = run(library, call, tol=0.3)
-    query, keys, values = library.arrays(call.query, call.keys, call.values)
-    masks = None if call.masks is None else library.arrays(call.masks)
-    used = tattn.tensor_attention(query, keys, values, key_masks=masks, tol=0.3, return_plan=True)[1]
+    # No polynomial of this rank is certified beforehand.
+    with using(banded=((2, 2),), bands=2, most_recomputed=0.2, max_rank=6):
+        got, _ = run(library, call, tol=0.3)
+        query, keys, values = library.arrays(call.query, call.keys, call.values)
+        masks = None if call.masks is None else library.arrays(call.masks)
+        used = tattn.tensor_attention(query, keys, values, key_masks=masks, tol=0.3, return_plan=True)[1]
     assert 0 < used.recomputed <= 0.2
     truth = dense(call.query, call.keys, call.values, masks=call.masks, grad_out=call.grad_out, grad_lse=call.grad_lse)
     for head, row in enumerate((3, 10) if heads else (3,)):
@@ -326,10 +325,9 @@ def test_auto_leaves_bands_to_calls_that_are_long_enough() -> None:
 def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the plan says what bands would have left."""
     call = small_scores(600, 0.5)
-    loose = tattn.plan(call.query, call.keys, series="banded", degree=2)
-    monkeypatch.setattr("tattn.planning.choice.banded_candidates", lambda *_: [loose])
     monkeypatch.setattr("tattn.planning.choice.sampled_errors", lambda *_: iter([np.zeros((1, 10))]))
-    _, plan = tattn.tensor_attention(call.query, call.keys, call.values, tol=1e-5, return_plan=True)
+    with using(banded=((2, 2),)):
+        _, plan = tattn.tensor_attention(call.query, call.keys, call.values, tol=1e-5, return_plan=True)
     assert plan.series != "banded"
     assert "would leave" in plan.reason
 
@@ -628,6 +626,7 @@ def test_bounds_of_gradients_near_the_ends_of_the_range() -> None:
 
 @pytest.mark.parametrize("method", ["polynomial", "exact", "banded"])
 @pytest.mark.grid
+@pytest.mark.thorough("jax")
 def test_masks_with_more_problems_than_their_keys(library: Any, method: str) -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 8, 2)), rng.normal(size=(7, 2)), rng.normal(size=(7, 2))
@@ -663,6 +662,7 @@ def test_a_scale_beyond_the_dtype_with_rows_that_make_up_for_it() -> None:
     ],
 )
 @pytest.mark.grid
+@pytest.mark.thorough("jax")
 def test_views_that_differ_by_many_decades(library: Any, dtype: str, sizes: tuple[float, ...], scale: float) -> None:
     """Bounds as good as for rows of one size, though squares vanish or overflow: scores are made of products."""
     rng = np.random.default_rng(0)
@@ -685,6 +685,7 @@ def test_views_that_differ_by_many_decades(library: Any, dtype: str, sizes: tupl
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
 @pytest.mark.grid
+@pytest.mark.thorough("jax")
 def test_nothing_is_promised_beyond_the_largest_range(library: Any, size: float) -> None:
     """There P itself, of a degree above the moment's, grows faster than what is to bound its error."""
     rng = np.random.default_rng(0)
@@ -697,6 +698,7 @@ def test_nothing_is_promised_beyond_the_largest_range(library: Any, size: float)
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-3, 0.3])
+@pytest.mark.grid("jax")
 def test_a_channel_of_ones_bounds_lse(library: Any, size: float) -> None:
     """With values of one in a channel of every view the bound of the output is at least twice that of the normaliser."""
     rng = np.random.default_rng(0)

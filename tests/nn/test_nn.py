@@ -190,6 +190,7 @@ def test_the_numbers_of_the_definition(layered: Library, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["self", "contexts", "shared keys"])
 @pytest.mark.libraries("torch", "jax")
+@pytest.mark.grid("jax")
 def test_masks_say_where_to_attend(layered: Library, case: str) -> None:
     config = config_of(**CASES[case], method="exact")
     params, (x, contexts) = weights_of(config), inputs_of(config)

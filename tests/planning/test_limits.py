@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Library
+from watching import calls_of
 
 import tattn
-from tattn.backends import backend_of
 from tattn.planning import limits
+from tattn.planning.settings import using
 from tattn.plans import duration
 
 
@@ -25,14 +26,8 @@ def draw(n: int = 60, dim: int = 4, size: float = 1.0) -> tuple[np.ndarray, list
 @pytest.fixture
 def slow_machine() -> Any:
     """A machine that takes a minute for what others do at once: one operation a second."""
-    backend = backend_of(np.ones(1))
-    key = backend.name, "cpu", "float64"
-    known, short = dict(limits._speeds), limits._SHORT
-    limits._speeds[key], limits._SHORT = 1.0, 0.0
-    yield
-    limits._SHORT = short
-    limits._speeds.clear()
-    limits._speeds.update(known)
+    with using(speed=1.0, short=0.0):
+        yield
 
 
 @pytest.mark.usefixtures("slow_machine")
@@ -58,11 +53,10 @@ def test_what_was_asked_for_is_not_warned_of() -> None:
 
 
 def test_short_calls_are_neither_warned_of_nor_timed() -> None:
-    before = dict(limits._speeds)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), calls_of(limits.speed) as timed:
         warnings.simplefilter("error")
         tattn.tensor_attention(*draw())
-    assert limits._speeds == before
+    assert not timed
 
 
 def test_a_call_may_not_take_more_than_it_is_allowed(library: Library) -> None:

@@ -85,6 +85,7 @@ def test_float32_serves_a_range_of_two() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.grid("jax")
 def test_the_range_holds_every_score(library: Any, seed: int) -> None:
     """Heads, shared keys, masks, huge channels; and the range is not far from the truth."""
     rng = np.random.default_rng(seed)

@@ -21,9 +21,11 @@ import pytest
 from cases import Call, draw
 from numpy.polynomial.polynomial import polyval
 from reference import changed, dense, value_sizes
+from watching import calls_of
 
 import tattn
-from tattn.state import summary as streaming
+from tattn.backends import backend_of
+from tattn.state.sums import sum_rows
 
 PLANS = {m: tattn.plan_for(n=9, dim=3, order=m + 1, bound=1.0, degree=4, dtype="float64") for m in (1, 2, 3)}
 SINGLE = tattn.plan_for(n=9, dim=3, bound=1.0, degree=4)
@@ -481,9 +483,7 @@ def test_a_summary_is_a_leaf_for_gradients(library: Any) -> None:
         np.testing.assert_allclose(change / 2, (library.numpy(gradient) * direction).sum(), rtol=1e-6, atol=1e-14)
 
 
-def test_many_problems_are_taken_in_parts(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tattn.state import sums as summaries
-
+def test_many_problems_are_taken_in_parts(library: Any) -> None:
     query, keys, values, grad = heads(library)
 
     def everything() -> list[np.ndarray]:
@@ -494,14 +494,17 @@ def test_many_problems_are_taken_in_parts(library: Any, monkeypatch: pytest.Monk
         return [library.numpy(a) for a in (*summary.sums, out, dquery, *dsums, *dkeys, *dvalues)]
 
     together = everything()
-    monkeypatch.setattr(summaries, "_limit", lambda *_: 1)
-    for a, b in zip(everything(), together, strict=True):
+    # Of which no two problems have room.
+    with backend_of(query).for_arrays([query]).using(workspace=1):
+        apart = everything()
+    for a, b in zip(apart, together, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
 
 
 # Long streams.
 
 
+@pytest.mark.thorough("jax")
 def test_ten_thousand_chunks_do_not_drift(library: Any) -> None:
     """float32, a chunk at a time, against float64 at once; plain float32 sums are off by a hundred times as much."""
     rng = np.random.default_rng(9)
@@ -550,7 +553,6 @@ def test_a_file_passes_in_blocks(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
-    monkeypatch.setattr(streaming, "_PIECE", 4)
     call = draw(2)
     summary = tattn.summarize(call.keys, call.values, PLANS[2], progress=True)
     assert "13.0/13.0" in capsys.readouterr().err
@@ -752,15 +754,14 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("error", "match", "changes"), [pytest.param(*r[1:], id=r[0]) for r in ROWS])
-def test_rows_that_do_not_fit(
-    error: type, match: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_do_not_fit(error: type, match: str, changes: dict[str, Any]) -> None:
     rows = {"keys": KEYS, "values": VALUES, **changes}
     summary = tattn.summarize(KEYS, VALUES, PLANS[2])
-    monkeypatch.setattr(streaming.summaries, "sum_rows", lambda *_: pytest.fail("computed"))
-    refuse(error, match, tattn.summarize, plan=PLANS[2], **rows)
-    refuse(error, match, tattn.summarize_vjp, plan=PLANS[2], **rows)
-    refuse(error, match, summary.update, **rows)
+    with calls_of(sum_rows) as calls:
+        refuse(error, match, tattn.summarize, plan=PLANS[2], **rows)
+        refuse(error, match, tattn.summarize_vjp, plan=PLANS[2], **rows)
+        refuse(error, match, summary.update, **rows)
+    assert not calls
 
 
 @pytest.mark.libraries("torch")

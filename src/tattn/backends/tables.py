@@ -16,9 +16,10 @@ _TABLE_BYTES = 256 << 20
 
 
 class Tables:
-    """Tables on devices, the last that were made: `REMEMBERED` of them and `_TABLE_BYTES`, or one that is larger."""
+    """Tables on devices, the last that were made: so many of them, of so many bytes together, or one that is larger."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = REMEMBERED, most_bytes: int = _TABLE_BYTES) -> None:
+        self._most, self._most_bytes = most, most_bytes
         self._lock = Lock()
         self._held: dict[Any, tuple[Any, int]] = {}
         self._pinned: dict[Any, list[Any]] = {}
@@ -37,11 +38,17 @@ class Tables:
             replaced = self._held.pop(key, None)
             self._held[key] = table, size
             self._bytes += size - (replaced[1] if replaced else 0)
-            while len(self._held) > 1 and (len(self._held) > REMEMBERED or self._bytes > _TABLE_BYTES):
+            while len(self._held) > 1 and (len(self._held) > self._most or self._bytes > self._most_bytes):
                 oldest, freed = self._held.pop(next(iter(self._held)))
                 self._bytes -= freed
                 dropped.append(oldest)
         return dropped if replaced is None else [*dropped, replaced[0]]
+
+    def clear(self) -> None:
+        """Let go of all that are not pinned."""
+        with self._lock:
+            self._held.clear()
+            self._bytes = 0
 
     def pin(self, key: Any, table: Any) -> None:
         """Never give the memory of this table back: a captured graph does not say when it is gone."""
@@ -51,10 +58,10 @@ class Tables:
                 pinned.append(table)
 
 
-def memoized(function: F) -> F:
+def memoized(function: F, most: int = REMEMBERED) -> F:
     """Compute once for each tuple of hashable arguments; compilers that trace Python take the result as it is.
 
-    The last `REMEMBERED` results are kept: bases that are pruned for the data at hand are many.
+    At `most` the last so many results are kept: bases that are pruned for the data at hand are many.
     """
     results: dict[Any, Any] = {}
 
@@ -63,7 +70,7 @@ def memoized(function: F) -> F:
         found = results.get(args, results)
         if found is results:
             found = function(*args)
-            if len(results) >= REMEMBERED:
+            if len(results) >= most:
                 # Another thread may do the same: one result more or less does not matter.
                 with suppress(KeyError, RuntimeError, StopIteration):
                     results.pop(next(iter(results)))

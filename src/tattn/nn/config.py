@@ -23,7 +23,7 @@ from ..checks import (
 from ..operands import COMPLEX, REAL
 from ..planning import plan_for
 from ..planning.banded import bands_fit
-from ..planning.selection import MAX_RANK
+from ..planning.settings import MAX_RANK
 from ..plans import Plan
 
 # Degree of a layer that is given neither a degree nor a tolerance, and the most channels of query and keys in a head unless asked

@@ -12,6 +12,7 @@ from ..methods import Banded
 from ..plans import Plan
 from ..problem import Problem, ScoreRange
 from .selection import Wish, check_rank, plan_with
+from .settings import settings
 
 # The largest rank that is tried in bands before it is known whether that will do.
 _BANDED_RANK = 1 << 13
@@ -24,11 +25,11 @@ _MAX_BANDED_ORDER = 32
 def banded_candidates(problem: Problem) -> list[Plan]:
     """Banded plans to try, the cheapest first."""
     shortest = min(problem.lengths)
-    bands = 8 if shortest < 1 << 14 else 12
+    bands = settings().bands or (8 if shortest < 1 << 14 else 12)
     if problem.order.causal or shortest < 2 * bands or not bands_fit(bands, problem.views + 1):
         return []
-    tried = [(2, 2), (3, 2), (4, 2), (4, 4), (5, 4)]
-    return [banded_plan(problem, Banded(g, bands, t)) for g, t in tried if rank_of(problem.dim, g) <= _BANDED_RANK]
+    tried = [(g, t) for g, t in settings().banded if rank_of(problem.dim, g) <= _BANDED_RANK]
+    return [banded_plan(problem, Banded(g, bands, t)) for g, t in tried]
 
 
 def is_banded(series: Any, bands: Any, moment: Any) -> bool:

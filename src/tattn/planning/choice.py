@@ -22,12 +22,7 @@ from .banded import banded_candidates
 from .limits import check_cost, flops_of
 from .sampling import sampled_errors
 from .selection import Wish, why_overflows
-
-# Rows that "auto" recomputes exactly before it takes the exact method for all.
-MOST_RECOMPUTED = 0.05
-# Overhead of the banded method in equivalent operations, on one thread: 0.3 µs a row to sort, gather and certify it, and 30 ms a
-# call with its trial on samples.
-_BANDS_ROW, _BANDS_CALL = 1e4, 1e9
+from .settings import settings
 
 
 class Work(NamedTuple):
@@ -82,7 +77,7 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
     # A polynomial that was certified beforehand may cost less than the rows that would have to be recomputed.
     recomputed = most / inputs.lengths[0]
     cheaper = plan is None or _banded_work(candidate, inputs) + recomputed * plan.flops_exact < flops_of(plan)
-    if method == "auto" and recomputed <= MOST_RECOMPUTED and cheaper:
+    if method == "auto" and recomputed <= settings().most_recomputed and cheaper:
         reason = f"{name} meets tol={tol:g} on all but {share:.2%} of the rows, which are recomputed exactly"
         work = work._replace(plan=replace(candidate, reason=reason), result=found)
         check_cost(inputs, work.plan, wish, recomputed * candidate.flops_exact)
@@ -99,7 +94,8 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
 
 def _banded_work(candidate: Plan, inputs: Inputs) -> float:
     """Operations of a banded plan, with those that would take as long as what it does besides."""
-    return candidate.flops_polynomial + _BANDS_CALL + _BANDS_ROW * sum(inputs.lengths) * prod(inputs.leading)
+    overhead = settings().bands_call + settings().bands_row * sum(inputs.lengths) * prod(inputs.leading)
+    return candidate.flops_polynomial + overhead
 
 
 def _banded_candidate(inputs: Inputs, scale: float, wish: Wish, instead_of: Plan | None) -> Plan | None:
@@ -119,7 +115,7 @@ def _banded_candidate(inputs: Inputs, scale: float, wish: Wish, instead_of: Plan
         if instead_of is None:
             # What is refused otherwise is tried at any cost, the tightest first.
             cost = over
-        elif over > MOST_RECOMPUTED:
+        elif over > settings().most_recomputed:
             continue
         if cost < least:
             best, least = candidate, cost

@@ -10,11 +10,8 @@ from ..backends import Array, Backend
 from ..checks import Inputs, PlanError, positive, warn_caller
 from ..plans import Plan, duration, si
 from .selection import Wish
+from .settings import settings
 
-# Seconds that nobody waits for without being told.
-_LONG = 30.0
-# Fewer operations than this take no such time anywhere, so that no speed has to be known.
-_SHORT = 1e11
 # Seconds that a clock tells well, and the scores that are timed: few enough for a processor's cache, more where that takes no time.
 _MEASURED, _ROWS, _KEYS, _CHANNELS, _TRIALS = 2e-4, 64, 1024, 8, 5
 _MOST_ROWS = 1 << 18
@@ -54,10 +51,10 @@ def check_flops(plan: Plan, max_flops: float | None, flops: float | None = None)
 
 def _warn_of_time(inputs: Inputs, plan: Plan, flops: float) -> None:
     """Warn if a call whose method was chosen takes longer on this machine than anybody expects."""
-    if flops < _SHORT or inputs.traced:
+    if flops < settings().short or inputs.traced:
         return
     seconds = flops / speed(inputs.backend, inputs.arrays[0])
-    if seconds > _LONG:
+    if seconds > settings().long:
         warn_caller(
             f"this takes about {duration(seconds)} here, {si(flops)}flop by the {plan.method} method, and about three times as "
             f"long with the gradient: {plan.reason}. What helps: {_ways_out(plan)}. max_flops=... refuses such calls"
@@ -77,6 +74,9 @@ def _ways_out(plan: Plan) -> str:
 def speed(backend: Backend, like: Array | None) -> float:
     """Operations a second of exact attention where the array `like` is; measured once, which takes some milliseconds."""
     assert like is not None
+    known = settings().speed
+    if known is not None:
+        return known * backend.threads()
     dtype = backend.compute_dtype(like.dtype)
     key = backend.name, str(backend.device(like)), backend.dtype_name(dtype)
     if key not in _speeds:

@@ -20,10 +20,10 @@ from ..methods import METHODS, Exact, Method, Polynomial
 from ..methods.polynomial import cost_of
 from ..plans import Plan, si
 from ..problem import Cost, Guarantee, Problem, ScoreRange
+from .settings import settings
 
 # What `method=` may be: the cheapest method that meets `tol`, or one by name.
 NAMES = ("auto", *METHODS)
-MAX_RANK = 1 << 18
 # Exponents of all monomials in all channels, which are a table.
 _MAX_EXPONENTS = 1 << 28
 # Operations that take longer than to look for a pruned basis.
@@ -213,7 +213,7 @@ def _why_not(problem: Problem, bound: float, tol: float, needed: int | None) -> 
 
 def largest_rank(dim: int) -> int:
     """The largest rank that a plan accepts for so many channels."""
-    return min(MAX_RANK, _MAX_EXPONENTS // dim)
+    return min(settings().max_rank, _MAX_EXPONENTS // dim)
 
 
 def affordable_degrees(dim: int, most: int) -> list[int]:
@@ -244,4 +244,6 @@ def check_rank(problem: Problem, degree: int) -> None:
 def beyond(dim: int) -> str:
     """What a rank is beyond, in words."""
     largest = largest_rank(dim)
-    return f"beyond the largest rank of {largest:,}" + (f" for {dim:,} channels" if largest < MAX_RANK else "")
+    return f"beyond the largest rank of {largest:,}" + (
+        f" for {dim:,} channels" if largest < settings().max_rank else ""
+    )

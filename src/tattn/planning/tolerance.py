@@ -13,7 +13,8 @@ from ..plans import si
 from ..weights import with_weights
 from . import measured, plan_found
 from .limits import checked_most
-from .selection import MAX_RANK, MOST_DEGREE, Wish, affordable_degrees
+from .selection import MOST_DEGREE, Wish, affordable_degrees
+from .settings import MAX_RANK
 
 
 def best_tol(
