@@ -148,16 +148,19 @@ def core_cases() -> dict[str, Case]:
             causal=False, channels="complex",
         ),
         "summarize": case(
-            tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK], progress=None
+            tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None], progress=None
         ),
-        "summarize_vjp": case(tattn.summarize_vjp, keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK]),
+        "summarize_vjp": case(tattn.summarize_vjp, keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None]),
         "summarize_vjp, pullback": case(to_rows, dsums=list(SUMMARY.sums)),
         "Summary": case(attended, plan=PLAN, sums=SUMMARY.sums, rests=SUMMARY.rests),
         "Summary.counts": case(
             lambda **given: tattn.Summary(**given).counts, plan=PLAN, sums=SUMMARY.sums, rests=SUMMARY.rests
         ),
         "Summary.update": case(
-            SUMMARY.update, ("progress", "class"), keys=[A, B], values=[U, V], key_masks=[MASK, MASK], progress=None
+            SUMMARY.update, ("progress", "class"), keys=[A, B], values=[U, V], key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None], progress=None
         ),
         "Summary.attend": case(SUMMARY.attend, ("query", "no rows"), query=Q, return_lse=False),
         "Summary.attend_vjp": case(SUMMARY.attend_vjp, ("query", "no rows"), query=Q, return_lse=False),
@@ -167,7 +170,8 @@ def core_cases() -> dict[str, Case]:
         ),
         "warm_up": case(tattn.warm_up, ("dtypes", "no list"), ("dtypes", "one fewer"), ("dtypes", "one more"), dtypes=("float32",)),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),
-        "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]], return_lse=False),
+        "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]],
+            key_weights=[WEIGHTS[:1], None], return_lse=False),
     }  # fmt: skip
 
 
