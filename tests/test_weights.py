@@ -504,3 +504,65 @@ def test_summaries_refuse_by_name(error: type, message: str, weights: Any) -> No
     plan = tattn.plan_for(n=4, dim=4, bound=1.0, dtype="float64", method="polynomial")
     message = message.replace("2 keys", "2 views of the plan")
     refuse(tattn.summarize, error, message, [rows, rows], [rows, rows], plan, key_weights=weights)
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"bound": None, "degree": 2}], ids=str)
+def test_layers(options: dict[str, Any]) -> None:
+    """A row of weight 2 is a row twice; weights of 1 change nothing; and they have gradients, compiled as well."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer = tattn.nn.TensorAttention(8, 2, dtype=torch.float64, **options)
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    ones = torch.ones(2, 12, dtype=torch.float64)
+    assert torch.equal(layer(x, key_weights=ones), layer(x))
+    twice = torch.cat([x, x[:, :3]], dim=1)
+    weights = torch.where(torch.arange(12) < 3, 2.0, ones).requires_grad_()
+    out, expected = layer(x, (x, x), key_weights=[weights, None]), layer(x, (twice, x))
+    torch.testing.assert_close(out, expected, **({"atol": 1e-2, "rtol": 0} if "degree" in options else {}))
+    (slope,) = torch.autograd.grad(out.sum(), weights)
+    assert slope.abs().min() > 0
+    whole = compiled(lambda w: layer(x, (x, x), key_weights=[w, None]))
+    torch.testing.assert_close(torch.autograd.grad(whole(weights).sum(), weights)[0], slope)
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"method": "exact", "window": (3, 4)}], ids=str)
+def test_serving(options: dict[str, Any]) -> None:
+    """Row by row as all at once, weights from the start or from some row on; and from what was saved."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer = tattn.nn.TensorAttention(8, 2, dtype=torch.float64, causal=True, **options)
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :2] = False
+    late = torch.tensor([1.0, 1, 1, 1, 0.5, 2, 3], dtype=torch.float64)
+    for weights in (torch.rand(2, 7, dtype=torch.float64), late.expand(2, 7)):
+        expected = layer(x, key_masks=mask, key_weights=weights)
+        first = {} if weights.stride(0) == 0 else {"key_weights": weights[:, :4]}
+        out, state = layer.prefill(x[:, :4], key_masks=mask[:, :4], **first)
+        rows = [out]
+        for i in range(4, 7):
+            state = layer.restored(state.state_dict())
+            out, state = layer.step(x[:, i : i + 1], state, key_weights=weights[:, i : i + 1])
+            rows.append(out)
+        torch.testing.assert_close(torch.cat(rows, dim=1), expected)
+
+
+@pytest.mark.libraries("jax")
+def test_layers_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    from tattn.nn.jax import apply, init
+
+    config = tattn.nn.AttentionConfig(8, 2)
+    params = init(jax.random.key(0), config)
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+    weights = jax.numpy.asarray([2.0, 1, 1, 1, 0])
+
+    def of(weights: Any) -> Any:
+        return apply(params, x, (x, x), config=config, key_weights=[weights, None])
+
+    twice = jax.numpy.concatenate([x[:4], x[:1]])
+    np.testing.assert_allclose(of(weights), apply(params, x, (twice, x), config=config), atol=1e-5)
+    slope = jax.jit(jax.grad(lambda w: of(w).sum()))(weights)
+    assert (np.asarray(slope) != 0).tolist() == [True] * 4 + [False]
