@@ -148,16 +148,19 @@ def core_cases() -> dict[str, Case]:
             causal=False, channels="complex",
         ),
         "summarize": case(
-            tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK], progress=None
+            tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None], progress=None
         ),
-        "summarize_vjp": case(tattn.summarize_vjp, keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK]),
+        "summarize_vjp": case(tattn.summarize_vjp, keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None]),
         "summarize_vjp, pullback": case(to_rows, dsums=list(SUMMARY.sums)),
         "Summary": case(attended, plan=PLAN, sums=SUMMARY.sums, rests=SUMMARY.rests),
         "Summary.counts": case(
             lambda **given: tattn.Summary(**given).counts, plan=PLAN, sums=SUMMARY.sums, rests=SUMMARY.rests
         ),
         "Summary.update": case(
-            SUMMARY.update, ("progress", "class"), keys=[A, B], values=[U, V], key_masks=[MASK, MASK], progress=None
+            SUMMARY.update, ("progress", "class"), keys=[A, B], values=[U, V], key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None], progress=None
         ),
         "Summary.attend": case(SUMMARY.attend, ("query", "no rows"), query=Q, return_lse=False),
         "Summary.attend_vjp": case(SUMMARY.attend_vjp, ("query", "no rows"), query=Q, return_lse=False),
@@ -167,7 +170,8 @@ def core_cases() -> dict[str, Case]:
         ),
         "warm_up": case(tattn.warm_up, ("dtypes", "no list"), ("dtypes", "one fewer"), ("dtypes", "one more"), dtypes=("float32",)),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),
-        "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]], return_lse=False),
+        "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]],
+            key_weights=[WEIGHTS[:1], None], return_lse=False),
     }  # fmt: skip
 
 
@@ -288,8 +292,9 @@ def test_layers() -> None:
     layer = tattn.nn.TensorAttention(8, 2)
     check(case(layer.plan_for, n=100))
     x, mask = torch.ones(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
-    check(case(layer.forward, x=x, contexts=[x, x], key_masks=[mask, mask], return_error=False))
-    check(case(layer.forward, x=x, contexts=None, key_masks=mask, return_error=False))
+    of_rows = {"key_masks": [mask, mask], "key_weights": [mask.float(), None]}
+    check(case(layer.forward, x=x, contexts=[x, x], **of_rows, return_error=False))
+    check(case(layer.forward, x=x, contexts=None, key_masks=mask, key_weights=mask.float(), return_error=False))
 
 
 @pytest.mark.libraries("jax")
@@ -302,7 +307,18 @@ def test_layers_of_jax() -> None:
     check(case(init, ("dtype", "class"), key=key, config=config, dtype=None))
     assert init(jax.random.PRNGKey(0), config).keys() == init(key, config).keys()
     params = init(key, config)
-    check(case(apply, params=params, x=x, contexts=[x, x], config=config, key_masks=None, return_error=False))
+    check(
+        case(
+            apply,
+            params=params,
+            x=x,
+            contexts=[x, x],
+            config=config,
+            key_masks=None,
+            key_weights=None,
+            return_error=False,
+        )
+    )
     for weight, error in (
         (params["q_proj.weight"].astype("int32"), r"should have a dtype of .*, got int32"),
         (params["q_proj.weight"] > 0, r"should have a dtype of .*, got bool"),

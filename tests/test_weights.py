@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import COMPLEX, LENGTHS, METHODS, Call, draw, methods, refuse
-from reference import Dense, dense, value_sizes
+from reference import Dense, dense, through_features, value_sizes
 
 import tattn
 
@@ -339,7 +339,7 @@ WRONG: list[tuple[str, type, str, Any]] = [
     ("whole", TypeError, r"key_weights\[0\] should have a dtype of .*, got int64", np.ones(4, np.int64)),
     ("boolean", TypeError, r"key_weights\[0\] should have a dtype of .*, got bool", np.ones(4, bool)),
     ("complex", TypeError, r"key_weights\[0\] should have a dtype of .*, got complex128", np.ones(4, complex)),
-    ("narrow", TypeError, r"key_weights\[0\] should have the query's dtype float64, got float32", np.ones(4, np.float32)),
+    ("narrow", TypeError, r"key_weights\[0\] should have keys\[0\]'s dtype float64, got float32", np.ones(4, np.float32)),
     ("short", ValueError, r"key_weights\[0\] should have shape \(..., 4\), .* got shape \(3,\)", np.ones(3)),
     ("stacked", ValueError, r"key_weights should be a list or tuple of weights, or one array", np.ones((2, 4))),
     ("too few", ValueError, r"key_weights should have one entry for each of the 2 keys, got 1", [np.ones(4)]),
@@ -448,3 +448,121 @@ def test_an_empty_batch() -> None:
     rows = np.zeros((0, 5, 3))
     for weights, order in product((np.ones((0, 5)), [np.ones(5), None]), ({}, {"causal": True})):
         assert tattn.tensor_attention(rows, [rows] * 2, [rows] * 2, key_weights=weights, **order).shape == (0, 5, 3)
+
+
+def test_summaries_and_decoding(library: Any) -> None:
+    """In pieces and one token at a time, as in one call; with the gradients of summaries."""
+    rng = np.random.default_rng(0)
+    query, a, b, u, v, g = rng.uniform(-1, 1, (6, 9, 3))
+    weights = drawn_weights(2)
+    weights = [np.concatenate([w, [0.5] * (9 - len(w))]) for w in weights]
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=5, dtype="float64", method="polynomial")
+    expected, pullback = tattn.tensor_attention_vjp(
+        query, [a, b], [u, v], key_weights=weights, plan=through_features(plan), return_lse=True
+    )
+    truth = pullback(g)
+    q, ks, vs, ws, grad = library.arrays(query, [a, b], [u, v], weights, g)
+    read = library.numpy
+    first = tattn.summarize([k[:4, ...] for k in ks], [x[:4, ...] for x in vs], plan, key_weights=[w[:4] for w in ws])
+    both = first.update([k[4:, ...] for k in ks], [x[4:, ...] for x in vs], key_weights=[w[4:] for w in ws])
+    for got, want in zip(both.attend(q, return_lse=True), expected, strict=True):
+        np.testing.assert_allclose(read(got), want, rtol=1e-12)
+    np.testing.assert_allclose([float(x) for x in both.counts], [w.sum() for w in weights])
+    whole, to_rows = tattn.summarize_vjp(ks, vs, plan, key_weights=ws)
+    _, to_summary = whole.attend_vjp(q)
+    for got, want in zip(to_rows(to_summary(grad)[1]), truth[1:], strict=True):
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(read(x), y, rtol=1e-11, atol=1e-13)
+    causal = tattn.plan_for(n=9, dim=3, bound=1.0, degree=5, dtype="float64", method="polynomial", causal=True)
+    rows = tattn.tensor_attention(query, [a, b], [u, v], key_weights=weights, plan=causal, causal=True)
+    state = tattn.DecodingState(causal)
+    for i in range(3):
+        token = slice(i, i + 1)
+        given = q[token, ...], [k[token, ...] for k in ks], [x[token, ...] for x in vs]
+        out, state = state.step(*given, key_weights=[w[token] for w in ws])
+        np.testing.assert_allclose(read(out), rows[token], rtol=1e-12)
+
+
+@pytest.mark.libraries("torch")
+def test_torch_differentiates_summaries() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    plan = tattn.plan_for(n=5, dim=3, bound=1.0, degree=3, dtype="float64", method="polynomial")
+    query, a, u = (torch.tensor(x) for x in rng.uniform(-1, 1, (3, 5, 3)))
+    mask = torch.tensor([True, False, True, True, True])
+
+    def of(w: Any) -> Any:
+        return tattn.summarize([a, a], [u, u], plan, key_masks=[mask, None], key_weights=[w, None]).attend(query)
+
+    weights = torch.tensor(rng.uniform(0.5, 2, 5), requires_grad=True)
+    assert torch.autograd.gradcheck(of, (weights,))
+
+
+@pytest.mark.parametrize(("error", "message", "weights"), [w[1:] for w in WRONG[3:]], ids=[w[0] for w in WRONG[3:]])
+def test_summaries_refuse_by_name(error: type, message: str, weights: Any) -> None:
+    rows = np.zeros((4, 4))
+    plan = tattn.plan_for(n=4, dim=4, bound=1.0, dtype="float64", method="polynomial")
+    message = message.replace("2 keys", "2 views of the plan")
+    refuse(tattn.summarize, error, message, [rows, rows], [rows, rows], plan, key_weights=weights)
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"bound": None, "degree": 2}], ids=str)
+def test_layers(options: dict[str, Any]) -> None:
+    """A row of weight 2 is a row twice; weights of 1 change nothing; and they have gradients, compiled as well."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer = tattn.nn.TensorAttention(8, 2, dtype=torch.float64, **options)
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    ones = torch.ones(2, 12, dtype=torch.float64)
+    assert torch.equal(layer(x, key_weights=ones), layer(x))
+    twice = torch.cat([x, x[:, :3]], dim=1)
+    weights = torch.where(torch.arange(12) < 3, 2.0, ones).requires_grad_()
+    out, expected = layer(x, (x, x), key_weights=[weights, None]), layer(x, (twice, x))
+    torch.testing.assert_close(out, expected, **({"atol": 1e-2, "rtol": 0} if "degree" in options else {}))
+    (slope,) = torch.autograd.grad(out.sum(), weights)
+    assert slope.abs().min() > 0
+    whole = compiled(lambda w: layer(x, (x, x), key_weights=[w, None]))
+    torch.testing.assert_close(torch.autograd.grad(whole(weights).sum(), weights)[0], slope)
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"method": "exact", "window": (3, 4)}], ids=str)
+def test_serving(options: dict[str, Any]) -> None:
+    """Row by row as all at once, weights from the start or from some row on; and from what was saved."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer = tattn.nn.TensorAttention(8, 2, dtype=torch.float64, causal=True, **options)
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :2] = False
+    late = torch.tensor([1.0, 1, 1, 1, 0.5, 2, 3], dtype=torch.float64)
+    for weights in (torch.rand(2, 7, dtype=torch.float64), late.expand(2, 7)):
+        expected = layer(x, key_masks=mask, key_weights=weights)
+        first = {} if weights.stride(0) == 0 else {"key_weights": weights[:, :4]}
+        out, state = layer.prefill(x[:, :4], key_masks=mask[:, :4], **first)
+        rows = [out]
+        for i in range(4, 7):
+            state = layer.restored(state.state_dict())
+            out, state = layer.step(x[:, i : i + 1], state, key_weights=weights[:, i : i + 1])
+            rows.append(out)
+        torch.testing.assert_close(torch.cat(rows, dim=1), expected)
+
+
+@pytest.mark.libraries("jax")
+def test_layers_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    from tattn.nn.jax import apply, init
+
+    config = tattn.nn.AttentionConfig(8, 2)
+    params = init(jax.random.key(0), config)
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+    weights = jax.numpy.asarray([2.0, 1, 1, 1, 0])
+
+    def of(weights: Any) -> Any:
+        return apply(params, x, (x, x), config=config, key_weights=[weights, None])
+
+    twice = jax.numpy.concatenate([x[:4], x[:1]])
+    np.testing.assert_allclose(of(weights), apply(params, x, (twice, x), config=config), atol=1e-5)
+    slope = jax.jit(jax.grad(lambda w: of(w).sum()))(weights)
+    assert (np.asarray(slope) != 0).tolist() == [True] * 4 + [False]

@@ -52,7 +52,7 @@ def with_weights(inputs: Inputs, key_weights: Any, reading: bool = True) -> tupl
     """
     backend, m = inputs.backend, inputs.views
     query, keys, masks = inputs.arrays[0], inputs.arrays[1 : m + 1], inputs.arrays[2 * m + 1 :]
-    columns = checked_weights(key_weights, keys, query, backend, "keys")
+    columns = _checked_weights(key_weights, keys, backend)
     named = [("the arrays before", inputs.leading)]
     named += [(f"key_weights[{i}]", tuple(w.shape[:-2])) for i, w in enumerate(columns) if w is not None]
     leading = checked_broadcast(named)
@@ -65,20 +65,29 @@ def with_weights(inputs: Inputs, key_weights: Any, reading: bool = True) -> tupl
     return inputs._replace(arrays=arrays, leading=leading, traced=traced), Weights(key_weights, columns, divided[m:])
 
 
-def checked_weights(
-    key_weights: Any, keys: Sequence[Array | None], like: Array, backend: Backend, of: str
-) -> tuple[Array | None, ...]:
-    """The weights of each view, (..., n_μ, 1) or None, of the library, dtype and device of `like`."""
+def _checked_weights(key_weights: Any, keys: Sequence[Array], backend: Backend) -> tuple[Array | None, ...]:
+    """The weights of each view, (..., n_μ, 1) or None."""
     columns: list[Array | None] = []
-    for i, (k, w) in enumerate(zip(keys, checked_of_rows("key_weights", key_weights, keys, of), strict=True)):
-        if w is None or k is None:
+    for i, (k, w) in enumerate(zip(keys, checked_of_rows("key_weights", key_weights, keys, "keys"), strict=True)):
+        if w is None:
             columns.append(None)
             continue
-        check_library(f"key_weights[{i}]", w, backend)
-        check_floating(f"key_weights[{i}]", w, like, backend)
-        check_row_entries(f"key_weights[{i}]", w, f"keys[{i}]", k)
+        check_weights(f"key_weights[{i}]", w, f"keys[{i}]", k, backend)
         columns.append(w[..., None])
     return tuple(columns)
+
+
+def check_weights(name: str, weights: Any, key_name: str, key: Array, backend: Backend) -> None:
+    """TypeError or ValueError unless the weights (..., n) are of the library, dtype and device of the key (..., n, d)."""
+    check_library(name, weights, backend, key_name)
+    check_floating(name, weights, key, backend, key_name)
+    check_row_entries(name, weights, key_name, key)
+
+
+def weights_of_view(_: None, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array]:
+    """`joined` of keys, mask and weights."""
+    keys, mask, weights = arrays
+    return (joined(weights, mask, keys, backend),)
 
 
 def joined(weights: Array | None, mask: Array | None, keys: Array, backend: Backend) -> Array:
@@ -133,6 +142,12 @@ def _gradients(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Arra
     count = len(arrays) // 3
     found = []
     for g, power, column in zip(*(arrays[i * count : (i + 1) * count] for i in range(3)), strict=True):
-        g = sum_to_leading(times_power(g, -power, backend), tuple(column.shape[:-2]), backend)
-        found.append(backend.cast(g, column.dtype)[..., 0])
+        found.append(as_given(times_power(g, -power, backend), column, backend))
     return tuple(found)
+
+
+def as_given(gradient: Array, column: Array, backend: Backend) -> Array:
+    """A gradient of weights (..., n, 1) in the shape (..., n) and dtype of those that came as this column."""
+    gradient = sum_to_leading(gradient, tuple(column.shape[:-2]), backend)
+    found: Array = backend.cast(gradient, column.dtype)[..., 0]
+    return found

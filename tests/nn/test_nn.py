@@ -20,7 +20,7 @@ import tattn
 from tattn.backends import backend_of
 from tattn.nn import AttentionConfig
 from tattn.nn.config import plan_of_call, plans_of
-from tattn.nn.heads import Learned, attend, unit_rows
+from tattn.nn.heads import Counted, Learned, attend, unit_rows
 
 EMBED, HEADS = 6, 2
 SMALL = {"head_dim": 3, "bound": 1.0, "tol": 1e-2}
@@ -605,7 +605,7 @@ def test_no_score_of_turned_rows_exceeds_the_bound(
     same_rows = rng.normal(size=(5, 6)) * rng.choice([1, 1e-3, 0], (5, 6))
     rows = [layered.array((same_rows * 10.0**e).astype(np.float32)) for e in exponents]
     views = [rows[1 + i % 3] for i in range(order - 1)]
-    attend(config, attention, (rows[0], views, views, None), Learned(before=10**6), lambda a: a, False)
+    attend(config, attention, (rows[0], views, views, Counted()), Learned(before=10**6), lambda a: a, False)
     moduli = [np.abs(as_complex(layered.numpy(r).astype(np.float64)))[0, 0] for r in seen]
     assert (config.scale * np.prod(moduli, axis=0).sum(-1) <= config.promise).all()
     # Rows that are alike in all views reach the bound, so that a norm that is too large shows, too.

@@ -11,12 +11,14 @@ from ..checks import (
     check_device,
     check_library,
     check_mask,
+    check_row_entries,
     check_shape,
     checked_array,
     checked_leading,
     checked_sequence,
 )
 from .config import AttentionConfig
+from .heads import Counted
 
 # What people bring from `torch.nn.MultiheadAttention`, and what to write instead.
 BROUGHT_TO_LAYERS = {
@@ -53,25 +55,25 @@ def refuse_brought(call: str, further: Sequence[Any], named: Mapping[str, Any], 
 
 
 def checked_layer_call(
-    given: tuple[Any, Any, Any],
+    given: tuple[Any, Any, Any, Any],
     config: AttentionConfig,
     like: Array,
     backend: Backend,
     dtypes: Sequence[str] = FLOATS,
-) -> tuple[tuple[Array, ...], tuple[Array | None, ...] | None]:
-    """Contexts and masks of a layer's call on (x, contexts, key_masks), one for each view.
+) -> tuple[tuple[Array, ...], Counted]:
+    """Contexts of a layer's call on (x, contexts, key_masks, key_weights), and masks and weights, one for each view.
 
     Library and device are those of the weights, `like`; `dtypes` are those that go with them.
     """
-    x, contexts, key_masks = given
+    x, contexts, *of_rows = given
     embed_dim, context_dims = config.embed_dim, config.context_dims
     views = len(context_dims)
     named = [("x", x, embed_dim)]
     if contexts is not None:
-        given = checked_sequence("contexts", contexts)
-        if len(given) != views:
-            raise ValueError(f"contexts should be {views}, one for each view, got {len(given)}")
-        named += [(f"contexts[{i}]", c, width) for i, (c, width) in enumerate(zip(given, context_dims, strict=True))]
+        several = checked_sequence("contexts", contexts)
+        if len(several) != views:
+            raise ValueError(f"contexts should be {views}, one for each view, got {len(several)}")
+        named += [(f"contexts[{i}]", c, width) for i, (c, width) in enumerate(zip(several, context_dims, strict=True))]
     elif set(context_dims) != {embed_dim}:
         raise ValueError(f"contexts should be given, with {', '.join(map(str, context_dims))} channels, got None")
     for name, a, width in named:
@@ -89,21 +91,35 @@ def checked_layer_call(
             raise ValueError(f"{name} should have {width} channels, got shape {tuple(a.shape)}")
     attended = (x,) * views if contexts is None else tuple(contexts)
     leading = [(name, a) for name, a, _ in named]
-    masks: tuple[Any, ...] | None = None
-    if key_masks is not None:
-        alone = not isinstance(key_masks, (list, tuple)) and backend_of(key_masks) is not None
+    found: list[tuple[Any, ...] | None] = []
+    for what, check, rows in zip(("key_masks", "key_weights"), (check_mask, _check_weights), of_rows, strict=True):
+        if rows is None:
+            found.append(None)
+            continue
+        alone = not isinstance(rows, (list, tuple)) and backend_of(rows) is not None
         if alone and contexts is not None:
-            raise TypeError("key_masks should be a list or tuple of arrays, one for each context, got a single one")
-        masks = (key_masks,) * views if alone else checked_sequence("key_masks", key_masks)
-        if len(masks) != views:
-            raise ValueError(f"key_masks should have one entry for each of the {views} views, got {len(masks)}")
-        for i, (mask, a) in enumerate(zip(masks, attended, strict=True)):
-            if mask is not None:
-                name = "key_masks" if alone else f"key_masks[{i}]"
-                check_mask(name, mask, "x" if contexts is None else f"contexts[{i}]", a, like, backend)
-                leading.append((name, mask[..., None]))
+            raise TypeError(f"{what} should be a list or tuple of arrays, one for each context, got a single one")
+        each = (rows,) * views if alone else checked_sequence(what, rows)
+        if len(each) != views:
+            raise ValueError(f"{what} should have one entry for each of the {views} views, got {len(each)}")
+        for i, (array, a) in enumerate(zip(each, attended, strict=True)):
+            if array is not None:
+                name = what if alone else f"{what}[{i}]"
+                check(name, array, "x" if contexts is None else f"contexts[{i}]", a, like, backend)
+                leading.append((name, array[..., None]))
+        found.append(each)
     checked_leading(leading)
-    return attended, masks
+    return attended, Counted(*found)
+
+
+def _check_weights(name: str, weights: Any, of: str, rows: Any, like: Array, backend: Backend) -> None:
+    """`check_mask` for weights, of any floating dtype."""
+    check_library(name, weights, backend, like="the weights of the layer")
+    dtype = backend.dtype_name(weights.dtype)
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} should have a dtype of {', '.join(FLOATS)}, got {dtype}")
+    check_row_entries(name, weights, of, rows)
+    check_device(name, weights, like, backend, like="the layer")
 
 
 def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backend: Backend) -> None:

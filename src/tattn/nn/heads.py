@@ -27,20 +27,35 @@ class Learned(NamedTuple):
     before: int = 0
 
 
+class Counted(NamedTuple):
+    """What counts of the rows of every view: masks and weights (..., n_μ), or None for a view; None for all."""
+
+    masks: Sequence[Array | None] | None = None
+    weights: Sequence[Array | None] | None = None
+
+    def each(self, change: Callable[[Array], Array]) -> Counted:
+        """With every array changed."""
+        return Counted(*(None if of is None else [None if x is None else change(x) for x in of] for of in self))
+
+    def options(self) -> dict[str, Any]:
+        """As `tattn.tensor_attention` takes them."""
+        return {"key_masks": self.masks, "key_weights": self.weights}
+
+
 def attend(
     config: AttentionConfig,
     attention: Callable[..., Any],
-    rows: tuple[Array, Sequence[Array], Sequence[Array], Sequence[Array | None] | None],
+    rows: tuple[Array, Sequence[Array], Sequence[Array], Counted],
     learned: Learned,
     constant: Callable[[Array], Array],
     return_error: bool,
 ) -> tuple[Array, Array | None]:
     """Output (..., n, H · dv) in the query's dtype, and the errors (..., H, n) if asked for.
 
-    ``attention(query, keys, values, masks)`` computes the heads of such `rows`. `constant` takes an array out of
+    ``attention(query, keys, values, counted)`` computes the heads of such `rows`. `constant` takes an array out of
     differentiation.
     """
-    query, keys, values, key_masks = rows
+    query, keys, values, counted = rows
     backend = backend_of(query)
     assert backend is not None
     dtype = query.dtype
@@ -65,8 +80,11 @@ def attend(
     if config.positions:
         q, ks = _turned(q, ks, config, learned, backend)
     vs = [grouped(split(v, key_heads), 1) for v in values]
-    masks = None if key_masks is None else [None if mask is None else mask[..., None, None, :] for mask in key_masks]
-    out, error = attention(q, ks, vs, masks) if return_error else (attention(q, ks, vs, masks), None)
+    counted = counted.each(lambda x: x[..., None, None, :])
+    if counted.weights is not None:
+        wide = [None if w is None else backend.cast(w, q.dtype) for w in counted.weights]
+        counted = counted._replace(weights=wide)
+    out, error = attention(q, ks, vs, counted) if return_error else (attention(q, ks, vs, counted), None)
     out = swap_outer(_joined(out, config, backend), backend)
     out = backend.xp.reshape(out, (*out.shape[:-2], config.num_heads * config.value_dim))
     if error is not None:

@@ -82,6 +82,7 @@ def apply(
     *,
     config: AttentionConfig,
     key_masks: jax.Array | Sequence[jax.Array | None] | None = None,
+    key_weights: jax.Array | Sequence[jax.Array | None] | None = None,
     return_error: bool = False,
 ) -> Any:
     """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts, under every transformation.
@@ -96,6 +97,8 @@ def apply(
     config : AttentionConfig
     key_masks : boolean array (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
         True where to attend. A single mask is for every view, and for self-attention only.
+    key_weights : array (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
+        As in `tattn.tensor_attention`, in any floating dtype; a single one as with masks.
     return_error : bool
         Also return a certified bound of each head's error in each row (..., num_heads, n), measured like
         ``config.tol``.
@@ -112,7 +115,8 @@ def apply(
     _checked_config(config)
     checked_flags(return_error=return_error)
     checked_parameters(params, config.parameter_shapes(), BACKEND)
-    contexts, masks = checked_layer_call((x, contexts, key_masks), config, params["q_proj.weight"], BACKEND)
+    given = x, contexts, key_masks, key_weights
+    contexts, counted = checked_layer_call(given, config, params["q_proj.weight"], BACKEND)
 
     def project(name: str, rows: jax.Array) -> jax.Array:
         projected = rows @ params[f"{name}.weight"].T
@@ -120,12 +124,13 @@ def apply(
 
     score_factor = jax.nn.sigmoid(params["bound_logit"]) if config.learn_bound else None
 
-    def attention(query: Any, keys: Any, values: Any, masks: Any) -> Any:
+    def attention(query: Any, keys: Any, values: Any, counted: Any) -> Any:
         options: dict[str, Any] = {"tol": config.tol, "method": config.method}
         plans = plans_of(config, _computed_in(query.dtype))
         if plans:
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
-        options |= {"key_masks": masks, "causal": config.causal, "window": config.window, "return_error": return_error}
+        options |= counted.options()
+        options |= {"causal": config.causal, "window": config.window, "return_error": return_error}
         options |= {"channels": config.channels}
         return tensor_attention(query, keys, values, **options)
 
@@ -134,7 +139,7 @@ def apply(
         query = project("q_proj", x)
         keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
         values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
-        rows = query, keys, values, masks
+        rows = query, keys, values, counted
         learned = Learned(score_factor, params.get("frequencies"))
         out, error = attend(config, attention, rows, learned, jax.lax.stop_gradient, return_error)
         out = project("out_proj", out)

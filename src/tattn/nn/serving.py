@@ -21,8 +21,8 @@ class ServingState:
     """The rows that a causal layer has seen, as `TensorAttention.prefill` and `step` return them. Immutable.
 
     With the polynomial method these are sums of a fixed size, rank · (value_dim + 1) numbers twice for each view and
-    head of keys, however many rows there were. With the exact method they are keys, values and masks of all rows, or of
-    the last `window`.
+    head of keys, however many rows there were. With the exact method they are keys, values and masks, or weights, of all
+    rows, or of the last `window`.
 
     Attributes
     ----------
@@ -113,7 +113,8 @@ def restored_state(
                 f"saved[tensor_{i}] should have shape (*batch, {wanted}) for this layer, got {tuple(tensor.shape)}"
             )
         wanted_dtype = dtype if plan is not None or i < 2 * views else torch.bool
-        if tensor.dtype != wanted_dtype:
+        # Rows that weigh something have weights in the place of masks.
+        if tensor.dtype not in (wanted_dtype, dtype):
             raise TypeError(f"saved[tensor_{i}] should have the layer's dtype {wanted_dtype}, got {tensor.dtype}")
     batch = tuple(tensors[0].shape[:-4])
     if plan is not None:

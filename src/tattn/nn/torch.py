@@ -18,7 +18,7 @@ from ..state.decoding import DecodingState
 from ..state.summary import summarize
 from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
-from .heads import Learned, attend
+from .heads import Counted, Learned, attend
 from .operator import planned_attention, traced_whole
 from .serving import ServingState, check_state, restored_state
 
@@ -219,6 +219,7 @@ class TensorAttention(nn.Module):
         contexts: Sequence[Tensor] | None = None,
         *further: Any,
         key_masks: Tensor | Sequence[Tensor | None] | None = None,
+        key_weights: Tensor | Sequence[Tensor | None] | None = None,
         return_error: bool = False,
         **brought: Any,
     ) -> Any:
@@ -234,6 +235,8 @@ class TensorAttention(nn.Module):
             True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``;
             `tattn.nn.from_key_padding_mask` and `tattn.nn.from_attention_mask` turn those of others into such. A single
             mask is for every view, and for self-attention only. A row with nothing to attend to gets 0 from every head.
+        key_weights : Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
+            As in `tattn.tensor_attention`, in any floating dtype; a single one as with masks.
         return_error : bool
             Also return a certified bound of each head's error in each row (..., num_heads, n), measured like `tol`.
 
@@ -252,24 +255,29 @@ class TensorAttention(nn.Module):
         refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
         weight = _weight(self.q_proj)
-        contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
+        given = x, contexts, key_masks, key_weights
+        contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
 
-        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
-            return self._attention(q, ks, vs, masks, return_error)
+        def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
+            return self._attention(q, ks, vs, counted, return_error)
 
-        out, error = self._attend(attention, (x, contexts, masks), return_error)
+        out, error = self._attend(attention, (x, contexts, counted), return_error)
         return (out, error) if return_error else out
 
     def prefill(
-        self, x: Tensor, *, key_masks: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        x: Tensor,
+        *,
+        key_masks: Tensor | Sequence[Tensor | None] | None = None,
+        key_weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, ServingState]:
         """The output of a causal layer for rows to begin with, such as a prompt, and the state to go on from.
 
         Parameters
         ----------
         x : Tensor (..., n, embed_dim)
-        key_masks
-            As in `forward`: False for the padding of shorter prompts.
+        key_masks, key_weights
+            As in `forward`: False for the padding of shorter prompts. Weights of all rows of a stream are in one unit.
 
         Returns
         -------
@@ -299,20 +307,21 @@ class TensorAttention(nn.Module):
         """
         plan = self._served_plan()
         weight = _weight(self.q_proj)
-        contexts, masks = checked_layer_call((x, None, key_masks), self.config, weight, BACKEND, _served(weight))
+        given = x, None, key_masks, key_weights
+        contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
         batch, length = tuple(x.shape[:-2]), x.shape[-2]
         begun: list[ServingState] = []
 
-        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+        def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
             state = ServingState(self.config, length, batch, owner=self._owner)
             if plan is None:
-                begun.append(replace(state, rows=self._kept(ks, vs, masks, batch)))
+                begun.append(replace(state, rows=self._kept(ks, vs, counted, batch)))
             else:
-                summary = summarize(ks, vs, plan, key_masks=masks)
+                summary = summarize(ks, vs, plan, **counted.options())
                 begun.append(replace(state, decoding=DecodingState(plan, summary)))
-            return self._attention(q, ks, vs, masks, False)
+            return self._attention(q, ks, vs, counted, False)
 
-        return self._attend(attention, (x, contexts, masks), False)[0], begun[0]
+        return self._attend(attention, (x, contexts, counted), False)[0], begun[0]
 
     def step(
         self,
@@ -320,6 +329,7 @@ class TensorAttention(nn.Module):
         state: ServingState | None = None,
         *,
         key_masks: Tensor | Sequence[Tensor | None] | None = None,
+        key_weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, ServingState]:
         """The output of a causal layer for the rows that follow, and the new state; `state` itself does not change.
 
@@ -329,8 +339,8 @@ class TensorAttention(nn.Module):
             One row, or several that are taken one after another. The batch of the state.
         state : ServingState, optional
             From `prefill`, `step` or `restored` of this layer; the rows are the first if not given.
-        key_masks
-            As in `forward`, for these rows: False for streams that have ended.
+        key_masks, key_weights
+            As in `prefill`, for these rows: False for streams that have ended.
 
         Returns
         -------
@@ -343,24 +353,25 @@ class TensorAttention(nn.Module):
             As from `prefill`; also for a state of another layer, dtype, device or batch.
         """
         if state is None:
-            return self.prefill(x, key_masks=key_masks)
+            return self.prefill(x, key_masks=key_masks, key_weights=key_weights)
         plan = self._served_plan()
         weight = _weight(self.q_proj)
-        contexts, masks = checked_layer_call((x, None, key_masks), self.config, weight, BACKEND, _served(weight))
+        given = x, None, key_masks, key_weights
+        contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
         check_state(state, self.config, self._owner, x, _tensor_dtype(weight.dtype))
         after = [state]
 
-        def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
+        def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
             outs = []
             for row in range(x.shape[-2]):
                 one = slice(row, row + 1)
-                seen = None if masks is None else [None if m is None else m[..., one] for m in masks]
-                out, new = self._stepped(plan, after[0], q[..., one, :], _rows(ks, one), _rows(vs, one), seen)
+                rows = q[..., one, :], _rows(ks, one), _rows(vs, one), counted.each(lambda m, one=one: m[..., one])
+                out, new = self._stepped(plan, after[0], *rows)
                 after[0] = new
                 outs.append(out)
             return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
 
-        return self._attend(attention, (x, contexts, masks), False, state.length)[0], after[0]
+        return self._attend(attention, (x, contexts, counted), False, state.length)[0], after[0]
 
     def restored(self, saved: Mapping[str, Tensor]) -> ServingState:
         """The state that ``state.state_dict()`` holds, for this layer; ValueError or TypeError if it is of another."""
@@ -383,9 +394,9 @@ class TensorAttention(nn.Module):
             raise PlanError(texts[0][0])
         return plans[0]
 
-    def _kept(self, ks: Any, vs: Any, masks: Any, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Keys, values and masks of the rows that later ones see."""
-        masks = masks or [None] * len(ks)
+    def _kept(self, ks: Any, vs: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Keys, values, and masks or weights of the rows that later ones see."""
+        masks = [_in_one(*of) for of in zip(*(of or [None] * len(ks) for of in counted), strict=True)]
         windows = self.config.window or (None,) * len(ks)
         starts = [0 if w is None else max(0, k.shape[-2] - w) for w, k in zip(windows, ks, strict=True)]
         kept = [
@@ -398,34 +409,37 @@ class TensorAttention(nn.Module):
         return *rows[0], *rows[1], *(m[..., start:] for m, start in zip(kept, starts, strict=True))
 
     def _stepped(
-        self, plan: Plan | None, state: ServingState, query: Tensor, keys: Any, values: Any, masks: Any
+        self, plan: Plan | None, state: ServingState, query: Tensor, keys: Any, values: Any, counted: Counted
     ) -> tuple[Tensor, ServingState]:
         """The output of one row of all heads, and the state with it."""
         if plan is not None:
             assert state.decoding is not None
-            out, decoding = state.decoding.step(query, keys, values, key_masks=masks)
+            out, decoding = state.decoding.step(query, keys, values, **counted.options())
             return out, replace(state, length=state.length + 1, decoding=decoding)
         config, views = self.config, self.config.views
-        new = self._kept(keys, values, masks, state.batch)
+        new = self._kept(keys, values, counted, state.batch)
         pairs = zip(state.rows, new, strict=True)
+        # A mask beside weights is weights of 0 and 1.
         grown = [torch.cat(pair, dim=-2 if i < 2 * views else -1) for i, pair in enumerate(pairs)]
         ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
+        masks, weights = ([s if s.is_floating_point() == kind else None for s in seen] for kind in (False, True))
+        counted = Counted(masks, weights if any(w is not None for w in weights) else None)
         out = tensor_attention(
-            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, key_masks=seen,
-            channels=config.channels,
+            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, channels=config.channels,
+            **counted.options(),
         )  # fmt: skip
-        return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, seen, state.batch))
+        return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, counted, state.batch))
 
     def _attend(
         self, attention: Any, given: tuple[Tensor, Sequence[Tensor], Any], return_error: bool, before: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Output, and the errors if asked for, of heads that `attention` computes from projected rows; `before` those so far."""
-        x, contexts, masks = given
+        x, contexts, counted = given
         query = self.q_proj(x)
         keys = [projection(c) for projection, c in zip(self.k_projs, contexts, strict=True)]
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
         score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
-        rows = query, keys, values, masks
+        rows = query, keys, values, counted
         learned = Learned(score_factor, self.frequencies, before)
         out, error = attend(self.config, attention, rows, learned, torch.Tensor.detach, return_error)
         return self.out_proj(out), error
@@ -435,27 +449,27 @@ class TensorAttention(nn.Module):
         query: Tensor,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
-        key_masks: Sequence[Tensor | None] | None,
+        counted: Counted,
         return_error: bool,
     ) -> Any:
         """All heads, each a leading dimension."""
         plans, texts = self._plans[_computed_in(query.dtype)]
         if not texts:
             return tensor_attention(
-                query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
+                query, keys, values, tol=self.config.tol, method=self.config.method,
                 causal=self.config.causal, window=self.config.window, return_error=return_error,
-                channels=self.config.channels,
+                channels=self.config.channels, **counted.options(),
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0][0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
         plan, text = plans[chosen], texts[chosen][return_error]
-        if traced_whole(plan) and 0 not in query.shape:
-            out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=key_masks)
+        if traced_whole(plan) and 0 not in query.shape and counted.weights is None:
+            out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=counted.masks)
             return (out, error) if return_error else out
         return tensor_attention(
-            query, keys, values, plan=plan, causal=self.config.causal, window=self.config.window, key_masks=key_masks,
-            return_error=return_error,
+            query, keys, values, plan=plan, causal=self.config.causal, window=self.config.window,
+            return_error=return_error, **counted.options(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -502,6 +516,11 @@ def _computed_in(dtype: torch.dtype) -> str:
 def _tensor_dtype(dtype: torch.dtype) -> torch.dtype:
     """What attention computes in, for weights of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _in_one(mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Weights (..., n), 0 where masked; the mask where there are none."""
+    return weights if mask is None else mask if weights is None else torch.where(mask, weights, 0.0)
 
 
 def _rows(arrays: Sequence[Tensor], some: slice) -> list[Tensor]:

@@ -16,11 +16,13 @@ from ..checks import (
     checked_array,
     checked_leading,
     checked_masks,
+    checked_of_rows,
     checked_sequence,
 )
 from ..operands import View
 from ..plans import FACTS, Plan
 from ..problem import Problem
+from ..weights import check_weights, weights_of_view
 
 # Fields of a plan that only describe the call it was made for: shapes, costs, why. All others have to agree.
 _DESCRIPTIVE = {
@@ -31,11 +33,12 @@ AGREEING = tuple(name for name in FACTS if name not in _DESCRIPTIVE)
 
 
 class Views(NamedTuple):
-    """Rows of some views, checked; None for a view without new rows."""
+    """Rows of some views, checked; None for a view without new rows. `weights` as they came, (..., n_μ, 1) or None."""
 
     backend: Backend
     views: tuple[View | None, ...]
     value_dim: int
+    weights: tuple[Array | None, ...]
 
 
 def check_streams(plan: Any) -> None:
@@ -70,14 +73,19 @@ def checked_parts(plan: Plan, sums: Any, rests: Any) -> Backend:
     return backend
 
 
-def checked_views(keys: Any, values: Any, key_masks: Any, problem: Problem, sums: Sequence[Array] = ()) -> Views:
-    """Rows for a summary with a plan for this problem; lengths of 0 are allowed. `sums`: those they will be added to, if any."""
+def checked_views(given: tuple[Any, Any, Any, Any], problem: Problem, sums: Sequence[Array] = ()) -> Views:
+    """Rows (keys, values, key_masks, key_weights) for a summary with a plan for this problem; lengths of 0 are allowed.
+
+    `sums`: those they will be added to, if any.
+    """
+    keys, values, key_masks, key_weights = given
     views, dim = problem.views, problem.dim
     keys, values = checked_sequence("keys", keys), checked_sequence("values", values)
     for name, given in (("keys", keys), ("values", values)):
         if len(given) != views:
             raise ValueError(f"{name} should have one entry for each of the plan's {views} views, got {len(given)}")
     masks = checked_masks(key_masks, keys, "views of the plan")
+    weights = checked_of_rows("key_weights", key_weights, keys, "views of the plan")
     if sums:
         like, first, value_dim = "the summary", sums[0], sums[0].shape[-1] - 1
     else:
@@ -88,12 +96,14 @@ def checked_views(keys: Any, values: Any, key_masks: Any, problem: Problem, sums
     backend = checked_array(like, first)
     named = [(f"sums[{i}] of the summary", s) for i, s in enumerate(sums)]
     rows: list[View | None] = []
-    for i, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
+    columns: list[Array | None] = []
+    for i, (k, v, mask, w) in enumerate(zip(keys, values, masks, weights, strict=True)):
         if k is None:
-            for name, other in (("values", v), ("key_masks", mask)):
+            for name, other in (("values", v), ("key_masks", mask), ("key_weights", w)):
                 if other is not None:
                     raise ValueError(f"{name}[{i}] should be None, as keys[{i}] is, got {type(other).__name__}")
             rows.append(None)
+            columns.append(None)
             continue
         for name, a in ((f"keys[{i}]", k), (f"values[{i}]", v)):
             _planned(name, a, problem.dtype, first, backend, like)
@@ -115,9 +125,23 @@ def checked_views(keys: Any, values: Any, key_masks: Any, problem: Problem, sums
             check_mask(f"key_masks[{i}]", mask, f"keys[{i}]", k, first, backend)
             mask = mask[..., None]
             named.append((f"key_masks[{i}]", mask))
+        if w is not None:
+            check_weights(f"key_weights[{i}]", w, f"keys[{i}]", k, backend)
+            w = w[..., None]
+            named.append((f"key_weights[{i}]", w))
         rows.append(View(k, v, mask))
+        columns.append(w)
     checked_leading(named)
-    return Views(backend, tuple(rows), value_dim or 0)
+    of_views = (None if view is None else _weighed(view, w, backend) for view, w in zip(rows, columns, strict=True))
+    return Views(backend, tuple(of_views), value_dim or 0, tuple(columns))
+
+
+def _weighed(view: View, column: Array | None, backend: Backend) -> View:
+    """A view with weights (..., n, 1) in the place of its mask, if there are any."""
+    if column is None:
+        return view
+    (mask,) = backend.run(weights_of_view, None, (view.keys, view.mask, column))
+    return view._replace(mask=mask)
 
 
 def checked_reader(query: Any, sums: Sequence[Array], dim: int, dtype: str) -> Backend:

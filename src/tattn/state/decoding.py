@@ -64,6 +64,7 @@ class DecodingState:
         values: Sequence[Array],
         *,
         key_masks: Sequence[Array | None] | None = None,
+        key_weights: Sequence[Array | None] | None = None,
         return_lse: bool = False,
     ) -> tuple[Any, DecodingState]:
         """Add one token; return the output of its query, which sees the token itself, and the new state.
@@ -75,6 +76,8 @@ class DecodingState:
         values : sequence of m arrays (..., 1, dv)
         key_masks : boolean array (..., 1), or sequence of m of them or None, optional
             False for streams of a batch that have ended, or for padding. Their summaries do not change.
+        key_weights : array (..., 1), or sequence of m of them or None, optional
+            As in `summarize`.
         return_lse : bool
             Also return log Σ exp of the scores, as ``((out, lse), state)``.
 
@@ -95,7 +98,7 @@ class DecodingState:
         """
         checked_flags(return_lse=return_lse)
         known: _Known | None = vars(self).get("_known")
-        if known is not None and key_masks is None:
+        if known is not None and key_masks is None and key_weights is None:
             stepped = known.step(self, query, keys, values)
             if stepped is not None:
                 out, lse, state = stepped
@@ -103,11 +106,11 @@ class DecodingState:
         check_streams(self.plan)
         checked_token(query, keys)
         if self.summary is None:
-            summary = summarize(keys, values, self.plan, key_masks=key_masks)
+            summary = summarize(keys, values, self.plan, key_masks=key_masks, key_weights=key_weights)
         else:
             checked_kind("summary", self.summary, Summary, "a tattn.Summary or None")
             check_same_plan(self.plan, self.summary.plan)
-            summary = self.summary.update(keys, values, key_masks)
+            summary = self.summary.update(keys, values, key_masks, key_weights=key_weights)
         state = DecodingState(self.plan, summary)
         found = summary.attend(query, return_lse=return_lse)
         known = _Known.of(self.plan, summary, query, keys, values)

@@ -17,6 +17,7 @@ from ..checks import (
 from ..features.monomials import Expansion
 from ..files import Path
 from ..plans import Plan
+from ..weights import as_given
 from . import saved
 from . import sums as summaries
 from .checks import (
@@ -86,7 +87,7 @@ class Summary:
 
     @property
     def counts(self) -> tuple[Array, ...]:
-        """Number of rows in every view, without masked ones: m arrays (...)."""
+        """Number of rows in every view, by weight and without masked ones: m arrays (...)."""
         self._checked()
         return tuple(s[..., 0, -1] for s in self.sums)
 
@@ -120,13 +121,14 @@ class Summary:
         values: Sequence[Array | None],
         key_masks: Sequence[Array | None] | None = None,
         *,
+        key_weights: Sequence[Array | None] | None = None,
         progress: bool | Progress | None = None,
     ) -> Summary:
         """The summary with more rows: a new one, in O(n_μ r dv) for n_μ new rows.
 
         Parameters
         ----------
-        keys, values, key_masks, progress
+        keys, values, key_masks, key_weights, progress
             As in `summarize`; None for a view without new rows.
 
         Raises
@@ -135,7 +137,7 @@ class Summary:
             For arrays that do not fit the plan or the summary, by name.
         """
         self._checked()
-        views = checked_views(keys, values, key_masks, self.plan.problem, self.sums)
+        views = checked_views((keys, values, key_masks, key_weights), self.plan.problem, self.sums)
         new = _summed(views, self.plan, progress)
         pairs: list[tuple[Array, Array]] = []
         for own, rest, more in zip(self.sums, self.rests, new, strict=True):
@@ -288,6 +290,7 @@ def summarize(
     plan: Plan,
     *,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
     progress: bool | Progress | None = None,
 ) -> Summary:
     """Summarize keys and values, to attend to them later, elsewhere, or together with others.
@@ -303,6 +306,9 @@ def summarize(
         whose bound you promise. The shapes it was made for do not matter.
     key_masks : boolean array (..., n_μ), or sequence of m of them or None, optional
         True for rows that count. One array serves all views.
+    key_weights : array (..., n_μ), or sequence of m of them or None, optional
+        As in `tensor_attention`, in one unit for all summaries that will be added. Values are never read: weights that
+        are negative or infinite give NaN.
     progress : callable or True, optional
         Called as ``progress(done, total)`` with numbers of rows, after every 262,144; True shows a bar by tqdm.
 
@@ -340,7 +346,7 @@ def summarize(
     [100.0, 9.0]
     """
     check_streams(plan)
-    views = checked_views(keys, values, key_masks, plan.problem)
+    views = checked_views((keys, values, key_masks, key_weights), plan.problem)
     return _of(plan, _filled(_summed(views, plan, progress), views, plan))
 
 
@@ -350,12 +356,13 @@ def summarize_vjp(
     plan: Plan,
     *,
     key_masks: Sequence[Array | None] | None = None,
+    key_weights: Sequence[Array | None] | None = None,
 ) -> tuple[Summary, Callable[..., Any]]:
     """Summary, and a function from the gradient of its sums to those of keys and values, for any library.
 
     Parameters
     ----------
-    keys, values, plan, key_masks
+    keys, values, plan, key_masks, key_weights
         As in `summarize`.
 
     Returns
@@ -363,7 +370,8 @@ def summarize_vjp(
     summary : Summary
     pullback : callable
         ``pullback(dsums) -> (dkeys, dvalues)`` for a sequence of m arrays in the shapes of ``summary.sums``: tuples of
-        arrays, each in the shape and dtype of its input, None for views that are None.
+        arrays, each in the shape and dtype of its input, None for views that are None. With `key_weights` a tuple of
+        their gradients follows, one for each view.
 
     Raises
     ------
@@ -383,27 +391,28 @@ def summarize_vjp(
     (100, 4)
     """
     check_streams(plan)
-    views = checked_views(keys, values, key_masks, plan.problem)
+    views = checked_views((keys, values, key_masks, key_weights), plan.problem)
     backend, call = views.backend, call_of(plan)
     computed = [None if rows is None else _sums(rows, call, backend) for rows in views.views]
     pairs = [None if c is None else (c[0], c[2]) for c in computed]
     summary = _of(plan, _filled(pairs, views, plan))
 
-    def pullback(dsums: Sequence[Array]) -> tuple[tuple[Array | None, ...], tuple[Array | None, ...]]:
+    def pullback(dsums: Sequence[Array]) -> tuple[tuple[Array | None, ...], ...]:
         checked_sums(
             "dsums", dsums, views=plan.order - 1, rank=plan.rank, dtype=computed_in(plan.dtype), like=summary.sums
         )
-        grads: list[tuple[Array | None, Array | None]] = []
-        for rows, result, g in zip(views.views, computed, dsums, strict=True):
+        grads: list[tuple[Array | None, ...]] = []
+        for rows, column, result, g in zip(views.views, views.weights, computed, dsums, strict=True):
             if rows is None or result is None:
-                grads.append((None, None))
+                grads.append((None, None, None))
                 continue
             residuals = backend.residuals(summaries.sum_rows, call, rows, (result[0], result[2]))
             with backend.on_device_of(g):
                 arrays = (*rows, *residuals, g, backend.xp.zeros_like(result[1]))
-            grads.append(backend.run(summaries.sum_rows_backward, call, arrays))
-        dkeys, dvalues = zip(*grads, strict=True)
-        return dkeys, dvalues
+            dk, dv, *own = backend.run(summaries.sum_rows_backward, call, arrays)
+            grads.append((dk, dv, None if column is None else as_given(own[0], column, backend)))
+        found = tuple(zip(*grads, strict=True))
+        return found if key_weights is not None else found[:2]
 
     return summary, pullback
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..arrays import in_parts, sum_of, sum_to_leading
+from ..arrays import are_weights, in_parts, sum_of, sum_to_leading
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN, Token
 from ..backends.tables import memoized
@@ -96,10 +96,12 @@ def sum_rows(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) ->
 
 
 def sum_rows_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of keys and values of one view, for one of its sums: linear in the sums, hence no rounding's rest in it."""
-    k, v, *_ = arrays
-    grads = in_parts(partial(_sum_rows_backward, call, backend), _limit(call, backend, arrays), (k, v), backend, arrays)
-    return tuple(backend.cast(g, k.dtype) for g in grads)  # type: ignore[union-attr]
+    """Gradients of keys, values and weights, if any, of one view for one of its sums: linear in these, hence no rounding's rest."""
+    k, v, mask, *_ = arrays
+    targets = (k, v, mask) if are_weights(mask, backend) else (k, v)
+    limit = _limit(call, backend, arrays)
+    grads = in_parts(partial(_sum_rows_backward, call, backend), limit, targets, backend, arrays)
+    return tuple(backend.cast(g, x.dtype) for g, x in zip(grads, targets, strict=True))  # type: ignore[union-attr]
 
 
 def read(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
