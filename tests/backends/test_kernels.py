@@ -23,6 +23,7 @@ from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import CHAIN, Kernel
 from tattn.features.monomials import features
+from tattn.state import decoding
 
 SOURCE = Path(tattn.__file__).parents[1]
 
@@ -466,7 +467,8 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     call = drawn(9, 1, "float64")
     found = kernels()
     assert found.on
-    assert found.operations == ("prefix_read", "prefix_pull", "step", "complex_prefix_read", "complex_prefix_pull")
+    names = "prefix_read", "prefix_pull", "step"
+    assert found.operations == (*names, *(f"complex_{name}" for name in names))
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on
@@ -542,19 +544,24 @@ def stream(state: tattn.DecodingState, call: dict[str, Any], **options: Any) -> 
 @pytest.fixture
 def steps(loops: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tells of every token that compiled code computes."""
-    assert tattn.warm_up(("float32", "float64"))
+    assert tattn.warm_up(("float32", "float64"), ("real", "complex"))
     told: list[str] = []
-    decoding = compiled._loaded()[0].decoding
-    monkeypatch.setattr(decoding, "read", noting(told, "step", decoding.read))
+    loops = compiled._loaded()[0].decoding
+    for name in ("read", "read_complex"):
+        monkeypatch.setattr(loops, name, noting(told, "step", getattr(loops, name)))
     return told
+
+
+channels = pytest.mark.parametrize("channels", ["real", "complex"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize("leading", ["one", "heads"])
-def test_tokens_are_what_array_operations_compute(dtype, views, leading, steps, monkeypatch):
-    call = drawn(20, views, dtype, leading, value_dim=4)
-    plan = plan_of(call)
+@channels
+def test_tokens_are_what_array_operations_compute(dtype, views, leading, channels, steps, monkeypatch):
+    call = drawn(20, views, dtype, leading, dim=4, value_dim=5)
+    plan = plan_of(call, channels=channels)
     found, state = stream(tattn.DecodingState(plan), call)
     # The first is checked, and tells what the others are like.
     assert len(steps) == (0 if views > 2 else 19)
@@ -569,9 +576,32 @@ def test_tokens_are_what_array_operations_compute(dtype, views, leading, steps, 
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
-def test_a_state_is_continued_in_several_ways_copied_and_pickled(steps):
-    call = drawn(8, 2, "float64")
-    _, state = stream(tattn.DecodingState(plan_of(call)), call)
+@pytest.mark.parametrize("views", [1, 2])
+def test_tokens_of_complex_channels_far_into_a_stream(views, steps, monkeypatch):
+    """Turned by positions from 10⁵ on, and sums of complex monomials made anew at times."""
+    call = drawn(60, views, "float64", "heads", dim=4)
+    frequencies = np.random.default_rng(0).uniform(0, 1, (views, 2))
+    call["keys"] = [k[:, -60:] for k in call["keys"]]
+    call["values"] = [v[:, -60:] for v in call["values"]]
+    position = 100_000 + np.arange(60)
+    for i, f in enumerate(frequencies):
+        call["query"] = tattn.rotary(call["query"], position, f)
+        call["keys"][i] = tattn.rotary(call["keys"][i], position, -f)
+    plan = plan_of(call, channels="complex")
+    whole = tattn.tensor_attention(call["query"], call["keys"], call["values"], plan=plan, causal=True)
+    for most in (128, 7):
+        monkeypatch.setattr(decoding, "CHAIN", most)
+        steps.clear()
+        found, state = stream(tattn.DecodingState(plan), call)
+        assert len(steps) == 59
+        assert vars(state)["_turned"][1] == (59 if most == 128 else 59 % 7)
+        np.testing.assert_allclose(np.concatenate(found[::2], axis=-2), whole, rtol=1e-12, atol=1e-13)
+
+
+@channels
+def test_a_state_is_continued_in_several_ways_copied_and_pickled(channels, steps):
+    call = drawn(8, 2, "float64", dim=2)
+    _, state = stream(tattn.DecodingState(plan_of(call, channels=channels)), call)
     kept = [x.copy() for x in (*state.summary.sums, *state.summary.rests)]
     steps.clear()
     first, _ = stream(state, call)
@@ -606,9 +636,10 @@ def test_tokens_that_differ_from_the_one_before_are_checked(steps):
     assert steps == ["step"]
 
 
-def test_entries_without_numbers_and_normalisers_that_lost_their_sign_give_nan(steps, monkeypatch):
-    call = drawn(4, 2, "float32")
-    plan = plan_of(call, degree=3)
+@channels
+def test_entries_without_numbers_and_normalisers_that_lost_their_sign_give_nan(channels, steps, monkeypatch):
+    call = drawn(4, 2, "float32", dim=2)
+    plan = plan_of(call, degree=3, channels=channels)
     # Where monomials overflow, and where they do not yet; of either sign, or the normaliser loses its own.
     queries = [("query", x) for x in (np.nan, 1e30, 1e6, -1e6, -40.0)]
     for place, value in (*queries, ("keys", np.inf), ("keys", 1e6), ("values", np.inf)):

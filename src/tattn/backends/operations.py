@@ -16,7 +16,8 @@ step           ``(token, query, keys, values, sums, rests)``, a `Token`, rows (.
 =============  =====================================================================================================
 
 Where channels are complex, a name begins with "complex": there monomials, sums of prefixes and weights are those of
-`features.pairs`.
+`features.pairs`. ``complex_step`` takes, and returns with the token, sums of these beside the others,
+(..., dv + 1, r).
 
 A backend offers a kernel in `Backend.kernels`. It says for which arrays it is there, and how long its chains of additions are: a
 plan states the rounding of those, so a plan for arrays of that backend counts with them, and a call whose plan counts with
@@ -28,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-OPERATIONS = ("moments", "prefix_read", "prefix_pull", "step", "complex_prefix_read", "complex_prefix_pull")
+OPERATIONS = ("moments", *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")))
 # Terms in a chain of additions of the array form.
 CHAIN = 128
 
@@ -54,7 +55,8 @@ class Token(NamedTuple):
     """What all tokens of a stream are computed with.
 
     Weights w (r,) for each of dv + 1 columns, one after another (r (dv + 1),), and runs of monomials as in `Prefix`, both of
-    NumPy; factors of the channels of queries and keys, and the largest |entry| in these.
+    NumPy; factors of the channels of queries and keys, and the largest |entry| in these. Where channels are complex w has no
+    columns, and `pairs` are the runs of complex monomials.
     """
 
     w: Any
@@ -62,6 +64,7 @@ class Token(NamedTuple):
     of_query: float
     of_keys: float
     largest: float
+    pairs: Any = None
 
 
 class Prefix(NamedTuple):

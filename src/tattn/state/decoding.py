@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..backends import Array, backend_of
-from ..backends.operations import Token
+from ..backends import Array, Backend, backend_of
+from ..backends.operations import CHAIN, Token
 from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_kind
+from ..features.pairs import Pairs
 from ..plans import Plan
 from .checks import check_same_plan, check_streams, checked_token
 from .summary import Summary, call_of, summarize
@@ -126,6 +127,7 @@ class _Known(NamedTuple):
     token: Token
     chain: int
     kind: tuple[Any, ...]
+    pairs: Pairs | None
 
     @classmethod
     def of(
@@ -133,13 +135,14 @@ class _Known(NamedTuple):
     ) -> _Known | None:
         """None where no kernel serves such tokens."""
         backend, call, dtype = backend_of(query), call_of(plan), computed_in(plan.dtype)
-        if backend is None or not backend.reads or plan.dtype != dtype or call.views > 2 or plan.problem.paired:
+        if backend is None or not backend.reads or plan.dtype != dtype or call.views > 2:
             return None
         leading = tuple(query.shape[:-2])
         if any(tuple(x.shape[:-2]) != leading for x in (*keys, *values, *summary.sums, *summary.rests)):
             return None
         token = token_of(call, plan.dim, values[0].shape[-1] + 1, dtype)
-        return cls(token, call.chain, _kind(query, keys, values))
+        turn = call.turn(plan.dim)
+        return cls(token, call.chain, _kind(query, keys, values), None if turn is None else Pairs(turn))
 
     def step(
         self, state: DecodingState, query: Array, keys: Sequence[Array], values: Sequence[Array]
@@ -152,13 +155,26 @@ class _Known(NamedTuple):
         if backend is None or _kind(query, keys, values) != self.kind:
             return None
         backend = backend.for_arrays((query, *keys, *values, *summary.sums)).within(self.chain)
-        kernel = backend.kernel("step", query, *keys, *values)
+        kernel = backend.kernel("step" if self.pairs is None else "complex_step", query, *keys, *values)
         if kernel is None:
             return None
-        out, lse, sums, rests = kernel(self.token, query, keys, values, summary.sums, summary.rests)
+        turned, age = self._turned(state, backend)
+        out, lse, sums, rests, *new = kernel(self.token, query, keys, values, summary.sums, summary.rests, *turned)
         after = DecodingState(state.plan, Summary(summary.plan, tuple(sums), tuple(rests)))
         object.__setattr__(after, "_known", self)
+        object.__setattr__(after, "_turned", (new, age + 1))
         return out, lse, after
+
+    def _turned(self, state: DecodingState, backend: Backend) -> tuple[Sequence[Any], int]:
+        """The sums of complex monomials, if channels are complex, and how many tokens were added since they were made."""
+        if self.pairs is None:
+            return (), 0
+        kept: tuple[Sequence[Any], int] | None = vars(state).get("_turned")
+        # One more is not added to them than a chain of additions has; then they are made anew of the real ones.
+        if kept is not None and kept[1] < CHAIN:
+            return kept
+        sums = state.summary.sums  # type: ignore[union-attr]
+        return [[backend.xp.matrix_transpose(self.pairs.turned(x, backend)) for x in sums]], 0
 
 
 def _kind(query: Array, keys: Sequence[Array], values: Sequence[Array]) -> tuple[Any, ...]:

@@ -47,6 +47,7 @@ from ..engines.features import (
 from ..features.basis import Basis
 from ..features.complex_channels import Turn, as_factors, product
 from ..features.monomials import Expansion
+from ..features.pairs import Pairs, pair_weights
 from ..operands import COMPLEX, REAL, Attended, Operands, Upstream, View
 
 
@@ -83,11 +84,13 @@ def largest(call: SumCall, dtype: str) -> float:
 def token_of(call: SumCall, dim: int, columns: int, dtype: str) -> Token:
     """What kernels compute a token with."""
     expansion = call.expansion
-    w = np.repeat(weight_table(expansion.coefficients, dim, expansion.grading), columns).astype(dtype)
-    of_query, of_keys = units(call)
-    return Token(
-        w, causal_features.run_table(dim, expansion.degree, expansion.grading), of_query, of_keys, largest(call, dtype)
-    )
+    runs = causal_features.run_table(dim, expansion.degree, expansion.grading)
+    facts = runs, *units(call), largest(call, dtype)
+    turn = call.turn(dim)
+    if turn is not None:
+        w = pair_weights(expansion.coefficients, dim, expansion.grading)[:, 0].astype(dtype)
+        return Token(w, *facts, Pairs(turn).runs)
+    return Token(np.repeat(weight_table(expansion.coefficients, dim, expansion.grading), columns).astype(dtype), *facts)
 
 
 def sum_rows(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:

@@ -24,7 +24,7 @@ Array = Any
 # By the channels that they are for.
 OF_CHANNELS = {
     "real": ("prefix_read", "prefix_pull", "step"),
-    "complex": ("complex_prefix_read", "complex_prefix_pull"),
+    "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
 }
 OPERATIONS = tuple(operation for of_kind in OF_CHANNELS.values() for operation in of_kind)
 # Switches kernels off where it is "0".
@@ -166,7 +166,13 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
     """What an operation computes of Re q a b = 1 for q = a = i, b = −1, or of its derivative by Im a, which is 1 as well."""
     q, b = (np.asarray([[x]], dtype) for x in ((0, 1), (-1, 0)))
     ones, runs = np.ones((1, 1, 1), dtype), np.asarray([[0, 1, 2, 0]], np.int64)
-    block = Prefix(np.asarray([0, 1, 0, -1], dtype), runs, q, [q, b], [ones, ones], 2)
+    w = np.asarray([0, 1, 0, -1], dtype)
+    if operation == "complex_step":
+        token = Token(w, np.asarray([[0, 1, 2, 0], [1, 2, 3, 0]], np.int64), 1.0, 1.0, 1.0, runs)
+        real, turned = [np.zeros((1, 3, 2), dtype)] * 2, [np.zeros((1, 2, 4), dtype)] * 2
+        out, lse, *_ = complex_step(token, q, [q, b], [ones, ones], real, real, turned)
+        return out + lse
+    block = Prefix(w, runs, q, [q, b], [ones, ones], 2)
     zeros = [np.zeros((1, 1, 4), dtype)] * 2
     if operation == "complex_prefix_read":
         return prefix_read(block, [zeros, zeros], _alone)[1]
@@ -218,10 +224,13 @@ def kernels_for(
         rows = Prefix(w, block.runs, q, keys, shares, block.half)
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
-    def run_step(token: Token, *given: Any) -> Any:
-        return back(step(token, *as_numpy(given)))
+    def run_step(operation: Callable[..., Any], token: Token, *given: Any) -> Any:
+        return back(operation(token, *as_numpy(given)))
 
-    functions: dict[str, Callable[..., Any]] = {"step": run_step}
+    functions: dict[str, Callable[..., Any]] = {
+        "step": partial(run_step, step),
+        "complex_step": partial(run_step, complex_step),
+    }
     functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
     functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
     return tuple(Kernel(operation, functions[operation], partial(taken, operation)) for operation in OPERATIONS)
@@ -292,30 +301,79 @@ def step(
     rests: Sequence[np.ndarray],
 ) -> Any:
     """The operation `step` for NumPy arrays."""
-    loops = _loaded()[0].decoding
-    *leading, _, dim = query.shape
-    problems, dtype, (r, columns) = prod(leading), query.dtype, sums[0].shape[-2:]
-    shape, size = sums[0].shape, r * columns
+    problems, size, dtype = prod(query.shape[:-2]), prod(sums[0].shape[-2:]), query.dtype
     combined, powers = np.empty((problems, size), dtype), np.zeros(problems)
     combined[...] = token.w
-    phi, term, room = np.empty(r, dtype), np.empty(size, dtype), np.empty((2, columns), dtype)
-    kind = dtype.type
-    of_keys, most = kind(token.of_keys), kind(token.largest)
+    found = _taken_in(token, _rows(keys, values, problems), (sums, rests), combined, powers)
+    return *_read_token(token, query, values[0], combined, powers), *found
+
+
+def complex_step(
+    token: Token,
+    query: np.ndarray,
+    keys: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    sums: Sequence[np.ndarray],
+    rests: Sequence[np.ndarray],
+    turned: Sequence[np.ndarray],
+) -> Any:
+    """The operation `complex_step` for NumPy arrays."""
+    loops, dtype = _loaded()[0].decoding, query.dtype
+    problems, shape = prod(query.shape[:-2]), turned[0].shape[-2:]
+    rows = _rows(keys, values, problems)
+    found = _taken_in(token, rows, (sums, rests), None, np.zeros(problems))
+    combined, powers, phi = np.zeros((problems, *shape), dtype), np.zeros(problems), np.empty(shape[1], dtype)
+    combined[..., : shape[1] // 2] = 1
+    unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
+    new = [np.empty(x.shape, dtype) for x in turned]
+    for row, old, after in zip(rows, turned, new, strict=True):
+        both = _writable(old).reshape(combined.shape), after.reshape(combined.shape)
+        loops.take_in_complex(*row, unit, most, token.pairs, phi, *both, combined, powers)
+    return *_read_token(token, query, values[0], combined, powers), *found, new
+
+
+def _rows(
+    keys: Sequence[np.ndarray], values: Sequence[np.ndarray], problems: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Key (P, d) and value (P, dv) of every view: copies, since compiled code tells apart arrays that may not be written to."""
+    return [
+        (np.array(k).reshape(problems, -1), np.array(v).reshape(problems, -1))
+        for k, v in zip(keys, values, strict=True)
+    ]
+
+
+def _taken_in(
+    token: Token, rows: Sequence[Any], before: Sequence[Any], combined: np.ndarray | None, powers: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Sums and rests of real monomials with keys and values, and in `combined` (P, r c), if it is given, products of the sums."""
+    loops = _loaded()[0].decoding
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for k, v, total, rest in zip(keys, values, sums, rests, strict=True):
-        new = np.empty((2, problems, size), dtype)
-        # Copies, since compiled code tells arrays that may not be written to from others.
-        loops.take_in(
-            np.array(k).reshape(problems, dim), np.array(v).reshape(problems, -1), of_keys, most, token.runs, phi, term,
-            _writable(total).reshape(problems, size), _writable(rest).reshape(problems, size), new[0], new[1], combined, powers,
-        )  # fmt: skip
+    for row, total, rest in zip(rows, *before, strict=True):
+        problems, (r, columns), dtype = len(powers), total.shape[-2:], total.dtype
+        phi, term, new = np.empty(r, dtype), np.empty(r * columns, dtype), np.empty((2, problems, r * columns), dtype)
+        given = _writable(total).reshape(problems, -1), _writable(rest).reshape(problems, -1)
+        unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
+        loops.take_in(*row, unit, most, token.runs, phi, term, *given, new[0], new[1], combined, powers)
         for of_kind, x in zip(found, new, strict=True):
-            of_kind.append(x.reshape(shape))
+            of_kind.append(x.reshape(total.shape))
+    return found
+
+
+def _read_token(
+    token: Token, query: np.ndarray, like: np.ndarray, combined: np.ndarray, powers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output (..., 1, dv), of as many columns as in `like`, and lse (..., 1)."""
+    loops, dtype = _loaded()[0].decoding, query.dtype
+    *leading, _, dim = query.shape
+    problems, columns = len(powers), like.shape[-1] + 1
     out, lse = np.empty((problems, columns - 1), dtype), np.empty((problems, 1), dtype)
-    q = np.array(query).reshape(problems, dim)
-    of_query = kind(token.of_query)
-    loops.read(q, of_query, most, token.runs, phi, combined, powers, room[0], room[1], out, lse)
-    return out.reshape(*leading, 1, -1), lse.reshape(*leading, 1), *found
+    phi, (part, found) = np.empty(combined[0].size // columns, dtype), np.empty((2, columns), dtype)
+    given = np.array(query).reshape(problems, dim), dtype.type(token.of_query), dtype.type(token.largest)
+    if token.pairs is None:
+        loops.read(*given, token.runs, phi, combined, powers, part, found, out, lse)
+    else:
+        loops.read_complex(*given, token.pairs, token.w, phi, combined, powers, found, out, lse)
+    return out.reshape(*leading, 1, columns - 1), lse.reshape(*leading, 1)
 
 
 def _writable(x: np.ndarray) -> np.ndarray:
