@@ -197,11 +197,11 @@ def take_now(item: pytest.Item, before: int) -> bool:
 
 @pytest.fixture
 def draws(request: pytest.FixtureRequest) -> Callable[[int], range]:
-    """Seeds of so many random draws: the first fifth of them, the others with --rest, all with --thorough."""
+    """Seeds of so many random draws: the first tenth of them, the others with --rest, all with --thorough."""
     take = request.config.getoption("take")
 
     def seeds(count: int) -> range:
-        first = -(-count // 5)
+        first = -(-count // 10)
         return range(first if take == "rest" else 0, count if take else first)
 
     return seeds

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watching import calls_of
 
 from tattn.approximation import exponential
 from tattn.approximation.exponential import (
@@ -97,9 +98,9 @@ class TestErrors:
         assert relative_error(coefficients, bound) <= delta
         assert relative_error(slope(coefficients), bound) <= delta_prime
 
-    def test_hold_between_the_points_of_the_grid(self, monkeypatch):
-        monkeypatch.setattr(exponential, "_points", lambda count, bound: np.linspace(-bound, bound, 12))
-        delta, delta_prime = errors(minimax(5, 2.0).coefficients, 2.0)
+    def test_hold_between_the_points_of_the_grid(self):
+        few = np.linspace(-2.0, 2.0, 12)
+        delta, delta_prime = exponential._errors_between(np.array(minimax(5, 2.0).coefficients), few)
         assert relative_error(minimax(5, 2.0).coefficients, 2.0) <= delta
         assert relative_error(slope(minimax(5, 2.0).coefficients), 2.0) <= delta_prime
 
@@ -249,10 +250,10 @@ class TestSmallest:
     @pytest.mark.parametrize(
         ("bound", "degree"), [(0.5, 6), (2.0, 9), (6.0, 16), (10.0, 21), (14.0, None), (30.0, None)]
     )
-    def test_fits_one_degree_at_most(self, monkeypatch, bound, degree):
-        fitted = []
-        monkeypatch.setattr(exponential, "minimax", lambda *args: fitted.append(args) or minimax(*args))
-        found = smallest(bound, lambda polynomial: max(polynomial.delta, polynomial.delta_prime) <= 1e-5, max_degree=40)
+    def test_fits_one_degree_at_most(self, bound, degree):
+        minimax.cache_clear()
+        with calls_of(minimax) as fitted:
+            found = smallest(bound, lambda p: max(p.delta, p.delta_prime) <= 1e-5, max_degree=40)
         assert (found and found.degree) == degree
         assert len(fitted) == (found is not None)
 
@@ -320,13 +321,12 @@ class TestCrowded:
         assert kappa <= polynomial.kappa <= 1.03 * kappa + 1e-13 * math.exp(bound)
         assert kappa_prime <= polynomial.kappa_prime <= 1.03 * kappa_prime + 1e-13 * math.exp(bound)
 
-    def test_kappas_hold_between_the_points_of_the_grid(self, monkeypatch):
-        grid = lambda count, bound: np.linspace(-bound, bound, 12)  # noqa: E731
+    def test_kappas_hold_between_the_points_of_the_grid(self):
+        few = np.linspace(-2.0, 2.0, 12)
         polynomial = crowded(5, 2, 2.0)
         free = np.array(polynomial.coefficients[2:])
-        monkeypatch.setattr(exponential, "_points", grid)
-        assert crowded_errors(polynomial)[0] <= exponential._distance(2, free, 2.0)
-        assert crowded_errors(polynomial)[1] <= exponential._distance(1, free * np.arange(2, 6), 2.0)
+        assert crowded_errors(polynomial)[0] <= exponential._distance(2, free, few)
+        assert crowded_errors(polynomial)[1] <= exponential._distance(1, free * np.arange(2, 6), few)
 
     @pytest.mark.parametrize("bound", [0.1, 1.0, 2.0, 4.0])
     def test_best_constant_is_halfway(self, bound):

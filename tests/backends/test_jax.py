@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -136,29 +135,32 @@ def test_ranks_need_not_be_promoted_by_the_caller(plan: tattn.Plan, arrays: list
         pullback(jnp.ones((2, 4, 2)), return_error=True)
 
 
-def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_bounded() -> None:
     """One for each function, plan and shape; those that are let go of give back what they held."""
     import gc
     import weakref
 
     from tattn.backends import jax as backend
 
-    assert backend._compiled.cache_parameters()["maxsize"] <= 256
-    small = lru_cache(maxsize=2)(backend._compiled.__wrapped__)
-    monkeypatch.setattr(backend, "_compiled", small)
+    most = backend._compiled.cache_parameters()["maxsize"]
+    assert most <= 256
     x = jnp.ones((3, 2))
-    programs = []
+    shapes = ((x.shape, x.dtype),)
 
-    def remembered(*arguments: Any) -> Any:
-        program = small(*arguments)
-        programs.append(weakref.ref(program))
-        return program
+    def times(call: Any, _: Any, arrays: Any) -> Any:
+        return arrays[0] * call
 
-    monkeypatch.setattr(backend, "_compiled", remembered)
-    for n in (3, 4, 5, 6):
-        backend.BACKEND.run(lambda call, _, arrays: arrays[0] * call, n, (x,))
+    def program(n: int) -> Any:
+        return weakref.ref(backend._compiled(times, n, False, shapes))
+
+    for n in (3, 4):
+        backend.BACKEND.run(times, n, (x,))
+    compiled = [program(3), program(4)]
+    # Not compiled, since they are not called.
+    others = [program(-n) for n in range(most - 1)]
     gc.collect()
-    assert [p() is None for p in programs] == [True, True, False, False]
+    assert [p() is None for p in compiled] == [True, False]
+    assert all(p() is not None for p in others)
 
 
 def test_programs_rest_on_the_attributes_of_the_backend() -> None:

@@ -864,6 +864,7 @@ FUNCTION_PLANS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", list(FUNCTION_PLANS))
 @pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.grid("torch")
 def test_compiled_calls_take_every_length_in_two_graphs(name: str, dynamic: bool | None) -> None:
     plan = FUNCTION_PLANS[name]
 

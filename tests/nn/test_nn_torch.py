@@ -48,6 +48,7 @@ def test_first_and_second_derivatives(case: str) -> None:
 
 
 @pytest.mark.parametrize("compiler,case", [("aot_eager", c) for c in CASES] + [("inductor", "contexts")])
+@pytest.mark.grid("torch")
 def test_compile(compiler: str, case: str) -> None:
     torch._dynamo.reset()
     layer = module(torch.float64, **CASES[case])
@@ -342,6 +343,7 @@ def test_checkpoints(case: str) -> None:
     "case,changes",
     [*CASES.items(), ("exact", {"method": "exact"}), ("exact and causal", {"method": "exact", "causal": True})],
 )
+@pytest.mark.grid("torch")
 def test_jit_trace(case: str, changes: dict[str, Any]) -> None:
     """What is recorded at one length holds at others, saved and loaded too, forward and gradient."""
     layer = module(torch.float64, **changes)

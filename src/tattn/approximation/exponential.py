@@ -142,9 +142,13 @@ def errors(coefficients: Sequence[float], bound: float) -> tuple[float, float]:
     bound = _checked("len(coefficients)", len(coefficients), bound, least=1, most=MAX_DEGREE + 1)
     if bound > _MOST:
         return math.inf, math.inf
-    points = _points(16 * len(coefficients) + 80 + int(32 * bound), bound)
+    return _errors_between(np.asarray(coefficients, dtype=np.float64), _grid(len(coefficients), bound))
+
+
+def _errors_between(coefficients: Floats, points: Floats) -> tuple[float, float]:
+    """`errors` from the first to the last of the points, by what is seen at them."""
     with np.errstate(all="ignore"):
-        value, rounding = _derivatives(np.asarray(coefficients, dtype=np.float64), points)
+        value, rounding = _derivatives(coefficients, points)
         weight = np.exp(-points)
         error = np.abs(value * weight - 1) + rounding * weight
         return _suprema(np.vstack([error, np.ones((2, len(points)))]), points, twist=1)
@@ -268,9 +272,10 @@ def crowded(degree: int, moment: int, bound: float) -> CrowdedPolynomial:
         rest = x ** len(free) * _phi(degree + 1, x)[0][0]
         if np.abs(rest).max() > _EPS * free[0]:  # otherwise Taylor's Q is exact to rounding
             free += _uniform_fit(x, rest, np.ones_like(x), len(free))
-        kappa = _distance(moment, free, bound)
+        points = _grid(len(free), bound)
+        kappa = _distance(moment, free, points)
         # e^x - P' = x^(t-1) (phi_(t-1) - t Q - x Q')
-        kappa_prime = _distance(moment - 1, free * np.arange(moment, degree + 1), bound)
+        kappa_prime = _distance(moment - 1, free * np.arange(moment, degree + 1), points)
     return CrowdedPolynomial(tuple(coefficients.tolist()), bound, moment, kappa, kappa_prime)
 
 
@@ -308,6 +313,11 @@ def _taylor(degree: int) -> Floats:
 def _points(count: int, bound: float) -> Floats:
     """Chebyshev extrema from -bound to bound, ascending, both ends exact: (count,)."""
     return bound * np.sin(np.linspace(-math.pi / 2, math.pi / 2, count))
+
+
+def _grid(count: int, bound: float) -> Floats:
+    """The points at which errors of so many coefficients are looked at."""
+    return _points(16 * count + 80 + int(32 * bound), bound)
 
 
 def _relative_fit(degree: int, bound: float) -> tuple[float, ...]:
@@ -384,9 +394,8 @@ def _derivatives(coefficients: Floats, x: Floats) -> tuple[Floats, Floats]:
     return value, (terms + 5) * _EPS * size
 
 
-def _distance(order: int, coefficients: Floats, bound: float) -> float:
-    """Upper bound of sup |phi_m - Q|, m = order, over |x| <= bound for the coefficients of Q."""
-    points = _points(16 * len(coefficients) + 80 + int(32 * bound), bound)
+def _distance(order: int, coefficients: Floats, points: Floats) -> float:
+    """Upper bound of sup |phi_m - Q|, m = order, from the first to the last of the points for the coefficients of Q."""
     phi, relative = _phi(order, points, len(coefficients) + 1)
     value, rounding = _derivatives(coefficients, points)
     error = phi * (1 + relative)  # beyond the degree of Q only phi is left, and it increases
