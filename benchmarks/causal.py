@@ -1,6 +1,7 @@
 """What causal attention costs beside attention to all rows, and decoding token by token beside the causal call.
 
     python -m benchmarks.causal cost [--library numpy|torch] [--quick]
+    python -m benchmarks.causal channels [--library numpy|torch] [--quick]
     python -m benchmarks.causal decoding [--tokens 100000] [--quick]
 
 float32, one thread. Processor time, the best of runs that take turns.
@@ -37,14 +38,19 @@ SHAPES = (
 )
 
 
+def move_to(library: str) -> Callable[[np.ndarray], Any]:
+    """From NumPy's arrays to those of a library, which takes one thread."""
+    if library == "numpy":
+        return np.asarray
+    import torch
+
+    torch.set_num_threads(1)
+    return torch.tensor
+
+
 def cost(library: str, quick: bool) -> None:
     """Causal over all rows, forward and with the gradient, by kernels and by array operations, and the error of a few rows."""
-    move: Callable[[np.ndarray], Any] = np.asarray
-    if library == "torch":
-        import torch
-
-        torch.set_num_threads(1)
-        move = torch.tensor
+    move = move_to(library)
     print(
         "| views | d | degree | rank | dv | rows | causal, s | over all rows | without kernels | with its gradient, s "
         "| over all rows | without kernels | error | stated |"
@@ -76,6 +82,49 @@ def cost(library: str, quick: bool) -> None:
             f"| {causal:.3f} | {causal / plain:.2f} | {arrays / plain:.1f} "
             f"| {causal_both:.3f} | {causal_both / plain_both:.2f} | {arrays_both / plain_both:.1f} "
             f"| {error:.1e} | {plans[1].error:.1e} |",
+            flush=True,
+        )
+
+
+def channels(library: str, quick: bool) -> None:
+    """Causal calls with complex channels over such with as many real ones: forward, with the gradient, and a token."""
+    move = move_to(library)
+    print(
+        "| views | d | degree | rank | dv | rows | complex, s | over real | with its gradient, s | over real "
+        "| a token, µs | over real |"
+    )
+    print("|" + "---|" * 12)
+    tattn.warm_up(channels=("real", "complex"))
+    shapes = tuple(shape for shape in SHAPES if shape[0] > 1)
+    for views, dim, degree, value_dim, n in shapes[:1] if quick else shapes:
+        rng = np.random.default_rng(0)
+        query, *keys = (move(2 * rng.random((n, dim), dtype=np.float32) - 1) for _ in range(views + 1))
+        values = [move(2 * rng.random((n, value_dim), dtype=np.float32) - 1) for _ in range(views)]
+        made: dict[str, Any] = {"n": n, "dim": dim, "order": views + 1, "bound": 1.0, "degree": degree}
+        plans = [tattn.plan_for(**made, causal=True, channels=kind) for kind in ("real", "complex")]
+
+        def forward(plan: tattn.Plan) -> Any:
+            return tattn.tensor_attention(query, keys, values, plan=plan, causal=True)  # noqa: B023
+
+        def both(plan: tattn.Plan) -> Any:
+            out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True)  # noqa: B023
+            return pullback(out)
+
+        def tokens(plan: tattn.Plan) -> Any:
+            state = tattn.DecodingState(plan)
+            for i in range(256):
+                at = slice(i, i + 1)
+                out, state = state.step(query[at], [k[at] for k in keys], [v[at] for v in values])  # noqa: B023
+            return out
+
+        taken = []
+        for function in (forward, both, tokens):
+            taken += seconds([partial(function, plan) for plan in plans], 5)
+        real, of_complex = taken[::2], taken[1::2]
+        ratios = [c / r for c, r in zip(of_complex, real, strict=True)]
+        print(
+            f"| {views} | {dim} | {degree} | {plans[1].rank} | {value_dim} | {n} | {of_complex[0]:.3f} | {ratios[0]:.2f} "
+            f"| {of_complex[1]:.3f} | {ratios[1]:.2f} | {1e6 * of_complex[2] / 256:.0f} | {ratios[2]:.2f} |",
             flush=True,
         )
 
@@ -114,12 +163,14 @@ def decoding(tokens: int, quick: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "decoding"))
+    parser.add_argument("part", choices=("cost", "channels", "decoding"))
     parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.part == "cost":
         cost(options.library, options.quick)
+    elif options.part == "channels":
+        channels(options.library, options.quick)
     else:
         decoding(options.tokens, options.quick)

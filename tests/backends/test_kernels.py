@@ -26,6 +26,7 @@ from tattn.features.monomials import features
 from tattn.state import decoding
 
 SOURCE = Path(tattn.__file__).parents[1]
+channels = pytest.mark.parametrize("channels", ["real", "complex"])
 
 
 @pytest.fixture(autouse=True)
@@ -85,16 +86,19 @@ def call_of(n: int = 50) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]
     return query, rest[:2], rest[2:]
 
 
-def test_plans_price_causal_calls_by_what_computes_them(loops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@channels
+def test_plans_price_causal_calls_by_what_computes_them(
+    channels: str, loops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise the exact method would be taken at lengths where the loops are faster."""
     query, *views = np.random.default_rng(0).uniform(-1, 1, (5, 300, 8)).astype(np.float32)
     given = (query, views[:2], views[2:])
-    compiled_plan = tattn.plan(*given, causal=True)
+    compiled_plan = tattn.plan(*given, causal=True, channels=channels)
     assert compiled_plan.method == "polynomial"
-    whole = tattn.plan(*given, method="polynomial")
+    whole = tattn.plan(*given, method="polynomial", channels=channels)
     assert compiled_plan.flops_polynomial == 1.5 * whole.flops_polynomial
     monkeypatch.setenv(compiled.SWITCH, "0")
-    without = tattn.plan(*given, method="polynomial", causal=True)
+    without = tattn.plan(*given, method="polynomial", causal=True, channels=channels)
     assert without.flops_polynomial > 5 * compiled_plan.flops_polynomial
     # One plan serves both: only its price differs.
     assert without.problem == compiled_plan.problem
@@ -463,6 +467,23 @@ def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):
         assert len(loop.signatures) - len(of_real) <= 2
 
 
+def test_code_for_complex_channels_is_compiled_by_those_who_use_them(loops):
+    """In a process of its own, which has used no others."""
+    code = """
+        import numpy as np
+        import tattn
+        from tattn.backends import compiled
+
+        rows = np.ones((5, 2), np.float32)
+        loops = compiled._loaded()[0]
+        for channels in ("real", "complex"):
+            plan = tattn.plan_for(n=5, dim=2, bound=2.0, degree=3, causal=True, channels=channels)
+            tattn.tensor_attention(rows, [rows, rows], [rows, rows], plan=plan, causal=True)
+            print(len(loops.causal.read.signatures), len(loops.decoding.take_in_complex.signatures))
+    """
+    assert run(code) == ["1 0", "2 0"]
+
+
 def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     call = drawn(9, 1, "float64")
     found = kernels()
@@ -550,9 +571,6 @@ def steps(loops: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("read", "read_complex"):
         monkeypatch.setattr(loops, name, noting(told, "step", getattr(loops, name)))
     return told
-
-
-channels = pytest.mark.parametrize("channels", ["real", "complex"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
