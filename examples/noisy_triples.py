@@ -8,15 +8,19 @@ page into docs/examples; with --quick it takes a minute, learns nothing, and wri
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import tattn
+from evidence.apart import reset_peak, resident_bytes
 from evidence.plots import panels, style
 from evidence.tables import Table, column, distinct, markdown, seconds, where
 
@@ -117,27 +121,34 @@ RATES = {"nn.MultiheadAttention, equal": 3e-3, "nn.MultiheadAttention, ten times
 BY_HAND, COUNTED = "pairs, set by hand", "all pairs, counted"
 # Exact attention is trained up to this length only: its time grows as n².
 EXACT_ROWS = 64
+# Accuracy is looked at so many times during training.
+LOOKS = 15
+# Processor seconds of training, to compare what they buy at each length.
+BUDGETS = (10, 30, 100)
 
 
 def train(
     net: Net, task: Task, given: argparse.Namespace, rate: float, seed: int, watch: Callable[..., Iterable[int]]
-) -> float:
-    """Adam with warm-up and a cosine, for so many steps; processor seconds of a step."""
+) -> Iterator[tuple[int, float]]:
+    """Adam with warm-up and a cosine; now and then the steps so far and their processor seconds, and at the end."""
     rng = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(net.parameters(), rate, betas=(0.9, 0.98))
     warm = max(1, min(30, given.steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda t: min(1, (t + 1) / warm) * 0.5 * (1 + math.cos(math.pi * t / given.steps))
     )
-    start = time.process_time()
-    for _ in watch(range(given.steps)):
+    spent, every = 0.0, max(1, given.steps // LOOKS)
+    for step in watch(range(1, given.steps + 1)):
+        start = time.process_time()
         readings, wanted = task.batch(given.batch, rng)
         loss = nn.functional.binary_cross_entropy_with_logits(net(readings), wanted)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    return (time.process_time() - start) / given.steps
+        spent += time.process_time() - start
+        if step % every == 0 or step == given.steps:
+            yield step, spent
 
 
 def accuracy(answer: Callable[[Tensor], Tensor], task: Task, sequences: int) -> dict[str, float]:
@@ -244,19 +255,18 @@ def parameters(net: nn.Module) -> int:
 
 
 def learned(name: str, n: int, seed: int, given: argparse.Namespace, watch: shared.Watch) -> Table:
-    """One net trained at `n` rows, and judged at all lengths."""
+    """One net trained at `n` rows: judged there during training, and at all lengths at its end."""
     torch.manual_seed(seed)
     net = Net(MODELS[name]())
-    spent = train(
-        net, Task(n), given, RATES.get(name, given.rate), seed, lambda r: watch(r, f"{name}, {n} rows, seed {seed}")
-    )
+    words = f"{name}, {n} rows, seed {seed}"
     rows = []
-    for m, sequences in JUDGED.items():
-        if not (given.quick and m > 512) and (m <= EXACT_ROWS or "exact" not in name):
-            rows.append({
-                "model": name, "trained": n, "seed": seed, "rows": m, **accuracy(net, Task(m), sequences),
-                "parameters": parameters(net.attention), "steps": given.steps, "batch": given.batch, "step": spent,
-            })  # fmt: skip
+    for step, spent in train(net, Task(n), given, RATES.get(name, given.rate), seed, lambda r: watch(r, words)):
+        for m, sequences in JUDGED.items() if step == given.steps else [(n, JUDGED[n])]:
+            if not (given.quick and m > 512) and (m <= EXACT_ROWS or "exact" not in name):
+                rows.append({
+                    "model": name, "trained": n, "seed": seed, "rows": m, **accuracy(net, Task(m), sequences),
+                    "parameters": parameters(net.attention), "batch": given.batch, "steps": step, "seconds": spent,
+                })  # fmt: skip
     return rows
 
 
@@ -285,7 +295,7 @@ def limits(given: argparse.Namespace, watch: shared.Watch) -> Table:
         count = accuracy(lambda readings, cut=cut: counted(readings) - cut, Task(m), 10 * sequences)
         for name, found in ((BY_HAND, hand), (COUNTED, count)):
             rows.append({
-                "model": name, "trained": m, "seed": 0, "rows": m, **found, "parameters": 0, "steps": 0, "batch": 0, "step": 0.0,
+                "model": name, "trained": m, "seed": 0, "rows": m, **found, "parameters": 0, "batch": 0, "steps": 0, "seconds": 0.0,
             })  # fmt: skip
     return rows
 
@@ -308,18 +318,58 @@ def times(given: argparse.Namespace, watch: shared.Watch) -> Table:
     return rows
 
 
-PARTS: dict[str, shared.Part] = {"accuracies": accuracies, "times": times}
+def memory(given: argparse.Namespace, watch: shared.Watch) -> Table:
+    """MiB at the peak of a training step for one sequence, each in a process of its own; exact as far as it goes."""
+    lengths = (64, 256) if given.quick else (64, 256, 1024, 4096, 16384)
+    cases = [(name, n) for name in MODELS for n in lengths if n <= 1024 or "exact" not in name]
+    rows = []
+    for name, n in watch(cases, "memory"):
+        command = [sys.executable, "-m", "examples.noisy_triples", "--measure", name, str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append({"model": name, "rows": n, "MiB": json.loads(done.stdout)})
+    return rows
+
+
+def measured(name: str, n: int) -> float:
+    """MiB that are resident at the peak of a step, beyond those before it."""
+    net = Net(MODELS[name]())
+
+    def step(rows: int) -> None:
+        readings, wanted = Task(rows).batch(1, torch.Generator().manual_seed(0))
+        nn.functional.binary_cross_entropy_with_logits(net(readings), wanted).backward()
+
+    step(16)  # whatever is set up once
+    reset_peak()
+    before = resident_bytes("VmRSS")
+    step(n)
+    return (resident_bytes("VmHWM") - before) / 2**20
+
+
+PARTS: dict[str, shared.Part] = {"accuracies": accuracies, "times": times, "memory": memory}
+
+
+def ended(rows: Table) -> Table:
+    """Without what nets did during training."""
+    last = max(column(rows, "steps"))
+    return [r for r in rows if r["steps"] in (0, last)]
 
 
 def at_home(rows: Table, name: str) -> dict[int, list[float]]:
     """By length, the share told right at the length a model was trained at, seed by seed."""
-    mine = [r for r in where(rows, model=name) if r["rows"] == r["trained"]]
+    mine = [r for r in where(ended(rows), model=name) if r["rows"] == r["trained"]]
     return {n: column(where(mine, rows=n), "right") for (n,) in distinct(mine, "rows")}
 
 
+def within(rows: Table, name: str, n: int, budget: float) -> Table:
+    """Where each seed was after so many processor seconds; seeds that were not looked at by then are left out."""
+    mine = [r for r in where(rows, model=name, trained=n, rows=n) if 0 < r["seconds"] <= budget]
+    return [max(where(mine, seed=seed), key=lambda r: r["steps"]) for (seed,) in distinct(mine, "seed")]
+
+
 def plot(rows: Table) -> Any:
-    """Right answers against the number of readings; and processor time of a step."""
-    figure, ((of_right, of_time),) = panels(2, height=4.0)
+    """Right answers by the number of readings, after training and after so many seconds of it; processor time of a step."""
+    figure, ((of_right, of_budget, of_time),) = panels(3, height=4.0)
+    budget = BUDGETS[1]
     for i, (name,) in enumerate(distinct(rows, "model")):
         home = at_home(rows, name)
         looks = style(i, label=name, linestyle="-" if name in MODELS else "--")
@@ -327,23 +377,29 @@ def plot(rows: Table) -> Any:
         for n, found in home.items():
             of_right.plot([n] * len(found), [100 * r for r in found], **style(i, linestyle="", alpha=0.4))
         if name in MODELS:
-            steps = [sum(s) / len(s) for s in (column(where(rows, model=name, trained=n), "step") for n in home)]
-            of_time.plot(list(home), steps, **looks)
+            found = {n: column(within(rows, name, n, budget), "right") for n in home}
+            found = {n: each for n, each in found.items() if each}
+            of_budget.plot(list(found), [100 * sum(r) / len(r) for r in found.values()], **looks)
+            spent = {n: [r["seconds"] / r["steps"] for r in where(ended(rows), model=name, trained=n)] for n in home}
+            of_time.plot(list(home), [sum(each) / len(each) for each in spent.values()], **looks)
     majority = sum(column(rows, "majority")) / len(rows)
-    of_right.axhline(100 * majority, color="#000000", linestyle=":", linewidth=1)
-    of_right.set_xscale("log", base=2)
+    for axis in (of_right, of_budget):
+        axis.axhline(100 * majority, color="#000000", linestyle=":", linewidth=1)
+        axis.set(xlabel="readings", ylim=(45, 101))
+        axis.set_xscale("log", base=2)
+    of_right.set_ylabel("% right, trained at this length")
+    of_budget.set_ylabel(f"% right after {budget} s of training")
     of_time.set_xscale("log", base=2)
-    of_right.set(xlabel="readings", ylabel="% right, trained at this length", ylim=(45, 101))
     of_time.set(yscale="log", xlabel="readings", ylabel="processor seconds of a step")
-    of_right.legend(fontsize="x-small", loc="center right", bbox_to_anchor=(1, 0.47))
+    of_budget.legend(*of_right.get_legend_handles_labels(), fontsize="x-small", loc="upper left")
     return figure
 
 
 def page(tables: dict[str, Table]) -> str:
     """What the tables say."""
-    rows, spent = tables["accuracies"], tables["times"]
+    rows, spent, held = tables["accuracies"], tables["times"], tables["memory"]
     first, lengths = where(rows, model="pairs")[0], sorted({r["rows"] for r in rows})
-    counts = [f"{m:,}" for m in lengths]
+    counts, steps = [f"{m:,}" for m in lengths], max(column(rows, "steps"))
     right_twice = (1 - WRONG) ** 2
     share, chance = right_twice * 2 / HIDDEN**2, (1 - right_twice) / MODULUS
     few, many = (f"{share * MODULUS / 2 * n**0.5:.1f}" for n in (64, 4096))
@@ -378,16 +434,18 @@ takes the share of all pairs that complete q, and cuts it where that is best at 
 
 `tattn.nn.TensorAttention({WIDTH}, {HEADS}, {sizes})` attends from the phases
 of the queries to pairs of readings. Both views share their keys, as a pair has no order. Products of two linear forms read its
-output. {first["steps"]:,} Adam steps from scratch, {first["batch"]} fresh sequences each, at each length by itself. Beside it
+output. {steps:,} Adam steps from scratch, {first["batch"]} fresh sequences each, at each length by itself. Beside it
 `nn.MultiheadAttention` with as many and with ten times the parameters, and the same layer of pairs with exp in place of the
 polynomial, as far as that goes.
 
 ![Right answers and time](noisy_triples.png)
 
-% right at the length of training, for each seed that was run; the more frequent answer is right for
-{_mean(rows, "majority"):.1f} %:
+% right at the length of training, mean of the seeds ± half the distance from the worst to the best; the more frequent
+answer is right for {_mean(ended(rows), "majority"):.1f} %:
 
 {markdown(_of_models(rows, lengths), ["attention", "its parameters", *counts])}
+
+{_seeds(rows)}
 
 {_words(rows)}
 
@@ -395,7 +453,14 @@ Trained at one length, judged at all, mean of the seeds:
 
 {markdown(_of_transfer(rows, lengths), ["attention", "trained at", *counts])}
 
-## Time
+## What a budget buys
+
+% right after so many processor seconds of training, mean of the seeds, and in brackets the steps that were made by then. The rate
+has not come down to nothing where the steps are fewer than {steps}. A dash: the budget ends before the first look.
+
+{_of_budgets(rows, spent)}
+
+## Time and memory
 
 Processor time of a step, forward and gradient, for one sequence on one thread, the smallest of several. In brackets: what exact
 attention to pairs would take, from its last measurement as n².
@@ -403,6 +468,14 @@ attention to pairs would take, from its last measurement as n².
 {_of_times(spent)}
 
 {_runs(rows, spent)}
+
+MiB at the peak of such a step, beyond what there was before it (resident set of a process of its own; a few MiB are those of the
+allocator):
+
+{_of_memory(held)}
+
+Exact attention to pairs does not store its scores, so that its limit is time. Stored, the scores of all heads would take
+{_stored(max(column(held, "rows"))):,.0f} GiB for one sequence of {max(column(held, "rows")):,} readings.
 """
 
 
@@ -416,16 +489,62 @@ def _of_models(rows: Table, lengths: list[int]) -> list[list[str]]:
     lines = []
     for (name,) in distinct(rows, "model"):
         home, size = at_home(rows, name), where(rows, model=name)[0]["parameters"]
-        cells = [", ".join(f"{100 * r:.1f}" for r in home[n]) if n in home else "–" for n in lengths]
+        cells = [_spread(home[n]) if n in home else "–" for n in lengths]
         lines.append([name, f"{size:,}" if size else "–", *cells])
     return lines
+
+
+def _spread(found: list[float]) -> str:
+    """Mean in %, and how far seeds are apart."""
+    mean = f"{100 * sum(found) / len(found):.1f}"
+    return mean if len(found) == 1 else f"{mean} ± {50 * (max(found) - min(found)):.1f}"
+
+
+def _seeds(rows: Table) -> str:
+    """How many seeds were run, and where they were fewer."""
+    counts = [(name, n, len(found)) for name in MODELS for n, found in at_home(rows, name).items()]
+    most = max(count for *_, count in counts)
+    few = [f"of {name} at {n:,}, {count}" for name, n, count in counts if count < most]
+    return f"{most} seeds each" + (f"; fewer were run {'; '.join(few)}." if few else ".")
+
+
+def _of_budgets(rows: Table, spent: Table) -> str:
+    """Accuracy and steps by model, budget and length."""
+    lines, batch = [], max(column(rows, "batch"))
+    for budget in BUDGETS:
+        for name in MODELS:
+            cells = []
+            for n in TRAINED:
+                found = within(rows, name, n, budget)
+                if found:
+                    steps = sum(column(found, "steps")) / len(found)
+                    cells.append(f"{_mean(found, 'right'):.1f} ({steps:.0f})")
+                else:
+                    # Steps of exact attention that was not trained at this length, from its time.
+                    cells.append(f"– ({budget / batch / exact_seconds(spent, n):.1f})" if "exact" in name else "–")
+            lines.append([f"{budget} s", name, *cells])
+    return markdown(lines, ["budget", "attention", *(f"{n:,}" for n in TRAINED)])
+
+
+def _of_memory(held: Table) -> str:
+    """MiB by model and length."""
+    lengths, lines = sorted({r["rows"] for r in held}), []
+    for (name,) in distinct(held, "model"):
+        mine = {r["rows"]: r["MiB"] for r in where(held, model=name)}
+        lines.append([name, *(f"{mine[n]:.1f}" if n in mine else "–" for n in lengths)])
+    return markdown(lines, ["attention", *(f"{n:,}" for n in lengths)])
+
+
+def _stored(n: int) -> float:
+    """GiB of the scores of all heads from M queries to all pairs of `n` readings, in float32."""
+    return 4.0 * HEADS * MODULUS * n**2 / 2**30
 
 
 def _of_transfer(rows: Table, lengths: list[int]) -> list[list[str]]:
     """What was trained at one length, at all of them."""
     lines = []
     for name, n in distinct([r for r in rows if r["steps"] and "exact" not in r["model"]], "model", "trained"):
-        mine = where(rows, model=name, trained=n)
+        mine = where(ended(rows), model=name, trained=n)
         lines.append([name, f"{n:,}", *(f"{_mean(where(mine, rows=m), 'right'):.1f}" for m in lengths)])
     return lines
 
@@ -447,8 +566,8 @@ def _of_times(spent: Table) -> str:
 
 def _runs(rows: Table, spent: Table) -> str:
     """How long the longest training took, and how long it would take exactly."""
-    longest = max(where(rows, model="pairs"), key=lambda r: r["trained"])
-    run, sequences = longest["step"] * longest["steps"], longest["steps"] * longest["batch"]
+    longest = max(where(ended(rows), model="pairs"), key=lambda r: r["trained"])
+    run, sequences = longest["seconds"], longest["steps"] * longest["batch"]
     return (
         f"The {longest['steps']:,} steps of pairs at {longest['trained']:,} readings took {_long(run)} of processor time. "
         f"The same steps by all pairs\nwould take {_long(sequences * exact_seconds(spent, longest['trained']))}."
@@ -478,7 +597,11 @@ def main() -> None:
     """Measure, and write what was found."""
     parser = shared.options(__doc__, steps=300, quick_steps=5, batch=16, rate=3e-2)
     parser.add_argument("--seeds", type=int, help="3; 1 if quick")
+    parser.add_argument("--measure", nargs=2, metavar=("MODEL", "ROWS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measured(given.measure[0], int(given.measure[1]))))
+        return
     given.seeds = given.seeds or (1 if given.quick else 3)
     shared.run(NAME, given, PARTS, plot, page)
 

@@ -84,7 +84,8 @@ def test_triples_are_learned_by_every_model() -> None:
         torch.manual_seed(0)
         net = example.Net(attention())
         before = [p.detach().clone() for p in net.parameters()]
-        example.train(net, example.Task(16), given, 1e-2, 0, lambda steps: steps)
+        looked_at = example.train(net, example.Task(16), given, 1e-2, 0, lambda steps: steps)
+        assert [step for step, _ in looked_at] == [1, 2, 3]
         assert all(torch.isfinite(p).all() for p in net.parameters())
         assert any((p != q).any() for p, q in zip(before, net.parameters(), strict=True))
 
