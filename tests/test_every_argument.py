@@ -84,6 +84,7 @@ OPTIONS = {
     "scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "causal": False, "window": None, "channels": "complex",
     "max_flops": 1e9,
 }  # fmt: skip
+OFFSETS = np.array([0, 2, 2, len(Q)])
 CALL = {"query": Q, "keys": [A, B], "values": [U, V]}
 ASKED = {"return_lse": True, "return_error": False, "return_plan": False, "progress": None}
 CHOICE = {"method": "polynomial", "degree": 3, "bound": 2.0, "series": "minimax", "gradients": True}
@@ -115,11 +116,13 @@ def core_cases() -> dict[str, Case]:
 
     return {
         "tensor_attention": case(
-            tattn.tensor_attention, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="exact", plan=None
+            tattn.tensor_attention, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="exact", plan=None, offsets=None
         ),
         "tensor_attention_vjp": case(
-            tattn.tensor_attention_vjp, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="auto", plan=None
+            tattn.tensor_attention_vjp, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="auto", plan=None,
+            offsets=OFFSETS,
         ),
+        "tensor_attention, offsets": case(tattn.tensor_attention, **CALL, offsets=[OFFSETS, OFFSETS, OFFSETS]),
         "pullback": case(pullback, grad_out=Q, grad_lse=Q[:, 0], return_error=False),
         "plan": case(tattn.plan, **CALL, **OPTIONS, **CHOICE, bands=None, moment=None),
         "plan, of data": case(tattn.plan, **CALL, method="auto", degree=None, bound=None, bands=None, moment=None),

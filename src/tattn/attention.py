@@ -17,6 +17,7 @@ from .checks import (
     checked_inputs,
     checked_options,
     with_channels,
+    with_documents,
 )
 from .methods import backward, forward, told_error
 from .operands import REAL, Gradients
@@ -54,6 +55,7 @@ def tensor_attention(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    offsets: Array | Sequence[Array] | None = None,
     channels: str | None = None,
     max_flops: float | None = None,
     return_lse: bool = False,
@@ -103,6 +105,10 @@ def tensor_attention(
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal` and the
         exact method.
+    offsets : integer array (documents + 1,), or sequence of m + 1 of them, optional
+        For documents that stand one after another in the rows: 0, the rows of the first document, of the first two, …, n. A row
+        attends within its document, in causal calls and windows, too. One array is for query and all views; otherwise one
+        for the query and one for each view, of equally many documents. Documents may be empty. They are read on the host.
     channels : {"real", "complex"}, optional
         "complex": the d numbers of a row of query and keys are d/2 complex ones, real parts first and imaginary parts behind, and
         the score is scale · Σ_c Re(q_ic a_jc b_kc). Bounds, errors and gradients are those of the d numbers; the rank is that of as
@@ -159,7 +165,7 @@ def tensor_attention(
     filled = filled_batch((query, keys, values, key_masks))
     if filled is not None:
         query, keys, values, key_masks = filled.given
-    inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
+    inputs = _checked((query, keys, values, key_masks), (causal, window, offsets), channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
         result = _computed(work, inputs, asked)
@@ -180,6 +186,7 @@ def tensor_attention_vjp(
     key_masks: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    offsets: Array | Sequence[Array] | None = None,
     channels: str | None = None,
     max_flops: float | None = None,
     return_lse: bool = False,
@@ -191,8 +198,8 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, causal, window, channels, max_flops, return_lse, \
-    return_error, return_plan, progress
+    query, keys, values, scale, tol, method, plan, key_masks, causal, window, offsets, channels, max_flops, \
+    return_lse, return_error, return_plan, progress
         As in `tensor_attention`.
 
     Returns
@@ -228,7 +235,7 @@ def tensor_attention_vjp(
     ((500, 4), 2, 2)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
-    inputs = _checked((query, keys, values, key_masks), (causal, window), channels, asked)
+    inputs = _checked((query, keys, values, key_masks), (causal, window, offsets), channels, asked)
     report, backend = reporter(progress), inputs.backend
     with telling(report):
         work = _chosen(inputs, scale, asked)
@@ -253,11 +260,13 @@ def tensor_attention_vjp(
     return returned, pullback
 
 
-def _checked(given: tuple[Any, Any, Any, Any], order: tuple[Any, Any], channels: Any, asked: _Asked) -> Inputs:
-    """The arrays of a call (query, keys, values, masks), what its channels are, and what it asked to be returned."""
+def _checked(given: tuple[Any, Any, Any, Any], sees: tuple[Any, Any, Any], channels: Any, asked: _Asked) -> Inputs:
+    """The arrays of a call (query, keys, values, masks), what a row `sees` (causal, window, offsets), what its channels are, and
+    what it asked to be returned.
+    """
     checked_flags(return_lse=asked.lse, return_error=asked.error, return_plan=asked.returns_plan)
     check_values(given[2])
-    inputs = checked_inputs(*given, order)
+    inputs = with_documents(checked_inputs(*given, sees[:2]), sees[2])
     if channels is None:
         channels = asked.plan.channels if isinstance(asked.plan, Plan) else REAL
     return with_channels(inputs, channels)
@@ -303,7 +312,7 @@ def _computed(work: Work, inputs: Inputs, asked: _Asked | None = None) -> tuple[
 
     A compiler may take a call with a plan as one operator, if it is said what was `asked`.
     """
-    if inputs.traced and asked is not None and asked.plan is not None:
+    if inputs.traced and asked is not None and asked.plan is not None and inputs.documents is None:
         whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error), work.arrays)
         if whole is not None:
             return *whole[:2], *inputs.backend.values_of(whole[2:])
