@@ -287,8 +287,9 @@ def test_layers() -> None:
     layer = tattn.nn.TensorAttention(8, 2)
     check(case(layer.plan_for, n=100))
     x, mask = torch.ones(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
-    check(case(layer.forward, x=x, contexts=[x, x], key_masks=[mask, mask], return_error=False))
-    check(case(layer.forward, x=x, contexts=None, key_masks=mask, return_error=False))
+    check(case(layer.forward, x=x, contexts=[x, x], key_masks=[mask, mask], offsets=None, return_error=False))
+    offsets = torch.tensor([0, 2, 5])
+    check(case(layer.forward, x=x, contexts=None, key_masks=mask, offsets=offsets, return_error=False))
 
 
 @pytest.mark.libraries("jax")
@@ -301,7 +302,8 @@ def test_layers_of_jax() -> None:
     check(case(init, ("dtype", "class"), key=key, config=config, dtype=None))
     assert init(jax.random.PRNGKey(0), config).keys() == init(key, config).keys()
     params = init(key, config)
-    check(case(apply, params=params, x=x, contexts=[x, x], config=config, key_masks=None, return_error=False))
+    options = {"config": config, "key_masks": None, "offsets": None, "return_error": False}
+    check(case(apply, params=params, x=x, contexts=[x, x], **options))
     for weight, error in (
         (params["q_proj.weight"].astype("int32"), r"should have a dtype of .*, got int32"),
         (params["q_proj.weight"] > 0, r"should have a dtype of .*, got bool"),

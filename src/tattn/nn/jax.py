@@ -16,7 +16,7 @@ import numpy as np
 from ..attention import tensor_attention
 from ..backends.jax import BACKEND
 from ..checks import checked_dtype, checked_flags, checked_kind
-from .checks import checked_layer_call, checked_parameters
+from .checks import check_offsets, checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import Learned, attend
 
@@ -82,6 +82,7 @@ def apply(
     *,
     config: AttentionConfig,
     key_masks: jax.Array | Sequence[jax.Array | None] | None = None,
+    offsets: Any = None,
     return_error: bool = False,
 ) -> Any:
     """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts, under every transformation.
@@ -96,6 +97,9 @@ def apply(
     config : AttentionConfig
     key_masks : boolean array (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
         True where to attend. A single mask is for every view, and for self-attention only.
+    offsets : integer array (documents + 1,), or sequence of `order` of them, optional
+        For documents that stand one after another in the rows, as in `tattn.tensor_attention`. Under ``jit`` they are no argument
+        of the function that is compiled, but known when it is.
     return_error : bool
         Also return a certified bound of each head's error in each row (..., num_heads, n), measured like
         ``config.tol``.
@@ -111,6 +115,7 @@ def apply(
     """
     _checked_config(config)
     checked_flags(return_error=return_error)
+    check_offsets(offsets, config)
     checked_parameters(params, config.parameter_shapes(), BACKEND)
     contexts, masks = checked_layer_call((x, contexts, key_masks), config, params["q_proj.weight"], BACKEND)
 
@@ -126,7 +131,7 @@ def apply(
         if plans:
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
         options |= {"key_masks": masks, "causal": config.causal, "window": config.window, "return_error": return_error}
-        options |= {"channels": config.channels}
+        options |= {"channels": config.channels, "offsets": offsets}
         return tensor_attention(query, keys, values, **options)
 
     # Whatever the caller has set: one bias serves all rows, and one head many.

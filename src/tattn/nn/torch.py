@@ -16,7 +16,7 @@ from ..planning.program import written
 from ..plans import Plan
 from ..state.decoding import DecodingState
 from ..state.summary import summarize
-from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
+from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, check_offsets, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import Learned, attend
 from .operator import planned_attention, traced_whole
@@ -219,6 +219,7 @@ class TensorAttention(nn.Module):
         contexts: Sequence[Tensor] | None = None,
         *further: Any,
         key_masks: Tensor | Sequence[Tensor | None] | None = None,
+        offsets: Tensor | Sequence[Tensor] | None = None,
         return_error: bool = False,
         **brought: Any,
     ) -> Any:
@@ -234,6 +235,9 @@ class TensorAttention(nn.Module):
             True where to attend, as in `tattn.tensor_attention` and ``scaled_dot_product_attention``;
             `tattn.nn.from_key_padding_mask` and `tattn.nn.from_attention_mask` turn those of others into such. A single
             mask is for every view, and for self-attention only. A row with nothing to attend to gets 0 from every head.
+        offsets : integer Tensor (documents + 1,), or sequence of `order` of them, optional
+            For documents that stand one after another in the rows, as in `tattn.tensor_attention`: a row attends within its
+            document. One is for `x` and all contexts; otherwise one for `x` and one for each context.
         return_error : bool
             Also return a certified bound of each head's error in each row (..., num_heads, n), measured like `tol`.
 
@@ -251,11 +255,12 @@ class TensorAttention(nn.Module):
         """
         refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
+        check_offsets(offsets, self.config)
         weight = _weight(self.q_proj)
         contexts, masks = checked_layer_call((x, contexts, key_masks), self.config, weight, BACKEND, _served(weight))
 
         def attention(q: Any, ks: Any, vs: Any, masks: Any) -> Any:
-            return self._attention(q, ks, vs, masks, return_error)
+            return self._attention(q, ks, vs, masks, return_error, offsets)
 
         out, error = self._attend(attention, (x, contexts, masks), return_error)
         return (out, error) if return_error else out
@@ -437,6 +442,7 @@ class TensorAttention(nn.Module):
         values: Sequence[Tensor],
         key_masks: Sequence[Tensor | None] | None,
         return_error: bool,
+        offsets: Any = None,
     ) -> Any:
         """All heads, each a leading dimension."""
         plans, texts = self._plans[_computed_in(query.dtype)]
@@ -444,18 +450,18 @@ class TensorAttention(nn.Module):
             return tensor_attention(
                 query, keys, values, tol=self.config.tol, method=self.config.method, key_masks=key_masks,
                 causal=self.config.causal, window=self.config.window, return_error=return_error,
-                channels=self.config.channels,
+                channels=self.config.channels, offsets=offsets,
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0][0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
         plan, text = plans[chosen], texts[chosen][return_error]
-        if traced_whole(plan) and 0 not in query.shape:
+        if offsets is None and traced_whole(plan) and 0 not in query.shape:
             out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=key_masks)
             return (out, error) if return_error else out
         return tensor_attention(
             query, keys, values, plan=plan, causal=self.config.causal, window=self.config.window, key_masks=key_masks,
-            return_error=return_error,
+            offsets=offsets, return_error=return_error,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
