@@ -87,6 +87,7 @@ OPTIONS = {
     "scale": 0.5, "tol": 1e-2, "key_masks": [MASK, MASK], "key_weights": [WEIGHTS, None], "causal": False, "window": None,
     "channels": "complex", "max_flops": 1e9,
 }  # fmt: skip
+OFFSETS = np.array([0, 2, 2, len(Q)])
 CALL = {"query": Q, "keys": [A, B], "values": [U, V]}
 ASKED = {"return_lse": True, "return_error": False, "return_plan": False, "progress": None}
 CHOICE = {"method": "polynomial", "degree": 3, "bound": 2.0, "series": "minimax", "gradients": True}
@@ -118,11 +119,13 @@ def core_cases() -> dict[str, Case]:
 
     return {
         "tensor_attention": case(
-            tattn.tensor_attention, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="exact", plan=None
+            tattn.tensor_attention, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="exact", plan=None, offsets=None
         ),
         "tensor_attention_vjp": case(
-            tattn.tensor_attention_vjp, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="auto", plan=None
+            tattn.tensor_attention_vjp, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="auto", plan=None,
+            offsets=OFFSETS,
         ),
+        "tensor_attention, offsets": case(tattn.tensor_attention, **CALL, offsets=[OFFSETS, OFFSETS, OFFSETS]),
         "pullback": case(pullback, grad_out=Q, grad_lse=Q[:, 0], return_error=False),
         "plan": case(tattn.plan, **CALL, **OPTIONS, **CHOICE, bands=None, moment=None),
         "plan, of data": case(tattn.plan, **CALL, method="auto", degree=None, bound=None, bands=None, moment=None),
@@ -168,7 +171,10 @@ def core_cases() -> dict[str, Case]:
         "rotary": case(
             tattn.rotary, ("rows", "no rows"), rows=Q, positions=np.arange(6), frequencies=np.ones(2),
         ),
-        "warm_up": case(tattn.warm_up, ("dtypes", "no list"), ("dtypes", "one fewer"), ("dtypes", "one more"), dtypes=("float32",)),
+        "warm_up": case(
+            tattn.warm_up, *((name, change) for name in ("dtypes", "channels") for change in ("no list", "one fewer", "one more")),
+            dtypes=("float32",), channels=("real",),
+        ),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),
         "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]],
             key_weights=[WEIGHTS[:1], None], return_lse=False),
@@ -292,9 +298,10 @@ def test_layers() -> None:
     layer = tattn.nn.TensorAttention(8, 2)
     check(case(layer.plan_for, n=100))
     x, mask = torch.ones(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
-    of_rows = {"key_masks": [mask, mask], "key_weights": [mask.float(), None]}
+    of_rows = {"key_masks": [mask, mask], "key_weights": [mask.float(), None], "offsets": None}
     check(case(layer.forward, x=x, contexts=[x, x], **of_rows, return_error=False))
-    check(case(layer.forward, x=x, contexts=None, key_masks=mask, key_weights=mask.float(), return_error=False))
+    of_rows = {"key_masks": mask, "key_weights": mask.float(), "offsets": torch.tensor([0, 2, 5])}
+    check(case(layer.forward, x=x, contexts=None, **of_rows, return_error=False))
 
 
 @pytest.mark.libraries("jax")
@@ -307,18 +314,8 @@ def test_layers_of_jax() -> None:
     check(case(init, ("dtype", "class"), key=key, config=config, dtype=None))
     assert init(jax.random.PRNGKey(0), config).keys() == init(key, config).keys()
     params = init(key, config)
-    check(
-        case(
-            apply,
-            params=params,
-            x=x,
-            contexts=[x, x],
-            config=config,
-            key_masks=None,
-            key_weights=None,
-            return_error=False,
-        )
-    )
+    options = {"config": config, "key_masks": None, "key_weights": None, "offsets": None, "return_error": False}
+    check(case(apply, params=params, x=x, contexts=[x, x], **options))
     for weight, error in (
         (params["q_proj.weight"].astype("int32"), r"should have a dtype of .*, got int32"),
         (params["q_proj.weight"] > 0, r"should have a dtype of .*, got bool"),

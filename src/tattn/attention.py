@@ -18,6 +18,7 @@ from .checks import (
     checked_method,
     checked_options,
     with_channels,
+    with_documents,
 )
 from .methods import backward, forward, told_error
 from .operands import REAL, Gradients
@@ -57,6 +58,7 @@ def tensor_attention(
     key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    offsets: Array | Sequence[Array] | None = None,
     channels: str | None = None,
     max_flops: float | None = None,
     return_lse: bool = False,
@@ -112,6 +114,10 @@ def tensor_attention(
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal` and the
         exact method.
+    offsets : integer array (documents + 1,), or sequence of m + 1 of them, optional
+        For documents that stand one after another in the rows: 0, the rows of the first document, of the first two, …, n. A row
+        attends within its document, in causal calls and windows, too. One array is for query and all views; otherwise one
+        for the query and one for each view, of equally many documents. Documents may be empty. They are read on the host.
     channels : {"real", "complex"}, optional
         "complex": the d numbers of a row of query and keys are d/2 complex ones, real parts first and imaginary parts behind, and
         the score is scale · Σ_c Re(q_ic a_jc b_kc). Bounds, errors and gradients are those of the d numbers; the rank is that of as
@@ -167,7 +173,7 @@ def tensor_attention(
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
     given = query, keys, values, key_masks, key_weights
     filled = filled_batch(given)
-    inputs, weights = _checked(filled.given if filled else given, (causal, window), channels, asked)
+    inputs, weights = _checked(filled.given if filled else given, (causal, window, offsets), channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
         result = _computed(work, inputs, weights, asked)
@@ -189,6 +195,7 @@ def tensor_attention_vjp(
     key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    offsets: Array | Sequence[Array] | None = None,
     channels: str | None = None,
     max_flops: float | None = None,
     return_lse: bool = False,
@@ -200,7 +207,7 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, key_weights, causal, window, channels, max_flops, \
+    query, keys, values, scale, tol, method, plan, key_masks, key_weights, causal, window, offsets, channels, max_flops, \
     return_lse, return_error, return_plan, progress
         As in `tensor_attention`.
 
@@ -238,7 +245,8 @@ def tensor_attention_vjp(
     ((500, 4), 2, 2)
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
-    inputs, weights = _checked((query, keys, values, key_masks, key_weights), (causal, window), channels, asked)
+    given = query, keys, values, key_masks, key_weights
+    inputs, weights = _checked(given, (causal, window, offsets), channels, asked)
     report, backend = reporter(progress), inputs.backend
     with telling(report):
         work = _chosen(inputs, scale, asked)
@@ -268,13 +276,15 @@ def tensor_attention_vjp(
 
 
 def _checked(
-    given: tuple[Any, Any, Any, Any, Any], order: tuple[Any, Any], channels: Any, asked: _Asked
+    given: tuple[Any, Any, Any, Any, Any], sees: tuple[Any, Any, Any], channels: Any, asked: _Asked
 ) -> tuple[Inputs, Weights | None]:
-    """The arrays of a call (query, keys, values, masks, weights), what its channels are, and what it asked to be returned."""
+    """The arrays of a call (query, keys, values, masks, weights), what a row `sees` (causal, window, offsets), what its channels
+    are, and what it asked to be returned.
+    """
     checked_flags(return_lse=asked.lse, return_error=asked.error, return_plan=asked.returns_plan)
     check_values(given[2])
     query, keys, values, masks, key_weights = given
-    inputs = checked_inputs(query, keys, values, masks, order)
+    inputs = with_documents(checked_inputs(query, keys, values, masks, sees[:2]), sees[2])
     if channels is None:
         channels = asked.plan.channels if isinstance(asked.plan, Plan) else REAL
     promised = isinstance(asked.plan, Plan) and asked.plan.source in ("promise", "answer")
@@ -329,7 +339,7 @@ def _computed(work: Work, inputs: Inputs, weights: Weights | None, asked: _Asked
 
 def _of_divided(work: Work, inputs: Inputs, asked: _Asked | None) -> tuple[Array, ...]:
     """`_computed` for weights as they stand in the place of masks."""
-    if inputs.traced and asked is not None and asked.plan is not None:
+    if inputs.traced and asked is not None and asked.plan is not None and inputs.documents is None:
         whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error), work.arrays)
         if whole is not None:
             return *whole[:2], *inputs.backend.values_of(whole[2:])

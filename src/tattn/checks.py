@@ -12,6 +12,7 @@ import numpy as np
 
 from .backends import Array, Backend, backend_of
 from .backends.operations import of_channels
+from .documents import Documents
 from .operands import CHANNELS, COMPLEX, REAL, Operands, Order, Upstream
 from .problem import Problem
 
@@ -50,10 +51,12 @@ class Inputs(NamedTuple):
     traced: bool
     order: Order
     channels: str = REAL
+    documents: Documents | None = None
 
     def problem(self, scale: float) -> Problem:
         """What a plan needs to know of them."""
-        shapes = self.views, self.dim, self.value_dim, self.dtype, self.lengths, prod(self.leading)
+        lengths, count = (self.lengths, 1) if self.documents is None else self.documents.alike()
+        shapes = self.views, self.dim, self.value_dim, self.dtype, lengths, count * prod(self.leading)
         return Problem(*shapes, scale, self.order, self.backend.chain, self.channels, self._compiled())
 
     def _compiled(self) -> bool:
@@ -164,6 +167,75 @@ def checked_channels(channels: Any, dim: int, name: str) -> str:
 def with_channels(inputs: Inputs, channels: Any) -> Inputs:
     """The inputs with channels of this kind."""
     return inputs._replace(channels=checked_channels(channels, inputs.dim, "query's last dimension"))
+
+
+def with_documents(inputs: Inputs, offsets: Any) -> Inputs:
+    """The inputs with the documents that `offsets` says, if they are given."""
+    if offsets is None:
+        return inputs
+    names = ["query", *(f"keys[{i}]" for i in range(inputs.views))]
+    if isinstance(offsets, (list, tuple)):
+        if any(isinstance(x, (int, np.integer)) for x in offsets):
+            raise TypeError(
+                f"offsets should be an array, or a sequence of arrays, got a {type(offsets).__name__} of numbers"
+            )
+        if len(offsets) != len(names):
+            raise ValueError(
+                f"offsets should be one array, or {len(names)} of them, for query and each of the {inputs.views} views, "
+                f"got {len(offsets)}"
+            )
+        arrays = [
+            _checked_offsets(f"offsets[{i}]", own, (name, n), inputs.backend)
+            for i, (own, name, n) in enumerate(zip(offsets, names, inputs.lengths, strict=True))
+        ]
+    else:
+        own = _checked_offsets("offsets", offsets, ("query", inputs.lengths[0]), inputs.backend)
+        for name, n in zip(names, inputs.lengths, strict=True):
+            if n != inputs.lengths[0]:
+                raise ValueError(
+                    f"offsets should be {len(names)} arrays, for query and each view, since {name} has {n} rows and query "
+                    f"{inputs.lengths[0]}, got one"
+                )
+        arrays = [own] * len(names)
+    for i, own in enumerate(arrays[1:]):
+        if len(own) != len(arrays[0]):
+            raise ValueError(
+                f"offsets[{i + 1}] should have as many documents as offsets[0], {len(arrays[0]) - 1}, got {len(own) - 1}"
+            )
+        shorter = np.diff(own) < np.diff(arrays[0])
+        if inputs.order.causal and shorter.any():
+            which = int(np.argmax(shorter))
+            raise ValueError(
+                f"offsets[{i + 1}] should give a document at least as many rows as offsets[0] where attention is causal, since "
+                f"the last rows are aligned, got {np.diff(own)[which]} and {np.diff(arrays[0])[which]} for document {which}"
+            )
+    return inputs._replace(documents=Documents.of(arrays))
+
+
+def _checked_offsets(name: str, offsets: Any, of: tuple[str, int], backend: Backend) -> np.ndarray:
+    """Offsets 0 … n on the host, of an array that is named and has n rows."""
+    found = checked_array(name, offsets)
+    if backend.is_traced([offsets]) or found.is_traced([offsets]):
+        raise TypeError(
+            f"{name} should be numbers that are known when the call is made, got ones that are traced: leave the call out of "
+            "what is compiled, or give offsets that are no argument of it"
+        )
+    dtype = found.dtype_name(offsets.dtype)
+    if not dtype.removeprefix("u").startswith("int"):
+        raise TypeError(f"{name} should hold whole numbers, got dtype {dtype}")
+    if offsets.ndim != 1 or offsets.shape[0] < 2:
+        raise ValueError(
+            f"{name} should be an array (documents + 1,) of at least two numbers, got shape {tuple(offsets.shape)}"
+        )
+    numbers = found.integers(offsets)
+    rows, n = of
+    if numbers[0] != 0 or numbers[-1] != n:
+        raise ValueError(f"{name} should go from 0 to {n}, the rows of {rows}, got {numbers[0]} to {numbers[-1]}")
+    falls = np.diff(numbers) < 0
+    if falls.any():
+        at = int(np.argmax(falls))
+        raise ValueError(f"{name} should not descend, got {numbers[at]} before {numbers[at + 1]}")
+    return numbers
 
 
 def check_values(values: Any) -> None:

@@ -7,6 +7,7 @@ import doctest
 import io
 import pickle
 import runpy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -471,3 +472,50 @@ def test_learned_frequencies_get_gradients():
         return torch.func.functional_call(layer, {"frequencies": frequencies}, (x,))
 
     assert torch.autograd.gradcheck(attend, (layer.frequencies.detach().clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"positions": "rotary"},
+        {"positions": "rotary", "causal": True},
+        {"bound": None, "degree": 2},
+    ],
+    ids=str,
+)
+def test_packed_documents(options: dict[str, Any]) -> None:
+    """Each is what it is alone; positions need no start of their own, since scores depend on distances alone."""
+    layer = tattn.nn.TensorAttention(8, 2, dtype=torch.float64, **options)
+    offsets = torch.tensor([0, 4, 4, 9, 10, 14])
+    x = torch.randn(2, 14, 8, dtype=torch.float64, requires_grad=True)
+    out, errors = layer(x, offsets=offsets, return_error=True)
+    documents = [slice(*pair) for pair in pairwise(offsets.tolist()) if pair[0] < pair[1]]
+    alone = torch.cat([layer(x[:, rows]) for rows in documents], dim=1)
+    if "degree" not in options:
+        torch.testing.assert_close(out, alone, rtol=1e-9, atol=1e-9)
+        grads = [
+            torch.autograd.grad(y.square().sum(), (x, *layer.parameters()), retain_graph=True) for y in (out, alone)
+        ]
+        for got, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+    assert errors.shape == (2, 2, 14) and errors.isfinite().all()
+
+
+def test_packed_documents_and_contexts() -> None:
+    layer = tattn.nn.TensorAttention(8, 2, dtype=torch.float64)
+    x, a, b = (torch.randn(n, 8, dtype=torch.float64) for n in (9, 12, 7))
+    offsets = [torch.tensor(o) for o in ([0, 4, 9], [0, 7, 12], [0, 1, 7])]
+    first = layer(x[:4], (a[:7], b[:1]))
+    torch.testing.assert_close(layer(x, (a, b), offsets=offsets)[:4], first, rtol=1e-9, atol=1e-9)
+    turned = tattn.nn.TensorAttention(8, 2, positions="rotary")
+    with pytest.raises(ValueError, match=r"^offsets should be one array, .* positions='rotary', got 3 arrays"):
+        turned(x.float(), (a.float(), b.float()), offsets=offsets)
+
+
+def test_compiled_calls_refuse_offsets() -> None:
+    layer, x, offsets = tattn.nn.TensorAttention(8, 2), torch.randn(9, 8), torch.tensor([0, 4, 9])
+    compiled = torch.compile(lambda x, o: layer(x, offsets=o), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="offsets should be numbers that are known when the call is made"):
+        compiled(x, offsets)

@@ -247,6 +247,10 @@ class Backend:
         wide = array if self.dtype_name(array.dtype) == "float64" else self.xp.astype(array, self.xp.float32)
         return np.from_dlpack(wide)
 
+    def integers(self, array: Array) -> np.ndarray:
+        """Values of an array of whole numbers on the host, as int64."""
+        return np.asarray(np.from_dlpack(array), dtype=np.int64)
+
     def read(self, arrays: Sequence[Array]) -> list[np.ndarray]:
         """Values of several floating arrays on the host, in one copy."""
         with self.on_device_of(arrays[0]):

@@ -53,6 +53,11 @@ class CupyBackend(Backend):
             host: np.ndarray = cupy.asnumpy(array)
         return host
 
+    def integers(self, array: Array) -> np.ndarray:
+        with self.on_device_of(array):
+            host: np.ndarray = cupy.asnumpy(array)
+        return host.astype(np.int64)
+
     def uploaded(self, numbers: np.ndarray, like: Array, dtype: Any) -> Array:
         table = super().uploaded(numbers, like, dtype)
         with self.on_device_of(like):

@@ -57,6 +57,9 @@ class JaxBackend(Backend):
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32))
 
+    def integers(self, array: Array) -> np.ndarray:
+        return np.asarray(array, dtype=np.int64)
+
     def read(self, arrays: Sequence[Array]) -> list[np.ndarray]:
         # All copies are under way before the first is waited for.
         return [np.asarray(a) for a in jax.device_get(list(arrays))]

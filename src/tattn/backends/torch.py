@@ -88,6 +88,12 @@ class TorchBackend(Backend):
         host: np.ndarray = array.detach().to("cpu", dtype).numpy()
         return host
 
+    def integers(self, array: Array) -> np.ndarray:
+        # Of no transformation, which would wrap what is copied.
+        with torch._C._DisableFuncTorch():
+            host: np.ndarray = array.detach().to("cpu", torch.int64).numpy()
+        return host
+
     def multiply_into(self, target: Array, left: Array, right: Array) -> None:
         torch.mul(left, right, out=target)
 

@@ -127,6 +127,17 @@ def _highest_degree(tops: Sequence[np.ndarray], views: Sequence[Any], scale: flo
     return float(0.8 * largest // reached) if reached > 0 else inf
 
 
+def united(found: Sequence[Ranges]) -> Ranges:
+    """What looks at several calls tell about all of them."""
+    bound, lowest_mean, entries, largest, sizes, highest = zip(*found, strict=True)
+    # NaN stays NaN.
+    top = np.max(largest, axis=0), np.max(sizes, axis=0)
+    return Ranges(
+        float(np.max(bound)), float(np.min(lowest_mean)), float(np.max(entries)), tuple(map(float, top[0])),
+        tuple(map(float, top[1])), min(highest),
+    )  # fmt: skip
+
+
 def _product(logs: Iterable[np.ndarray]) -> np.ndarray:
     """The product of numbers whose logarithms these are: no factor on the way overflows or vanishes."""
     result: np.ndarray = np.exp(sum(logs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .banded import Banded
 from .exact import Exact
 from .method import Call, Method, backward, forward, gradient_bounds, told_error
+from .packed import Packed
 from .polynomial import Polynomial
 from .recomputed import Recomputed
 
@@ -20,6 +21,7 @@ __all__ = [
     "Call",
     "Exact",
     "Method",
+    "Packed",
     "Polynomial",
     "Recomputed",
     "backward",

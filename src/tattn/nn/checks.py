@@ -122,6 +122,15 @@ def _check_weights(name: str, weights: Any, of: str, rows: Any, like: Array, bac
     check_device(name, weights, like, backend, like="the layer")
 
 
+def check_offsets(offsets: Any, config: AttentionConfig) -> None:
+    """ValueError for several offsets where scores depend on positions, which count the rows of all documents."""
+    if config.positions and isinstance(offsets, (list, tuple)):
+        raise ValueError(
+            f"offsets should be one array, for x and all contexts, where the layer has positions={config.positions!r}, got "
+            f"{len(offsets)} arrays: documents begin at other positions in each"
+        )
+
+
 def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backend: Backend) -> None:
     """A dict of floating arrays of a library with just these names and shapes."""
     if not isinstance(params, dict):

@@ -16,7 +16,7 @@ import numpy as np
 from ..attention import tensor_attention
 from ..backends.jax import BACKEND
 from ..checks import checked_dtype, checked_flags, checked_kind
-from .checks import checked_layer_call, checked_parameters
+from .checks import check_offsets, checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import Learned, attend
 
@@ -83,6 +83,7 @@ def apply(
     config: AttentionConfig,
     key_masks: jax.Array | Sequence[jax.Array | None] | None = None,
     key_weights: jax.Array | Sequence[jax.Array | None] | None = None,
+    offsets: Any = None,
     return_error: bool = False,
 ) -> Any:
     """Attend from every row of `x` to all pairs (triples, …) of rows of the contexts, under every transformation.
@@ -99,6 +100,9 @@ def apply(
         True where to attend. A single mask is for every view, and for self-attention only.
     key_weights : array (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
         As in `tattn.tensor_attention`, in any floating dtype; a single one as with masks.
+    offsets : integer array (documents + 1,), or sequence of `order` of them, optional
+        For documents that stand one after another in the rows, as in `tattn.tensor_attention`. Under ``jit`` they are no argument
+        of the function that is compiled, but known when it is.
     return_error : bool
         Also return a certified bound of each head's error in each row (..., num_heads, n), measured like
         ``config.tol``.
@@ -114,6 +118,7 @@ def apply(
     """
     _checked_config(config)
     checked_flags(return_error=return_error)
+    check_offsets(offsets, config)
     checked_parameters(params, config.parameter_shapes(), BACKEND)
     given = x, contexts, key_masks, key_weights
     contexts, counted = checked_layer_call(given, config, params["q_proj.weight"], BACKEND)
@@ -131,7 +136,7 @@ def apply(
             options = {"plan": plans[plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])]}
         options |= counted.options()
         options |= {"causal": config.causal, "window": config.window, "return_error": return_error}
-        options |= {"channels": config.channels}
+        options |= {"channels": config.channels, "offsets": offsets}
         return tensor_attention(query, keys, values, **options)
 
     # Whatever the caller has set: one bias serves all rows, and one head many.

@@ -16,7 +16,7 @@ from ..planning.program import written
 from ..plans import Plan
 from ..state.decoding import DecodingState
 from ..state.summary import summarize
-from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, checked_layer_call, refuse_brought
+from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, check_offsets, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import Counted, Learned, attend
 from .operator import planned_attention, traced_whole
@@ -220,6 +220,7 @@ class TensorAttention(nn.Module):
         *further: Any,
         key_masks: Tensor | Sequence[Tensor | None] | None = None,
         key_weights: Tensor | Sequence[Tensor | None] | None = None,
+        offsets: Tensor | Sequence[Tensor] | None = None,
         return_error: bool = False,
         **brought: Any,
     ) -> Any:
@@ -237,6 +238,9 @@ class TensorAttention(nn.Module):
             mask is for every view, and for self-attention only. A row with nothing to attend to gets 0 from every head.
         key_weights : Tensor (..., n), or sequence of order − 1 of them (..., n_μ) or None, optional
             As in `tattn.tensor_attention`, in any floating dtype; a single one as with masks.
+        offsets : integer Tensor (documents + 1,), or sequence of `order` of them, optional
+            For documents that stand one after another in the rows, as in `tattn.tensor_attention`: a row attends within its
+            document. One is for `x` and all contexts; otherwise one for `x` and one for each context.
         return_error : bool
             Also return a certified bound of each head's error in each row (..., num_heads, n), measured like `tol`.
 
@@ -254,12 +258,13 @@ class TensorAttention(nn.Module):
         """
         refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
+        check_offsets(offsets, self.config)
         weight = _weight(self.q_proj)
         given = x, contexts, key_masks, key_weights
         contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
 
         def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
-            return self._attention(q, ks, vs, counted, return_error)
+            return self._attention(q, ks, vs, counted, return_error, offsets)
 
         out, error = self._attend(attention, (x, contexts, counted), return_error)
         return (out, error) if return_error else out
@@ -451,6 +456,7 @@ class TensorAttention(nn.Module):
         values: Sequence[Tensor],
         counted: Counted,
         return_error: bool,
+        offsets: Any = None,
     ) -> Any:
         """All heads, each a leading dimension."""
         plans, texts = self._plans[_computed_in(query.dtype)]
@@ -458,17 +464,17 @@ class TensorAttention(nn.Module):
             return tensor_attention(
                 query, keys, values, tol=self.config.tol, method=self.config.method,
                 causal=self.config.causal, window=self.config.window, return_error=return_error,
-                channels=self.config.channels, **counted.options(),
+                channels=self.config.channels, offsets=offsets, **counted.options(),
             )  # fmt: skip
         if not plans:
             raise PlanError(texts[0][0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
         plan, text = plans[chosen], texts[chosen][return_error]
-        if traced_whole(plan) and 0 not in query.shape and counted.weights is None:
+        if offsets is None and traced_whole(plan) and 0 not in query.shape and counted.weights is None:
             out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=counted.masks)
             return (out, error) if return_error else out
         return tensor_attention(
-            query, keys, values, plan=plan, causal=self.config.causal, window=self.config.window,
+            query, keys, values, plan=plan, causal=self.config.causal, window=self.config.window, offsets=offsets,
             return_error=return_error, **counted.options(),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..approximation.exponential import MAX_DEGREE
 from ..backends import Array
-from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges
+from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges, united
 from ..checks import (
     MAX_ORDER,
     Inputs,
@@ -28,6 +28,7 @@ from ..checks import (
     whole,
     with_channels,
 )
+from ..documents import pieces, rows_at_once
 from ..methods import Banded, Exact, Method, Polynomial
 from ..operands import REAL
 from ..plans import Plan, spread
@@ -236,6 +237,16 @@ def plan_for(
 
 def plan_inputs(inputs: Inputs, scale: float, wish: Wish, bound: float | str | None = None) -> Plan:
     """`plan` for arrays that were checked; any series but "banded"."""
+    made = _planned(inputs, scale, wish, bound)
+    if inputs.documents is None or made.method == "polynomial":
+        return made
+    # Costs are those of documents of equal length; what the exact method rounds grows with the longest.
+    longest = replace(made.problem, lengths=inputs.documents.longest)
+    return replace(made, guarantee=Exact().guarantee(longest, made.scores))
+
+
+def _planned(inputs: Inputs, scale: float, wish: Wish, bound: float | str | None) -> Plan:
+    """`plan_inputs`, with costs and errors of documents of equal length."""
     problem = inputs.problem(scale)
     if wish.degree is not None:
         # Before any value is read.
@@ -294,8 +305,13 @@ def exact_plan(inputs: Inputs, scale: float) -> Plan:
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
     """Range of the scores and largest entries of eager arrays."""
-    call = RangeCall(scale, inputs.views, channels=inputs.channels)
-    return ranges(call, inputs.backend, inputs.backend.values_of(inputs.arrays))
+    call, backend = RangeCall(scale, inputs.views, channels=inputs.channels), inputs.backend
+    values = backend.values_of(inputs.arrays)
+    if inputs.documents is None:
+        return ranges(call, backend, values)
+    rows = rows_at_once(inputs.dim, inputs.leading, inputs.arrays[0].dtype, backend)  # type: ignore[union-attr]
+    layout, places = inputs.documents.laid_out(values[0], rows, backend)
+    return united([ranges(call, backend, piece.arrays(values)) for piece in pieces(layout, places, backend)])
 
 
 def _checked(method: Any) -> Any:

@@ -12,7 +12,8 @@ from ..approximation.pruning import sums_of, weights_of
 from ..backends import Array
 from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite
-from ..methods import Banded, Call, Exact, Recomputed, forward
+from ..documents import rows_at_once
+from ..methods import Banded, Call, Exact, Packed, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
 from ..operands import Upstream
 from ..plans import Plan, at_most
@@ -53,9 +54,9 @@ def _cheapest(inputs: Inputs, scale: float, wish: Wish, certify: bool) -> Work:
         plan = plan_inputs(inputs, scale, wish._replace(gradients=pruning))
     except PlanError as cannot:
         refused = cannot
-    if wish.fixed and plan:
-        return work_of(inputs, plan)
-    candidate = _banded_candidate(inputs, scale, wish, plan)
+    if plan and (wish.fixed or inputs.documents):
+        return work_of(inputs, plan, certify and inputs.documents is not None)
+    candidate = None if inputs.documents else _banded_candidate(inputs, scale, wish, plan)
     if candidate is None:
         if plan is None:
             raise refused  # type: ignore[misc]
@@ -214,7 +215,16 @@ def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
 
 def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     """What to compute for a plan."""
-    return Work(_call(inputs, plan, certify), inputs.arrays, plan)
+    call = _call(inputs, plan, certify)
+    if inputs.documents is None:
+        return Work(call, inputs.arrays, plan)
+    # What is computed at a time are whole documents.
+    like, backend = inputs.arrays[0], inputs.backend
+    rows = rows_at_once(max(1, plan.rank), inputs.leading, like.dtype, backend)  # type: ignore[union-attr]
+    layout, places = inputs.documents.laid_out(like, rows, backend, least=max(1, plan.bands))
+    stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
+    method = Packed(call.method, layout, stated)
+    return Work(call._replace(method=method), (*inputs.arrays, *places), plan)
 
 
 def stated_call(work: Work) -> Call:

@@ -1,0 +1,244 @@
+"""Documents that stand one after another in the rows, as batches of documents of about the same length.
+
+`Documents` are read from offsets on the host. A `Layout` puts them into groups. The documents of a group are problems of a
+batch, whose rows are padded in front to those of the longest: so the last rows stay aligned, as causal attention aligns them.
+Rows are gathered on the device. Every row is in one group at most, so the adjoint gathers, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import are_weights, clean
+from .backends import Array, Backend
+
+# Lengths of a group differ by this factor at most, or by a power of it where there would be too many groups; where groups are
+# compiled, by the other.
+_RATIO, _COMPILED_RATIO = 1.15, 2.0
+# Groups for which a call pays whatever their size, and rows that are worth a further one.
+_GROUPS, _ROWS = 32, 2048
+
+
+class Group(NamedTuple):
+    """Documents, the rows (L, L_1, …, L_m) of query and views that they are padded to, and whether some have fewer."""
+
+    documents: int
+    lengths: tuple[int, ...]
+    padded: tuple[bool, ...]
+
+
+class Layout(NamedTuple):
+    """Groups; which side query and each view are on; rows of each side, and whether some of them are in no group. Hashable.
+
+    Those that have the same offsets are on one side.
+    """
+
+    groups: tuple[Group, ...]
+    sides: tuple[int, ...]
+    rows: tuple[int, ...]
+    missing: tuple[bool, ...]
+
+
+class Places(NamedTuple):
+    """The first row and the number of rows of every document (documents, sides), in the order of the groups; and where each row
+    of every side stands in the groups, one side after another (rows, 1).
+    """
+
+    starts: Array
+    counts: Array
+    places: Array
+
+
+class Documents(NamedTuple):
+    """Offsets 0 … n of every side, and which side query and each view are on."""
+
+    offsets: tuple[np.ndarray, ...]
+    sides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, offsets: Sequence[np.ndarray]) -> Documents:
+        """From those of query and every view."""
+        distinct: list[np.ndarray] = []
+        sides = []
+        for own in offsets:
+            same = [i for i, other in enumerate(distinct) if np.array_equal(own, other)]
+            sides.append(same[0] if same else len(distinct))
+            if not same:
+                distinct.append(own)
+        return cls(tuple(distinct), tuple(sides))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Rows of every document (documents, sides)."""
+        return np.stack([np.diff(own) for own in self.offsets], axis=1)
+
+    @property
+    def longest(self) -> tuple[int, ...]:
+        """The rows of the longest, of query and every view."""
+        longest = self.lengths.max(axis=0)
+        return tuple(max(1, int(longest[side])) for side in self.sides)
+
+    def alike(self) -> tuple[tuple[int, ...], int]:
+        """Lengths (n, n_1, …) and number of documents of equal length that have as many scores, and about as many rows."""
+        of_views = self.lengths.astype(float)[:, list(self.sides)]
+        rows, scores = of_views.sum(axis=0), max(1.0, float(of_views.prod(axis=1).sum()))
+        logs = np.log(rows)
+        count = max(1, round(float(np.exp((logs.sum() - np.log(scores)) / (len(rows) - 1)))))
+        log_count = float(np.log(count))
+        # Documents are a whole number, so that rows are not just as many.
+        more = (np.log(scores) - log_count - (logs - log_count).sum()) / len(rows)
+        return tuple(max(1, round(float(n))) for n in np.exp(logs - log_count + more)), count
+
+    def laid_out(self, like: Array, rows: int | None, backend: Backend, least: int = 1) -> tuple[Layout, Places]:
+        """Groups of so many `rows` of a side at most, where they have several documents, padded to `least` rows; and `Places` on
+        the device of `like`.
+
+        `rows` None is for libraries that compile every group: they get few.
+        """
+        lengths = self.lengths
+        # Without a row of the query there is nothing to compute.
+        some = np.nonzero(lengths[:, self.sides[0]])[0]
+        order, cuts = _grouped(np.maximum(lengths[some], least), rows)
+        some = some[order]
+        lengths = lengths[some]
+        groups, padded = [], np.empty_like(lengths)
+        for start, stop in pairwise(cuts):
+            own = lengths[start:stop]
+            longest = np.maximum(own.max(axis=0), least)
+            padded[start:stop] = longest
+            shorter = (own < longest).any(axis=0)
+            rows_of_views = tuple(int(longest[s]) for s in self.sides)
+            groups.append(Group(stop - start, rows_of_views, tuple(bool(shorter[s]) for s in self.sides)))
+        starts, places, missing = [], [], []
+        for side, offsets in enumerate(self.offsets):
+            counts, stops = lengths[:, side], np.cumsum(padded[:, side])
+            # Rows of documents in no group stand behind all.
+            firsts = np.full(len(offsets) - 1, stops[-1])
+            firsts[some] = stops - counts
+            n = int(offsets[-1])
+            missing.append(bool(counts.sum() < n))
+            found = np.repeat(firsts - offsets[:-1], np.diff(offsets)) + np.arange(n)
+            places.append(np.minimum(found, stops[-1]))
+            # For documents without rows one that is there.
+            starts.append(np.minimum(offsets[some], n - 1))
+        numbers = np.stack(starts, axis=1), lengths, np.concatenate(places)[:, None]
+        layout = Layout(tuple(groups), self.sides, tuple(map(len, places)), tuple(missing))
+        return layout, Places(*(backend.indices(x, like) for x in numbers))
+
+
+def _grouped(lengths: np.ndarray, rows: int | None) -> tuple[np.ndarray, list[int]]:
+    """An order of documents with these rows (documents, sides), and where groups begin in it, and the last of them ends."""
+    ratio = _RATIO if rows else _COMPILED_RATIO
+    most = _GROUPS + (int(lengths.sum()) // _ROWS if rows else 0)
+    while True:
+        levels = np.ceil(np.log(lengths) / np.log(ratio) - 1e-9)
+        order = np.lexsort((*lengths.T, *levels.T))
+        cuts = _changes(levels[order])
+        if len(cuts) <= most:
+            break
+        ratio *= ratio
+    if not rows:
+        return order, cuts
+    fine = [0]
+    for start, stop in pairwise(cuts):
+        several = max(1, rows // int(lengths[order[start:stop]].max()))
+        # Of about equal size.
+        parts = -(-(stop - start) // several)
+        fine += [start + (stop - start) * (part + 1) // parts for part in range(parts)]
+    return order, fine
+
+
+def _changes(of_rows: np.ndarray) -> list[int]:
+    """Where rows (n, k) differ from those before, with 0 and n."""
+    changes = np.nonzero((np.diff(of_rows, axis=0) != 0).any(axis=1))[0] + 1
+    return [0, *changes.tolist(), len(of_rows)]
+
+
+class Piece:
+    """The rows of one group: taken out of arrays (..., n, k) as batches (..., documents, L, k)."""
+
+    def __init__(
+        self, group: Group, sides: Sequence[int], rows: Sequence[tuple[Array, Array]], backend: Backend
+    ) -> None:
+        self.group, self._sides, self._rows, self._backend = group, sides, rows, backend
+
+    def taken(self, x: Array, of: int) -> Array:
+        """Rows of the query, `of` 0, or of view `of` − 1; where there are too few, the first of a document once more."""
+        xp, index = self._backend.xp, self._rows[self._sides[of]][0]
+        found = xp.take(x, xp.reshape(index, (-1,)), axis=-2)
+        return xp.reshape(found, (*x.shape[:-2], *index.shape, x.shape[-1]))
+
+    def cleaned(self, x: Array) -> Array:
+        """`taken` of the query, with 0 in rows that are not there."""
+        found = self.taken(x, 0)
+        return clean(found, self._real(0), self._backend) if self.group.padded[0] else found
+
+    def mask(self, mask: Array | None, of: int) -> Array | None:
+        """The mask or weights of a view, False or 0 in rows that are not there; None where all are."""
+        if mask is None:
+            return self._real(of) if self.group.padded[of] else None
+        found = self.taken(mask, of)
+        if not self.group.padded[of]:
+            return found
+        return (
+            clean(found, self._real(of), self._backend) if are_weights(mask, self._backend) else found & self._real(of)
+        )
+
+    def arrays(self, arrays: Sequence[Array | None]) -> list[Array | None]:
+        """Query, keys, values (or None) and masks of all rows as those of the group."""
+        query, *rest = arrays
+        m = len(self.group.lengths) - 1
+        found: list[Array | None] = [self.taken(query, 0)]
+        for i, x in enumerate(rest[: 2 * m]):
+            found.append(None if x is None else self.taken(x, i % m + 1))
+        return found + [self.mask(x, i + 1) for i, x in enumerate(rest[2 * m : 3 * m])]
+
+    def _real(self, of: int) -> Array:
+        """Which rows are there (documents, L, 1)."""
+        return self._rows[self._sides[of]][1][..., None]
+
+
+def pieces(layout: Layout, places: Places, backend: Backend) -> Iterator[Piece]:
+    """The groups, one after another."""
+    xp = backend.xp
+    first = 0
+    for group in layout.groups:
+        stop = first + group.documents
+        rows: dict[int, tuple[Array, Array]] = {}
+        for side, length in zip(layout.sides, group.lengths, strict=True):
+            if side in rows:
+                continue
+            starts, counts = (x[first:stop, side : side + 1] for x in places[:2])
+            place = xp.arange(length, dtype=starts.dtype, device=backend.device(starts)) - (length - counts)
+            real = place >= 0
+            rows[side] = starts + xp.where(real, place, xp.zeros_like(place)), real
+        yield Piece(group, layout.sides, [rows[side] for side in sorted(rows)], backend)
+        first = stop
+
+
+def together(x: Array, backend: Backend) -> Array:
+    """The rows of all documents of a group one after another: (..., documents, L, k) → (..., documents · L, k)."""
+    return backend.xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
+
+
+def returned(found: Sequence[Array], layout: Layout, places: Places, of: int, backend: Backend) -> Array:
+    """Rows of all groups (..., documents, L, k) as the rows of the query, or of view `of` − 1; 0 for those in no group."""
+    xp, side = backend.xp, layout.sides[of]
+    flat = [together(x, backend) for x in found]
+    if layout.missing[side]:
+        flat.append(xp.zeros_like(flat[0][..., :1, :]))
+    ends = [0, *accumulate(layout.rows)]
+    return xp.take(xp.concat(flat, axis=-2), places.places[ends[side] : ends[side + 1], 0], axis=-2)
+
+
+def rows_at_once(numbers: int, leading: Sequence[int], dtype: object, backend: Backend) -> int | None:
+    """Rows of a group where each of them, in every problem of a batch, has so many `numbers` at a time."""
+    if backend.compiles:
+        return None
+    fitting = 2 * backend.workspace // (backend.itemsize(dtype) * max(1, numbers))
+    return max(1, min(backend.most_rows, fitting) // prod(leading))

@@ -1,0 +1,113 @@
+"""Documents one after another in the rows: another method for each of them, in batches of documents of about the same length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+from ..backends import Array
+from ..documents import Layout, Piece, Places, pieces, returned, together
+from ..operands import Attended, Gradients, Operands, Upstream
+from ..problem import Cost, Guarantee, Problem, ScoreRange
+from . import method
+from .gradient_bounds import told_error
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Attention within each document of a layout by `inner`; operands carry the `Places`.
+
+    `stated` are (error, grad_error) of all rows, where `inner` does not bound each.
+    """
+
+    inner: method.Method
+    layout: Layout
+    stated: tuple[float, float] = (inf, inf)
+
+    name: ClassVar[str] = "packed"
+    extra: ClassVar[int] = 3
+
+    def forward(self, operands: Operands, certify: bool = False) -> Attended:
+        """Output, lse, and kept: what `inner` keeps of every row, with the error stated for it behind if it is to `certify`; and
+        what it keeps besides of every group, one after another.
+        """
+        backend, found, rests = operands.backend, [], []
+        call = self._call(operands, certify)
+        for piece in self._pieces(operands):
+            arrays = piece.arrays(operands.flat())
+            out, lse, first, *rest = method.forward(call, backend, arrays)
+            if certify and self.inner.row_errors(first) is None:
+                told = told_error(call.operands(backend, arrays)[0], self.stated[0])
+                first = backend.xp.concat([first, backend.xp.broadcast_to(told, tuple(first.shape))], axis=-1)
+            found.append((out, lse, first))
+            rests.append([together(x, backend) for x in rest])
+        out, lse, first = (self._returned(x, operands, 0) for x in zip(*found, strict=True))
+        kept = [x for rest in rests for x in rest] if all(rests) else []
+        return Attended(out, lse, (first, *kept))
+
+    def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
+        """The exact derivative of `forward`."""
+        first, *rest = attended.kept
+        if self.inner.row_errors(first) is None:
+            first = first[..., :1]
+        count, found = len(rest) // len(self.layout.groups), []
+        for number, piece in enumerate(self._pieces(operands)):
+            # Rows that are not there repeat one that is, and add nothing to gradients.
+            of_rows = [*(piece.taken(x, 0) for x in (attended.out, first)), *(piece.cleaned(x) for x in upstream)]
+            own = [self._apart(x, piece, operands) for x in rest[number * count : (number + 1) * count]]
+            arrays = (*piece.arrays(operands.flat()), *of_rows[:2], *own, *of_rows[2:])
+            found.append(method.backward(self._call(operands), operands.backend, arrays))
+        return self._gradients(found, operands)
+
+    def gradient_bounds(
+        self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
+    ) -> Gradients:
+        """Those of `inner` in every document."""
+        call, found = self._call(operands, certify=True)._replace(stated=stated), []
+        for piece in self._pieces(operands):
+            rows = (attended.out, attended.kept[0])
+            of_rows = [*(piece.taken(x, 0) for x in rows), *(piece.cleaned(x) for x in upstream)]
+            found.append(method.gradient_bounds(call, operands.backend, (*piece.arrays(operands.flat()), *of_rows)))
+        return self._gradients(found, operands)
+
+    def row_errors(self, kept: Array) -> Array | None:
+        """The bound of the error of every row (..., n)."""
+        return self.inner.row_errors(kept)
+
+    def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:
+        """That of `inner`."""
+        return self.inner.guarantee(problem, scores)
+
+    def cost(self, problem: Problem) -> Cost:
+        """That of `inner`."""
+        return self.inner.cost(problem)
+
+    def at_a_time(self, operands: Operands) -> int:
+        """How many packings to compute at a time: documents in them are what is computed at a time."""
+        return 1 << 62
+
+    def _call(self, operands: Operands, certify: bool = False) -> method.Call:
+        """What `inner` computes of a group."""
+        order, chain = operands.order, operands.backend.chain
+        call = method.Call(self.inner, len(operands.views), operands.scale, order, certify, chain)
+        return call._replace(channels=operands.channels, wanted=operands.wanted)
+
+    def _pieces(self, operands: Operands) -> Iterator[Piece]:
+        return pieces(self.layout, Places(*operands.extra), operands.backend)
+
+    def _returned(self, found: tuple[Array, ...], operands: Operands, of: int) -> Array:
+        return returned(found, self.layout, Places(*operands.extra), of, operands.backend)
+
+    def _apart(self, x: Array, piece: Piece, operands: Operands) -> Array:
+        """What `together` put one after another, of every document of a group."""
+        count = piece.group.documents
+        return operands.backend.xp.reshape(x, (*x.shape[:-2], count, x.shape[-2] // count, x.shape[-1]))
+
+    def _gradients(self, found: list[tuple[Array, ...]], operands: Operands) -> Gradients:
+        """Gradients of all rows, or bounds of these, from those of the groups."""
+        m = len(operands.views)
+        sides = (0, *(1 + i % m for i in range(len(found[0]) - 1)))
+        flat = [self._returned(x, operands, of) for x, of in zip(zip(*found, strict=True), sides, strict=True)]
+        return Gradients.of(flat, m)
