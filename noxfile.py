@@ -120,8 +120,8 @@ def distributed(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def thorough(session: nox.Session) -> None:
-    """What all of these leave out for its time: further draws, further cases of JAX, half an hour."""
-    for library in ("numpy", "torch", "jax"):
+    """What all of these leave out for its time: further draws, further cases of compiled calls, half an hour and more."""
+    for library in ("numpy", "strict", "torch", "jax"):
         run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
     run(session, "pytest", *SPREAD, "--library=torch", *COMPILED, env={"TATTN_KERNELS": "0"})
     run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
@@ -134,11 +134,11 @@ def types(session: nox.Session) -> None:
     run(session, "mypy")
 
 
-@nox.session
+@nox.session(venv_backend="none", requires=["everything"])
 def doctest(session: nox.Session) -> None:
     """The examples in docstrings, in the README and in the documentation."""
-    session.install("-e", ".", *TEST)
-    session.run(
+    run(
+        session,
         "pytest",
         "--doctest-modules",
         "--ignore=src/tattn/backends",

@@ -189,10 +189,13 @@ def take_now(item: pytest.Item, before: int) -> bool:
     """
     packages = {*map(package_of, libraries_of(item))}
     grid, thorough = item.get_closest_marker("grid"), item.get_closest_marker("thorough")
-    if thorough and (not thorough.args or packages & {*thorough.args}):
+    if thorough and (not thorough.args or packages & {*map(package_of, thorough.args)}):
         return False
     every = 10 if "jax" in packages else 5
-    return not (grid and packages & {*(grid.args or ["jax", "torch"])}) or (before + before // every) % every == 0
+    return (
+        not (grid and packages & {*map(package_of, grid.args or ["jax", "torch"])})
+        or (before + before // every) % every == 0
+    )
 
 
 @pytest.fixture

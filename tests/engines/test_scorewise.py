@@ -16,8 +16,8 @@ from tattn.backends import backend_of
 from tattn.bounds.rounding import scores_round_less
 
 
-# Room for four scores: one or two rows of each view in a block.
-@pytest.mark.parametrize("blocks", [{}, {"workspace": 64}], ids=["one block", "blocks"])
+# Room for 16 scores: a few rows of each view in a block.
+@pytest.mark.parametrize("blocks", [{}, {"workspace": 256}], ids=["one block", "blocks"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.grid
 def test_it_is_the_definition_with_its_polynomial(library: Any, case: dict[str, Any], blocks: dict[str, int]) -> None:

@@ -92,7 +92,7 @@ def bad_entries(method: str, name: str) -> Iterator[float]:
         yield from (1e20, -1e30)
 
 
-@pytest.mark.grid
+@pytest.mark.grid("strict", "torch", "jax")
 @pytest.mark.parametrize("leading", LEADING, ids=["one problem", "two", "shared keys"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_spoils_nothing_but_what_depends_on_it(library: Any, method: str, leading: Any) -> None:

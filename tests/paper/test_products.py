@@ -14,6 +14,7 @@ from conftest import CPU, Library, make_library, pairs
 
 from tattn.paper import products
 
+pytestmark = pytest.mark.grid("jax")
 Shape = tuple[int, ...]
 
 

@@ -261,7 +261,7 @@ KINDS = {"uniform": None, "corners": corners, "aligned": aligned, "heavy": heavy
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.grid("torch", "jax")
+@pytest.mark.grid("strict", "torch", "jax")
 def test_no_gradient_is_further_off_than_promised(
     library: Any, kind: str, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
