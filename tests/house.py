@@ -29,6 +29,8 @@ EXCEPTIONS = {
     "distributed.dask.tensor_attention": _PUBLIC,
     "distributed.dask.tensor_attention_vjp": _PUBLIC,
     "nn.torch.TensorAttention.__init__": _PUBLIC,
+    "nn.torch.TensorAttention.forward": _PUBLIC,
+    "nn.jax.apply": _PUBLIC,
     "distributed.operator._forward": _OPERATOR,
     "distributed.operator._backward": _OPERATOR,
     "backends.compiled": _LOOP,
