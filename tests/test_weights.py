@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -275,7 +275,7 @@ def test_no_draw_exceeds_its_bound(draws: Callable[[int], range]) -> None:
             w[0] = 1.0
         grad = rng.normal(size=(n, 3)).astype(dtype)
         call = Call(query, keys, values, None, grad, np.zeros(n))
-        truth, _ = defined(call, weights, precision=np.longdouble, causal=causal)
+        truth, slopes = defined(call, weights, precision=np.longdouble, causal=causal)
         banded = tattn.plan_for(n=n, dim=4, order=views + 1, series="banded", bands=4, dtype=dtype)
         ways: list[dict[str, Any]] = [{"method": "exact"}, {}, {"method": "polynomial", "tol": 0.3}]
         for how in ways if causal else [*ways, {"plan": banded}]:
@@ -287,12 +287,18 @@ def test_no_draw_exceeds_its_bound(draws: Callable[[int], range]) -> None:
                 continue
             sizes = value_sizes(values, [w > 0 for w in weights])
             assert (np.abs(out - truth.out) / sizes <= error[:, None]).all(), (seed, how)
-            (dquery, dkeys, dvalues, _), bounds = pullback(grad, return_error=True)
-            for got, true, bound in zip(
-                (dquery, *dkeys, *dvalues), (truth.dquery, *truth.dkeys, *truth.dvalues), (bounds[0], *bounds[1], *bounds[2]),
-                strict=True,
-            ):  # fmt: skip
-                assert (np.abs(got - true) <= bound).all(), (seed, how)
+            got, bounds = (flat(x) for x in pullback(grad, return_error=True))
+            true = flat((truth.dquery, truth.dkeys, truth.dvalues, slopes))
+            for x, y, bound in zip(got, true, bounds, strict=True):
+                assert (np.abs(x - y) <= bound).all(), (seed, how)
+            finite = [np.isfinite(bound).all() for bound in bounds]
+            assert all(finite[: 2 * views + 1]) == all(finite) or "plan" in how
+
+
+def flat(gradients: Any) -> list[np.ndarray]:
+    """Of query, keys, values and weights, one after another."""
+    query, *others = gradients
+    return [query, *chain.from_iterable(others)]
 
 
 @pytest.mark.parametrize("how", [{"method": "exact"}, {"method": "polynomial", "tol": 0.1}])
@@ -321,6 +327,12 @@ def test_errors_and_tolerances_count_them() -> None:
     some = tattn.plan(query, [a[:150], b], [u[:150], v])
     made = tattn.plan(query, [a, b], [u, v], **given)
     assert (made.method, made.degree, made.bound) == (some.method, some.degree, some.bound)
+    counts = np.arange(300) % 4
+    lowest = [
+        tattn.plan(query + 1, [rows, rows], **options).lowest_mean
+        for rows, options in ((b, {"key_weights": counts.astype(float)}), (np.repeat(b, counts, axis=0), {}))
+    ]
+    assert lowest[0] == pytest.approx(lowest[1], abs=1e-9)
     assert tattn.best_tol(query, [a, b], max_rank=500, **given) == tattn.best_tol(query, [a[:150], b], max_rank=500)
     estimated = tattn.plan(query, [a, b], bound="estimated", **given)
     assert estimated.bound < 2
@@ -408,7 +420,7 @@ def compiled(function: Any) -> Any:
 
 @pytest.mark.libraries("jax")
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
-def test_jax_differentiates_them(method: str) -> None:
+def test_jax_differentiates_them(library: Any, method: str) -> None:
     """Under `jit` and `grad`."""
     jax = pytest.importorskip("jax")
     call, weights = draw(2), drawn_weights(2)
@@ -416,9 +428,7 @@ def test_jax_differentiates_them(method: str) -> None:
     expected = tattn.tensor_attention_vjp(call.query, call.keys, call.values, key_weights=weights, plan=plan)[1](
         call.grad_out
     )[3]
-    query, keys, values, weights, grad = jax.tree.map(
-        jax.numpy.asarray, (call.query, call.keys, call.values, weights, call.grad_out)
-    )
+    query, keys, values, weights, grad = library.arrays(call.query, call.keys, call.values, weights, call.grad_out)
 
     @jax.jit
     @jax.grad
@@ -433,15 +443,32 @@ def test_jax_differentiates_them(method: str) -> None:
 @pytest.mark.libraries("torch")
 def test_narrow_dtypes(dtype: str) -> None:
     torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    query, a, b = (torch.tensor(x).to(getattr(torch, dtype)) for x in rng.uniform(-1, 1, (3, 8, 4)))
-    w = torch.tensor(rng.uniform(0, 2, 8)).to(query.dtype).requires_grad_()
+    rows, weights = np.random.default_rng(0).uniform(-1, 1, (3, 8, 4)), np.random.default_rng(1).uniform(0, 2, 8)
+    query, a, b = (torch.tensor(x).to(getattr(torch, dtype)) for x in rows)
+    w = torch.tensor(weights).to(query.dtype).requires_grad_()
     wide = [x.float() for x in (query, a, b)]
     out = tattn.tensor_attention(query, [a, b], [a, b], key_weights=w, method="exact")
     expected = tattn.tensor_attention(wide[0], wide[1:], wide[1:], key_weights=w.detach().float(), method="exact")
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
     (slope,) = torch.autograd.grad(out.sum(), w)
     assert (slope.dtype, slope.shape) == (w.dtype, w.shape)
+
+
+@pytest.mark.libraries("jax")
+def test_narrow_dtypes_of_jax() -> None:
+    """Its gradients have to have the dtype of what they are of: weights in the place of masks are wider than they came."""
+    jax = pytest.importorskip("jax")
+    rows = jax.numpy.asarray(np.random.default_rng(0).uniform(-1, 1, (8, 4)), "float16")
+
+    plan = tattn.plan_for(n=8, dim=4, order=2, method="exact", bound=1.0, dtype="float16")
+
+    def of(w: Any) -> Any:
+        return tattn.tensor_attention(rows, [rows], [rows], key_weights=w, plan=plan).sum()
+
+    w = jax.numpy.linspace(0.5, 2, 8, dtype="float16")
+    slope = jax.grad(of)(w)
+    assert (slope.dtype, slope.shape) == (w.dtype, w.shape)
+    assert (np.asarray(slope) != 0).any()
 
 
 def test_an_empty_batch() -> None:

@@ -220,8 +220,8 @@ def tensor_attention_vjp(
         given. ``pullback(grad_out, grad_lse)`` adds a gradient of lse. The result is the exact derivative of the
         computed output. ``pullback(..., return_error=True)`` returns the gradients and, in the same structure, a
         certified bound for the error of every entry. With a banded plan the bounds come from the certificates of the
-        rows; otherwise from ``plan.error`` and ``plan.grad_error``. They are infinite if the plan is not certified, and
-        for weights. Where the inputs need gradients in torch, the pullback is itself differentiable. It needs the
+        rows, and are infinite for weights; otherwise from ``plan.error`` and ``plan.grad_error``. They are infinite if
+        the plan is not certified. Where the inputs need gradients in torch, the pullback is itself differentiable. It needs the
         output: change `out` in place only after calling it.
 
     Raises

@@ -117,7 +117,15 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
         if like is not q:
             found = _rows_alike(found, mask, like, backend)
         results.append(sum_to_leading(xp.broadcast_to(found, (*leading, *like.shape[-2:])), like.shape[:-2], backend))
-    return _with_weights(results, operands)
+    # Those of logarithms of weights are sums of f (w − r): f̃ of the output takes the place of f, and r̃ that of r.
+    lost = xp.max(above(total_out) + growth, axis=-1, keepdims=True) + above(total)
+    both_errors = stated[1] + 3 * stated[0]
+    bound = (log2(both_errors) if both_errors > 0 else -inf) + raised(total, lost)
+    for w in operands.weights:
+        found = xp.where(inside, exp2_bound(bound - log2_of(w, backend), dtype, backend), inf)
+        found = xp.broadcast_to(clean(found, w, backend), (*leading, *w.shape[-2:]))
+        results.append(sum_to_leading(found, w.shape[:-2], backend))
+    return Gradients.of(results, views)
 
 
 def told_error(operands: Operands, error: float) -> Array:
@@ -189,14 +197,9 @@ def banded_bounds(call: Banding, operands: Operands, attended: Attended, upstrea
         sum_to_leading(xp.where(safe, b, xp.inf), like.shape[:-2], backend)
         for b, like in zip(bounds, operands.targets, strict=False)
     ]
-    return _with_weights(found, operands)
-
-
-def _with_weights(bounds: Sequence[Array], operands: Operands) -> Gradients:
-    """Bounds for query, keys and values, and infinite ones for the weights of rows that are not masked."""
-    xp = operands.backend.xp
+    # What those of weights would take is not summed up.
     unknown = [xp.where(w > 0, xp.full_like(w, inf), 0.0) for w in operands.weights]
-    return Gradients.of([*bounds, *unknown], len(operands.views))
+    return Gradients.of([*found, *unknown], call.views)
 
 
 def _rms_products(call: Banding, own: View, value_top: Array, view: Sorted, backend: Backend) -> Array:
