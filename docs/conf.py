@@ -37,7 +37,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "_generated", "bands", "benchmarks", "causal", "layers", "scaling"]
+exclude_patterns = ["_build", "_generated", "bands", "benchmarks", "causal", "layers", "packed", "scaling"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -18,6 +18,11 @@ def test_code_for_causal_calls() -> None:
     assert names["out"].shape == names["near"].shape == (1000, 4)
 
 
+def test_code_for_packed_documents() -> None:
+    # What it shows is in the code.
+    paste("docs/packed.md", "numpy")
+
+
 def test_code_that_checks_a_library() -> None:
     # The check is in the code.
     paste("docs/api/backends.md", "numpy")
