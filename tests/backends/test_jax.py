@@ -265,3 +265,19 @@ def test_transformations_score_by_score() -> None:
         step = 1e-6 * jnp.cos(jnp.arange(15.0).reshape(5, 3))
         slope = (loss(given + step) - loss(given - step)) / 2
         np.testing.assert_allclose((got * step).sum(), slope, rtol=1e-6)
+
+
+def test_rows_are_cut_into_blocks_without_a_rest() -> None:
+    """Each loop stands in a program once; a prime number of rows leaves a rest, which takes the same operations again."""
+
+    def products(n: int) -> int:
+        plan = tattn.plan_for(n=n, dim=8, value_dim=8, bound=1.0, degree=4, method="polynomial")
+        arrays = [jax.ShapeDtypeStruct((n, 8), jnp.float32)] * 5
+        gradient = jax.grad(
+            lambda q, a, b, u, v: tattn.tensor_attention(q, [a, b], [u, v], plan=plan).sum(), tuple(range(5))
+        )
+        return jax.jit(gradient).lower(*arrays).as_text().count("stablehlo.dot_general")
+
+    once = products(1 << 16)
+    assert once == products(50_000) == products(3 * 1024)
+    assert products(10_007) == 2 * once

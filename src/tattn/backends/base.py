@@ -230,6 +230,14 @@ class Backend:
         """A floating array of whole numbers as one of integers, fit to index by."""
         return self.xp.astype(array, self.xp.int64)
 
+    def entries(self, array: Array, index: Array, axis: int) -> Array:
+        """Entries along an axis by number, (k,), all of which are there."""
+        return self.xp.take(array, index, axis=axis)
+
+    def apart(self, array: Array) -> Array:
+        """The array, of which a compiler makes no part of what follows."""
+        return array
+
     def power_of_two(self, power: Array) -> Array:
         """2^p for whole numbers |p| ≤ 4096, exactly, which `pow` need not be; NaN for NaN."""
         xp = self.xp

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .base import Array, Backend, Body
+from .operations import CHAIN
 
 # Compiled programs that are kept, of some megabytes each.
 _PROGRAMS = 64
@@ -64,6 +65,13 @@ class JaxBackend(Backend):
         # All copies are under way before the first is waited for.
         return [np.asarray(a) for a in jax.device_get(list(arrays))]
 
+    def entries(self, array: Array, index: Array, axis: int) -> Array:
+        # By default it looks for numbers out of range, which costs a pass.
+        return jnp.take(array, index, axis=axis, mode="clip")
+
+    def apart(self, array: Array) -> Array:
+        return _apart(array)
+
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         return tuple(None if a is None else jax.lax.stop_gradient(a) for a in arrays)
 
@@ -73,6 +81,7 @@ class JaxBackend(Backend):
         n = next(r.shape[-2] for r in rows if r is not None)
         if n <= block:
             return body(carry, *rows)
+        block = _even(n, block)
         whole = n // block
 
         def step(state: Any, index: Array) -> tuple[Any, tuple[Array, ...]]:
@@ -106,6 +115,25 @@ class JaxBackend(Backend):
 
     def as_container(self, cls: type, arrays: Sequence[str], constants: Sequence[str]) -> None:
         _register(cls, tuple(arrays), tuple(constants))
+
+
+def _even(n: int, block: int) -> int:
+    """Rows of a block, or down to half of them, so that n rows are whole blocks: a rest is compiled once more."""
+    fewest = max(CHAIN, -(-block // 2))
+    found = [rows for rows in range(block, fewest - 1, -1) if n % rows == 0]
+    return next((rows for rows in found if rows % CHAIN == 0), found[0]) if found else block
+
+
+@jax.custom_jvp
+def _apart(array: Array) -> Array:
+    """The array as it is; older versions do not differentiate the barrier."""
+    found: Array = jax.lax.optimization_barrier(array)  # type: ignore[no-untyped-call]
+    return found
+
+
+@_apart.defjvp
+def _(arrays: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _apart(*arrays), tangents[0]
 
 
 def _unstack(stacked: Array) -> Array:

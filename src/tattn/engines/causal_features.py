@@ -418,7 +418,7 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     """The summary of a view with more rows."""
     backend, dtype, unit = setting.backend, setting.w.dtype, setting.units[view + 1]
     columns = values.shape[-1] + 1
-    basis = Basis.of(keys.shape[-1], setting.degree, columns, setting.grading)
+    basis = Basis.of(keys.shape[-1], setting.degree, columns, setting.grading, backend.compiles)
     monomials = basis.features(backend)
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:

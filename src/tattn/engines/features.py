@@ -101,7 +101,9 @@ def summary(view: View, unit: Array, monomials: Monomials, backend: Backend) -> 
     if kernel is not None:
         result: Array = kernel(*operands)
         return result
-    basis = Basis.of(view.keys.shape[-1], monomials.degree, view.values.shape[-1] + 1, monomials.grading)
+    basis = Basis.of(
+        view.keys.shape[-1], monomials.degree, view.values.shape[-1] + 1, monomials.grading, backend.compiles
+    )
     return summed_rows(lambda rows: rows * unit, view, basis, backend)[0]
 
 
@@ -150,7 +152,7 @@ def read_out(q: Array, unit: Array, combined: Array, monomials: Monomials, backe
     """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
     xp = backend.xp
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
-    basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading)
+    basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading, backend.compiles)
     reader = basis.reader(combined, backend)
     block, together = blocks_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend, basis.lean)
 
@@ -184,7 +186,7 @@ def query_adjoint(
     """G (..., r, dv + 1) and dq, from C and the columns (o, l, g, g_lse)."""
     xp = backend.xp
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
-    basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading)
+    basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading, backend.compiles)
     block, together = blocks_of(basis, basis.pulled(combined.shape[-1], backend), dtype, leading, backend)
 
     features, pull_back = basis.features(backend), basis.puller(combined, backend)
@@ -215,7 +217,7 @@ def key_adjoint(view: View, unit: Array, own: Array, monomials: Monomials, backe
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
     own = sum_to_leading(own, leading, backend)
     # With derivatives, these give the values' share of the highest degree as well.
-    lean = degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable) and not grading
+    lean = degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable) and not grading and not backend.compiles
     basis = Basis(view.keys.shape[-1], degree, lean, grading)
     block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
 

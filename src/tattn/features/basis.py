@@ -17,15 +17,28 @@ monomials in their derivative, which stand in front: one wide product for each w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import broadcast_leading, swap_outer, transposed
+from ..arrays import broadcast_leading, sum_of, swap_outer, transposed
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN
 from ..backends.tables import memoized
-from .monomials import Features, Grading, exponents, lower, pull_back, raised, raised_factors, rank, runs
+from .monomials import (
+    Features,
+    Grading,
+    Monomials,
+    exponents,
+    gathered,
+    lower,
+    pull_back,
+    raised,
+    raised_factors,
+    rank,
+    runs,
+)
 
 # Chains that are added one after the other, at most: `rounding` counts so many additions.
 FEW_CHAINS = 32
@@ -33,6 +46,15 @@ FEW_CHAINS = 32
 FEW_COLUMNS = 12
 # Products with entries of this size stay far from the smallest numbers.
 _LEAST = {"float32": 2.0**-40, "float64": 2.0**-80}
+
+
+class Implied(NamedTuple):
+    """The monomials of channels (..., d, rows) that each product makes for itself.
+
+    A compiler then makes them while it multiplies. What several products share it would store, in passes that take longer.
+    """
+
+    channels: Array
 
 
 class Basis(NamedTuple):
@@ -47,9 +69,10 @@ class Basis(NamedTuple):
     grading: Grading = ()
 
     @classmethod
-    def of(cls, dim: int, degree: int, columns: int, grading: Grading = ()) -> Basis:
-        """For products with so many columns."""
-        return cls(dim, degree, degree >= 2 and columns <= FEW_COLUMNS and not grading, grading)
+    def of(cls, dim: int, degree: int, columns: int, grading: Grading = (), compiled: bool = False) -> Basis:
+        """For products with so many columns; a `compiled` program makes monomials while it multiplies with them."""
+        lean = degree >= 2 and columns <= FEW_COLUMNS and not grading and not compiled
+        return cls(dim, degree, lean, grading)
 
     @property
     def size(self) -> int:
@@ -72,29 +95,52 @@ class Basis(NamedTuple):
 
     def pulled(self, columns: int, backend: Backend) -> int:
         """Numbers a row has in memory beside its monomials, where `puller` is for so many columns."""
-        return self.size + columns if self.in_place(backend) else columns * (self.dim + 1)
+        return (
+            self.size + columns
+            if self.in_place(backend) or self._by_channels(columns, backend)
+            else columns * (self.dim + 1)
+        )
 
     def in_place(self, backend: Backend) -> bool:
         """Whether `puller` works in place (`InPlace`), without wide products. It then reads the channels of each block first."""
         return backend.writable and backend.reads and not self.lean
 
+    def _by_channels(self, columns: int, backend: Backend) -> bool:
+        """Whether `puller` goes channel by channel, in a compiled program whose product would be too wide."""
+        return backend.compiles and columns > FEW_COLUMNS and not self.lean and not self.grading
+
     def level(self, degree: int) -> slice:
         """Where the monomials of one degree stand."""
         return slice(rank(self.dim, degree - 1) if degree else 0, rank(self.dim, degree))
+
+    def _part(self, phi: Any, degree: int | None, backend: Backend) -> Array:
+        """Those of one degree, or all, (..., ·, rows)."""
+        return self._cut(phi, slice(0, self.size) if degree is None else self.level(degree), backend)
+
+    def _cut(self, phi: Any, part: slice, backend: Backend) -> Array:
+        """Some of the monomials, (..., ·, rows)."""
+        if isinstance(phi, Implied):
+            return gathered(phi.channels, part, Monomials(self.degree, self.grading), backend)
+        return phi if part == slice(0, phi.shape[-2]) else phi[..., part, :]
 
     def _is_held(self, degree: int | None) -> bool:
         """Whether the monomials of one degree, or of all, are all in memory."""
         return not self.lean or (degree is not None and degree < self.degree)
 
-    def features(self, backend: Backend) -> Features:
-        """What makes the monomials that are held: (..., d, rows) → (..., held, rows), which the next call may overwrite."""
+    def features(self, backend: Backend) -> Callable[[Array], Any]:
+        """What makes the monomials that are held: (..., d, rows) → (..., held, rows), which the next call may overwrite.
+
+        In a compiled program they are `Implied`.
+        """
+        if backend.compiles and not self.lean:
+            return Implied
         return Features(self.degree - self.lean, backend, self.grading)
 
     def row_sums(self, phi: Array, z: Array, backend: Backend, degree: int | None = None) -> Array:
         """Φ z, of all monomials or of those of one degree: (..., held, rows) and (..., rows, k) → (..., r, k)."""
         xp = backend.xp
         if self._is_held(degree):
-            return row_products(phi if degree is None else phi[..., self.level(degree), :], z, backend)
+            return row_products(self._part(phi, degree, backend), z, backend)
         k = z.shape[-1]
         pairs = phi[..., : self.dim + 1, None, :] * transposed(z, backend)[..., None, :, :]
         pairs = xp.reshape(pairs, (*pairs.shape[:-3], (self.dim + 1) * k, pairs.shape[-1]))
@@ -129,7 +175,7 @@ class Basis(NamedTuple):
         """Mᵀ Φ, of all monomials or of those of one degree: (..., held, rows) → (..., k, rows)."""
         rest, matrix = reader
         if self._is_held(degree):
-            return read(phi if degree is None else phi[..., self.level(degree), :], matrix, backend)
+            return read(self._part(phi, degree, backend), matrix, backend)
         top = self.level(self.degree - 1)
         product = read(phi[..., top, :], matrix, backend)
         found = _over_channels(product, phi[..., int(degree is not None) : self.dim + 1, :], backend)
@@ -158,6 +204,10 @@ class Basis(NamedTuple):
             cut = slice(ends[c], ends[c + 1])
             return xp.take(turned, index[cut], axis=-1) * factors[cut]
 
+        if backend.compiles and not self.grading:
+            raising = backend.entries(turned, index, axis=-1) * factors
+            raising = xp.reshape(raising, (*turned.shape[:-1], self.dim, -1))
+            return xp.reshape(swap_outer(raising, backend), (*turned.shape[:-2], -1, raising.shape[-1]))
         if not backend.writable:
             return xp.concat([of_channel(c) for c in channels], axis=-2)
         # As large as all summaries together for many value channels: not to be held twice.
@@ -175,7 +225,10 @@ class Basis(NamedTuple):
     def _by_weights(self, phi: Array, derivative: Sequence[Array], z: Array, backend: Backend) -> Array:
         """`puller` of a pruned basis, a wide product for each weight."""
         xp = backend.xp
-        found = [_weighted(read(phi[..., : part.shape[-1], :], part, backend), z, backend) for part in derivative]
+        found = [
+            _weighted(read(self._cut(phi, slice(0, part.shape[-1]), backend), part, backend), z, backend)
+            for part in derivative
+        ]
         order = [c for channels in self._alike() for c in channels]
         if len(order) < self.dim:
             shape = (*found[0].shape[:-1], self.dim - len(order))
@@ -185,14 +238,36 @@ class Basis(NamedTuple):
             return whole
         return xp.take(whole, backend.table(_places, self.grading, self.degree, like=whole), axis=-1)
 
+    def _pulled_by_channels(self, matrix: Array, backend: Backend, phi: Array, z: Array) -> Array:
+        """`puller`: with y = M z, ∂/∂x_c is Σ_β (β_c + 1) y[β + e_c] x^β, a sum over the monomials of lower degree."""
+        xp = backend.xp
+        index = backend.table(raised, self.dim, self.degree, like=z)
+        factors = backend.table(raised_factors, self.dim, self.degree, like=z, dtype=z.dtype)
+        slopes = backend.apart(matrix @ xp.matrix_transpose(z))
+        phi = self._cut(phi, slice(0, self.lower), backend)
+        chains, length = _equal_chains(self.lower)
+        found = []
+        for c in range(self.dim):
+            own = slice(c * self.lower, (c + 1) * self.lower)
+            terms = backend.entries(slopes, index[own], axis=-2) * factors[own][:, None] * phi
+            terms = _ended(terms, chains * length, -2, backend)
+            terms = xp.reshape(terms, (*terms.shape[:-2], chains, length, terms.shape[-1]))
+            # One sum over both axes would be one chain.
+            found.append(sum_of([xp.sum(terms[..., i, :, :], axis=-2) for i in range(chains)]))
+        return xp.stack(found, axis=-1)
+
     def puller(self, matrix: Array, backend: Backend) -> Callable[[Array, Array], Array]:
         """Σ_e z_e ∂(Mᵀ Φ)_e / ∂x for M (..., r, k): Φ (..., held, rows) and z (..., rows, k) → (..., rows, d)."""
         if self.in_place(backend):
             return InPlace(self, matrix, backend)
+        if self._by_channels(matrix.shape[-1], backend):
+            return partial(self._pulled_by_channels, matrix, backend)
         derivative = self.derivative(matrix, backend)
         if self.grading:
             return lambda phi, z: self._by_weights(phi, derivative, z, backend)
-        return lambda phi, z: _weighted(read(phi[..., : self.lower, :], derivative, backend), z, backend)
+        return lambda phi, z: _weighted(
+            read(self._cut(phi, slice(0, self.lower), backend), derivative, backend), z, backend
+        )
 
     def puller_and_reader(
         self, matrix: Array, columns: int, backend: Backend
@@ -202,7 +277,10 @@ class Basis(NamedTuple):
         values = xp.matrix_transpose(matrix[..., :columns])
         if not self.lean:
             pull_back = self.puller(matrix, backend)
-            return lambda phi, z: (pull_back(phi, z), xp.matrix_transpose(read(phi, values, backend)))
+            return lambda phi, z: (
+                pull_back(phi, z),
+                xp.matrix_transpose(read(self._part(phi, None, backend), values, backend)),
+            )
         derivative = xp.concat([self.derivative(matrix, backend), values[..., : self.lower]], axis=-2)
         count, wide = values.shape[-2], self.dim * matrix.shape[-1]
         top = self.level(self.degree - 1)
@@ -253,6 +331,10 @@ def _weighted(product: Array, z: Array, backend: Backend) -> Array:
     xp = backend.xp
     k = z.shape[-1]
     split = xp.reshape(product, (*product.shape[:-2], product.shape[-2] // k, k, product.shape[-1]))
+    if backend.compiles and k <= FEW_COLUMNS:
+        # One pass, where XLA's sum over so few takes four times as long.
+        own = xp.matrix_transpose(z)[..., None, :, :]
+        return xp.matrix_transpose(sum_of([split[..., e, :] * own[..., e, :] for e in range(k)]))
     return xp.matrix_transpose(xp.sum(split * transposed(z, backend)[..., None, :, :], axis=-2))
 
 
@@ -263,6 +345,8 @@ def row_products(phi: Array, z: Array, backend: Backend) -> Array:
     chains = rows // CHAIN
     if rows <= CHAIN:
         return phi @ z
+    if backend.compiles:
+        return _in_equal_chains(phi, z, backend)
     if backend.writable and r > CHAIN and chains <= FEW_CHAINS:
         return _chained(phi, z, backend)
     cut = chains * CHAIN
@@ -290,6 +374,8 @@ def read(phi: Array, turned: Array, backend: Backend) -> Array:
     xp = backend.xp
     *leading, r, rows = phi.shape
     chains = r // CHAIN
+    if backend.compiles:
+        return _read_compiled(phi, turned, backend)
     if r <= CHAIN:
         return turned @ phi
     if backend.writable:
@@ -300,6 +386,39 @@ def read(phi: Array, turned: Array, backend: Backend) -> Array:
     parts = swap_outer(split, backend) @ xp.reshape(phi[..., :cut, :], (*leading, chains, CHAIN, rows))
     total = xp.sum(parts, axis=-3)
     return total if cut == r else total + turned[..., cut:] @ phi[..., cut:, :]
+
+
+def _in_equal_chains(phi: Array, z: Array, backend: Backend) -> Array:
+    """`row_products` as one product: chains of as many rows, with zeros behind the last, since compilers copy what they cut."""
+    count, length = _equal_chains(z.shape[-2])
+    phi, z = (_ended(x, count * length, axis, backend) for x, axis in ((phi, -1), (z, -2)))
+    split = swap_outer(backend.xp.reshape(phi, (*phi.shape[:-1], count, length)), backend)
+    return _total(split @ backend.xp.reshape(z, (*z.shape[:-2], count, length, z.shape[-1])), backend)
+
+
+def _read_compiled(phi: Array, turned: Array, backend: Backend) -> Array:
+    """`read` in chains that are alike."""
+    xp = backend.xp
+    count, length = _equal_chains(phi.shape[-2])
+    matrix, phi = (_ended(x, count * length, -2, backend) for x in (xp.matrix_transpose(turned), phi))
+    matrix, phi = (xp.reshape(x, (*x.shape[:-2], count, length, x.shape[-1])) for x in (matrix, phi))
+    # XLA would join the product with what turns its factor or its result, and make each number of it by itself: six times as long.
+    return backend.apart(xp.sum(xp.matrix_transpose(backend.apart(matrix)) @ phi, axis=-3))
+
+
+def _equal_chains(terms: int) -> tuple[int, int]:
+    """How many chains, and their length."""
+    count = -(-terms // CHAIN)
+    return count, -(-terms // count)
+
+
+def _ended(x: Array, length: int, axis: int, backend: Backend) -> Array:
+    """So many entries along an axis, which is counted from the last, zeros behind those of x."""
+    shape = list(x.shape)
+    shape[axis] = length - shape[axis]
+    if not shape[axis]:
+        return x
+    return backend.xp.concat([x, backend.xp.zeros(shape, dtype=x.dtype, device=backend.device(x))], axis=axis)
 
 
 def _plus_product(total: Array, left: Array, right: Array, backend: Backend) -> Array:

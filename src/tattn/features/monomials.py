@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..arrays import prod_of
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 
@@ -129,6 +130,8 @@ class Features:
 
     def __call__(self, x: Array) -> Array:
         """Of one block; the next call may write over it."""
+        if self._backend.compiles:
+            return gathered(x, slice(None), Monomials(self._degree, self._grading), self._backend)
         if self._memory is None:
             return self._joined(x)
         dim, degree, grading = x.shape[-2], self._degree, self._grading
@@ -174,6 +177,15 @@ class Features:
         return xp.concat([level for level in found if level.shape[-2]], axis=-2)
 
 
+def gathered(x: Array, part: slice, monomials: Monomials, backend: Backend) -> Array:
+    """A part of all monomials, each a product of channels: a compiler makes them in one pass, without copies between levels."""
+    *leading, dim, rows = x.shape
+    one = backend.xp.ones((*leading, 1, rows), dtype=x.dtype, device=backend.device(x))
+    x = backend.xp.concat([one, x], axis=-2)
+    factors = backend.table(channels_of, dim, *monomials, like=x)[:, part]
+    return prod_of([backend.entries(x, factors[i], axis=-2) for i in range(factors.shape[0])])
+
+
 def features(x: Array, degree: int, backend: Backend, grading: Grading = ()) -> Array:
     """All monomials of the channels: (..., d, rows) → (..., r, rows)."""
     return Features(degree, backend, grading)(x)
@@ -187,6 +199,18 @@ def exponents(dim: int, degree: int, grading: Grading = ()) -> np.ndarray:
         for channel, start, stop, source in level:
             table[start:stop] = table[source : source + stop - start]
             table[start:stop, channel] += 1
+    table.setflags(write=False)
+    return table
+
+
+@memoized
+def channels_of(dim: int, degree: int, grading: Grading = ()) -> np.ndarray:
+    """The channels that each monomial is a product of, counted from 1, with zeros behind: (max(1, degree), r)."""
+    table = np.zeros((max(1, degree), rank(dim, degree, grading)), dtype=np.int64)
+    for level in runs(dim, degree, grading):
+        for channel, start, stop, source in level:
+            table[0, start:stop] = channel + 1
+            table[1:, start:stop] = table[:-1, source : source + stop - start]
     table.setflags(write=False)
     return table
 
