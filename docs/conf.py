@@ -20,7 +20,7 @@ import tattn
 from tattn.__main__ import main as tattn_main
 from tattn.approximation.exponential import minimax
 from tattn.features.monomials import rank
-from tattn.planning.selection import MAX_RANK
+from tattn.planning.settings import MAX_RANK
 from tattn.plans import si
 
 # Beside this folder, and no part of what is installed.

@@ -11,7 +11,6 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from cases import write_other_library
 from conftest import CPU, package_of
 
 import tattn
-from tattn.backends import Backend, seen
+from tattn.backends import seen
+from tattn.backends.numpy import BACKEND
 
 LIBRARIES = ("array_api_strict", "cupy", "jax", "scipy", "torch")
 
@@ -376,14 +376,7 @@ def test_a_library_plugged_in_is_seen(site):
     assert "CPU_DEVICE" in other["devices"][0]
 
 
-def test_a_library_whose_products_are_wrong_cannot_be_used(monkeypatch):
-    def wrong(shape):
-        return np.full(shape, 1.5, np.float32)
-
-    class Wrong(Backend):
-        def devices(self):
-            return ["cpu"]
-
-    backend = Wrong(SimpleNamespace(ones=wrong, float32=np.float32, astype=lambda x, dtype: x.astype(dtype)))
-    monkeypatch.setattr(seen, "_by_module", lambda module: backend)
-    assert seen.library("numpy").problem == "ArithmeticError: the product of two matrices of ones is wrong"
+def test_a_library_whose_products_are_wrong_cannot_be_used():
+    with BACKEND.using(to_numpy=lambda product: product + 0.5):
+        found = seen.library("numpy")
+    assert found.problem == "ArithmeticError: the product of two matrices of ones is wrong"
