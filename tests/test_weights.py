@@ -262,6 +262,20 @@ def test_complex_channels(method: str) -> None:
     np.testing.assert_allclose(out, expected, atol=1e-13 if COMPLEX[method].of_scores else 2e-3)
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_causal_calls_of_complex_channels(library: Any, views: int) -> None:
+    """The polynomial beside the exact method, with gradients."""
+    call = draw(views, dim=4)
+    call = call._replace(query=call.query[:4], grad_out=call.grad_out[:4], grad_lse=call.grad_lse[:4])
+    shape: dict[str, Any] = {"n": 4, "dim": 4, "order": views + 1, "channels": "complex", "causal": True}
+    plan = tattn.plan_for(**shape, bound=1.0, degree=10, dtype="float64", method="polynomial")
+    got, expected = (
+        computed(library, call, drawn_weights(views), causal=True, channels="complex", **how)
+        for how in ({"plan": plan}, {"method": "exact"})
+    )
+    assert_same(got, expected, 1e-8)
+
+
 def test_no_draw_exceeds_its_bound(draws: Callable[[int], range]) -> None:
     """Of weights over many magnitudes, in all methods, of output and gradients."""
     for seed in draws(60):
