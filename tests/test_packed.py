@@ -161,6 +161,7 @@ def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(documents, "_GROUPS", 2)
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.usefixtures("groups")
 @pytest.mark.grid
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "banded"])
@@ -177,6 +178,7 @@ def test_documents_are_calls_of_their_own(
     check(library, draw(sides, masked), 1e-9, plan=plan, causal=causal)
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("views", [1, 3])
 def test_heads_and_numbers_of_views(library: Library, method: str, views: int) -> None:
@@ -184,6 +186,7 @@ def test_heads_and_numbers_of_views(library: Library, method: str, views: int) -
     check(library, draw("one", True, views, heads=True), 1e-9, plan=plan)
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_complex_channels(library: Library, method: str) -> None:
     check(library, draw("one", True), 1e-9, plan=COMPLEX[method].plan(n=SELF[0], dim=DIM, order=3))
@@ -195,6 +198,7 @@ def test_windows(library: Library, sides: str) -> None:
     check(library, draw(sides, True), 1e-12, window=(3, 4), method="exact")
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.usefixtures("groups")
 @pytest.mark.grid
 @pytest.mark.parametrize("sides", list(SIDES))
@@ -224,6 +228,7 @@ def test_norm_bands_keep_their_bounds(library: Library, sides: str, masked: bool
             assert (np.abs(got - expected) <= bound + 1e-12).all()
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("options", [{}, {"method": "polynomial"}, {"causal": True}, {"tol": 1e-6}], ids=str)
 def test_plans_that_are_made_for_documents(library: Library, options: dict[str, Any]) -> None:
     """One plan for all documents, with an error that each of them keeps; and it serves the same call again."""
@@ -393,3 +398,15 @@ def test_offsets_of_other_rows_than_those_of_the_query() -> None:
             call.query, [np.ones((70, DIM))] * 2, [np.ones((70, 3))] * 2, causal=True,
             offsets=[whole[0], np.array([0, 4, 70]), np.array([0, 5, 70])],
         )  # fmt: skip
+
+
+def test_scores_are_those_within_documents() -> None:
+    """Means of keys that cancel over all documents do not within one, and no bound is that of rows of several."""
+    signs = np.repeat([1.0, -1.0], 20)[:, None]
+    query, first, second = np.ones((40, DIM)), signs * np.ones((40, DIM)), np.ones((40, DIM))
+    second[:20] *= 1e-3
+    first[20:] *= 0.5
+    offsets = np.array([0, 20, 40])
+    options = {"method": "polynomial", "offsets": offsets, "return_plan": True}
+    _, plan = tattn.tensor_attention(query, [first, second], [query, query], **options)
+    assert -0.52 < plan.lowest_mean <= -0.5 and plan.bound < 0.6
