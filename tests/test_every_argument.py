@@ -161,7 +161,11 @@ def core_cases() -> dict[str, Case]:
         "rotary": case(
             tattn.rotary, ("rows", "no rows"), rows=Q, positions=np.arange(6), frequencies=np.ones(2),
         ),
-        "warm_up": case(tattn.warm_up, ("dtypes", "no list"), ("dtypes", "one fewer"), ("dtypes", "one more"), dtypes=("float32",)),
+        "warm_up": case(
+            tattn.warm_up,
+            *((name, kind) for name in ("dtypes", "channels") for kind in ("no list", "one fewer", "one more")),
+            dtypes=("float32",), channels=("real",),
+        ),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),
         "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]], return_lse=False),
     }  # fmt: skip
