@@ -172,7 +172,8 @@ def core_cases() -> dict[str, Case]:
             tattn.rotary, ("rows", "no rows"), rows=Q, positions=np.arange(6), frequencies=np.ones(2),
         ),
         "warm_up": case(
-            tattn.warm_up, *((name, change) for name in ("dtypes", "channels") for change in ("no list", "one fewer", "one more")),
+            tattn.warm_up,
+            *((name, kind) for name in ("dtypes", "channels") for kind in ("no list", "one fewer", "one more")),
             dtypes=("float32",), channels=("real",),
         ),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),

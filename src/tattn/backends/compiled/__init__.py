@@ -103,7 +103,7 @@ def warm_up(dtypes: Sequence[str] = ("float32",), channels: Sequence[str] = ("re
     if not isinstance(channels, (list, tuple)):
         raise TypeError(f"channels should be a list or tuple of names, got {type(channels).__name__}")
     for kind in channels:
-        if kind not in OF_CHANNELS:
+        if kind not in tuple(OF_CHANNELS):
             raise ValueError(f"channels should be 'real' or 'complex', got {kind!r}")
     wanted = [operation for kind in channels for operation in OF_CHANNELS[kind]]
     return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in wanted)
