@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ def the_page_is_made_from_the_tables(name: str) -> None:
     assert (PAGES / f"{name}.png").exists()
 
 
-@pytest.mark.parametrize("name", ["triple_detection", "three_modalities", "drop_in", "noisy_triples"])
+@pytest.mark.parametrize(
+    "name", ["triple_detection", "three_modalities", "drop_in", "noisy_triples", "two_hops", "what_followed"]
+)
 @pytest.mark.libraries("torch")
 def test_the_page_of_layers_is_made_from_the_tables(name: str) -> None:
     pytest.importorskip("torch")
@@ -90,6 +93,80 @@ def test_triples_are_learned_by_every_model() -> None:
         assert any((p != q).any() for p, q in zip(before, net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["two_hops", "what_followed"])
+@pytest.mark.libraries("torch")
+def test_hops_and_followers_are_learned_by_every_model(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    example = importlib.import_module(f"examples.{name}")
+
+    given = argparse.Namespace(steps=2, batch=2)
+    for model in example.MODELS.values():
+        torch.manual_seed(0)
+        net = model.make()
+        before = [p.detach().clone() for p in net.parameters()]
+        assert [step for step, _ in example.train(net, given, 1e-2, 0, lambda steps: steps)] == [1, 2]
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+        assert any((p != q).any() for p, q in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.libraries("torch")
+def test_two_hops_end_where_most_statements_lead_one_after_the_other() -> None:
+    torch = pytest.importorskip("torch")
+    from examples import two_hops as example
+
+    f, g, wanted = example.Task(2000).batch(3, torch.Generator().manual_seed(0))
+
+    def most_said(statements: torch.Tensor, of: int) -> int:
+        return int(statements[statements[:, 0] == of, 1].mode().values)
+
+    for of_f, of_g, ends in zip(f, g, wanted, strict=True):
+        assert ends.tolist() == [most_said(of_g, most_said(of_f, x)) for x in range(example.NAMES)]
+    assert (example.counted(f, g).argmax(-1) == wanted).all()
+    few = [int(((f[0, :, 0] == 2) & (f[0, :, 1] == y)).sum()) for y in range(example.NAMES)]
+    then = [int(((g[0, :, 0] == y) & (g[0, :, 1] == 3)).sum()) for y in range(example.NAMES)]
+    assert example.counted(f, g)[0, 2, 3] == sum(m * n for m, n in zip(few, then, strict=True))
+
+
+@pytest.mark.libraries("torch")
+def test_followers_are_counted_and_weighed_as_one_by_one() -> None:
+    torch = pytest.importorskip("torch")
+    from examples import what_followed as example
+
+    x, wanted = example.Task(40).batch(2, torch.Generator().manual_seed(0))
+    counted = example.counted(x)
+    for b, i in ((0, 0), (0, 17), (1, 39)):
+        behind = [int(x[b, j + 1]) for j in range(i) if x[b, j] == x[b, i]]
+        assert counted[b, i].tolist() == [behind.count(c) for c in range(example.SYMBOLS)]
+    x, wanted = example.Task(1500).batch(4, torch.Generator().manual_seed(1))
+    often = (x[:, 1:] == wanted[:, :-1]).float().mean()
+    assert abs(often - (example.FAVOURITE + (1 - example.FAVOURITE) / example.SYMBOLS)) < 0.03
+    task = example.Task(example.TRAINED)
+    count, best = (example.accuracy(answer, task, 400) for answer in (example.counted, example.weighed))
+    assert 0.8 < count < best < 1
+    chance = (1 - example.FAVOURITE) / example.SYMBOLS
+    likely = np.zeros(example.SYMBOLS)
+    for favourites in itertools.permutations(range(example.SYMBOLS)):
+        steps = [chance + example.FAVOURITE * (favourites[x[0, j]] == x[0, j + 1]) for j in range(9)]
+        likely[favourites[x[0, 9]]] += np.prod(steps)
+    np.testing.assert_allclose(example.weighed(x)[0, 9].numpy(), likely / likely.sum(), rtol=1e-12)
+
+
+@pytest.mark.libraries("torch")
+def test_followers_are_seen_by_positions_alone() -> None:
+    torch = pytest.importorskip("torch")
+    from examples import what_followed as example
+
+    x, _ = example.Task(12).batch(1, torch.Generator().manual_seed(0))
+    turned = torch.cat([x[:, :-1].flip(1), x[:, -1:]], 1)
+    for positions in (None, "rotary"):
+        torch.manual_seed(0)
+        net = example.Pairs(positions)
+        with torch.no_grad():
+            apart = (net(x) - net(turned))[:, -1].abs().max()
+        # Without positions a row sees a set.
+        assert (apart < 1e-4) == (positions is None)
+
+
 @pytest.mark.libraries("torch")
 def test_the_overview_is_made_from_the_tables() -> None:
     pytest.importorskip("torch")
@@ -97,3 +174,4 @@ def test_the_overview_is_made_from_the_tables() -> None:
 
     tables = {name: load(PAGES / f"{name}.csv") for name in overview.TABLES}
     assert overview.page(tables) == (PAGES / "overview.md").read_text(encoding="utf-8")
+    assert (PAGES / "overview.png").exists()
