@@ -254,8 +254,8 @@ def follow_the_kernel(query, keys, values, before) -> None:
     assert abs(other - out).max() > 0
 
 
-# With each library, and so also where array-api-strict is installed.
-@pytest.mark.usefixtures("library")
+# Its other library is array-api-strict under another name.
+@pytest.mark.libraries("strict")
 def test_a_backend(tmp_path):
     write_other_library(tmp_path)
     package, checked = blocks("Add a backend")
