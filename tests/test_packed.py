@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from cases import COMPLEX, METHODS
-from conftest import Library
+from conftest import Library, make_library
 from reference import Dense, dense, value_sizes
 
 import tattn
@@ -20,6 +20,7 @@ MORE = ((7, 9, 2, 1, 15, 9, 8, 3, 11, 4, 5, 6), (5, 10, 0, 3, 12, 14, 6, 4, 9, 7
 OTHER = ((2, 9, 3, 6, 1, 0, 8, 3, 5, 12, 0, 7), (11, 1, 4, 3, 12, 2, 0, 4, 9, 7, 5, 2))
 SIDES = {"one": (SELF,) * 4, "more": (SELF, *MORE), "other": (SELF, *OTHER)}
 DIM = 4
+NUMPY = make_library("numpy")
 
 
 class Packed(NamedTuple):
@@ -91,7 +92,7 @@ def run(library: Library, call: Packed, alone: bool = False, **options: Any) -> 
 
 
 def check(library: Library, call: Packed, tolerance: float, **options: Any) -> None:
-    """Everything is what each document has alone."""
+    """Everything is what each document has alone, by NumPy."""
     found, error, bounds = run(library, call, **options)
     for rows in call.rows():
         query, *views = rows
@@ -103,7 +104,7 @@ def check(library: Library, call: Packed, tolerance: float, **options: Any) -> N
             assert not found.out[..., query, :].any() and not found.dquery[..., query, :].any()
             assert (found.lse[..., query] == -np.inf).all()
             continue
-        one, one_error, one_bounds = run(library, call.document(rows), alone=True, **options)
+        one, one_error, one_bounds = run(NUMPY, call.document(rows), alone=True, **options)
         close = {"rtol": tolerance, "atol": tolerance}
         np.testing.assert_allclose(found.out[..., query, :], one.out, **close)
         np.testing.assert_allclose(found.lse[..., query], one.lse, **close)
@@ -269,7 +270,7 @@ def test_values_that_no_bound_serves(sides: str) -> None:
     for value, r in zip(call.values, rows[1:], strict=True):
         value[r] *= 1e-170
     plan = METHODS["polynomial"].plan(n=9, dim=DIM, order=3)
-    _, error, _ = run(Library("numpy", np.asarray, np.asarray, bool, lambda x: "cpu"), call, plan=plan)
+    _, error, _ = run(NUMPY, call, plan=plan)
     spoiled = np.zeros(len(error), bool)
     spoiled[rows[0]] = True
     np.testing.assert_array_equal(np.isinf(error), spoiled)
