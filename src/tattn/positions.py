@@ -18,8 +18,15 @@ from .checks import (
 )
 from .operands import COMPLEX
 
-# 1 / (2 π), to twice the digits of float64.
-_TURN = Fraction("0.15915494309189533576888376337251436203445964574")
+
+def _in_two(digits: int) -> tuple[float, float]:
+    """1 / (2 π) as a number of so many digits and what it lacks."""
+    turn = Fraction("0.15915494309189533576888376337251436203445964574")
+    high = Fraction(round(turn * 2 ** (digits + 2)), 2 ** (digits + 2))
+    return float(high), float(turn - high)
+
+
+_OF_ONE = {"float32": _in_two(24), "float64": _in_two(53)}
 # What splits a number into halves of its digits.
 _SPLIT = {"float32": 2.0**12 + 1, "float64": 2.0**27 + 1}
 _KINDS = (
@@ -141,18 +148,11 @@ def _turns(p: Array, f: Array, backend: Backend) -> Array:
     xp = backend.xp
     # The number of turns of one step as a sum of two, and its product with the position as another.
     kind = backend.dtype_name(f.dtype)
-    high = float(_rounded(_TURN, kind))
-    low = float(_TURN - Fraction(high))
+    high, low = _OF_ONE[kind]
     step, rest = _product(f, xp.full_like(f, high), kind)
     rest = rest + f * low
     turns, lost = _product(p, step, kind)
     return (turns - xp.round(turns)) + (lost + p * rest)
-
-
-def _rounded(number: Fraction, kind: str) -> float:
-    """The nearest number of a dtype below one."""
-    digits = 24 if kind == "float32" else 53
-    return float(Fraction(round(number * 2 ** (digits + 2)), 2 ** (digits + 2)))
 
 
 def _product(x: Array, y: Array, kind: str) -> tuple[Array, Array]:
