@@ -455,8 +455,9 @@ Trained at one length, judged at all, mean of the seeds:
 
 ## What a budget buys
 
-% right after so many processor seconds of training, mean of the seeds, and in brackets the steps that were made by then. The rate
-has not come down to nothing where the steps are fewer than {steps}. A dash: the budget ends before the first look.
+% right after so many processor seconds of training on a shared machine, mean of the seeds, and in brackets the steps that were
+made by then, or for exact attention would be. The rate has not come down to nothing where the steps are fewer than {steps}. A
+dash: not run, or not looked at by then.
 
 {_of_budgets(rows, spent)}
 
@@ -502,7 +503,8 @@ def _spread(found: list[float]) -> str:
 
 def _seeds(rows: Table) -> str:
     """How many seeds were run, and where they were fewer."""
-    counts = [(name, n, len(found)) for name in MODELS for n, found in at_home(rows, name).items()]
+    lengths = {name: TRAINED[:1] if "exact" in name else TRAINED for name in MODELS}
+    counts = [(name, n, len(at_home(rows, name).get(n, []))) for name in MODELS for n in lengths[name]]
     most = max(count for *_, count in counts)
     few = [f"of {name} at {n:,}, {count}" for name, n, count in counts if count < most]
     return f"{most} seeds each" + (f"; fewer were run {'; '.join(few)}." if few else ".")
