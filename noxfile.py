@@ -218,6 +218,14 @@ def evidence(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Layers that learn: tables, plots and pages into docs/examples, an hour and a half; `-- --quick` into build/examples."""
     session.install("-e", ".", TORCH, "matplotlib>=3.9", "scikit-learn>=1.5", "statsmodels>=0.14", "tqdm>=4.66")
-    for name in ("triple_detection", "three_modalities", "drop_in", "noisy_triples", "sphere_triplets"):
+    for name in (
+        "triple_detection",
+        "three_modalities",
+        "drop_in",
+        "noisy_triples",
+        "sphere_triplets",
+        "two_hops",
+        "what_followed",
+    ):
         session.run("python", "-m", f"examples.{name}", *session.posargs, env=ONE_THREAD)
     session.run("python", "-m", "examples.overview", env=ONE_THREAD)

@@ -20,6 +20,8 @@ MORE = ((7, 9, 2, 1, 15, 9, 8, 3, 11, 4, 5, 6), (5, 10, 0, 3, 12, 14, 6, 4, 9, 7
 OTHER = ((2, 9, 3, 6, 1, 0, 8, 3, 5, 12, 0, 7), (11, 1, 4, 3, 12, 2, 0, 4, 9, 7, 5, 2))
 SIDES = {"one": (SELF,) * 4, "more": (SELF, *MORE), "other": (SELF, *OTHER)}
 DIM = 4
+# JAX compiles every group of every case.
+EAGER = pytest.mark.libraries("numpy", "strict", "torch")
 NUMPY = make_library("numpy")
 
 
@@ -118,6 +120,7 @@ def check(library: Library, call: Packed, tolerance: float, **options: Any) -> N
             np.testing.assert_allclose(got[..., r, :], expected, **close)
 
 
+@EAGER
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("masked", [False, True])
@@ -162,7 +165,7 @@ def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(documents, "_GROUPS", 2)
 
 
-@pytest.mark.thorough("jax")
+@EAGER
 @pytest.mark.usefixtures("groups")
 @pytest.mark.grid
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "banded"])
@@ -179,7 +182,18 @@ def test_documents_are_calls_of_their_own(
     check(library, draw(sides, masked), 1e-9, plan=plan, causal=causal)
 
 
+@pytest.mark.libraries("jax")
 @pytest.mark.thorough("jax")
+@pytest.mark.parametrize(
+    ("method", "sides", "masked", "causal"),
+    [("exact", "one", True, True), ("polynomial", "more", False, True), ("polynomial", "other", True, False)],
+)
+def test_documents_of_jax(library: Library, method: str, sides: str, masked: bool, causal: bool) -> None:
+    plan = METHODS[method].plan(n=SELF[0], dim=DIM, order=3, causal=causal)
+    check(library, draw(sides, masked), 1e-9, plan=plan, causal=causal)
+
+
+@EAGER
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("views", [1, 3])
 def test_heads_and_numbers_of_views(library: Library, method: str, views: int) -> None:
@@ -199,7 +213,7 @@ def test_windows(library: Library, sides: str) -> None:
     check(library, draw(sides, True), 1e-12, window=(3, 4), method="exact")
 
 
-@pytest.mark.thorough("jax")
+@EAGER
 @pytest.mark.usefixtures("groups")
 @pytest.mark.grid
 @pytest.mark.parametrize("sides", list(SIDES))
