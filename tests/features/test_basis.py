@@ -137,7 +137,7 @@ def check_adjoint(library, dim, degree, lean, columns):
     # Blocks may share memory; what was computed from one must not change with the next.
     blocks = [array[:, :200], array[:, 200:]]
     of_blocks = [of_rows[:200, :], of_rows[200:, :]]
-    both = basis.puller_and_reader(weights, backend)
+    both = basis.puller_and_reader(weights, columns - 1, backend)
     alone = basis.puller(weights, backend)
     found = []
     for block, c in zip(blocks, of_blocks, strict=True):
