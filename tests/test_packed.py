@@ -311,7 +311,8 @@ def test_documents_do_not_spoil_each_other(library: Library, method: str, causal
 
 
 @pytest.mark.libraries("torch")
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.grid
+@pytest.mark.parametrize("causal", [True, False])
 def test_gradients_of_torch(causal: bool) -> None:
     torch = pytest.importorskip("torch")
     call = draw("more", True)

@@ -394,6 +394,7 @@ def test_no_weights_are_no_numbers_where_none_are_read(method: str) -> None:
 
 
 @pytest.mark.libraries("torch")
+@pytest.mark.grid
 @methods
 def test_torch_differentiates_them(method: str) -> None:
     """By its own gradients, once more, under `torch.func`, and compiled in one graph."""
