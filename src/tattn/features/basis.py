@@ -332,7 +332,7 @@ def _weighted(product: Array, z: Array, backend: Backend) -> Array:
     k = z.shape[-1]
     split = xp.reshape(product, (*product.shape[:-2], product.shape[-2] // k, k, product.shape[-1]))
     if backend.compiles and k <= FEW_COLUMNS:
-        # One pass, where XLA's sum over so few takes four times as long.
+        # One pass, where a compiled sum over so few takes four times as long.
         own = xp.matrix_transpose(z)[..., None, :, :]
         return xp.matrix_transpose(sum_of([split[..., e, :] * own[..., e, :] for e in range(k)]))
     return xp.matrix_transpose(xp.sum(split * transposed(z, backend)[..., None, :, :], axis=-2))
@@ -402,7 +402,7 @@ def _read_compiled(phi: Array, turned: Array, backend: Backend) -> Array:
     count, length = _equal_chains(phi.shape[-2])
     matrix, phi = (_ended(x, count * length, -2, backend) for x in (xp.matrix_transpose(turned), phi))
     matrix, phi = (xp.reshape(x, (*x.shape[:-2], count, length, x.shape[-1])) for x in (matrix, phi))
-    # XLA would join the product with what turns its factor or its result, and make each number of it by itself: six times as long.
+    # A compiler would join the product with what turns its factor or its result, and make each number of it by itself: six times as long.
     return backend.apart(xp.sum(xp.matrix_transpose(backend.apart(matrix)) @ phi, axis=-3))
 
 
