@@ -194,6 +194,37 @@ def test_documents_of_jax(library: Library, method: str, sides: str, masked: boo
 
 
 @EAGER
+@pytest.mark.parametrize("method", ["exact", "polynomial", "banded"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents_may_weigh_very_little(library: Library, method: str, causal: bool) -> None:
+    """Beside others, as long as the dtype has their weights: each is what it is alone."""
+    if causal and method == "banded":
+        return
+    rng, offsets = np.random.default_rng(0), np.array([0, 8, 16])
+    query, *keys = rng.uniform(-1, 1, (3, 16, DIM))
+    values = list(rng.uniform(1, 2, (2, 16, 1)))
+    plan = METHODS[method].plan(n=16, dim=DIM, order=3, causal=causal)
+    weights = np.ones(16)
+
+    def computed(weights: np.ndarray) -> list[Any]:
+        given = library.arrays(query, keys, values, offsets, weights, np.ones((16, 1)))
+        (out, lse), pullback = tattn.tensor_attention_vjp(
+            *given[:3], key_weights=given[4], plan=plan, causal=causal, offsets=given[3], return_lse=True
+        )
+        dquery, dkeys, dvalues, dweights = pullback(given[5])
+        return [library.numpy(x) for x in (out, dquery, *dkeys, *dvalues, lse, dweights)]
+
+    *expected, lse, dweights = computed(weights)
+    for power in (-60, -520):
+        weights[:8] = 2.0**power
+        *found, lower, steeper = computed(weights)
+        for got, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_allclose(lower[:8], lse[:8] + 2 * power * np.log(2), rtol=1e-12)
+        np.testing.assert_allclose(steeper[:8], dweights[:8] * 2.0**-power, rtol=1e-12, atol=1e-12 * 2.0**-power)
+
+
+@EAGER
 @pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("views", [1, 3])
 def test_heads_and_numbers_of_views(library: Library, method: str, views: int) -> None:
@@ -224,6 +255,13 @@ def test_norm_bands_keep_their_bounds(library: Library, sides: str, masked: bool
     plan = tattn.plan_for(n=9, dim=DIM, value_dim=3, series="banded", degree=3, bands=3, dtype="float64")
     found, error, bounds = run(library, call, plan=plan)
     assert 0 < np.median(error) < 1e-2
+    # Gradients do not need the errors of rows.
+    arrays = library.arrays(call.query, call.keys, call.values, call.offsets, call.grad_out, call.grad_lse)
+    masks = None if call.masks is None else library.arrays(call.masks)
+    _, pullback = tattn.tensor_attention_vjp(
+        *arrays[:3], key_masks=masks, plan=plan, offsets=arrays[3], return_lse=True
+    )
+    np.testing.assert_array_equal(library.numpy(pullback(*arrays[4:])[0]), found.dquery)
     for rows in call.rows():
         query, *views = rows
         if any(r.start == r.stop for r in rows):

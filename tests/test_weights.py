@@ -381,16 +381,31 @@ def test_refused_by_name(how: dict[str, Any], error: type, message: str, weights
     refuse(tattn.tensor_attention, error, message, rows, [rows] * 2, [rows] * 2, key_weights=weights, **how)
 
 
+def test_weights_that_are_too_far_apart_are_refused() -> None:
+    """In one problem: what would be 0 beside the largest is not taken for masked."""
+    rows = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4))
+    weights = np.array([[1e-308, 0.0, 1, 1], [1e-300, 1e-300, 0, 2e-300]])
+    tattn.tensor_attention(rows[1], [rows[1]], [rows[1]], key_weights=weights[1])
+    message = r"key_weights\[0\] should be 0 or at least 2\*\*-1021 of the largest .*, got 1e-308 of it"
+    for method in ("exact", "polynomial", "auto"):
+        call = rows, [rows], [rows]
+        refuse(tattn.tensor_attention, ValueError, message, *call, key_weights=weights, method=method, tol=0.1)
+
+
 @methods
 def test_no_weights_are_no_numbers_where_none_are_read(method: str) -> None:
     """With a plan of a promised bound."""
     call = draw(2)
     plan = METHODS[method].plan(n=LENGTHS[:3], dim=3, order=3)
-    for wrong in (-1.0, np.nan, np.inf):
+    for wrong in (-1.0, np.nan, np.inf, 1e-310):
         weights = drawn_weights(2)
-        weights[0][2] = wrong
-        out = tattn.tensor_attention(call.query, call.keys, call.values, key_weights=weights, plan=plan)
-        assert np.isnan(out).all()
+        for some in (slice(2, 3), slice(None)):
+            # Alone they are denormal numbers in proportion, which is no matter.
+            if wrong == 1e-310 and some == slice(None):
+                continue
+            weights[0][some] = wrong
+            out = tattn.tensor_attention(call.query, call.keys, call.values, key_weights=weights, plan=plan)
+            assert np.isnan(out).all()
 
 
 @pytest.mark.libraries("torch")

@@ -43,7 +43,8 @@ def are_weights(mask: Array | None, backend: Backend) -> bool:
 
 def present(mask: Array, backend: Backend) -> Array:
     """Which rows a mask (..., n, 1) leaves in: those that weigh anything."""
-    return mask > 0 if are_weights(mask, backend) else mask
+    # What is no number is there, so that it shows.
+    return mask != 0 if are_weights(mask, backend) else mask
 
 
 def clean(rows: Array, mask: Array | None, backend: Backend) -> Array:

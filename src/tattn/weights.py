@@ -8,12 +8,14 @@ into (1/2, 1], which rounds nothing; lse gets its logarithm back. From there on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, log
+from itertools import chain
+from math import isfinite
 from typing import Any, NamedTuple
 
 from .arrays import clean, sum_of, sum_to_leading, times_power
 from .backends import Array, Backend
 from .checks import (
+    LARGEST_POWER,
     Inputs,
     check_floating,
     check_library,
@@ -21,6 +23,7 @@ from .checks import (
     checked_broadcast,
     checked_of_rows,
 )
+from .features.balance import over_largest, raised
 
 
 class Weights(NamedTuple):
@@ -96,45 +99,54 @@ def joined(weights: Array | None, mask: Array | None, keys: Array, backend: Back
     if weights is None:
         weights = xp.ones((keys.shape[-2], 1), dtype=dtype, device=backend.device(keys))
     else:
+        given = weights > 0
         weights = backend.cast(weights, dtype)
-        weights = xp.where((weights >= 0) & xp.isfinite(weights), weights, xp.nan)
+        # One that the dtype takes for 0 is not 0.
+        known = (weights >= 0) & xp.isfinite(weights) & ((weights > 0) | xp.logical_not(given))
+        weights = xp.where(known, weights, xp.nan)
     return clean(weights, mask, backend)
 
 
 def _check_entries(columns: Sequence[Array | None], backend: Backend) -> None:
-    """ValueError that names weights with negative numbers, NaN or infinities among them, which are read."""
+    """ValueError that names weights, which are read, with negative numbers, NaN or infinities among them, or too far apart."""
     xp = backend.xp
     some = [(i, w) for i, w in enumerate(columns) if w is not None and 0 not in w.shape]
-    plain: Sequence[Array] = backend.values_of([w for _, w in some])
-    ends = [backend.cast(end, backend.compute_dtype(w.dtype)) for w in plain for end in (xp.min(w), xp.max(w))]
-    found = [float(x) for x in backend.read(ends)]
-    for (i, _), least, most in zip(some, found[::2], found[1::2], strict=True):
+    given: Sequence[Array] = backend.values_of([w for _, w in some])
+    plain = [backend.cast(w, backend.compute_dtype(w.dtype)) for w in given]
+    found = iter(
+        float(x) for x in backend.read([x for w in plain for x in (xp.min(w), xp.max(w), _least_share(w, backend))])
+    )
+    for (i, _), w, least, most, share in zip(some, plain, found, found, found, strict=False):
         if not (least >= 0 and isfinite(most)):
             wrong = "NaN" if least != least or most != most else "infinity" if not isfinite(most) else f"{least:g}"
             raise ValueError(f"key_weights[{i}] should hold finite numbers of at least 0, got {wrong} among them")
+        reach = LARGEST_POWER[backend.dtype_name(w.dtype)]
+        if share < 2.0**-reach:
+            raise ValueError(
+                f"key_weights[{i}] should be 0 or at least 2**-{reach} of the largest weight of a problem in "
+                f"{backend.dtype_name(w.dtype)}, got {share:.2g} of it"
+            )
+
+
+def _least_share(weights: Array, backend: Backend) -> Array:
+    """The smallest weight that is not 0 over the largest of its problem, in all problems: a number."""
+    xp = backend.xp
+    top = xp.max(weights, axis=-2, keepdims=True)
+    least = xp.min(xp.where(weights > 0, weights, xp.inf), axis=-2, keepdims=True)
+    return xp.min(least / xp.where(top > 0, top, 1.0))
 
 
 def _divided(views: int, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Weights (..., n_μ, 1) of every view over powers of two, and log2 of these, from keys, masks and weights as they came."""
     keys, masks, columns = (arrays[i * views : (i + 1) * views] for i in range(3))
     whole = [joined(w, mask, k, backend) for k, mask, w in zip(keys, masks, columns, strict=True)]
-    powers = [_power(w, backend) for w in whole]
-    return *(times_power(w, -p, backend) for w, p in zip(whole, powers, strict=True)), *powers
-
-
-def _power(weights: Array, backend: Backend) -> Array:
-    """The whole number p with the largest weight in (2^(p − 1), 2^p], 0 for none; (..., 1, 1)."""
-    xp = backend.xp
-    (plain,) = backend.values_of((weights,))
-    top = xp.max(plain, axis=-2, keepdims=True)
-    usual = (top > 0) & xp.isfinite(top)
-    return xp.where(usual, xp.ceil(xp.log2(xp.where(usual, top, 1.0))), 0.0)
+    return (*chain.from_iterable(zip(*(over_largest(w, backend) for w in whole), strict=True)),)
 
 
 def _raised(_: None, backend: Backend, arrays: Sequence[Array]) -> Array:
     """`Weights.of_all` of lse and powers."""
     lse, *powers = arrays
-    return lse + sum_of(powers) * log(2.0)
+    return raised(lse, powers)
 
 
 def _gradients(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..arrays import max_to_leading, prod_of, shared_leading, sum_of, times_power
 from ..backends import Array, Backend
+from ..checks import LARGEST_POWER
 from ..operands import Operands
 from .scaling import channel_tops
 
@@ -154,3 +155,25 @@ def exp2_bound(logs: Array, dtype: Any, backend: Backend) -> Array:
     raised = xp.where(logs > 1 - end, logs + 2.0**-9, 1 - end)
     known = xp.where(raised < end, xp.exp(xp.where(raised < end, raised, 0.0) * log(2.0)), inf)
     return xp.where(xp.isnan(logs), inf, xp.where(logs == -inf, 0.0, known))
+
+
+def over_largest(weights: Array, backend: Backend) -> tuple[Array, Array]:
+    """Weights (..., n, 1) over a power of two of the largest of them, NaN where that leaves too little; and log2 of the power."""
+    power = _power(weights, backend)
+    divided = times_power(weights, -power, backend)
+    normal = 2.0 ** -(LARGEST_POWER[backend.dtype_name(weights.dtype)] + 1)
+    return backend.xp.where((weights > 0) & (divided < normal), backend.xp.nan, divided), power
+
+
+def _power(weights: Array, backend: Backend) -> Array:
+    """The whole number p with the largest weight in (2^(p − 1), 2^p], 0 for none; (..., 1, 1)."""
+    xp = backend.xp
+    (plain,) = backend.values_of((weights,))
+    top = xp.max(plain, axis=-2, keepdims=True)
+    usual = (top > 0) & xp.isfinite(top)
+    return xp.where(usual, xp.ceil(xp.log2(xp.where(usual, top, 1.0))), 0.0)
+
+
+def raised(lse: Array, powers: Sequence[Array]) -> Array:
+    """The lse of weights from that of what `over_largest` left of them."""
+    return lse + sum_of(powers) * log(2.0)

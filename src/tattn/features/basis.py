@@ -402,7 +402,7 @@ def _read_compiled(phi: Array, turned: Array, backend: Backend) -> Array:
     count, length = _equal_chains(phi.shape[-2])
     matrix, phi = (_ended(x, count * length, -2, backend) for x in (xp.matrix_transpose(turned), phi))
     matrix, phi = (xp.reshape(x, (*x.shape[:-2], count, length, x.shape[-1])) for x in (matrix, phi))
-    # A compiler would join the product with what turns its factor or its result, and make each number of it by itself: six times as long.
+    # A compiler would join the product with what turns its factor or its result, each number by itself: six times as long.
     return backend.apart(xp.sum(xp.matrix_transpose(backend.apart(matrix)) @ phi, axis=-3))
 
 

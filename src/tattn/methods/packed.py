@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
+from ..arrays import times_power
 from ..backends import Array
 from ..documents import Layout, Piece, Places, pieces, returned, together
+from ..features.balance import over_largest, raised
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 from . import method
@@ -36,8 +38,9 @@ class Packed:
         backend, found, rests = operands.backend, [], []
         call = self._call(operands, certify)
         for piece in self._pieces(operands):
-            arrays = piece.arrays(operands.flat())
+            arrays, powers = self._arrays(piece, operands)
             out, lse, first, *rest = method.forward(call, backend, arrays)
+            lse = raised(lse, powers) if powers else lse
             if certify and self.inner.row_errors(first) is None:
                 told = told_error(call.operands(backend, arrays)[0], self.stated[0])
                 first = backend.xp.concat([first, backend.xp.broadcast_to(told, tuple(first.shape))], axis=-1)
@@ -50,15 +53,19 @@ class Packed:
     def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
         """The exact derivative of `forward`."""
         first, *rest = attended.kept
-        if self.inner.row_errors(first) is None:
+        if first.shape[-1] > 1 and self.inner.row_errors(first) is None:
+            # Behind what `inner` keeps stands the error that is stated.
             first = first[..., :1]
         count, found = len(rest) // len(self.layout.groups), []
         for number, piece in enumerate(self._pieces(operands)):
             # Rows that are not there repeat one that is, and add nothing to gradients.
             of_rows = [*(piece.taken(x, 0) for x in (attended.out, first)), *(piece.cleaned(x) for x in upstream)]
             own = [self._apart(x, piece, operands) for x in rest[number * count : (number + 1) * count]]
-            arrays = (*piece.arrays(operands.flat()), *of_rows[:2], *own, *of_rows[2:])
-            found.append(method.backward(self._call(operands), operands.backend, arrays))
+            given, powers = self._arrays(piece, operands)
+            arrays = (*given, *of_rows[:2], *own, *of_rows[2:])
+            found.append(
+                self._of_weights(method.backward(self._call(operands), operands.backend, arrays), powers, operands)
+            )
         return self._gradients(found, operands)
 
     def gradient_bounds(
@@ -69,7 +76,9 @@ class Packed:
         for piece in self._pieces(operands):
             rows = (attended.out, attended.kept[0])
             of_rows = [*(piece.taken(x, 0) for x in rows), *(piece.cleaned(x) for x in upstream)]
-            found.append(method.gradient_bounds(call, operands.backend, (*piece.arrays(operands.flat()), *of_rows)))
+            given, powers = self._arrays(piece, operands)
+            bounds = method.gradient_bounds(call, operands.backend, (*given, *of_rows))
+            found.append(self._of_weights(bounds, powers, operands))
         return self._gradients(found, operands)
 
     def row_errors(self, kept: Array) -> Array | None:
@@ -93,6 +102,22 @@ class Packed:
         order, chain = operands.order, operands.backend.chain
         call = method.Call(self.inner, len(operands.views), operands.scale, order, certify, chain)
         return call._replace(channels=operands.channels, wanted=operands.wanted)
+
+    def _arrays(self, piece: Piece, operands: Operands) -> tuple[list[Array | None], list[Array]]:
+        """Query, keys, values and masks of a group; weights by the largest of each document, with log2 of what divided them."""
+        arrays = piece.arrays(operands.flat())
+        if not operands.weights:
+            return arrays, []
+        others, weights = arrays[: -len(operands.views)], arrays[-len(operands.views) :]
+        divided = [over_largest(w, operands.backend) for w in weights]
+        return [*others, *(w for w, _ in divided)], [power for _, power in divided]
+
+    def _of_weights(self, flat: tuple[Array, ...], powers: list[Array], operands: Operands) -> tuple[Array, ...]:
+        """Gradients, or bounds of them, of all rows' weights from those of each document's."""
+        if not powers:
+            return flat
+        others, own = flat[: -len(powers)], flat[-len(powers) :]
+        return (*others, *(times_power(g, -p, operands.backend) for g, p in zip(own, powers, strict=True)))
 
     def _pieces(self, operands: Operands) -> Iterator[Piece]:
         return pieces(self.layout, Places(*operands.extra), operands.backend)
