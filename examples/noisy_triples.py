@@ -24,7 +24,7 @@ from evidence.apart import reset_peak, resident_bytes
 from evidence.plots import panels, style
 from evidence.tables import Table, column, distinct, markdown, seconds, where
 
-from . import shared
+from . import learning, shared
 
 NAME = "noisy_triples"
 MODULUS, HIDDEN, WRONG = 31, 6, 0.5
@@ -132,23 +132,13 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Adam with warm-up and a cosine; now and then the steps so far and their processor seconds, and at the end."""
     rng = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(net.parameters(), rate, betas=(0.9, 0.98))
-    warm = max(1, min(30, given.steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda t: min(1, (t + 1) / warm) * 0.5 * (1 + math.cos(math.pi * t / given.steps))
-    )
-    spent, every = 0.0, max(1, given.steps // LOOKS)
-    for step in watch(range(1, given.steps + 1)):
-        start = time.process_time()
+
+    def loss() -> Tensor:
         readings, wanted = task.batch(given.batch, rng)
-        loss = nn.functional.binary_cross_entropy_with_logits(net(readings), wanted)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        spent += time.process_time() - start
-        if step % every == 0 or step == given.steps:
-            yield step, spent
+        return nn.functional.binary_cross_entropy_with_logits(net(readings), wanted)
+
+    warm = max(1, min(30, given.steps // 10))
+    return learning.train(net, loss, rate, given.steps, LOOKS, watch, warm)
 
 
 def accuracy(answer: Callable[[Tensor], Tensor], task: Task, sequences: int) -> dict[str, float]:

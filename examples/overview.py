@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from evidence.plots import COLOURS, MARKERS, panels, save_plot, style
 from evidence.tables import Table, column, distinct, load, markdown, seconds, short, where
 
-from . import noisy_triples, triple_detection, two_hops, what_followed
+from . import learning, noisy_triples, triple_detection, two_hops, what_followed
 
 FOLDER = Path("docs/examples")
 TABLES = (
@@ -116,7 +116,7 @@ def _hops(tables: dict[str, Table]) -> list[str]:
     timed = {r["rows"]: r["seconds"] for r in where(spent, model=two_hops.PAIRS)}
     exact = {r["rows"]: r["seconds"] for r in where(spent, model="pairs, exact")}
     n, last = max(timed), max(exact)
-    pairs, one, two = (_of_seeds(two_hops.ends(rows, name), two_hops.TRAINED) for name in two_hops.MODELS)
+    pairs, one, two = (_of_seeds(learning.ends(rows, name), two_hops.TRAINED) for name in two_hops.MODELS)
     return [
         "[two hops](two_hops.md)", "g(f(x)) from noisy statements about f and about g", f"2 · {two_hops.TRAINED}",
         pairs, f"{one}; two layers {two}", f"{seconds(timed[n])} at {n:,}", f"({seconds(exact[last] * (n / last) ** 2)})",
@@ -125,10 +125,8 @@ def _hops(tables: dict[str, Table]) -> list[str]:
 
 def _followers(tables: dict[str, Table]) -> list[str]:
     rows = tables["what_followed-curves"]
-    pairs, _, one, _, two = (
-        _of_seeds(what_followed.ends(rows, n), what_followed.TRAINED) for n in what_followed.MODELS
-    )
-    first = where(what_followed.ends(rows, what_followed.PAIRS), rows=what_followed.TRAINED)[0]
+    pairs, _, one, _, two = (_of_seeds(learning.ends(rows, n), what_followed.TRAINED) for n in what_followed.MODELS)
+    first = where(learning.ends(rows, what_followed.PAIRS), rows=what_followed.TRAINED)[0]
     return [
         "[what followed](what_followed.md)", "what mostly stood behind this symbol before (causal, rotary)",
         f"{what_followed.TRAINED}", pairs, f"{one}; two layers {two}",
@@ -145,8 +143,7 @@ def _two_layers(tables: dict[str, Table]) -> str:
     """What two layers of ordinary attention make of that."""
 
     def mean(module: Any, name: str) -> float:
-        rows = where(module.ends(tables[f"{module.NAME}-curves"], name), rows=module.TRAINED)
-        return 100 * sum(column(rows, "right")) / len(rows)
+        return learning.mean_right(learning.ends(tables[f"{module.NAME}-curves"], name), module.TRAINED)
 
     of_hops, of_followers = (
         " and ".join(f"{mean(module, name):.0f}" for name in (module.PAIRS, list(module.MODELS)[-1]))
@@ -225,7 +222,7 @@ def _shares(tables: dict[str, Table]) -> list[Shares]:
     found.append(Shares(f"noisy triples, n = {n:,}", best["majority"], home, equal, wide, best["right"]))
     for module, part, which in ((two_hops, "two_hops", (0, 1, 2)), (what_followed, "what_followed", (0, 2, 4))):
         rows, n, models = tables[f"{part}-curves"], module.TRAINED, list(module.MODELS)
-        three = [column(where(module.ends(rows, models[i]), rows=n), "right") for i in which]
+        three = [column(where(learning.ends(rows, models[i]), rows=n), "right") for i in which]
         best = max(r["right"] for r in where(rows, rows=n) if not r["steps"])
         chance = 1 / (two_hops.NAMES if part == "two_hops" else what_followed.SYMBOLS)
         found.append(Shares(f"{part.replace('_', ' ')}, n = {n}", chance, *three, best))

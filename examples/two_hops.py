@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import tattn
-from evidence.plots import panels, style
 from evidence.tables import Table, column, distinct, markdown, seconds, where
 
-from . import shared
+from . import learning, shared
+from .learning import ends, mean_right, of_models
 
 NAME = "two_hops"
 NAMES, WRONG = 6, 0.5
@@ -117,22 +117,12 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Adam with warm-up and a cosine; now and then the steps so far and their processor seconds, and at the end."""
     rng = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(net.parameters(), rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda t: min(1, (t + 1) / 30) * 0.5 * (1 + math.cos(math.pi * t / given.steps))
-    )
-    spent, every = 0.0, max(1, given.steps // LOOKS)
-    for step in watch(range(1, given.steps + 1)):
-        start = time.process_time()
+
+    def loss() -> Tensor:
         f, g, wanted = Task(TRAINED).batch(given.batch, rng)
-        loss = nn.functional.cross_entropy(net(f, g).flatten(0, 1), wanted.flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        spent += time.process_time() - start
-        if step % every == 0 or step == given.steps:
-            yield step, spent
+        return nn.functional.cross_entropy(net(f, g).flatten(0, 1), wanted.flatten())
+
+    return learning.train(net, loss, rate, given.steps, LOOKS, watch)
 
 
 def accuracy(answer: Callable[[Tensor, Tensor], Tensor], task: Task, sequences: int) -> float:
@@ -210,31 +200,11 @@ def times(given: argparse.Namespace, watch: shared.Watch) -> Table:
 PARTS: dict[str, shared.Part] = {"curves": curves, "times": times}
 
 
-def ends(rows: Table, name: str) -> Table:
-    """What the finished nets do at all lengths."""
-    return [r for r in where(rows, model=name) if r["step"] == r["steps"]]
-
-
 def plot(rows: Table) -> Any:
     """Right answers against processor time of training, a line for every seed; and against the number of statements."""
-    figure, ((by_time, by_rows),) = panels(2, height=4.0)
-    for i, (name,) in enumerate(distinct(rows, "model")):
-        for (seed,) in distinct(where(rows, model=name), "seed") if name in MODELS else ():
-            mine = where(rows, model=name, seed=seed, rows=TRAINED)
-            by_time.plot(column(mine, "seconds"), [100 * r for r in column(mine, "right")], **style(i, markersize=3))
-        final = ends(rows, name)
-        lengths = [m for (m,) in distinct(final, "rows")]
-        found = {m: [100 * r for r in column(where(final, rows=m), "right")] for m in lengths}
-        looks = style(i, label=name, linestyle="-" if name in MODELS else "--")
-        by_rows.plot(lengths, [sum(f) / len(f) for f in found.values()], **looks)
-        for m, each in found.items():
-            by_rows.plot([m] * len(each), each, **style(i, linestyle="", alpha=0.35))
-    for axis in (by_time, by_rows):
-        axis.axhline(100 / NAMES, color="#000000", linestyle=":", linewidth=1)
-        axis.set_ylim(0, 103)
-    by_rows.set_xscale("log", base=2)
-    by_time.set(xlabel="processor seconds of training", ylabel=f"% right, {TRAINED} statements of each")
-    by_rows.set(xlabel="statements of each, after training", ylabel="% right")
+    figure, by_time, by_rows = learning.plot(rows, MODELS, TRAINED, 1 / NAMES)
+    by_time.set_ylabel(f"% right, {TRAINED} statements of each")
+    by_rows.set_xlabel("statements of each, after training")
     by_rows.legend(fontsize="x-small", loc="center right", bbox_to_anchor=(1, 0.4))
     return figure
 
@@ -284,7 +254,7 @@ lengths without further training.
 % right after training at {TRAINED}, mean of three seeds ± half the distance from the worst to the best, and {100 / NAMES:.0f} % by
 chance:
 
-{markdown(_of_models(rows, lengths), heads)}
+{markdown(of_models(rows, MODELS, TRAINED, lengths), heads)}
 
 {_words(rows)}
 
@@ -297,28 +267,11 @@ attention to pairs from its last measurement, as n².
 """
 
 
-def _of_models(rows: Table, lengths: list[int]) -> list[list[str]]:
-    """Every model at all lengths."""
-    lines = []
-    for (name,) in distinct(rows, "model"):
-        final = ends(rows, name)
-        cells = []
-        for m in lengths:
-            found = [100 * r for r in column(where(final, rows=m), "right")]
-            spread = f" ± {(max(found) - min(found)) / 2:.1f}" if len(found) > 1 else ""
-            cells.append(f"{sum(found) / len(found):.1f}{spread}")
-        if name in MODELS:
-            spent = column(where(final, rows=TRAINED), "seconds")
-            facts = [f"{final[0]['parameters']:,}", f"{final[0]['steps']:,}", seconds(sum(spent) / len(spent))]
-        lines.append([name, *(facts if name in MODELS else "–––"), *cells])
-    return lines
-
-
 def _words(rows: Table) -> str:
     """What was learned, and by whom."""
     longest = max(column(rows, "rows"))
-    pairs, one, two = (_mean(ends(rows, name), TRAINED) for name in MODELS)
-    far, count = (_mean(ends(rows, name), longest) for name in (PAIRS, COUNTED))
+    pairs, one, two = (mean_right(ends(rows, name), TRAINED) for name in MODELS)
+    far, count = (mean_right(ends(rows, name), longest) for name in (PAIRS, COUNTED))
     text = f"""\
 Pairs are right for {pairs:.1f} % at {TRAINED} statements and, untrained there, for {far:.1f} % at {longest:,}, where counting is
 for {count:.1f} %. One layer of ordinary attention is right for {one:.1f} %, two layers for {two:.1f} %."""
@@ -330,12 +283,6 @@ tried stand still at chance. More steps, or labels for y, may get them off."""
     return f"""\
 {text} Two layers join, too, and a step of
 theirs is shorter: pairs save a layer here, and no time."""
-
-
-def _mean(rows: Table, m: int) -> float:
-    """Of right answers at `m` statements, in %."""
-    found = column(where(rows, rows=m), "right")
-    return 100 * sum(found) / len(found)
 
 
 def _of_times(spent: Table) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import tattn
-from evidence.plots import panels, style
-from evidence.tables import Table, column, distinct, markdown, seconds, where
+from evidence.tables import Table, column, markdown, where
 
-from . import shared
+from . import learning, shared
+from .learning import ends, mean_right, of_models
 
 NAME = "what_followed"
 SYMBOLS, FAVOURITE = 3, 0.5
@@ -125,22 +124,12 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Adam with warm-up and a cosine; now and then the steps so far and their processor seconds, and at the end."""
     rng = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(net.parameters(), rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda t: min(1, (t + 1) / 30) * 0.5 * (1 + math.cos(math.pi * t / given.steps))
-    )
-    spent, every = 0.0, max(1, given.steps // LOOKS)
-    for step in watch(range(1, given.steps + 1)):
-        start = time.process_time()
+
+    def loss() -> Tensor:
         x, wanted = Task(TRAINED).batch(given.batch, rng)
-        loss = nn.functional.cross_entropy(net(x).flatten(0, 1), wanted.flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        spent += time.process_time() - start
-        if step % every == 0 or step == given.steps:
-            yield step, spent
+        return nn.functional.cross_entropy(net(x).flatten(0, 1), wanted.flatten())
+
+    return learning.train(net, loss, rate, given.steps, LOOKS, watch)
 
 
 def accuracy(answer: Callable[[Tensor], Tensor], task: Task, sequences: int) -> float:
@@ -212,32 +201,12 @@ def limits(given: argparse.Namespace) -> Table:
 PARTS: dict[str, shared.Part] = {"curves": curves}
 
 
-def ends(rows: Table, name: str) -> Table:
-    """What the finished nets do at all lengths."""
-    return [r for r in where(rows, model=name) if r["step"] == r["steps"]]
-
-
 def plot(rows: Table) -> Any:
     """Right answers against processor time of training, a line for every seed; and at other lengths."""
-    figure, ((by_time, by_rows),) = panels(2, height=4.0)
-    for i, (name,) in enumerate(distinct(rows, "model")):
-        for (seed,) in distinct(where(rows, model=name), "seed") if name in MODELS else ():
-            mine = where(rows, model=name, seed=seed, rows=TRAINED)
-            by_time.plot(column(mine, "seconds"), [100 * r for r in column(mine, "right")], **style(i, markersize=3))
-        final = ends(rows, name)
-        lengths = [m for (m,) in distinct(final, "rows")]
-        found = {m: [100 * r for r in column(where(final, rows=m), "right")] for m in lengths}
-        looks = style(i, label=name, linestyle="-" if name in MODELS else "--")
-        by_rows.plot(lengths, [sum(f) / len(f) for f in found.values()], **looks)
-        for m, each in found.items():
-            by_rows.plot([m] * len(each), each, **style(i, linestyle="", alpha=0.35))
-    for axis in (by_time, by_rows):
-        axis.axhline(100 / SYMBOLS, color="#000000", linestyle=":", linewidth=1)
-        axis.set_ylim(0, 103)
-    by_rows.set_xscale("log", base=2)
+    figure, by_time, by_rows = learning.plot(rows, MODELS, TRAINED, 1 / SYMBOLS)
     by_rows.set_xticks(list(JUDGED), [str(m) for m in JUDGED])
-    by_time.set(xlabel="processor seconds of training", ylabel=f"% right, {TRAINED} rows")
-    by_rows.set(xlabel="rows, after training", ylabel="% right")
+    by_time.set_ylabel(f"% right, {TRAINED} rows")
+    by_rows.set_xlabel("rows, after training")
     by_rows.legend(fontsize="x-small", loc="lower left")
     return figure
 
@@ -291,34 +260,19 @@ second half of fresh sequences.
 
 % right, mean of three seeds ± half the distance from the worst to the best; {100 / SYMBOLS:.0f} % by chance:
 
-{markdown(_of_models(rows, lengths), heads)}
+{markdown(of_models(rows, MODELS, TRAINED, lengths), heads)}
 
 {_words(rows)}
 """
 
 
-def _of_models(rows: Table, lengths: list[int]) -> list[list[str]]:
-    """Every model at all lengths."""
-    lines = []
-    for (name,) in distinct(rows, "model"):
-        final = ends(rows, name)
-        cells = []
-        for m in lengths:
-            found = [100 * r for r in column(where(final, rows=m), "right")]
-            spread = f" ± {(max(found) - min(found)) / 2:.1f}" if len(found) > 1 else ""
-            cells.append(f"{sum(found) / len(found):.1f}{spread}")
-        if name in MODELS:
-            spent = column(where(final, rows=TRAINED), "seconds")
-            facts = [f"{final[0]['parameters']:,}", f"{final[0]['steps']:,}", seconds(sum(spent) / len(spent))]
-        lines.append([name, *(facts if name in MODELS else "–––"), *cells])
-    return lines
-
-
 def _words(rows: Table) -> str:
     """What positions give, and what a second layer does."""
-    rotary, without, one, two, wide, count, best = (_mean(ends(rows, n), TRAINED) for n in (*MODELS, COUNTED, BEST))
+    rotary, without, one, two, wide, count, best = (
+        mean_right(ends(rows, n), TRAINED) for n in (*MODELS, COUNTED, BEST)
+    )
     longest = max(column(rows, "rows"))
-    far, far_wide, far_count = (_mean(ends(rows, name), longest) for name in (PAIRS, list(MODELS)[-1], COUNTED))
+    far, far_wide, far_count = (mean_right(ends(rows, name), longest) for name in (PAIRS, list(MODELS)[-1], COUNTED))
     if wide > rotary + 1:
         end = """\
 That is more, in less time. So pairs gain a layer here, and neither accuracy nor time: an MLP and a second layer use further
@@ -334,12 +288,6 @@ Two narrow layers of ordinary attention are right for {two:.1f} %, two wide ones
 
 At {longest} rows, where nothing was trained, pairs are right for {far:.1f} %, two wide layers for {far_wide:.1f} %, counting for
 {far_count:.1f} %."""
-
-
-def _mean(rows: Table, m: int) -> float:
-    """Of right answers at `m` rows, in %."""
-    found = column(where(rows, rows=m), "right")
-    return 100 * sum(found) / len(found)
 
 
 def main() -> None:
