@@ -28,7 +28,7 @@ from .turns import seconds
 EMBED, HEADS = 64, 8
 BOUNDS, DEGREES = (1.0, 2.0, 3.0), (3, 4, 5, 6)
 LEARNED = (3, 4, 6)
-ROWS = (256, 1024, 4096, 16384)
+ROWS = (256, 1024, 2048, 4096, 16384)
 # Triple detection with fewer rows and a smaller modulus than in examples/: learned in few steps.
 TASK, STEPS, BATCH, RATE, SEEDS = Task(8, 8, 41), 600, 128, 1e-2, 3
 
