@@ -131,6 +131,16 @@ def check_offsets(offsets: Any, config: AttentionConfig) -> None:
         )
 
 
+def check_served(config: AttentionConfig) -> None:
+    """ValueError unless a layer goes on row by row: what rows leave behind does not depend on those that follow."""
+    if not config.causal:
+        raise ValueError("prefill and step need causal=True in the constructor, got a layer that sees all rows")
+    if set(config.context_dims) != {config.embed_dim}:
+        raise ValueError(f"prefill and step need contexts of embed_dim, got context_dims={config.context_dims}")
+    if config.method != "exact" and config.bound is None:
+        raise ValueError("prefill and step need a bound, or method='exact', got bound=None")
+
+
 def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backend: Backend) -> None:
     """A dict of floating arrays of a library with just these names and shapes."""
     if not isinstance(params, dict):
