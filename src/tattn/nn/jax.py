@@ -123,7 +123,7 @@ def apply(
     """
     checked_flags(return_error=return_error)
     given = _checked_call(params, (x, contexts, key_masks, key_weights), config)
-    check_offsets(offsets, config)
+    check_offsets(offsets, config, x, given[1])
     attention = partial(_attention, config, {"return_error": return_error, "offsets": offsets})
     out, error = _attend(params, given, config, attention, return_error)
     return (out, error) if return_error else out

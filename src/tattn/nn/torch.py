@@ -258,10 +258,10 @@ class TensorAttention(nn.Module):
         """
         refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
-        check_offsets(offsets, self.config)
         weight = _weight(self.q_proj)
         given = x, contexts, key_masks, key_weights
         contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
+        check_offsets(offsets, self.config, x, contexts)
 
         def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
             return self._attention(q, ks, vs, counted, return_error, offsets)
