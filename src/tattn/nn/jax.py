@@ -6,7 +6,7 @@ Parameters have the names, shapes and layout of the torch layer's ``state_dict``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -24,6 +24,7 @@ from ..state.summary import summarize
 from .checks import check_offsets, check_served, checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import Counted, Learned, attend
+from .jax_state import ServingState, check_state, decoded, extended, kept, last
 
 Params = dict[str, jax.Array]
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
@@ -129,29 +130,6 @@ def apply(
     return (out, error) if return_error else out
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("length", "decoding", "rows"), meta_fields=("config",))
-@dataclass(frozen=True, eq=False)
-class ServingState:
-    """The rows that a causal layer has seen, as `prefill` and `step` return them: a pytree of arrays.
-
-    With the polynomial method these are sums of a fixed size, rank · (value_dim + 1) numbers twice for each view and head of
-    keys, however many rows there were; with a window the last `window` rows. Both have one shape from the first row on, as
-    ``jax.lax.scan`` needs it. With the exact method and no window they are keys, values and masks, or weights, of all rows.
-
-    Attributes
-    ----------
-    config : AttentionConfig
-        Of the layer. A constant for transformations.
-    length : whole number ()
-        Rows so far, in an array.
-    """
-
-    config: AttentionConfig
-    length: jax.Array
-    decoding: DecodingState | None = field(default=None, repr=False)
-    rows: tuple[jax.Array, ...] = field(default=(), repr=False)
-
-
 def prefill(
     params: Params,
     x: jax.Array,
@@ -206,7 +184,7 @@ def prefill(
         plan = _served_plan(config, query.dtype)
         state = ServingState(config, jnp.asarray(x.shape[-2], jnp.int32))
         if plan is None:
-            begun.append(replace(state, rows=_last(config, _kept(keys, values, counted, x.shape[:-2]))))
+            begun.append(replace(state, rows=last(config, kept(keys, values, counted, x.shape[:-2]))))
         else:
             begun.append(
                 replace(state, decoding=DecodingState(plan, summarize(keys, values, plan, **counted.options())))
@@ -253,15 +231,15 @@ def step(
         return prefill(params, x, config=config, key_masks=key_masks, key_weights=key_weights)
     given = _checked_served(params, (x, None, key_masks, key_weights), config)
     computed = BACKEND.compute_dtype(params["q_proj.weight"].dtype)
-    _check_state(state, config, x, computed)
+    check_state(state, config, x, computed)
     after: list[ServingState] = []
 
     def attention(query: Any, keys: Any, values: Any, counted: Counted) -> Any:
         if state.decoding is None:
-            out, rows = _extended(config, state.rows, (query, keys, values, counted), x.shape[:-2])
+            out, rows = extended(config, state.rows, (query, keys, values, counted), x.shape[:-2])
             new = replace(state, rows=rows)
         else:
-            out, decoding = _decoded(state.decoding, (query, keys, values, counted))
+            out, decoding = decoded(state.decoding, (query, keys, values, counted))
             new = replace(state, decoding=decoding)
         after.append(replace(new, length=state.length + x.shape[-2]))
         return out
@@ -324,78 +302,6 @@ def _attention(config: AttentionConfig, more: Any, query: Any, keys: Any, values
 def _served_plan(config: AttentionConfig, dtype: Any) -> Plan | None:
     """The plan of the state's sums; None for keys and values as they are."""
     return None if config.method == "exact" else plans_of(config, _computed_in(dtype))[0]
-
-
-def _decoded(decoding: DecodingState, rows: tuple[Any, Any, Any, Counted]) -> tuple[jax.Array, DecodingState]:
-    """The output of the rows that follow, one after another, and the state with them."""
-
-    def one(decoding: DecodingState, rows: Any) -> tuple[DecodingState, jax.Array]:
-        query, keys, values, counted = rows
-        out, decoding = decoding.step(query, keys, values, **counted.options())
-        return decoding, out
-
-    if rows[0].shape[-2] == 1:
-        decoding, out = one(decoding, rows)
-        return out, decoding
-    *arrays, counted = rows
-    apart = [jax.tree.map(lambda a: jnp.moveaxis(a, -2, 0)[..., None, :], a) for a in arrays]
-    decoding, outs = jax.lax.scan(one, decoding, (*apart, counted.each(lambda a: jnp.moveaxis(a, -1, 0)[..., None])))
-    return jnp.moveaxis(outs[..., 0, :], 0, -2), decoding
-
-
-def _kept(keys: Any, values: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """Keys, values, and masks or weights (*batch, 1, 1, n) of rows that later ones see."""
-    seen = []
-    for k, mask, weights in zip(keys, *(of or [None] * len(keys) for of in counted), strict=True):
-        whole = jnp.ones((), bool) if mask is None else mask
-        one = whole if weights is None else jnp.where(whole, weights, 0)
-        seen.append(jnp.broadcast_to(one, (*batch, 1, 1, k.shape[-2])))
-    return *keys, *values, *seen
-
-
-def _last(config: AttentionConfig, rows: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """What later rows see of these: all, or as many as the window, with rows that do not count before the first."""
-    if config.window is None:
-        return tuple(rows)
-    views, found = config.views, []
-    for i, a in enumerate(rows):
-        window, axis = config.window[i % views], a.ndim - (2 if i < 2 * views else 1)
-        missing = [(max(0, window - a.shape[axis]) if at == axis else 0, 0) for at in range(a.ndim)]
-        a = jnp.pad(a, missing)
-        found.append(jax.lax.slice_in_dim(a, a.shape[axis] - window, a.shape[axis], axis=axis))
-    return tuple(found)
-
-
-def _extended(
-    config: AttentionConfig, before: Sequence[jax.Array], rows: tuple[Any, Any, Any, Counted], batch: tuple[int, ...]
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The output of rows that follow others, which are kept as they are, and what later ones see of both."""
-    query, keys, values, counted = rows
-    views = config.views
-    pairs = zip(before, _kept(keys, values, counted, batch), strict=True)
-    grown = [jnp.concatenate(pair, axis=-2 if i < 2 * views else -1) for i, pair in enumerate(pairs)]
-    ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
-    # A mask beside weights is weights of 0 and 1.
-    masks, weights = ([s if (s.dtype == bool) == kind else None for s in seen] for kind in (True, False))
-    counted = Counted(masks, weights if any(w is not None for w in weights) else None)
-    out = tensor_attention(
-        query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, channels=config.channels,
-        **counted.options(),
-    )  # fmt: skip
-    return out, _last(config, grown)
-
-
-def _check_state(state: Any, config: AttentionConfig, x: jax.Array, dtype: Any) -> None:
-    """TypeError or ValueError unless rows `x` may go on from a state."""
-    checked_kind("state", state, ServingState, "what prefill or step returned")
-    if state.config != config:
-        raise ValueError("state should be of the same config, got one of another")
-    summary = None if state.decoding is None else state.decoding.summary
-    found = state.rows[0] if summary is None else summary.sums[0]
-    if found.dtype != dtype:
-        raise TypeError(f"state should have the layer's dtype {jnp.dtype(dtype).name}, got {found.dtype.name}")
-    if found.shape[:-4] != x.shape[:-2]:
-        raise ValueError(f"state should be of the batch of x, {x.shape[:-2]}, got {found.shape[:-4]}")
 
 
 def _computed_in(dtype: Any) -> str:
