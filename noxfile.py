@@ -37,6 +37,14 @@ RIVALS = [
     "axial-positional-embedding==0.3.12",
     "hyper-connections==0.4.11",
 ]
+# Scores of others, which tests compare with; without what they depend on, as above.
+SCORES = [
+    "simplicial-attention==0.1.6",
+    "strassen-attention==0.1.5",
+    "rotary-embedding-torch==0.9.1",
+    "einops>=0.8",
+    "opt-einsum>=3.4",
+]
 # Most of the time of JAX's tests goes into optimising programs that run once; conformance runs them optimised.
 COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # A worker that has nothing left to do takes tests from another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,76 @@ def test_dimensions_before_the_rows_broadcast(library: Any) -> None:
     expected = pairs(0, 1, Q, A) + 2 * pairs(0, 2, Q, B) + pairs(1, 2, A, B)
     found = np.einsum("ic,jc,kc->ijk", library.numpy(query)[1], *(library.numpy(k) for k in keys))
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def alike(x: np.ndarray) -> list[int]:
+    """For every channel the first that it equals up to its sign; −1 for channels of ones."""
+    first = [next(i for i, o in enumerate(x.T) if (c == o).all() or (c == -o).all()) for c in x.T]
+    return [-1 if (c == 1).all() else i for c, i in zip(x.T, first, strict=True)]
+
+
+def distinct(arrays: Any, degree: int) -> list[int]:
+    """How many monomials of channels there are, how many differ in any of the arrays, and how many in each."""
+    labels = [alike(x) for x in arrays]
+    found = []
+    for t in range(degree + 1):
+        for monomial in combinations_with_replacement(range(arrays[0].shape[-1]), t):
+            found.append(tuple(tuple(sorted(of[c] for c in monomial if of[c] >= 0)) for of in labels))
+    return [len(found), len(set(found)), *(len(set(own)) for own in zip(*found, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("determinant", [1820, 1794, 210, 210, 210]),
+        ("strassen", [7315, 7315, 210, 210, 210]),
+        ("strassen, rows of its own", [7315, 7315, 1820, 1820, 1820]),
+        ("tree", [1820, 1820, 210, 210, 210]),
+        ("tree, rows of its own", [1820, 1820, 210, 1820, 210]),
+        ("pair bias (0, 2)", [495, 495, 495, 210, 495]),
+    ],
+)
+def test_monomials_of_equal_channels(name: str, expected: list[int]) -> None:
+    """The table of the module: a plan's rank, and how many of its monomials are no copies of others."""
+    of, options, _ = CASES[name]
+    query, keys = of(Q, [A, B], **options)
+    assert distinct((query, *keys), 4) == expected
+    plan = tattn.plan_for(n=100, dim=query.shape[-1], bound=0.5, degree=4, dtype="float64")
+    assert plan.rank == expected[0]
+    told = f"{expected[0]:,} {expected[1]:,} {', '.join(f'{count:,}' for count in expected[2:])}"
+    assert told in " ".join((tattn.scores.__doc__ or "").split())
+
+
+def streams(*rows: np.ndarray) -> list[Any]:
+    """As others take them: a batch of one stream and one head."""
+    torch = pytest.importorskip("torch")
+    return [torch.tensor(x)[None, None] for x in rows]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [6, 8])
+def test_determinants_of_simplicial_attention(causal: bool, dim: int) -> None:
+    """Channels that no three share are multiplied there, as in `tensor_attention` itself."""
+    theirs = pytest.importorskip("simplicial_attention")
+    q, a, b, u, v = np.random.default_rng(0).uniform(-1, 1, (5, 7, dim))
+    expected = theirs.naive_two_simplicial_attend(
+        *streams(q), tuple(streams(a, b)), tuple(streams(u, v)), causal=causal, use_signed_determinant=True
+    )
+    query, keys = tattn.scores.determinant(q[:, :6], [a[:, :6], b[:, :6]])
+    query, *keys = (np.hstack([wide, x[:, 6:]]) for wide, x in zip((query, *keys), (q, a, b), strict=True))
+    out = tattn.tensor_attention(query, keys, [u, v], scale=dim**-0.5, causal=causal, method="exact")
+    np.testing.assert_allclose(out, expected[0, 0].numpy(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_strassen_attention_of_others(causal: bool) -> None:
+    """There products with the query are divided by √d, and those of two keys are not."""
+    theirs = pytest.importorskip("strassen_attention")
+    q, a, b, u, v = np.random.default_rng(0).uniform(-1, 1, (5, 7, DIM))
+    expected = theirs.strassen_attend(*streams(q, a, b, u, v), causal=causal)
+    query, keys = tattn.scores.strassen(q * DIM**-0.5, [a, b])
+    out = tattn.tensor_attention(query, keys, [u, v], scale=1.0, causal=causal, method="exact")
+    np.testing.assert_allclose(out, expected[0, 0].numpy(), rtol=1e-10, atol=1e-12)
 
 
 def test_rotations_change_no_determinant() -> None:

@@ -112,6 +112,42 @@ def test_output_and_gradients_are_those_of_the_whole(case: dict[str, Any]) -> No
     np.testing.assert_allclose(lazily(g)[0].compute(), pullback(grad_out)[0], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "case", [{"views": 2}, {"views": 1, "dtype": "float32"}, {"views": 3, "masked": True, "heads": True}], ids=str
+)
+def test_weights_are_those_of_the_whole(case: dict[str, Any]) -> None:
+    """Far from one, of two blocks or more, and none in the first of three views."""
+    query, keys, values, masks, grad_out, grad_lse = draw(case)
+    rng, views = np.random.default_rng(4), case["views"]
+    plan = tattn.plan_for(n=9, dim=3, order=views + 1, bound=1.0, degree=4, dtype=str(query.dtype))
+    weights: list[Any] = [
+        (rng.uniform(0, 1, k.shape[:-1]) ** 4 * 10.0 ** (-25 * (1 + i))).astype(k.dtype) for i, k in enumerate(keys)
+    ]
+    weights[0] = None if views == 3 else weights[0]
+    options = {"plan": plan, "return_lse": True}
+    (out, lse), pullback = tattn.tensor_attention_vjp(
+        query, keys, values, key_masks=masks, key_weights=weights, **options
+    )
+    expected = pullback(grad_out, grad_lse)
+    q, k, v, m, g, g_lse = blocks(case)
+    w = [cut(x, 4, 1) for x in weights]
+    (got, got_lse), lazily = tensor_attention_vjp(q, k, v, key_masks=m, key_weights=w, split_every=2, **options)
+    dquery, dkeys, dvalues, dweights = lazily(g, g_lse)
+    assert [x is None for x in dweights] == [x is None for x in weights]
+    tolerance = 1e-12 if query.dtype == np.float64 else 2e-5
+    found = dask.compute(got, got_lse, dquery, *dkeys, *dvalues)
+    for a, b in zip(found, (out, lse, expected[0], *expected[1], *expected[2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    for a, b, own, like in zip(dweights, expected[3], weights, w, strict=True):
+        if own is not None:
+            assert (a.shape, a.dtype, a.chunks[:-1]) == (like.shape, like.dtype, like.chunks[:-1])
+            np.testing.assert_allclose(a.compute() * own.max(), b * own.max(), rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=r"^key_weights\[0\] should have"):
+        tensor_attention(q, k, v, plan=plan, key_weights=[cut(np.ones(3, query.dtype), 3, 1)] + [None] * (views - 1))
+    with pytest.raises(TypeError, match=r"^key_weights\[0\] should be a Dask array, got ndarray"):
+        tensor_attention(q, k, v, plan=plan, key_weights=[np.ones(9, query.dtype)] + [None] * (views - 1))
+
+
 def test_a_bound_makes_the_plan() -> None:
     query, keys, values, *_ = draw({"views": 2})
     q, k, v, *_ = blocks({"views": 2})

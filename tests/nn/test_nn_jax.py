@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,30 @@ def test_ranks_need_not_be_promoted_by_the_caller() -> None:
     expected = apply(params, x, config=config)
     with jax.numpy_rank_promotion("raise"):
         np.testing.assert_array_equal(apply(params, x, config=config), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal": True}, {"positions": "rotary", "head_dim": 4}])
+def test_documents_in_one_call(changes: dict[str, Any]) -> None:
+    """Each as if it were alone, with its gradient, also under ``jit``."""
+    from tattn.nn.jax import apply, init
+
+    config = config_of(degree=2, **changes)
+    params = init(jax.random.key(0), config)
+    x = jax.numpy.asarray(inputs_of(config)[0])
+    bounds = (0, 3, 4, 7)
+
+    def together(x: Any) -> Any:
+        return apply(params, x, config=config, offsets=jax.numpy.asarray(np.array(bounds, "int32")))
+
+    def apart(x: Any) -> Any:
+        outs = [apply(params, x[..., a:b, :], config=config) for a, b in pairwise(bounds)]
+        return jax.numpy.concatenate(outs, axis=-2)
+
+    expected = apart(x)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    np.testing.assert_allclose(together(x), expected, **close)
+    grads = [jax.grad(lambda x, of=of: jax.numpy.sin(of(x)).sum())(x) for of in (together, apart)]
+    np.testing.assert_allclose(*grads, **close)
 
 
 def test_scan_over_layers() -> None:

@@ -510,8 +510,15 @@ def test_packed_documents_and_contexts() -> None:
     first = layer(x[:4], (a[:7], b[:1]))
     torch.testing.assert_close(layer(x, (a, b), offsets=offsets)[:4], first, rtol=1e-9, atol=1e-9)
     turned = tattn.nn.TensorAttention(8, 2, positions="rotary")
+    # What one message asks for, another does not refuse.
+    for given in (offsets, offsets[0]):
+        with pytest.raises(
+            ValueError, match=r"^offsets should be None where .* contexts\[0\] has 12 rows, x 9: .* each doc"
+        ):
+            turned(x.float(), (a.float(), b.float()), offsets=given)
     with pytest.raises(ValueError, match=r"^offsets should be one array, .* positions='rotary', got 3 arrays"):
-        turned(x.float(), (a.float(), b.float()), offsets=offsets)
+        turned(x.float(), offsets=offsets[:1] * 3)
+    assert turned(x.float(), (x.float(),) * 2, offsets=offsets[0]).shape == (9, 8)
 
 
 def test_compiled_calls_refuse_offsets() -> None:

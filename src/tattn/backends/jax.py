@@ -38,6 +38,27 @@ class JaxBackend(Backend):
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         return any(isinstance(a, jax.core.Tracer) for a in arrays)
 
+    def device(self, array: Array) -> Any:
+        # Arrays of any shape are made on it. Those that are made on none go along with what is spread over several.
+        found = super().device(array)
+        return None if isinstance(found, jax.sharding.Sharding) else found
+
+    def place(self, array: Array) -> Any:
+        if self.is_traced([array]):
+            return None
+        # However the parts of an array are spread over them.
+        devices = tuple(sorted(array.devices(), key=lambda device: device.id))
+        return devices if len(devices) > 1 else devices[0]
+
+    def why_refused(self, array: Array) -> str | None:
+        symbols = [str(length) for length in array.shape if not isinstance(length, (int, np.integer))]
+        if not symbols:
+            return None
+        return (
+            f"one of symbolic shape {array.shape}: blocks of rows go by whole numbers, so export for known lengths, or a batch "
+            f"of any size as jax.jit(jax.vmap(...)), whose {symbols[0]} is not seen inside"
+        )
+
     def devices(self) -> list[str]:
         # Those of the CPU as well, where another platform is the default.
         found = dict.fromkeys((*jax.devices(), *jax.devices("cpu")))
@@ -93,7 +114,7 @@ class JaxBackend(Backend):
                 ),
             )
 
-        carry, stacked = jax.lax.scan(step, carry, jnp.arange(whole))
+        carry, stacked = jax.lax.scan(step, _varying(step, carry), jnp.arange(whole))
         outputs = tuple(_unstack(o) for o in stacked)
         if whole * block < n:
             carry, rest = body(carry, *(None if r is None else r[..., whole * block :, :] for r in rows))
@@ -122,6 +143,39 @@ def _even(n: int, block: int) -> int:
     fewest = max(CHAIN, -(-block // 2))
     found = [rows for rows in range(block, fewest - 1, -1) if n % rows == 0]
     return next((rows for rows in found if rows % CHAIN == 0), found[0]) if found else block
+
+
+def _axes(array: Any) -> frozenset[str]:
+    """The axes of a mesh that a value differs along, inside `jax.shard_map` with its checks; none elsewhere."""
+    # Versions name it in one of two ways.
+    kind = getattr(array, "manual_axis_type", None)
+    found: frozenset[str] = getattr(array, "vma", None) or getattr(kind, "varying", None) or frozenset()
+    return found
+
+
+def _varying(step: Callable[..., Any], carry: Any) -> Any:
+    """The carry of a loop, differing along the axes that it differs along after a step: JAX wants one type before and after."""
+    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    if not getattr(mesh, "manual_axes", ()):
+        return carry
+    while True:
+        after = jax.eval_shape(step, carry, jnp.arange(1)[0])[0]
+        missing = [
+            tuple(_axes(o) - _axes(jax.typeof(a))) for o, a in zip(*map(jax.tree.leaves, (after, carry)), strict=True)
+        ]
+        if not any(missing):
+            return carry
+        leaves, tree = jax.tree.flatten(carry)
+        cast = [jax.lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(leaves, missing, strict=True)]
+        carry = jax.tree.unflatten(tree, cast)
+
+
+def _added_like(gradient: Any, array: Any) -> Any:
+    """The gradient of an array that all devices of an axis have alike: the sum of theirs."""
+    if gradient is None or not hasattr(jax, "typeof"):
+        return gradient
+    axes = tuple(_axes(jax.typeof(gradient)) - _axes(jax.typeof(array)))
+    return jax.lax.psum(gradient, axes) if axes else gradient  # type: ignore[no-untyped-call]
 
 
 @jax.custom_jvp
@@ -186,6 +240,7 @@ def _bound(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callabl
         arrays, *kept = residuals
         grad_out, grad_lse = (jnp.asarray(c) for c in cotangents[:2])
         grads = run_backward(call, (*arrays, *kept, grad_out, grad_lse))
+        grads = [_added_like(g, a) for g, a in zip(grads, arrays, strict=False)]
         masks = arrays[len(grads) :]
         no_grads = (None if m is None else np.zeros(m.shape, jax.dtypes.float0) for m in masks)
         return ((*grads, *no_grads),)

@@ -28,6 +28,7 @@ _OF_CALL = (
     "causal",
     "plan or none",
     "leading dimensions",
+    "key weights",
     "need of gradients",
     "tol",
 )

@@ -13,25 +13,27 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.score_range import RangeCall, Ranges, ranges
-from ..checks import Inputs, check_values, checked_finite, checked_flags, checked_inputs, true_or_false
+from ..checks import Inputs, check_values, checked_finite, checked_flags, checked_inputs, checked_of_rows, true_or_false
+from ..features.balance import over_largest
 from ..planning import plan_found
 from ..planning.choice import check_ranges
 from ..planning.selection import Wish
 from ..plans import Plan
 from ..problem import Problem
+from ..weights import check_weights, joined
 from .agreement import Group, agree, all_reduce, facts, sums_may_kill
 from .promise import Asked, promised_plan
 
 
 def agreed(
-    given: tuple[Any, Any, Any, Any],
+    given: tuple[Any, ...],
     asked: Asked,
     group: Group,
     check: Any = True,
     recording: bool | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of all ranks, once they are known to agree and this rank's arrays to fit: (query, keys, values, masks).
+    """The plan of all ranks, once they are known to agree and this rank's arrays to fit: (query, keys, values, masks), and weights.
 
     `recording`: whether gradients are asked for, where the arrays do not tell; `flags`: further options, True or False.
     """
@@ -40,11 +42,12 @@ def agreed(
     try:
         check = true_or_false("check", check)
         checked_flags(**(flags or {}))
-        inputs = _checked(given, asked.causal, group)
+        inputs = _checked(given[:4], asked.causal, group)
+        weights = _checked_weights(inputs, *given[4:])
         plan, number = promised_plan(inputs, asked)
         views = inputs.views
         if recording is None:
-            recording = BACKEND.records(inputs.arrays[1 : 1 + 2 * views])
+            recording = BACKEND.records((*inputs.arrays[1 : 1 + 2 * views], *weights))
         said = facts(
             plan,
             {
@@ -56,6 +59,7 @@ def agreed(
                 "causal": inputs.order.causal,
                 "plan or none": None if plan is not None else (number, asked.degree),
                 "leading dimensions": _leading(inputs, alone=plan is None or plan.source == "data"),
+                "key weights": tuple(None if w is None else tuple(w.shape[:-1]) for w in weights),
                 "need of gradients": recording,
                 "tol": None if plan is not None else asked.tol,
             },
@@ -69,6 +73,11 @@ def agreed(
     if plan is None or plan.source == "data":
         if plan is not None:
             inputs = inputs._replace(channels=plan.channels)
+        if any(w is not None for w in weights):
+            m = inputs.views
+            divided, _ = over_all(inputs.operands().keys, inputs.arrays[2 * m + 1 :], weights, group)
+            masks = [m if w is None else w[..., None] for m, w in zip(inputs.arrays[2 * m + 1 :], divided, strict=True)]
+            inputs = inputs._replace(arrays=(*inputs.arrays[: 2 * m + 1], *masks))
         found = _ranges(inputs, number, group)
         if plan is None:
             checked_finite(found.largest, inputs.views)
@@ -100,6 +109,41 @@ def _checked(given: tuple[Any, Any, Any, Any], causal: Any, group: Group) -> Inp
                 f"the last rows of all are aligned; got {length} on rank {rank}"
             )
     return inputs
+
+
+def _checked_weights(inputs: Inputs, key_weights: Any = None) -> Sequence[Tensor | None]:
+    """The weights (..., n_μ) of this rank's rows of every view, or None."""
+    keys = inputs.arrays[1 : 1 + inputs.views]
+    weights: Sequence[Tensor | None] = checked_of_rows("key_weights", key_weights, keys, "keys")
+    for i, (k, w) in enumerate(zip(keys, weights, strict=True)):
+        if w is None:
+            continue
+        check_weights(f"key_weights[{i}]", w, f"keys[{i}]", k, BACKEND)
+        if inputs.order.causal:
+            raise ValueError("key_weights belong to calls that are not causal where rows are spread, got causal=True")
+    return weights
+
+
+def over_all(
+    keys: Sequence[Tensor], masks: Sequence[Tensor | None], weights: Sequence[Tensor | None], group: Group
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Weights (..., n_μ) over powers of two of the largest of all ranks, with masks (..., n_μ, 1); log2 of these (..., 1, 1).
+
+    Values are not read: those that are no weights are NaN.
+    """
+    some = [i for i, w in enumerate(weights) if w is not None]
+    rows = [joined(weights[i][..., None], masks[i], keys[i], BACKEND) for i in some]  # type: ignore[index]
+    # A rank may have no rows; what is no number is none on its own rank.
+    known = [torch.nan_to_num(w.detach(), nan=0.0, posinf=0.0) for w in rows]
+    tops = [torch.cat([w, w.new_zeros((*w.shape[:-2], 1, 1))], dim=-2).amax(-2, keepdim=True) for w in known]
+    flat = all_reduce(torch.cat([top.reshape(-1).double() for top in tops]), "max", group)
+    found: list[Tensor | None] = [None] * len(weights)
+    powers = []
+    for i, w, top in zip(some, rows, split(flat, tops), strict=True):
+        divided, power = over_largest(torch.cat([w, top], dim=-2), BACKEND)
+        found[i] = divided[..., :-1, 0].to(keys[i].dtype)
+        powers.append(power)
+    return found, powers
 
 
 def _ranges(inputs: Inputs, scale: float, group: Group) -> Ranges:

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from ..backends.torch import BACKEND
 from ..bounds.rounding import computed_in
-from ..checks import checked_flags, checked_masks
+from ..checks import checked_flags, checked_masks, checked_of_rows
+from ..features.balance import raised
 from ..plans import Plan
 from ..state import sums as summaries
 from ..state.summary import Summary, call_of, summarize
 from .agreement import Group, agree_on_backward, all_reduce, checked_group, scan
 from .operator import compiled_attention
 from .promise import Asked
-from .shards import agreed, columns, packed, split, widened
+from .shards import agreed, columns, over_all, packed, split, widened
 
 
 def tensor_attention(
@@ -45,6 +46,7 @@ def tensor_attention(
     plan: Plan | None = None,
     bound: float | None = None,
     key_masks: Sequence[Tensor | None] | None = None,
+    key_weights: Sequence[Tensor | None] | None = None,
     causal: bool = False,
     return_lse: bool = False,
     return_plan: bool = False,
@@ -75,6 +77,9 @@ def tensor_attention(
         made from the rows of all ranks.
     key_masks : boolean tensor (..., n_μ), or sequence of m of them or None, optional
         Of this rank's rows.
+    key_weights : tensor (..., n_μ), or sequence of m of them or None, optional
+        Of this rank's rows, as in `tattn.tensor_attention`, in one unit on all ranks, which take one more maximum over the group.
+        Values are not read: what is no weight is NaN. Not with ``causal=True``, nor under ``torch.compile``.
     causal : bool
         Rows follow one another in the order of the ranks, and a query row sees the rows up to its own, as in one call
         of `tattn.tensor_attention` with all rows. A rank has as many rows of every view as of the query. The first rank
@@ -90,7 +95,7 @@ def tensor_attention(
     Returns
     -------
     tensor (..., n, dv), or a tuple of it, lse (..., n) and the plan, as asked for
-        Differentiable with respect to query, keys and values: the gradient on each rank is that of the sum of all ranks'
+        Differentiable with respect to query, keys, values and weights: the gradient on each rank is that of the sum of all ranks'
         losses, with respect to its own rows. All ranks have to run the backward pass, or none.
 
     Raises
@@ -118,16 +123,24 @@ def tensor_attention(
     """
     given, asked = (query, keys, values, key_masks), Asked(scale, tol, plan, bound, None, causal)
     if torch.compiler.is_compiling():
+        if key_weights is not None:
+            raise ValueError("key_weights of rows that are spread should be None under torch.compile, got weights")
         checked_flags(check=check, return_lse=return_lse, return_plan=return_plan)
         out, lse = compiled_attention(given, asked, group, check)
     else:
         group = checked_group(group)
-        plan = agreed(given, asked, group, check, flags={"return_lse": return_lse, "return_plan": return_plan})
+        flags = {"return_lse": return_lse, "return_plan": return_plan}
+        plan = agreed((*given, key_weights), asked, group, check, flags=flags)
         used = plan
         if causal:
             keys, values = widened(keys), widened(values)
             used = replace(plan, problem=replace(plan.problem, dtype=computed_in(plan.dtype)))
-        local = summarize(keys, values, used, key_masks=key_masks)
+        weights: list[Tensor | None] | None = None
+        powers: list[Tensor] = []
+        if key_weights is not None:
+            of_masks = columns(checked_masks(key_masks, keys, "keys"))
+            weights, powers = over_all(keys, of_masks, checked_of_rows("key_weights", key_weights, keys, "keys"), group)
+        local = summarize(keys, values, used, key_masks=key_masks, key_weights=weights)
         flat = packed(local.sums, local.rests)
         flat = _OverRanks.apply("before" if causal else "all", group, flat)  # type: ignore[no-untyped-call]
         sums = split(flat, local.sums)
@@ -140,6 +153,7 @@ def tensor_attention(
         else:
             rests = tuple(torch.zeros_like(s) for s in sums)
             out, lse = Summary(plan, sums, rests).attend(query, return_lse=True)
+            lse = raised(lse[..., None], powers)[..., 0] if powers else lse
     result = [out, *([lse] if return_lse else []), *([plan] if return_plan else [])]
     return tuple(result) if len(result) > 1 else out
 

@@ -122,13 +122,34 @@ def _check_weights(name: str, weights: Any, of: str, rows: Any, like: Array, bac
     check_device(name, weights, like, backend, like="the layer")
 
 
-def check_offsets(offsets: Any, config: AttentionConfig) -> None:
-    """ValueError for several offsets where scores depend on positions, which count the rows of all documents."""
-    if config.positions and isinstance(offsets, (list, tuple)):
+def check_offsets(offsets: Any, config: AttentionConfig, x: Array, contexts: Sequence[Array]) -> None:
+    """ValueError for offsets where scores depend on positions, which count the rows of all documents, and documents begin at
+    other positions in `x` and the contexts.
+    """
+    if offsets is None or not config.positions:
+        return
+    for i, context in enumerate(contexts):
+        if context.shape[-2] != x.shape[-2]:
+            raise ValueError(
+                f"offsets should be None where the layer has positions={config.positions!r} and contexts[{i}] has "
+                f"{context.shape[-2]} rows, x {x.shape[-2]}: positions count the rows of all documents, so call the layer for "
+                "each document"
+            )
+    if isinstance(offsets, (list, tuple)):
         raise ValueError(
             f"offsets should be one array, for x and all contexts, where the layer has positions={config.positions!r}, got "
-            f"{len(offsets)} arrays: documents begin at other positions in each"
+            f"{len(offsets)} arrays: documents may begin at other positions in each"
         )
+
+
+def check_served(config: AttentionConfig) -> None:
+    """ValueError unless a layer goes on row by row: what rows leave behind does not depend on those that follow."""
+    if not config.causal:
+        raise ValueError("prefill and step need causal=True in the constructor, got a layer that sees all rows")
+    if set(config.context_dims) != {config.embed_dim}:
+        raise ValueError(f"prefill and step need contexts of embed_dim, got context_dims={config.context_dims}")
+    if config.method != "exact" and config.bound is None:
+        raise ValueError("prefill and step need a bound, or method='exact', got bound=None")
 
 
 def checked_parameters(params: Any, shapes: Mapping[str, tuple[int, ...]], backend: Backend) -> None:

@@ -24,7 +24,7 @@ class Learned(NamedTuple):
 
     score_factor: Array | None = None
     frequencies: Array | None = None
-    before: int = 0
+    before: Any = 0
 
 
 class Counted(NamedTuple):

@@ -16,7 +16,7 @@ from ..planning.program import written
 from ..plans import Plan
 from ..state.decoding import DecodingState
 from ..state.summary import summarize
-from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, check_offsets, checked_layer_call, refuse_brought
+from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, check_offsets, check_served, checked_layer_call, refuse_brought
 from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
 from .heads import Counted, Learned, attend
 from .operator import planned_attention, traced_whole
@@ -258,10 +258,10 @@ class TensorAttention(nn.Module):
         """
         refuse_brought("layer(x, contexts)", further, brought, BROUGHT_TO_CALLS)
         checked_flags(return_error=return_error)
-        check_offsets(offsets, self.config)
         weight = _weight(self.q_proj)
         given = x, contexts, key_masks, key_weights
         contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
+        check_offsets(offsets, self.config, x, contexts)
 
         def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
             return self._attention(q, ks, vs, counted, return_error, offsets)
@@ -385,15 +385,9 @@ class TensorAttention(nn.Module):
 
     def _served_plan(self) -> Plan | None:
         """The plan of the state's sums; None for keys and values as they are."""
-        config = self.config
-        if not config.causal:
-            raise ValueError("prefill and step need causal=True in the constructor, got a layer that sees all rows")
-        if set(config.context_dims) != {config.embed_dim}:
-            raise ValueError(f"prefill and step need contexts of embed_dim, got context_dims={config.context_dims}")
-        if config.method == "exact":
+        check_served(self.config)
+        if self.config.method == "exact":
             return None
-        if config.bound is None:
-            raise ValueError("prefill and step need a bound, or method='exact', got bound=None")
         plans, texts = self._plans[_computed_in(_weight(self.q_proj).dtype)]
         if not plans:
             raise PlanError(texts[0][0])

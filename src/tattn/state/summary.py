@@ -417,11 +417,13 @@ def summarize_vjp(
     return summary, pullback
 
 
-def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend: Backend) -> tuple[Array, Array]:
-    """Gradients of keys and values from that of their sums: rows (keys, values, mask (..., n, 1) or None) of one view."""
+def row_gradients(rows: Sequence[Array | None], dsum: Array, plan: Plan, backend: Backend) -> tuple[Array, ...]:
+    """Gradients of keys and values, and of weights if there are, from that of their sums: rows (keys, values, mask or weights
+    (..., n, 1) or None) of one view.
+    """
     # Linear in the rows' sums, which are not needed for it.
-    dk, dv = backend.run(summaries.sum_rows_backward, call_of(plan), (*rows, None, None, dsum, None))
-    return dk, dv
+    found: tuple[Array, ...] = backend.run(summaries.sum_rows_backward, call_of(plan), (*rows, None, None, dsum, None))
+    return found
 
 
 def call_of(plan: Plan) -> summaries.SumCall:

@@ -131,6 +131,66 @@ def check(case: dict[str, Any], compiled: bool = False) -> None:
         same(g, e[..., r, :], case, f"gradient of {name}")
 
 
+def check_weights(case: dict[str, Any]) -> None:
+    """Weights of rows, far from one: output, lse and all gradients, with a promise and with a plan from the data."""
+    query, keys, values, masks, grad, grad_lse = draw(case)
+    rng = np.random.default_rng(3)
+    views, options = len(keys), {"plan": plan_of(case, query), "return_lse": True}
+    weights: list[Tensor | None] = [
+        torch.tensor(rng.uniform(0, 1, k.shape[:-1]) ** 4 * 10.0 ** (-25 * (1 + i)), device=DEVICE, dtype=k.dtype)
+        for i, k in enumerate(keys)
+    ]
+    if case.get("unweighted"):
+        weights[0] = None
+    whole = [t.requires_grad_() for t in (query, *keys, *values)]
+    weighted = [w.requires_grad_() for w in weights if w is not None]
+    out, lse = tattn.tensor_attention(query, keys, values, key_masks=masks, key_weights=weights, **options)
+    expected = gradients((out, lse), (grad, grad_lse), whole + weighted)
+
+    rows = shards(case, [t.shape[-2] for t in (query, *keys)], 10)
+    of_tensors = [rows[0], *rows[1:], *rows[1:]]
+    own = [t.detach()[..., r, :].clone().requires_grad_() for t, r in zip(whole, of_tensors, strict=True)]
+    own_masks = None if masks is None else [m if m is None else m[r] for m, r in zip(masks, rows[1:], strict=True)]
+    own_weights = [
+        None if w is None else w.detach()[..., r].clone().requires_grad_()
+        for w, r in zip(weights, rows[1:], strict=True)
+    ]
+    given = own[0], own[1 : views + 1], own[views + 1 :]
+    counted: dict[str, Any] = {"key_masks": own_masks, "key_weights": own_weights}
+    got, got_lse = tensor_attention(*given, **counted, **options)
+    here = (..., rows[0], slice(None))
+    same(got, out[here], case, "output with weights")
+    same(got_lse, lse[..., rows[0]], case, "lse with weights")
+    leaves = own + [w for w in own_weights if w is not None]
+    found = gradients((got, got_lse), (grad[here].clone(), grad_lse[..., rows[0]].clone()), leaves)
+    for g, e, r in zip(found[: len(own)], expected, of_tensors, strict=False):
+        same(g, e[..., r, :], case, "gradient with weights")
+    seen = [(w, r) for w, r in zip(weights, rows[1:], strict=True) if w is not None]
+    for g, e, (w, r) in zip(found[len(own) :], expected[len(whole) :], seen, strict=True):
+        top = w.detach().amax()
+        same(g * top, e[..., r] * top, case, "gradient of weights")
+    whole_plan = {"tol": 1e-2, "method": "polynomial", "return_plan": True}
+    out, plan = tattn.tensor_attention(query, keys, values, key_masks=masks, key_weights=weights, **whole_plan)
+    got, made = tensor_attention(*given, **counted, tol=1e-2, return_plan=True)
+    assert (made.degree, made.bound, made.coefficients) == (plan.degree, plan.bound, plan.coefficients)
+    same(got, out[here], case, "output with weights and a plan of the data")
+
+
+def check_refused_weights() -> None:
+    query = torch.ones(3, 3, device=DEVICE)
+    ours = {"key_weights": [torch.ones(3, device=DEVICE), None] if dist.get_rank() else None}
+    for options, message in (
+        ({"causal": True, "key_weights": torch.ones(3, device=DEVICE)}, "belong to calls that are not causal"),
+        *(((ours, "key weights"),) if dist.get_world_size() > 1 else ()),
+    ):
+        try:
+            tensor_attention(query, [query] * 2, [query] * 2, bound=1.0, tol=0.1, **options)
+        except ValueError as found:
+            assert message in str(found), found
+        else:
+            raise AssertionError(f"{message}: not refused")
+
+
 def check_data_plans() -> None:
     """The plan of all ranks is that of all rows, and one call makes and uses it."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -256,6 +316,14 @@ def main() -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     for case in CASES:
         check(case)
+    for case in (
+        {"views": 2},
+        {"views": 1, "dtype": "float32"},
+        {"views": 2, "masked": True, "heads": True, "unweighted": True},
+        {"views": 3, "masked": True, "empty": True},
+    ):
+        check_weights(case)
+    check_refused_weights()
     check_data_plans()
     for causal in (False, True):
         check_bytes(causal)
