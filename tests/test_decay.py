@@ -10,6 +10,7 @@ import pytest
 from cases import refuse
 
 import tattn
+from tattn.backends.numpy import BACKEND
 
 N, DIM = 45, 4
 
@@ -162,6 +163,28 @@ def test_long_sums_in_float32(factor: float, n: int) -> None:
     arrays = query.astype(float), [k.astype(float) for k in keys], [v.astype(float) for v in values]
     truth = tattn.tensor_attention(*arrays, causal=True, decay=decay, plan=wide)
     assert np.abs(got - truth).max() <= plan.error + wide.error
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_sizes_of_blocks_change_nothing(views: int) -> None:
+    """Rows in one block, and in blocks and segments of blocks."""
+    query, keys, values, grad_out, grad_lse = drawn(views, extra=30, n=700)
+    plan = tattn.plan_for(
+        n=(700, *(730,) * views), dim=DIM, bound=1.0, degree=4, order=views + 1, dtype="float64", causal=True
+    )
+
+    def of(factor: Any) -> list[np.ndarray]:
+        options: Any = {"causal": True, "decay": factor, "plan": plan, "return_lse": True}
+        (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, **options)
+        dquery, dkeys, dvalues, ddecay = pullback(grad_out, grad_lse)
+        return [out, lse, dquery, *dkeys, *dvalues, *ddecay]
+
+    for decay in (factors(views), [np.asarray([0.0, 1e-3])] * views, [np.asarray([1.0, 0.9999])] * views):
+        whole = of(decay)
+        with BACKEND.using(workspace=1 << 14):
+            parts = of(decay)
+        for got, like in zip(parts, whole, strict=True):
+            np.testing.assert_allclose(got, like, rtol=1e-10, atol=1e-11 * np.abs(like).max())
 
 
 @pytest.mark.libraries("torch")
