@@ -125,6 +125,8 @@ def core_cases() -> dict[str, Case]:
             tattn.tensor_attention_vjp, ("progress", "class"), **CALL, **OPTIONS, **ASKED, method="auto", plan=None,
             offsets=OFFSETS,
         ),
+        "tensor_attention, decay": case(tattn.tensor_attention, **CALL, causal=True, decay=[0.5, None]),
+        "tensor_attention_vjp, decay": case(tattn.tensor_attention_vjp, **CALL, causal=True, decay=[0.5, None]),
         "tensor_attention, offsets": case(tattn.tensor_attention, **CALL, offsets=[OFFSETS, OFFSETS, OFFSETS]),
         "pullback": case(pullback, grad_out=Q, grad_lse=Q[:, 0], return_error=False),
         "plan": case(tattn.plan, **CALL, **OPTIONS, **CHOICE, bands=None, moment=None),

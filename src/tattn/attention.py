@@ -20,6 +20,7 @@ from .checks import (
     with_channels,
     with_documents,
 )
+from .decay import Decays, with_decay
 from .methods import backward, forward, told_error
 from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
@@ -57,6 +58,7 @@ def tensor_attention(
     key_masks: Sequence[Array | None] | None = None,
     key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
+    decay: Sequence[Array | float | None] | None = None,
     window: Sequence[int] | None = None,
     offsets: Array | Sequence[Array] | None = None,
     channels: str | None = None,
@@ -111,6 +113,12 @@ def tensor_attention(
     causal : bool
         Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
         keys, row i sees the keys j ≤ i + n_μ − n.
+    decay : sequence of m arrays (...), numbers or None, optional
+        With `causal`, and without `offsets`. A key of view μ that stands t rows before the last that a row sees has the weight
+        λ^t besides, for the factor λ = decay[μ] from 0 to 1, one for each problem of the batch; 0^0 is 1, and None is a
+        factor of 1.
+        ALiBi with a slope s is exp(−s). The rank stays as it is, and so do the errors. The gradient of a factor 0 is 0 with
+        the exact method. A row is NaN where all that it sees weighs too little, as with `key_weights`.
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal` and the
         exact method.
@@ -173,7 +181,8 @@ def tensor_attention(
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
     given = query, keys, values, key_masks, key_weights
     filled = filled_batch(given)
-    inputs, weights = _checked(filled.given if filled else given, (causal, window, offsets), channels, asked)
+    sees = causal, window, offsets, decay
+    inputs, weights, _ = _checked(filled.given if filled else given, sees, channels, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
         result = _computed(work, inputs, weights, asked)
@@ -194,6 +203,7 @@ def tensor_attention_vjp(
     key_masks: Sequence[Array | None] | None = None,
     key_weights: Sequence[Array | None] | None = None,
     causal: bool = False,
+    decay: Sequence[Array | float | None] | None = None,
     window: Sequence[int] | None = None,
     offsets: Array | Sequence[Array] | None = None,
     channels: str | None = None,
@@ -207,8 +217,8 @@ def tensor_attention_vjp(
 
     Parameters
     ----------
-    query, keys, values, scale, tol, method, plan, key_masks, key_weights, causal, window, offsets, channels, max_flops, \
-    return_lse, return_error, return_plan, progress
+    query, keys, values, scale, tol, method, plan, key_masks, key_weights, causal, decay, window, offsets, channels, \
+    max_flops, return_lse, return_error, return_plan, progress
         As in `tensor_attention`.
 
     Returns
@@ -217,12 +227,13 @@ def tensor_attention_vjp(
     pullback : callable
         ``pullback(grad_out) -> (dquery, dkeys, dvalues)``, with ``dkeys`` and ``dvalues`` tuples. Each array has the
         shape and dtype of its input. With `key_weights` their gradients follow, in the structure in which they were
-        given. ``pullback(grad_out, grad_lse)`` adds a gradient of lse. The result is the exact derivative of the
-        computed output. ``pullback(..., return_error=True)`` returns the gradients and, in the same structure, a
-        certified bound for the error of every entry. With a banded plan the bounds come from the certificates of the
-        rows, and are infinite for weights; otherwise from ``plan.error`` and ``plan.grad_error``. They are infinite if
-        the plan is not certified. Where the inputs need gradients in torch, the pullback is itself differentiable. It needs the
-        output: change `out` in place only after calling it.
+        given, and with `decay` those of its arrays, with None for numbers. ``pullback(grad_out, grad_lse)`` adds a
+        gradient of lse. The result is the exact derivative of the computed output. ``pullback(..., return_error=True)``
+        returns the gradients and, in the same structure, a certified bound for the error of every entry. With a banded
+        plan the bounds come from the certificates of the rows, and are infinite for weights; otherwise from
+        ``plan.error`` and ``plan.grad_error``. They are infinite if the plan is not certified. Where the inputs need
+        gradients in torch, the pullback is itself differentiable. It needs the output: change `out` in place only after
+        calling it.
 
     Raises
     ------
@@ -246,7 +257,7 @@ def tensor_attention_vjp(
     """
     asked = _Asked(tol, method, plan, max_flops, return_lse, return_error, return_plan)
     given = query, keys, values, key_masks, key_weights
-    inputs, weights = _checked(given, (causal, window, offsets), channels, asked)
+    inputs, weights, decays = _checked(given, (causal, window, offsets, decay), channels, asked)
     report, backend = reporter(progress), inputs.backend
     with telling(report):
         work = _chosen(inputs, scale, asked)
@@ -270,16 +281,21 @@ def tensor_attention_vjp(
 
     def structured(flat: Sequence[Array]) -> tuple[Any, ...]:
         found = Gradients.of(flat, inputs.views)
-        return (*found[:3], weights.gradients(found.weights, backend)) if weights else tuple(found[:3])
+        grads = list(found[:3])
+        if weights and key_weights is not None:
+            grads.append(weights.gradients(found.weights, backend))
+        if decays:
+            grads.append(decays.gradients(found.decays, backend))
+        return tuple(grads)
 
     return returned, pullback
 
 
 def _checked(
-    given: tuple[Any, Any, Any, Any, Any], sees: tuple[Any, Any, Any], channels: Any, asked: _Asked
-) -> tuple[Inputs, Weights | None]:
-    """The arrays of a call (query, keys, values, masks, weights), what a row `sees` (causal, window, offsets), what its channels
-    are, and what it asked to be returned.
+    given: tuple[Any, Any, Any, Any, Any], sees: tuple[Any, Any, Any, Any], channels: Any, asked: _Asked
+) -> tuple[Inputs, Weights | None, Decays | None]:
+    """The arrays of a call (query, keys, values, masks, weights), what a row `sees` (causal, window, offsets, decay), what its
+    channels are, and what it asked to be returned.
     """
     checked_flags(return_lse=asked.lse, return_error=asked.error, return_plan=asked.returns_plan)
     check_values(given[2])
@@ -289,7 +305,13 @@ def _checked(
         channels = asked.plan.channels if isinstance(asked.plan, Plan) else REAL
     promised = isinstance(asked.plan, Plan) and asked.plan.source in ("promise", "answer")
     inputs = with_channels(inputs, channels)
-    return (inputs, None) if key_weights is None else with_weights(inputs, key_weights, reading=not promised)
+    if key_weights is None and sees[3] is None:
+        return inputs, None, None
+    inputs, weights = with_weights(inputs, key_weights, reading=not promised)
+    if sees[3] is None:
+        return inputs, weights, None
+    inputs, decays = with_decay(inputs, sees[3], reading=not promised)
+    return inputs, weights, decays
 
 
 def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
@@ -339,7 +361,13 @@ def _computed(work: Work, inputs: Inputs, weights: Weights | None, asked: _Asked
 
 def _of_divided(work: Work, inputs: Inputs, asked: _Asked | None) -> tuple[Array, ...]:
     """`_computed` for weights as they stand in the place of masks."""
-    if inputs.traced and asked is not None and asked.plan is not None and inputs.documents is None:
+    if (
+        inputs.traced
+        and asked is not None
+        and asked.plan is not None
+        and inputs.documents is None
+        and not inputs.order.decays
+    ):
         whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error), work.arrays)
         if whole is not None:
             return *whole[:2], *inputs.backend.values_of(whole[2:])

@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     """The arrays of a call, checked."""
 
     backend: Backend
-    arrays: tuple[Array | None, ...]  # query, *keys, *values, *masks; masks (..., n, 1) or None
+    arrays: tuple[Array | None, ...]  # query, *keys, *values, *masks, *decays; masks (..., n, 1) or None
     views: int
     dim: int
     value_dim: int
@@ -57,11 +57,12 @@ class Inputs(NamedTuple):
         """What a plan needs to know of them."""
         lengths, count = (self.lengths, 1) if self.documents is None else self.documents.alike()
         shapes = self.views, self.dim, self.value_dim, self.dtype, lengths, count * prod(self.leading)
-        return Problem(*shapes, scale, self.order, self.backend.chain, self.channels, self._compiled())
+        order = self.order._replace(decays=False)
+        return Problem(*shapes, scale, order, self.backend.chain, self.channels, self._compiled())
 
     def _compiled(self) -> bool:
         """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
-        if self.traced or not self.order.causal or self.order.window:
+        if self.traced or not self.order.causal or self.order.window or self.order.decays:
             return False
         if prod([float(n) for n in (*self.lengths, *self.leading)]) < _LONG:
             return False

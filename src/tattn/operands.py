@@ -17,10 +17,14 @@ CHANNELS = (REAL, COMPLEX)
 
 
 class Order(NamedTuple):
-    """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them."""
+    """Which rows of the views a query row sees by their order: all, or row i those up to i, or the last so many of them.
+
+    `decays`: whether those further before it weigh less. Plans do not say it.
+    """
 
     causal: bool = False
     window: tuple[int, ...] | None = None
+    decays: bool = False
 
 
 EVERY_ROW = Order()
@@ -50,7 +54,8 @@ class Operands(NamedTuple):
     """What attention is computed of: query (..., n, d) and views, the factor of the scores, and what a row sees.
 
     `extra` are arrays that a method takes besides; `channels` is one of `CHANNELS`. `wanted` says of query, keys, values and masks
-    whether their gradients are asked for, () of all; a method may leave the others 0.
+    whether their gradients are asked for, () of all; a method may leave the others 0. `decays` are factors (..., 1, 1) of each view
+    if the order has some, and then all views have weights.
     """
 
     backend: Backend
@@ -61,6 +66,7 @@ class Operands(NamedTuple):
     extra: tuple[Array, ...] = ()
     channels: str = REAL
     wanted: tuple[bool, ...] = ()
+    decays: tuple[Array, ...] = ()
 
     @classmethod
     def of(
@@ -72,12 +78,14 @@ class Operands(NamedTuple):
         order: Order = EVERY_ROW,
         extra: int = 0,
     ) -> tuple[Operands, tuple[Array, ...]]:
-        """Operands out of query, keys, values, masks and so many `extra` arrays; and what follows those."""
+        """Operands out of query, keys, values, masks, decays and so many `extra` arrays; and what follows those."""
         query, *rest = arrays
-        keys, values, masks = (rest[i * views : (i + 1) * views] for i in range(3))
-        behind = tuple(rest[3 * views :])
+        keys, values, masks, decays = (rest[i * views : (i + 1) * views] for i in range(4))
+        if not order.decays:
+            decays = []
+        behind = tuple(rest[(3 + order.decays) * views :])
         found = tuple(View(*view) for view in zip(keys, values, masks, strict=True))
-        return cls(backend, query, found, scale, order, behind[:extra]), behind[extra:]
+        return cls(backend, query, found, scale, order, behind[:extra], decays=tuple(decays)), behind[extra:]
 
     def with_arrays(self, arrays: Sequence[Array | None]) -> tuple[Operands, tuple[Array, ...]]:
         """The same of other arrays, one after another; and what follows them."""
@@ -85,8 +93,8 @@ class Operands(NamedTuple):
         return found._replace(channels=self.channels), behind
 
     def flat(self) -> tuple[Array | None, ...]:
-        """Query, keys, values, masks, and what there is besides."""
-        return (self.query, *self.keys, *self.values, *self.masks, *self.extra)
+        """Query, keys, values, masks, decays, and what there is besides."""
+        return (self.query, *self.keys, *self.values, *self.masks, *self.decays, *self.extra)
 
     @property
     def keys(self) -> tuple[Array, ...]:
@@ -114,8 +122,8 @@ class Operands(NamedTuple):
 
     @property
     def targets(self) -> tuple[Array, ...]:
-        """What gradients are of: query, keys, values, and weights if there are."""
-        return (self.query, *self.keys, *self.values, *self.weights)
+        """What gradients are of: query, keys, values, and weights and decays if there are."""
+        return (self.query, *self.keys, *self.values, *self.weights, *self.decays)
 
     @property
     def paired(self) -> bool:
@@ -157,12 +165,16 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the query, and of keys, values and weights of every view, or bounds of their errors; no `weights`: ()."""
+    """Gradients of the query, and of keys, values, weights and decays of every view, or bounds of their errors.
+
+    No `weights`, no `decays`: ().
+    """
 
     query: Array
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     weights: tuple[Array, ...] = ()
+    decays: tuple[Array, ...] = ()
 
     @classmethod
     def of(cls, flat: Sequence[Array], views: int) -> Gradients:
@@ -177,4 +189,4 @@ class Gradients(NamedTuple):
 
     def flat(self) -> tuple[Array, ...]:
         """One after another."""
-        return (self.query, *self.keys, *self.values, *self.weights)
+        return (self.query, *self.keys, *self.values, *self.weights, *self.decays)

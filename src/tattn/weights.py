@@ -60,7 +60,7 @@ def with_weights(inputs: Inputs, key_weights: Any, reading: bool = True) -> tupl
     named += [(f"key_weights[{i}]", tuple(w.shape[:-2])) for i, w in enumerate(columns) if w is not None]
     leading = checked_broadcast(named)
     traced = inputs.traced or backend.is_traced([w for w in columns if w is not None])
-    if reading and not traced:
+    if reading and not traced and key_weights is not None:
         with backend.on_device_of(query):
             _check_entries(columns, backend)
     divided = backend.run(_divided, m, (*keys, *masks, *columns))

@@ -41,6 +41,7 @@ from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
 from . import features
 from .chunks import Chunks, Setting, adjoint, chunk_of, numerator
+from .fading import at_its_end, faded, numbers, powers, slopes
 from .features import (
     Sum,
     add,
@@ -110,6 +111,8 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
         whole = -(-here // setting.chunk) * setting.chunk
         q, *views = (_padded(x, whole, backend) for x in rows)
         chunks = Chunks.of(setting, q, views, [total for total, _ in carry])
+        if setting.decays:
+            carry = tuple(faded(c, decay, whole, backend) for c, decay in zip(carry, setting.decays, strict=True))
         carry = tuple(add(c, s) for c, s in zip(carry, chunks.sums, strict=True))
         found = backend.xp.matrix_transpose(numerator(setting, chunks)[..., :here])
         return carry, divided(found, setting.leading, backend)
@@ -221,13 +224,15 @@ def _backward(
         return carry, tuple(_folded(_flipped(g, backend), 1, backend) for g in grads)
 
     starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block, segments)
-    carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in carried)
+    of_decays = [tuple(x.shape) for x in setting.decays]
+    carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in (*carried, *of_decays))
     carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
     found = [
         xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
-        for g, like in zip(grads, operands.targets, strict=True)
+        for g, like in zip(grads, operands.targets, strict=False)
     ]
-    behind = [sum_to_leading(g, shape[:-2], backend) for (g, _), shape in zip(carry, shapes, strict=True)]
+    found += [slope for slope, _ in carry[m:]]
+    behind = [sum_to_leading(g, shape[:-2], backend) for (g, _), shape in zip(carry, shapes, strict=False)]
     return _with_sums(setting, operands, found, behind, start)
 
 
@@ -311,7 +316,8 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
-    kernel = _kernel(operation, operands)
+    # Compiled loops know of no decay.
+    kernel = None if operands.decays else _kernel(operation, operands)
     forms: Forms | Pairs | None = None
     w = weights(expansion, q, backend)
     if operands.paired and m == 1:
@@ -338,7 +344,9 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     in_block = row * (2 * (m + 1) + 2 * m * columns // chunk)
     chunks = max(1, min(2 * backend.workspace // (in_block * chunk), CHAIN, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    return Setting(degree, grading, w, units, shares, chunk, tile, leading, backend, forms, kernel), chunk * chunks
+    return Setting(
+        degree, grading, w, units, shares, chunk, tile, leading, backend, forms, kernel, operands.decays
+    ), chunk * chunks
 
 
 def _limits(setting: Setting) -> list[Any]:
@@ -362,7 +370,10 @@ def _split(setting: Setting, operands: Operands, start: Start | None) -> tuple[t
             total = xp.matrix_transpose(setting.turned(start.sums[number])) * share
         head = view.keys.shape[-2] - n
         if head:
-            first = summary(view.rows(0, head), unit, setting.monomials, backend)
+            seen = view.rows(0, head)
+            if setting.decays:
+                seen, _ = at_its_end(seen, setting.decays[number], backend)
+            first = summary(seen, unit, setting.monomials, backend)
             total, lost = add((total, lost), xp.matrix_transpose(setting.turned(first)) * share)
         sums.append((total, lost))
     rows = (*operands.keys, *operands.values, *operands.masks)
@@ -373,15 +384,24 @@ def _with_heads(setting: Setting, behind: Sequence[Array], found: Gradients, vie
     """The gradients with those of the rows that every query row sees, in front."""
     backend = setting.backend
     n = found.query.shape[-2]
-    of_views = []
+    xp = backend.xp
+    of_views, of_decays = [], list(found.decays)
     for i, (view, g) in enumerate(zip(views, behind, strict=True)):
-        own = [grads[i] for grads in found[1:] if grads]
+        own = [grads[i] for grads in found[1:4] if grads]
         head = view.keys.shape[-2] - n
         if head:
-            parts = key_adjoint(view.rows(0, head), setting.units[i + 1], g, setting.monomials, backend)
-            own = [backend.xp.concat(both, axis=-2) for both in zip(parts, own, strict=True)]
+            rows = view.rows(0, head)
+            if setting.decays:
+                decay, weights = setting.decays[i], rows.mask
+                rows, before = at_its_end(rows, decay, backend)
+            parts = key_adjoint(rows, setting.units[i + 1], g, setting.monomials, backend)
+            if setting.decays:
+                slope = xp.sum(parts[-1] * weights * slopes(decay, before, backend), axis=-2, keepdims=True)
+                of_decays[i] = of_decays[i] + sum_to_leading(slope, decay.shape[:-2], backend)
+                parts = (*parts[:-1], parts[-1] * powers(decay, before, backend))
+            own = [xp.concat(both, axis=-2) for both in zip(parts, own, strict=True)]
         of_views.append(own)
-    return Gradients.of_views(found.query, of_views)
+    return Gradients.of_views(found.query, of_views)._replace(decays=tuple(of_decays))
 
 
 def _starts(
@@ -424,6 +444,10 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
         phi = monomials(channels(clean(k, mask, backend), unit, dtype, backend))
         z = with_ones(v, mask, dtype, backend) * setting.shares[view]
+        if setting.decays:
+            here, decay = z.shape[-2], setting.decays[view]
+            carry = faded(carry, decay, here, backend)
+            z = z * powers(decay, backend.xp.flip(numbers(here, decay, backend), axis=0)[:, None], backend)
         return add(carry, backend.xp.matrix_transpose(setting.turned(basis.row_sums(phi, z, backend)))), ()
 
     block = block_of(basis, columns, dtype, setting.leading, backend)

@@ -70,8 +70,9 @@ def _backward(operands: Operands, columns: Columns) -> tuple[Gradients, tuple[()
         dq, *grads = in_parts(adjoint, limit, folded.targets, backend, (*folded.flat(), *of_query))
         lengths = operands.lengths[1:]
         m = len(lengths)
-        unfolded = [folding.unfolded(g, i % m, lengths[i % m], backend) for i, g in enumerate(grads)]
-        return Gradients.of([folding.rows(dq, backend), *unfolded], m), ()
+        of_rows, of_decays = (grads[: 3 * m], grads[3 * m :]) if operands.decays else (grads, [])
+        unfolded = [folding.unfolded(g, i % m, lengths[i % m], backend) for i, g in enumerate(of_rows)]
+        return Gradients.of([folding.rows(dq, backend), *unfolded, *(g[..., 0, :, :] for g in of_decays)], m), ()
     dqs: list[Array] = []
     totals: list[Array] = []
     for start, stop in _runs(operands):
@@ -161,7 +162,8 @@ class _Folding(NamedTuple):
                 cuts = [blocks[..., p : p + self.runs, :, :] for p in range(before + 1)]
                 held.append(_joined(cuts, backend))
             views.append(View(*held))
-        return operands._replace(query=of_query[0], views=tuple(views)), of_query[1:]
+        decays = tuple(x[..., None, :, :] for x in operands.decays)
+        return operands._replace(query=of_query[0], views=tuple(views), decays=decays), of_query[1:]
 
     def _blocks(self, rows: Array, count: int, fill: float, backend: Backend) -> Array:
         """The last rows of an array in so many runs, (..., count, rows, k), with rows of `fill` before if they are too few."""

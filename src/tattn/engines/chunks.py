@@ -24,6 +24,7 @@ from ..features.basis import read
 from ..features.complex_channels import Forms
 from ..features.monomials import Grading, Monomials, features, pull_back
 from ..features.pairs import Pairs
+from .fading import faded, numbers, powers, slopes
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
 # Rows of a chunk: for one view, and for more.
@@ -33,7 +34,8 @@ SPANS = 32, 16
 class Setting(NamedTuple):
     """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a chunk, chunks of a tile.
 
-    `forms`: as what complex monomials are multiplied; `kernel`: what computes blocks in place of this module.
+    `forms`: as what complex monomials are multiplied; `kernel`: what computes blocks in place of this module; `decays`: λ of every
+    view (..., 1, 1), if a key t rows before a row counts λ^t. Sums are then those that the last of their rows sees.
     """
 
     degree: int
@@ -47,6 +49,7 @@ class Setting(NamedTuple):
     backend: Backend
     forms: Forms | Pairs | None = None
     kernel: Callable[..., Any] | None = None
+    decays: tuple[Array, ...] = ()
 
     def turned(self, x: Array) -> Array:
         """Monomials (..., r, k) as what prefixes are made of, where channels are complex."""
@@ -89,13 +92,13 @@ class Chunks(NamedTuple):
             flat.append((x, features(x, setting.degree, backend, setting.grading)))
         phi_q, *phis = (_in_chunks(xp.matrix_transpose(setting.turned(phi)), setting) for _, phi in flat)
         zs, befores, sums = [], [], []
-        for v, mask, share, phi, start in zip(
-            rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True
+        for view, (v, mask, share, phi, start) in enumerate(
+            zip(rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True)
         ):
             z = _in_chunks(with_ones(v, mask, dtype, backend) * share, setting)
-            of_chunks = xp.matrix_transpose(z) @ phi
-            running = _running(of_chunks, backend)
-            befores.append(start[..., None, :, :] + running[..., :-1, :, :])
+            of_chunks = _times_last(setting, view, xp.matrix_transpose(z)) @ phi
+            running = _running(setting, view, of_chunks)
+            befores.append(_at_chunks(setting, view, start, running) + running[..., :-1, :, :])
             sums.append(running[..., -1, :, :])
             zs.append(z)
         return cls(phi_q, phis, zs, befores, sums, flat)
@@ -116,10 +119,10 @@ def numerator(setting: Setting, chunks: Chunks) -> Array:
     def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
         phi_q, phis, zs, befores, _ = _tile(given, m, b, r, columns, backend)
         x = (phi_q * setting.w[:, 0])[..., None, :, :]
-        for z, phi, before in zip(zs[1:], phis[1:], befores[1:], strict=True):
-            x = _times(_prefix(setting, z, phi, before), x, backend)
-        inside = _scores(setting, x, phis[0]) @ xp.matrix_transpose(zs[0])[..., None]
-        found = _contracted(x, befores[0], setting) + inside[..., 0]
+        for view in range(1, m):
+            x = _times(_prefix(setting, view, zs[view], phis[view], befores[view]), x, backend)
+        inside = _scores(setting, 0, x, phis[0]) @ xp.matrix_transpose(zs[0])[..., None]
+        found = _times_first(setting, 0, _contracted(x, befores[0], setting)) + inside[..., 0]
         return None, (_together(found, backend),)
 
     _, (found,) = backend.scan_rows(body, None, chunks.together(backend), setting.tile)
@@ -159,48 +162,84 @@ def adjoint(
 
 
 def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[tuple[Sum, ...], list[Array]]:
-    """G_μ with the rows of some chunks, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·)."""
+    """G_μ with the rows of some chunks, from the last to the first, and gradients of their Φ(q), Φ(k) and z (..., M, b, ·).
+
+    The gradients of λ (..., 1, 1), if there are some, stand behind G_μ.
+    """
     phi_q, phis, zs, befores, g_hat = tile
     backend = setting.backend
     xp = backend.xp
     m = len(zs)
-    triangle = _triangle(setting, g_hat)
-    upper = xp.matrix_transpose(triangle)
+    triangles = [_triangle(setting, view, g_hat) for view in range(m)]
     w = setting.w[:, 0]
     weighted = (phi_q * w)[..., None, :, :]
     if m == 1:
-        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * triangle
-        y_q = xp.matrix_transpose(g_hat) @ befores[0] + pairs @ phis[0]
+        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * triangles[0]
+        y_q = xp.matrix_transpose(_times_first(setting, 0, g_hat)) @ befores[0] + pairs @ phis[0]
         xs = [weighted]
     else:
-        prefixes = [_prefix(setting, *view) for view in zip(zs, phis, befores, strict=True)]
+        prefixes = [_prefix(setting, *view) for view in zip(range(m), zs, phis, befores, strict=True)]
         both = swap_outer(prod_of(prefixes), backend)
         y_q = (xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :]
         xs = [prod_of([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
             _times(prefixes[1 - view], weighted, backend) for view in range(m)
         ]  # fmt: skip
-    after, ys, dzs = [], [], []
-    for total, z, phi, x in zip(carry, zs, phis, xs, strict=True):
+    after, ys, dzs, of_decays = [], [], [], []
+    for view, (total, z, phi, x) in enumerate(zip(carry[:m], zs, phis, xs, strict=True)):
+        upper, first = xp.matrix_transpose(triangles[view]), _times_first(setting, view, g_hat)
         if m == 1:
-            of_chunks = g_hat @ x[..., 0, :, :]
+            of_chunks = first @ x[..., 0, :, :]
             pairs = (z @ g_hat) * upper
         else:
-            of_chunks = (g_hat[..., None, :] @ x)[..., 0, :]
+            of_chunks = (first[..., None, :] @ x)[..., 0, :]
             # ũ_je ĝ_ie for i ≥ j, (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i).
-            pairs = swap_outer(xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper), backend)
+            pairs = swap_outer(
+                xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper[..., None, :, :]), backend
+            )
             pairs = _together(pairs, backend)
         inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
         # All of a view's gradient is summed over the problems that share it, or none: what is behind it is.
         leading = total[0].shape[:-2]
         of_chunks = _to_view(of_chunks, leading, backend)
-        running = _running(of_chunks, backend)
-        behind = total[0][..., None, :, :] + running[..., :-1, :, :]
-        after.append(add(total, running[..., -1, :, :]))
+        running = _running(setting, view, of_chunks)
+        behind = _at_chunks(setting, view, total[0], running) + running[..., :-1, :, :]
+        after.append(add(_faded(setting, view, total, running.shape[-3] - 1), running[..., -1, :, :]))
         dz = read(xp.matrix_transpose(phi), behind, backend)
-        own = (xp.matrix_transpose(_scores(setting, x, phi)) @ g_hat[..., None])[..., 0]
+        scores = _all_scores(setting, x, phi)
+        if setting.decays:
+            slope = _decay_slope(setting, view, (z, befores[view], behind), (g_hat, x, scores), dz)
+            of_decays.append(add(carry[m + view], slope))
+            dz = _times_last(setting, view, dz)
+        scores = scores * triangles[view][..., None, :, :]
+        own = (xp.matrix_transpose(scores) @ g_hat[..., None])[..., 0]
         dzs.append(xp.matrix_transpose(dz + _to_view(own, leading, backend)))
-        ys.append(z @ behind + _to_view(inside, leading, backend))
-    return tuple(after), [y_q * w, *ys, *dzs]
+        last = xp.matrix_transpose(_times_last(setting, view, xp.matrix_transpose(z)))
+        ys.append(last @ behind + _to_view(inside, leading, backend))
+    return (*after, *of_decays), [y_q * w, *ys, *dzs]
+
+
+def _decay_slope(setting: Setting, view: int, own: Sequence[Array], of_rows: Sequence[Array], dz: Array) -> Array:
+    """What some chunks add to the gradient of λ (..., 1, 1).
+
+    From z, the sums before chunks and the gradients of those at their ends; from ĝ, X and scores of all pairs in a chunk; and from
+    what the rows behind give to z (..., M, dv + 1, b).
+    """
+    backend, decay = setting.backend, setting.decays[view]
+    xp = backend.xp
+    (z, before, behind), (g_hat, x, scores) = own, of_rows
+    b = z.shape[-2]
+    of_chunk, rows = decay[..., None, :, :], numbers(b, decay, backend)
+    through = slopes(of_chunk, xp.full_like(of_chunk, float(b)), backend) * (before * behind)
+    to_end = slopes(of_chunk, xp.flip(rows, axis=0), backend) * (xp.matrix_transpose(z) * dz)
+    from_before = slopes(of_chunk, rows + 1, backend) * (g_hat * _contracted(x, before, setting))
+    apart = rows[:, None] - rows[None, :]
+    apart = slopes(of_chunk, xp.where(apart > 0, apart, 0.0), backend)
+    pairs = g_hat[..., :, None] * xp.matrix_transpose(z)[..., None, :]
+    inside = xp.sum(pairs * scores, axis=-3) * apart
+    total: Array = 0.0
+    for part in (through, to_end, from_before, inside):
+        total = total + sum_to_leading(xp.sum(part, axis=(-3, -2, -1))[..., None, None], decay.shape[:-2], backend)
+    return total
 
 
 def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend: Backend) -> Any:
@@ -215,16 +254,19 @@ def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend:
     return apart(phi_q, b), phis, zs, befores, g_hat
 
 
-def _prefix(setting: Setting, z: Array, phi: Array, before: Array) -> Array:
+def _prefix(setting: Setting, view: int, z: Array, phi: Array, before: Array) -> Array:
     """S_μ(i) of every row of some chunks, (..., M, dv + 1, b, r)."""
     xp = setting.backend.xp
     # z_je for the rows j ≤ i, and 0 for others: (..., M, dv + 1, b, b), a product with the monomials of all rows.
-    masked = xp.matrix_transpose(z)[..., None, :] * _triangle(setting, z)
+    masked = xp.matrix_transpose(z)[..., None, :] * _triangle(setting, view, z)[..., None, :, :]
     inside = xp.reshape(masked, (*masked.shape[:-3], -1, masked.shape[-1])) @ phi
     inside = xp.reshape(inside, (*inside.shape[:-2], z.shape[-1], z.shape[-2], phi.shape[-1]))
-    if not setting.backend.writable:
-        return inside + before[..., None, :]
-    inside += before[..., None, :]
+    rise = before[..., None, :]
+    if setting.decays:
+        rise = rise * xp.matrix_transpose(_first(setting, view))[..., None, :, :]
+    if not setting.backend.writable or np.broadcast_shapes(rise.shape, inside.shape) != tuple(inside.shape):
+        return inside + rise
+    inside += rise
     return inside
 
 
@@ -241,12 +283,17 @@ def _together(x: Array, backend: Backend) -> Array:
     return backend.xp.reshape(x, (*x.shape[:-2], -1))
 
 
-def _scores(setting: Setting, x: Array, phi: Array) -> Array:
-    """Σ_α X(i)_αe Φ(a_j)_α for j ≤ i in the same chunk: (..., M, e, b, r) and (..., M, b, r) → (..., M, e, b, b)."""
+def _scores(setting: Setting, view: int, x: Array, phi: Array) -> Array:
+    """`_all_scores` for j ≤ i, times λ^(i − j) if there is one."""
+    return _all_scores(setting, x, phi) * _triangle(setting, view, x)[..., None, :, :]
+
+
+def _all_scores(setting: Setting, x: Array, phi: Array) -> Array:
+    """Σ_α X(i)_αe Φ(a_j)_α for i and j in the same chunk: (..., M, e, b, r) and (..., M, b, r) → (..., M, e, b, b)."""
     xp = setting.backend.xp
     *leading, e, b, r = x.shape
     found = read(xp.matrix_transpose(phi), xp.reshape(x, (*leading, e * b, r)), setting.backend)
-    return xp.reshape(found, (*found.shape[:-2], e, b, b)) * _triangle(setting, x)
+    return xp.reshape(found, (*found.shape[:-2], e, b, b))
 
 
 def _contracted(x: Array, c: Array, setting: Setting) -> Array:
@@ -269,9 +316,51 @@ def _pulled_back(setting: Setting, y: Array, place: int, chunks: Chunks, mask: A
     return sum_to_leading(clean(dx * setting.units[place], mask, backend), like.shape[:-2], backend)
 
 
-def _triangle(setting: Setting, like: Array) -> Array:
-    """1 for j ≤ i and 0 for others, (b, b)."""
-    return setting.backend.table(_lower, setting.chunk, like=like, dtype=setting.w.dtype)
+def _triangle(setting: Setting, view: int, like: Array) -> Array:
+    """1 for j ≤ i and 0 for others, (b, b); or λ^(i − j) in place of 1, (..., 1, b, b)."""
+    backend = setting.backend
+    lower = backend.table(_lower, setting.chunk, like=like, dtype=setting.w.dtype)
+    if not setting.decays:
+        return lower
+    rows = numbers(setting.chunk, setting.decays[view], backend)
+    apart = (rows[:, None] - rows[None, :]) * lower
+    return lower * powers(setting.decays[view][..., None, :, :], apart, backend)
+
+
+def _first(setting: Setting, view: int) -> Array:
+    """λ^(i + 1), what row i of a chunk takes of the sums before it: (..., 1, 1, b)."""
+    decay = setting.decays[view][..., None, :, :]
+    return powers(decay, numbers(setting.chunk, decay, setting.backend, 1), setting.backend)
+
+
+def _times_first(setting: Setting, view: int, x: Array) -> Array:
+    """Columns (..., M, k, b) of the rows of chunks, times what each takes of the sums before."""
+    return x * _first(setting, view) if setting.decays else x
+
+
+def _times_last(setting: Setting, view: int, x: Array) -> Array:
+    """Columns (..., M, k, b) of the rows of chunks, times λ^(b − 1 − j), what the last row of the chunk takes of each."""
+    if not setting.decays:
+        return x
+    decay, backend = setting.decays[view][..., None, :, :], setting.backend
+    return x * powers(decay, backend.xp.flip(numbers(setting.chunk, decay, backend), axis=0), backend)
+
+
+def _faded(setting: Setting, view: int, total: Sum, chunks: int) -> Sum:
+    """A sum after so many chunks."""
+    if not setting.decays:
+        return total
+    return faded(total, setting.decays[view], chunks * setting.chunk, setting.backend)
+
+
+def _at_chunks(setting: Setting, view: int, total: Array, running: Array) -> Array:
+    """A sum (..., k, r) as each of the chunks has it, of which there are `running` sums: (..., M, k, r)."""
+    total = total[..., None, :, :]
+    if not setting.decays:
+        return total
+    decay, backend = setting.decays[view][..., None, :, :], setting.backend
+    rows = numbers(running.shape[-3] - 1, decay, backend)[:, None, None] * setting.chunk
+    return total * powers(decay, rows, backend)
 
 
 @memoized
@@ -280,11 +369,16 @@ def _lower(b: int) -> np.ndarray:
     return np.tril(np.ones((b, b)))
 
 
-def _running(of_chunks: Array, backend: Backend) -> Array:
+def _running(setting: Setting, view: int, of_chunks: Array) -> Array:
     """Sums over the chunks before each, and over all of them: (..., M, k, r) → (..., M + 1, k, r)."""
+    backend = setting.backend
     xp = backend.xp
     *leading, chunks, k, r = of_chunks.shape
     before = backend.table(_before, chunks, like=of_chunks, dtype=of_chunks.dtype)
+    if setting.decays:
+        decay = setting.decays[view]
+        apart = numbers(chunks + 1, decay, backend)[:, None] - numbers(chunks, decay, backend, 1)[None, :]
+        before = before * powers(decay, xp.where(apart > 0, apart, 0.0) * setting.chunk, backend)
     return xp.reshape(before @ xp.reshape(of_chunks, (*leading, chunks, k * r)), (*leading, chunks + 1, k, r))
 
 

@@ -89,7 +89,8 @@ def backward_apart(
             spoiling = spoiling | other
         d_values.append(nan_where_seen(i, spoiling, dv))
     some = xp.any(lost, axis=-2, keepdims=True)
-    grads = Gradients(_nan_where(lost, found.query, backend), d_keys, tuple(d_values), d_weights)
+    d_decays = tuple(_nan_where(some, g, backend) for g in found.decays)
+    grads = Gradients(_nan_where(lost, found.query, backend), d_keys, tuple(d_values), d_weights, d_decays)
     return grads, tuple(_nan_where(some, x, backend) for x in behind)
 
 
@@ -99,7 +100,11 @@ def sees_some(operands: Operands) -> Array:
     for number, mask in enumerate(operands.masks):
         if mask is not None:
             there = present(mask, backend)
-            found = _any_of(there, *_seen(operands, number, n, there), backend) & found
+            seen = _any_of(there, *_seen(operands, number, n, there), backend)
+            if operands.decays:
+                # A factor of 0 leaves a row its own key.
+                seen = backend.xp.where(operands.decays[number] == 0, there[..., there.shape[-2] - n :, :], seen)
+            found = seen & found
     return found
 
 

@@ -83,6 +83,7 @@ class Pairs(NamedTuple):
     values: Array
     first: Array | None
     last: Array | None
+    firsts: tuple[Array, ...] = ()  # `first` of each row of a tuple, where keys decay
 
 
 class _Pass(NamedTuple):
@@ -90,6 +91,7 @@ class _Pass(NamedTuple):
 
     `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores;
     `paired`: channels are complex; `columns`: those of values and ones that need gradients, of ones only where there are weights.
+    `decays`: log λ of every view (..., 1, 1), if a key t rows before counts λ^t.
     """
 
     backend: Backend
@@ -101,6 +103,7 @@ class _Pass(NamedTuple):
     memory: Memory | None
     paired: bool
     columns: int
+    decays: tuple[Array, ...] = ()
 
 
 class _Rows(NamedTuple):
@@ -178,11 +181,11 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
             h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
         else:
             s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
-        ds, _, grads = _adjoint(run, _Rows(s, h, shift, at), None, views)
-        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend),)
+        (ds, *ages), _, grads = _adjoint(run, _Rows(s, h, shift, at), None, views)
+        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend), *ages)
 
     start = None if q.shape[-2] <= run.blocks[0] else _zeros(run, views)
-    (grads, *others), (dq,) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
+    (grads, *others), (dq, *ages) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
     for more in others:
         grads = _plus(grads, more)
     of_views = []
@@ -190,7 +193,20 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
         own = clean(dk * unit, view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
         of_views.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
     found = Gradients.of_views(dq, of_views)
+    if ages:
+        found = found._replace(decays=_of_decays(operands, ages))
     return found._replace(values=with_powers(found.values, powers, backend))
+
+
+def _of_decays(operands: Operands, ages: Sequence[Array]) -> tuple[Array, ...]:
+    """Gradients of λ (..., 1, 1) from Σ p t of every row (..., n, 1); 0 where λ is 0, as of weights."""
+    backend = operands.backend
+    xp = backend.xp
+    found = []
+    for decay, of_rows in zip(operands.decays, ages, strict=True):
+        total = sum_to_leading(xp.sum(of_rows, axis=-2, keepdims=True), decay.shape[:-2], backend)
+        found.append(xp.where(decay == 0, 0.0, total / xp.where(decay == 0, 1.0, decay)))
+    return tuple(found)
 
 
 def scaled_keys(
@@ -257,7 +273,7 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
     backend, q, keys, masks = operands.backend, operands.query, operands.keys, operands.masks
     xp = backend.xp
     dtype, device, leading = operands.dtype, backend.device(q), operands.leading
-    bounded = backend.reads and small(operands)
+    bounded = backend.reads and not operands.decays and small(operands)
     units: list[Any] = [operands.scale, *(1.0 for _ in keys)]
     if not bounded:
         units = shared_units(operands)
@@ -268,7 +284,9 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
     blocks = block_sizes(leading, operands.lengths, dtype, backend)
     fewest = max(blocks[0], backend.shared_scores // max(1, prod(leading) * prod(operands.lengths[1:])))
     columns = operands.values[0].shape[-1] + bool(operands.weights)
-    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired, columns)
+    # Of a factor of 0 a row sees nothing but its own key.
+    logs = tuple(xp.log(xp.where(decay > 0, decay, 1.0)) for decay in operands.decays)
+    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired, columns, logs)
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
@@ -287,6 +305,9 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
             )
             if limits.window:
                 last = first + (limits.window[i] or _NEVER)
+            if operands.decays:
+                alone = operands.decays[i] == 0
+                last = xp.where(alone, first + 1, _NEVER if last is None else last)
         if mask is not None:
             one = xp.broadcast_to(backend.cast(mask, dtype), (*broadcast_leading(v, mask), *one.shape[-2:]))
             first = xp.where(present(mask, backend), first, _NEVER)
@@ -322,7 +343,7 @@ def _joined(run: _Pass, pairs: Pairs | None, rows: Rows) -> Pairs:
     backend, xp = run.backend, run.backend.xp
     keys, values, first, last = (None if x is None else xp.matrix_transpose(x) for x in rows)
     if pairs is None:
-        return Pairs(keys, values, first, last)
+        return Pairs(keys, values, first, last, (first,) if run.decays else ())
 
     def each(join: Callable[[Array, Array], Array], left: Array | None, right: Array | None) -> Array | None:
         if left is None or right is None:
@@ -338,7 +359,22 @@ def _joined(run: _Pass, pairs: Pairs | None, rows: Rows) -> Pairs:
         each(mul, pairs.values, values),
         each(xp.maximum, pairs.first, first),
         each(xp.minimum, pairs.last, last),
+        _each_of(pairs, first, each) if run.decays else (),
     )
+
+
+def _each_of(pairs: Pairs, first: Array | None, each: Callable[..., Any]) -> tuple[Array, ...]:
+    """`firsts` of each tuple with each row of one more view, which has this `first`."""
+    of_pairs = [each(lambda left, right: left + 0 * right, one, first) for one in pairs.firsts]
+    return *of_pairs, each(lambda left, right: 0 * left + right, pairs.firsts[0], first)
+
+
+def _ages(run: _Pass, at: Array, pairs: Pairs, by_rows: bool) -> list[Array]:
+    """How many rows before a query row the rows of every tuple stand, 0 where behind: (..., rows, tuples) or the other way."""
+    backend = run.backend
+    places = pairs.firsts if by_rows else [backend.xp.matrix_transpose(x) for x in pairs.firsts]
+    found = [at - place for place in places]
+    return [backend.cast(backend.xp.where(t > 0, t, backend.xp.zeros_like(t)), pairs.keys.dtype) for t in found]
 
 
 def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | None:
@@ -359,7 +395,7 @@ def _sees_some(run: _Pass, at: Array | None, view: Rows, block: int) -> Array:
         seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in places))
         return xp.maximum(found, xp.max(backend.cast(seen, dtype), axis=-1, keepdims=True)), ()
 
-    shape = (*first.shape[:-2], 1 if at is None else at.shape[-2], 1)  # type: ignore[union-attr]
+    shape = (*broadcast_leading(first, view.last), 1 if at is None else at.shape[-2], 1)
     found: Array = xp.zeros(shape, dtype=dtype, device=backend.device(first))
     found, _ = backend.scan_rows(body, found, (first, view.last), block)
     return found
@@ -395,7 +431,9 @@ def _sums(run: _Pass, s: Array, at: Array | None, pairs: Pairs) -> State:
     """`_attend` for one block."""
     backend, xp = run.backend, run.backend.xp
     x = backend.product(xp.matrix_transpose(pairs.keys), s, run.memory, "scores")
-    seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in pairs[2:]))
+    seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in pairs[2:4]))
+    for log, age in zip(run.decays, _ages(run, at, pairs, False) if run.decays else (), strict=True):
+        x = x + age * log
     if run.bounded:
         weights = backend.exp_less(x, None)
         # Masked values are 0, and so is what stands for their one.
@@ -423,8 +461,9 @@ def _merge(state: State | None, part: State, backend: Backend) -> State:
 
 
 def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]) -> Any:
-    """(ds, (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for a block of query rows.
+    """((ds, …), (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for a block of query rows.
 
+    Behind ds (..., rows, d) stands Σ p t (..., rows, 1) of every view, t the rows from a key to a query row, if keys decay.
     dkeys (..., d, tuples) and dvalues (..., columns, tuples), if there are tuples.
     """
     backend, xp, columns = run.backend, run.backend.xp, run.columns
@@ -457,22 +496,31 @@ def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]
         tuples = 0 if pairs is None else pairs.keys.shape[-1]
         shapes = [s.shape[-2:], *([(s.shape[-1], tuples), (columns, tuples)] if tuples else [])]
         zeros = [xp.zeros((*run.leading, *x), dtype=s.dtype, device=backend.device(s)) for x in shapes]
-        start = zeros[0], tuple(zeros[1:]), _zeros(run, views[1:])
+        ages = [xp.zeros_like(zeros[0][..., :1]) for _ in run.decays]
+        start = (zeros[0], *ages), tuple(zeros[1:]), _zeros(run, views[1:])
     (ds, through, inner), own = backend.scan_rows(body, start, views[0], block)
     return ds, through, (own, *inner)
 
 
-def _block_adjoint(run: _Pass, rows: _Rows, columns: tuple[Array, Array], pairs: Pairs) -> tuple[Array, Array, Array]:
-    """ds, dkeys and dvalues of `_adjoint` for one block, with s and h by `columns`, (..., d, rows) and (..., columns, rows)."""
+def _block_adjoint(run: _Pass, rows: _Rows, columns: tuple[Array, Array], pairs: Pairs) -> tuple[Any, Array, Array]:
+    """ds, dkeys and dvalues of `_adjoint` for one block, with s and h by `columns`, (..., d, rows) and (..., columns, rows).
+
+    Behind ds stands Σ p t of every view if keys decay.
+    """
     backend, xp = run.backend, run.backend.xp
     s, h, shift, at = rows
-    f = backend.exp_less(backend.product(s, pairs.keys, run.memory, "scores"), shift)
-    seen = _seen(at, *pairs[2:])
+    x = backend.product(s, pairs.keys, run.memory, "scores")
+    ages = _ages(run, at, pairs, True) if run.decays else []
+    for log, age in zip(run.decays, ages, strict=True):
+        x = x + age * log
+    f = backend.exp_less(x, shift)
+    seen = _seen(at, *pairs[2:4])
     if seen is not None and not (run.bounded and at is None):
         f = xp.where(seen, f, 0.0)
     dvalues = columns[1] @ f
     p = backend.times(f, backend.product(h, pairs.values, run.memory, "slopes"))
-    return _in_chains(p, xp.matrix_transpose(pairs.keys)), columns[0] @ p, dvalues
+    of_ages = [xp.sum(p * age, axis=-1, keepdims=True) for age in ages]
+    return (_in_chains(p, xp.matrix_transpose(pairs.keys)), *of_ages), columns[0] @ p, dvalues
 
 
 def _cuts(run: _Pass, pairs: Pairs) -> list[Pairs]:
@@ -481,7 +529,8 @@ def _cuts(run: _Pass, pairs: Pairs) -> list[Pairs]:
     if count <= size:
         return [pairs]
     cuts = [(..., slice(start, min(start + size, count))) for start in range(0, count, size)]
-    return [Pairs(*(None if x is None else x[cut] for x in pairs)) for cut in cuts]
+    found = [Pairs(*(None if x is None else x[cut] for x in pairs[:4])) for cut in cuts]  # type: ignore[arg-type]
+    return [own._replace(firsts=tuple(x[cut] for x in pairs.firsts)) for own, cut in zip(found, cuts, strict=True)]
 
 
 def _together(parts: Sequence[Array], backend: Backend) -> Array:

@@ -125,6 +125,8 @@ def stated_bounds(operands: Operands, upstream: Upstream, stated: tuple[float, f
         found = xp.where(inside, exp2_bound(bound - log2_of(w, backend), dtype, backend), inf)
         found = xp.broadcast_to(clean(found, w, backend), (*leading, *w.shape[-2:]))
         results.append(sum_to_leading(found, w.shape[:-2], backend))
+    # Nothing is promised of how fast keys decay.
+    results += [xp.full_like(decay, inf) for decay in operands.decays]
     return Gradients.of(results, views)
 
 

@@ -66,9 +66,14 @@ class Call(NamedTuple):
     channels: str = REAL
     wanted: tuple[bool, ...] = ()
 
+    @property
+    def groups(self) -> int:
+        """How many arrays come before those that the method takes besides, for each view: keys, values, masks and decays."""
+        return 3 + self.order.decays
+
     def asking(self, wanted: Sequence[bool]) -> Call:
         """The call where only some of the gradients of query, keys, values and weights are asked for."""
-        return self._replace(wanted=tuple(wanted[: 1 + 3 * self.views]))
+        return self._replace(wanted=tuple(wanted[: 1 + self.groups * self.views]))
 
     def operands(
         self, backend: Backend, arrays: Sequence[Array | None], extra: int | None = None
@@ -81,7 +86,7 @@ class Call(NamedTuple):
 
 def forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     """Output (..., n, dv), lse (..., n, 1), and what the adjoint needs besides."""
-    extra = len(arrays) - 1 - 3 * call.views
+    extra = len(arrays) - 1 - call.groups * call.views
 
     def attend(part: Sequence[Array | None]) -> tuple[Array, ...]:
         out, lse, kept = call.method.forward(call.operands(backend, part, extra)[0], call.certify)

@@ -1,0 +1,104 @@
+"""Keys that count less, the further before a query row they stand: by a factor λ for every row, in causal calls.
+
+A key of view μ that stands t rows before the last that a query row sees has the weight λ_μ^t, and 0^0 = 1. With λ = exp(−slope)
+that is a bias −slope · t of the scores. Masks become weights, which have the leading dimensions of λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import sum_to_leading
+from .backends import Array, Backend, backend_of
+from .checks import Inputs, check_floating, check_library, checked_broadcast
+
+
+class Decays(NamedTuple):
+    """The factors of a call as they were given: an array (...), a number or None for each view."""
+
+    given: tuple[Any, ...]
+
+    def gradients(self, found: Sequence[Array], backend: Backend) -> tuple[Array | None, ...]:
+        """Gradients of what was given, from those of factors (..., 1, 1); None for numbers and None."""
+        some = [i for i, x in enumerate(self.given) if backend_of(x) is not None]
+        arrays = [x for i in some for x in (found[i], self.given[i])]
+        grads = iter(backend.run(_as_given, None, arrays) if some else ())
+        return tuple(next(grads) if i in some else None for i in range(len(self.given)))
+
+
+def with_decay(inputs: Inputs, decay: Any, reading: bool = True) -> tuple[Inputs, Decays]:
+    """The inputs of a causal call, which have weights, with factors behind; TypeError or ValueError names what does not fit.
+
+    `reading`: whether their values may be read; those that are none are NaN otherwise.
+    """
+    backend, m = inputs.backend, inputs.views
+    if not inputs.order.causal:
+        raise ValueError("decay should come with causal=True, since it counts the rows before a row, got causal=False")
+    if inputs.documents is not None:
+        raise ValueError("decay should come without offsets, got both: call it once for each document")
+    if not isinstance(decay, (list, tuple)):
+        raise TypeError(
+            f"decay should be a list or tuple of {m} factors, one for each view, got {type(decay).__name__}"
+        )
+    if len(decay) != m:
+        raise ValueError(f"decay should have one factor for each of the {m} views, got {len(decay)}")
+    query: Any = inputs.arrays[0]
+    dtype = backend.compute_dtype(query.dtype)
+    named: list[tuple[str, Any]] = [("the arrays before", inputs.leading)]
+    columns = []
+    for i, x in enumerate(decay):
+        name = f"decay[{i}]"
+        if x is None or (isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)):
+            number = 1.0 if x is None else float(x)
+            _check_number(name, number)
+            with backend.on_device_of(query):
+                columns.append(backend.xp.full((), number, dtype=dtype, device=backend.device(query)))
+            continue
+        check_library(name, x, backend)
+        check_floating(name, x, query, backend)
+        named.append((name, tuple(x.shape)))
+        columns.append(x)
+    leading = checked_broadcast(named)
+    traced = inputs.traced or backend.is_traced(columns)
+    if reading and not traced:
+        values: Sequence[Array] = backend.values_of(columns)
+        for i, x in enumerate(values):
+            if 0 not in x.shape:
+                for found in backend.read([backend.xp.min(x), backend.xp.max(x)]):
+                    _check_number(f"decay[{i}]", float(found))
+    masks = inputs.arrays[2 * m + 1 :]
+    both = backend.run(_factors, m, (query, *columns, *masks))
+    arrays = (*inputs.arrays[: 2 * m + 1], *both[m:], *both[:m])
+    order = inputs.order._replace(decays=True)
+    return inputs._replace(arrays=arrays, leading=leading, traced=traced, order=order), Decays(tuple(decay))
+
+
+def _check_number(name: str, number: float) -> None:
+    """ValueError unless it is from 0 to 1."""
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} should be from 0 to 1, a factor for each row, got {number:g}")
+
+
+def _factors(views: int, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    """Factors (..., 1, 1) of each view in the dtype of the computation, NaN where they are none; and weights (..., n_μ, 1)."""
+    xp = backend.xp
+    query, *rest = arrays
+    factors, masks = [], []
+    for x, mask in zip(rest[:views], rest[views:], strict=True):
+        x = backend.cast(x, backend.compute_dtype(query.dtype))  # type: ignore[union-attr]
+        x = xp.where((x >= 0) & (x <= 1), x, xp.nan)[..., None, None]
+        factors.append(x)
+        leading = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(mask.shape[:-2]))  # type: ignore[union-attr]
+        masks.append(xp.broadcast_to(mask, (*leading, *mask.shape[-2:])))  # type: ignore[union-attr]
+    return (*factors, *masks)
+
+
+def _as_given(_: None, backend: Backend, arrays: Sequence[Array]) -> tuple[Array, ...]:
+    """Gradients in the shapes and dtypes of what was given, from those of factors, in turn."""
+    return tuple(
+        backend.cast(sum_to_leading(g, tuple(x.shape), backend), x.dtype)[..., 0, 0]
+        for g, x in zip(arrays[::2], arrays[1::2], strict=True)
+    )

@@ -1,0 +1,239 @@
+"""Keys that decay: a key t rows before a row has the weight λ^t of its view."""
+
+from __future__ import annotations
+
+from math import exp
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import refuse
+
+import tattn
+from tattn.backends.numpy import BACKEND
+
+N, DIM = 45, 4
+
+
+def drawn(views: int, extra: int = 0, n: int = N, seed: int = 0) -> tuple[Any, ...]:
+    """Query, keys, values and gradients of output and lse, of two heads."""
+    rng = np.random.default_rng(seed)
+    query = rng.uniform(-1, 1, (2, n, DIM))
+    keys = [rng.uniform(-1, 1, (2, n + extra, DIM)) for _ in range(views)]
+    values = [rng.normal(size=(2, n + extra, 3)) for _ in range(views)]
+    return query, keys, values, rng.normal(size=(2, n, 3)), rng.normal(size=(2, n))
+
+
+def defined(query: Any, keys: Any, values: Any, decay: Any, window: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """The definition, with all weights as an array (..., n, n_1, …)."""
+    n, m = query.shape[-2], len(keys)
+    letters = "jkl"[:m]
+    score = np.einsum("...ic," + ",".join(f"...{x}c" for x in letters) + f"->...i{letters}", query, *keys) / DIM
+    weight = np.exp(score)
+    for view, (k, factor) in enumerate(zip(keys, decay, strict=True)):
+        t = np.arange(n)[:, None] + k.shape[-2] - n - np.arange(k.shape[-2])
+        seen = (t >= 0) & (t < (window[view] if window else np.inf))
+        own = np.where(seen, np.asarray(factor, float)[..., None, None] ** np.maximum(t, 0), 0)
+        own = own.reshape(*own.shape[:-1], *(1,) * view, own.shape[-1], *(1,) * (m - 1 - view))
+        weight = weight * own
+    out = np.einsum(f"...i{letters}," + ",".join(f"...{x}e" for x in letters) + "->...ie", weight, *values)
+    total = weight.sum(axis=tuple(range(-m, 0)))
+    return out / total[..., None], np.log(total)
+
+
+def factors(views: int) -> list[np.ndarray]:
+    """One for each head and view."""
+    return [np.asarray([0.9, 0.55]), np.asarray([0.7, 0.98]), np.asarray([0.5, 0.8])][:views]
+
+
+METHODS = {
+    "exact": lambda views, extra: {"method": "exact"},
+    "polynomial": lambda views, extra: {
+        "plan": tattn.plan_for(
+            n=(N, *(N + extra,) * views),
+            dim=DIM,
+            bound=1.0,
+            degree=12 if views == 1 else 9,
+            order=views + 1,
+            dtype="float64",
+            causal=True,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("extra", [0, 7])
+def test_it_is_the_definition(library: Any, method: str, views: int, extra: int) -> None:
+    n = N if views < 3 else 20
+    query, keys, values, *_ = drawn(views, extra, n)
+    decay = factors(views)
+    q, k, v, given = library.arrays(query, keys, values, decay)
+    options = METHODS[method](views, extra)
+    out, lse = tattn.tensor_attention(q, k, v, causal=True, decay=given, return_lse=True, **options)
+    expected = defined(query, keys, values, decay)
+    error = 1e-13 if method == "exact" else options["plan"].error
+    assert error < 1e-6
+    largest = np.prod([np.abs(x).max(axis=-2, keepdims=True) for x in values], axis=0)
+    assert (np.abs(library.numpy(out) - expected[0]) <= error * largest).all()
+    assert np.abs(library.numpy(lse) - expected[1]).max() <= max(-np.log1p(-error), 1e-13)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("how", ["exact", "polynomial", "window"])
+@pytest.mark.parametrize("extra", [0, 7])
+def test_slopes(library: Any, how: str, views: int, extra: int) -> None:
+    """Of query, keys, values and factors, by central differences along one direction."""
+    query, keys, values, grad_out, grad_lse = drawn(views, extra)
+    decay = factors(views)
+    options = {"method": "exact", "window": (12,) * views} if how == "window" else METHODS[how](views, extra)
+    arrays = [query, *keys, *values, *decay]
+    rng = np.random.default_rng(5)
+    direction = [rng.normal(size=x.shape) for x in arrays]
+
+    def at(step: float) -> Any:
+        moved = [x + step * d for x, d in zip(arrays, direction, strict=True)]
+        q, *rest = moved
+        return q, rest[:views], rest[views : 2 * views], rest[2 * views :]
+
+    def value(step: float) -> float:
+        q, k, v, factor = at(step)
+        out, lse = tattn.tensor_attention(q, k, v, causal=True, decay=factor, return_lse=True, **options)
+        return float((out * grad_out).sum() + (lse * grad_lse).sum())
+
+    q, k, v, given, g, g_lse = library.arrays(query, keys, values, decay, grad_out, grad_lse)
+    _, pullback = tattn.tensor_attention_vjp(q, k, v, causal=True, decay=given, **options)
+    dquery, dkeys, dvalues, ddecay = pullback(g, g_lse)
+    grads = [library.numpy(x) for x in (dquery, *dkeys, *dvalues, *ddecay)]
+    assert [x.shape for x in grads] == [x.shape for x in arrays]
+    slope = sum((x * d).sum() for x, d in zip(grads, direction, strict=True))
+    step = 1e-5
+    assert slope == pytest.approx((value(step) - value(-step)) / (2 * step), rel=1e-7, abs=1e-7)
+
+
+@pytest.mark.parametrize("how", METHODS)
+def test_one_is_no_decay_and_none_neither(library: Any, how: str) -> None:
+    query, keys, values, *_ = library.arrays(*drawn(2))
+    options = METHODS[how](2, 0)
+    plain = library.numpy(tattn.tensor_attention(query, keys, values, causal=True, **options))
+    for decay in ([1.0, 1], [None, 1.0]):
+        got = tattn.tensor_attention(query, keys, values, causal=True, decay=decay, **options)
+        assert np.abs(library.numpy(got) - plain).max() < 1e-13
+
+
+@pytest.mark.parametrize("how", METHODS)
+def test_zero_is_a_window_of_one(library: Any, how: str) -> None:
+    query, keys, values, grad_out, _ = drawn(2)
+    mask = np.ones(N, bool)
+    mask[[0, 7, 8]] = False
+    q, k, v, g, given, zero = library.arrays(query, keys, values, grad_out, mask, np.zeros(2))
+    options: Any = {"causal": True, "decay": [zero, None], "key_masks": [given, None], "return_lse": True}
+    (out, lse), pullback = tattn.tensor_attention_vjp(q, k, v, **options, **METHODS[how](2, 0))
+    expected = tattn.tensor_attention(
+        query, keys, values, window=(1, N), key_masks=[mask, None], method="exact", return_lse=True
+    )
+    for got, like in zip((out, lse), expected, strict=True):
+        assert np.array_equal(np.isneginf(library.numpy(got)), np.isneginf(like))
+        finite = np.isfinite(like)
+        assert np.abs(library.numpy(got)[finite] - like[finite]).max() < 1e-6
+    assert all(np.isfinite(library.numpy(x)).all() for x in (pullback(g)[0], pullback(g)[3][0]))
+
+
+@pytest.mark.parametrize("how", METHODS)
+def test_short_calls_are_those_with_weights(how: str) -> None:
+    query, keys, values, *_ = drawn(2)
+    decay = [0.9, 0.8]
+    weights = [np.broadcast_to(x ** -np.arange(float(N)), (2, N)) for x in decay]
+    got = tattn.tensor_attention(query, keys, values, causal=True, decay=decay, **METHODS[how](2, 0))
+    like = tattn.tensor_attention(query, keys, values, causal=True, key_weights=weights, **METHODS[how](2, 0))
+    assert np.abs(got - like).max() < 1e-12
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.999])
+@pytest.mark.parametrize("n", [5000, pytest.param(100_000, marks=pytest.mark.thorough)])
+def test_long_sums_in_float32(factor: float, n: int) -> None:
+    rng = np.random.default_rng(0)
+    query, *keys = rng.uniform(-1, 1, (3, n, 2)).astype(np.float32)
+    values = [rng.uniform(-1, 1, (n, 2)).astype(np.float32) for _ in range(2)]
+    decay = [float(np.float32(factor))] * 2
+    plan = tattn.plan_for(n=n, dim=2, bound=1.0, degree=6, causal=True)
+    got = tattn.tensor_attention(query, keys, values, causal=True, decay=decay, plan=plan)
+    wide = tattn.plan_for(n=n, dim=2, bound=1.0, degree=12, causal=True, dtype="float64")
+    arrays = query.astype(float), [k.astype(float) for k in keys], [v.astype(float) for v in values]
+    truth = tattn.tensor_attention(*arrays, causal=True, decay=decay, plan=wide)
+    assert np.abs(got - truth).max() <= plan.error + wide.error
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_sizes_of_blocks_change_nothing(views: int) -> None:
+    """Rows in one block, and in blocks and segments of blocks."""
+    query, keys, values, grad_out, grad_lse = drawn(views, extra=30, n=700)
+    plan = tattn.plan_for(
+        n=(700, *(730,) * views), dim=DIM, bound=1.0, degree=4, order=views + 1, dtype="float64", causal=True
+    )
+
+    def of(factor: Any) -> list[np.ndarray]:
+        options: Any = {"causal": True, "decay": factor, "plan": plan, "return_lse": True}
+        (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, **options)
+        dquery, dkeys, dvalues, ddecay = pullback(grad_out, grad_lse)
+        return [out, lse, dquery, *dkeys, *dvalues, *ddecay]
+
+    for decay in (factors(views), [np.asarray([0.0, 1e-3])] * views, [np.asarray([1.0, 0.9999])] * views):
+        whole = of(decay)
+        with BACKEND.using(workspace=1 << 14):
+            parts = of(decay)
+        for got, like in zip(parts, whole, strict=True):
+            np.testing.assert_allclose(got, like, rtol=1e-10, atol=1e-11 * np.abs(like).max())
+
+
+@pytest.mark.libraries("torch")
+def test_torch_differentiates_it(library: Any) -> None:
+    import torch
+
+    query, keys, values, grad_out, _ = (library.arrays(x) for x in drawn(2))
+    logs = torch.full((2,), -0.3, dtype=torch.float64, requires_grad=True)
+    out = tattn.tensor_attention(query, keys, values, causal=True, decay=[torch.exp(logs)] * 2, method="exact")
+    (out * grad_out).sum().backward()
+    factor = torch.full((2,), exp(-0.3), dtype=torch.float64)
+    _, pullback = tattn.tensor_attention_vjp(query, keys, values, causal=True, decay=[factor] * 2, method="exact")
+    expected = sum(pullback(grad_out)[3]) * factor
+    assert torch.allclose(logs.grad, expected, rtol=1e-10)
+
+
+@pytest.mark.libraries("jax")
+def test_jax_differentiates_it(library: Any) -> None:
+    import jax
+
+    query, keys, values, grad_out, _ = (library.arrays(x) for x in drawn(1))
+    factor = library.arrays(np.asarray([0.9, 0.5]))
+
+    def loss(x: Any) -> Any:
+        return (tattn.tensor_attention(query, keys, values, causal=True, decay=[x], method="exact") * grad_out).sum()
+
+    _, pullback = tattn.tensor_attention_vjp(query, keys, values, causal=True, decay=[factor], method="exact")
+    assert np.allclose(jax.jit(jax.grad(loss))(factor), pullback(grad_out)[3][0], rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"decay": [0.5, 0.5]}, ValueError, "decay should come with causal=True"),
+        ({"decay": 0.5, "causal": True}, TypeError, "decay should be a list or tuple of 2 factors"),
+        ({"decay": [0.5], "causal": True}, ValueError, "decay should have one factor for each of the 2 views, got 1"),
+        ({"decay": [0.5, 1.5], "causal": True}, ValueError, r"decay\[1\] should be from 0 to 1"),
+        ({"decay": [float("nan"), 1], "causal": True}, ValueError, r"decay\[0\] should be from 0 to 1"),
+        ({"decay": [np.asarray([0.5, -0.1]), 1], "causal": True}, ValueError, r"decay\[0\] should be from 0 to 1"),
+        ({"decay": [np.full(3, 0.5), 1], "causal": True}, ValueError, r"decay\[0\] should have leading dimensions"),
+        ({"decay": [np.full(2, 0.5, np.float32), 1], "causal": True}, TypeError, r"decay\[0\] should have"),
+        ({"decay": ["fast", 1], "causal": True}, TypeError, r"decay\[0\] should be an array"),
+        (
+            {"decay": [0.5, 1], "causal": True, "offsets": np.asarray([0, 5, N])},
+            ValueError,
+            "decay should come without offsets",
+        ),
+    ],
+)
+def test_refused_by_name(options: Any, error: type, message: str) -> None:
+    query, keys, values, *_ = drawn(2)
+    refuse(tattn.tensor_attention, error, message, query, keys, values, **options)
