@@ -234,6 +234,7 @@ def examples(session: nox.Session) -> None:
         "sphere_triplets",
         "two_hops",
         "what_followed",
+        "language_model",
     ):
         session.run("python", "-m", f"examples.{name}", *session.posargs, env=ONE_THREAD)
     session.run("python", "-m", "examples.overview", env=ONE_THREAD)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from evidence.plots import COLOURS, MARKERS, panels, save_plot, style
 from evidence.tables import Table, column, distinct, load, markdown, seconds, short, where
 
-from . import learning, noisy_triples, triple_detection, two_hops, what_followed
+from . import language_model, learning, noisy_triples, triple_detection, two_hops, what_followed
 
 FOLDER = Path("docs/examples")
 TABLES = (
     "triple_detection-curves", "triple_detection-lengths", "three_modalities-curves", "drop_in-losses", "drop_in-lengths",
     "noisy_triples-accuracies", "noisy_triples-times", "two_hops-curves", "two_hops-times", "what_followed-curves",
-    "sphere_triplets-sums", "sphere_triplets-triangles",
+    "language_model-curves", "sphere_triplets-sums", "sphere_triplets-triangles",
 )  # fmt: skip
 
 
@@ -25,7 +25,8 @@ def page(tables: dict[str, Table]) -> str:
     """What the tables say together."""
     heads = ["example", "statistic", "rows", "by pairs", "by single rows", "time of pairs", "exact"]
     lines = [
-        _triples(tables), _noisy(tables), _hops(tables), _followers(tables), _modalities(tables), _text(tables), _sums(tables),
+        _triples(tables), _noisy(tables), _hops(tables), _followers(tables), _modalities(tables), _text(tables),
+        _language(tables), _sums(tables),
     ]  # fmt: skip
     numbers = where(tables["triple_detection-lengths"], kind="more numbers")
     falls = ", ".join(f"{100 * r['before']:.0f} % of {r['numbers']} numbers" for r in numbers)
@@ -171,6 +172,17 @@ def _text(tables: dict[str, Table]) -> list[str]:
     return [
         "[drop-in](drop_in.md)", "masked characters of a text", "256", f"{ends[pairs]:.3f} nats", f"{ends[single]:.3f} nats",
         f"{seconds(top['seconds'])} at {top['rows']:,}", "–",
+    ]  # fmt: skip
+
+
+def _language(tables: dict[str, Table]) -> list[str]:
+    rows, n = tables["language_model-curves"], language_model.TRAINED
+    ends = {m: where(learning.ends(rows, m), rows=n) for m in (language_model.BOTH, language_model.ORDINARY)}
+    pairs, single = (", ".join(f"{b:.2f}" for b in column(found, "bits")) + " bits" for found in ends.values())
+    first = ends[language_model.BOTH][0]
+    return [
+        "[language model](language_model.md)", "next byte of a text, after few steps (causal, rotary)", f"{n:,}", pairs, single,
+        f"{seconds(first['seconds'] / first['steps'] / first['batch'])} (whole net)", "–",
     ]  # fmt: skip
 
 

@@ -25,7 +25,8 @@ def the_page_is_made_from_the_tables(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["triple_detection", "three_modalities", "drop_in", "noisy_triples", "two_hops", "what_followed"]
+    "name",
+    ["triple_detection", "three_modalities", "drop_in", "noisy_triples", "two_hops", "what_followed", "language_model"],
 )
 @pytest.mark.libraries("torch")
 def test_the_page_of_layers_is_made_from_the_tables(name: str) -> None:
@@ -165,6 +166,57 @@ def test_followers_are_seen_by_positions_alone() -> None:
             apart = (net(x) - net(turned))[:, -1].abs().max()
         # Without positions a row sees a set.
         assert (apart < 1e-4) == (positions is None)
+
+
+@pytest.mark.libraries("torch")
+def test_text_to_judge_by_is_none_that_was_learned() -> None:
+    pytest.importorskip("torch")
+    from examples import language_model as example
+
+    seen, unseen = (bytes(part.tolist()).decode() for part in example.reference())
+    assert len(seen) > 8 * len(unseen) > 8 * 2 * max(example.JUDGED)
+    # The paragraph that the cut goes through has a half on each side.
+    learned, judge = ({" ".join(p.split()) for p in text.split("\n\n")} for text in (seen, unseen))
+    assert not learned & judge
+
+
+@pytest.mark.libraries("torch")
+def test_language_models_see_no_later_byte_and_have_as_many_weights() -> None:
+    torch = pytest.importorskip("torch")
+    from examples import language_model as example
+
+    sizes = []
+    for name, blocks in example.MODELS.items():
+        torch.manual_seed(0)
+        net = example.Net(blocks)
+        text = torch.randint(0, example.BYTES, (1, 40))
+        other = text.clone()
+        other[0, 25:] = (other[0, 25:] + 1) % example.BYTES
+        with torch.no_grad():
+            before, after = net(text), net(other)
+        torch.testing.assert_close(before[:, :25], after[:, :25], msg=name)
+        assert (before[:, 25:] - after[:, 25:]).abs().amax(-1).min() > 1e-3
+        sizes.append(sum(p.numel() for p in net.parameters()))
+    assert max(sizes) < 1.001 * min(sizes)
+
+
+@pytest.mark.libraries("torch")
+def test_language_models_learn_the_same_from_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from examples import language_model as example
+
+    # Shorter than it is trained for the page; what is judged is a sum over contexts all the same.
+    for name, value in (("TRAINED", 64), ("JUDGED", (64, 128))):
+        monkeypatch.setattr(example, name, value)
+    text = example.reference()
+    monkeypatch.setattr(example, "reference", lambda: (text[0], text[1][:1000]))
+    given = argparse.Namespace(steps=2, batch=2, rate=1e-2, quick=False)
+    for model in example.MODELS:
+        runs = [example.learned(model, 0, given, lambda steps, words: steps) for _ in range(2)]
+        bits, again = ([row["bits"] for row in rows] for rows in runs)
+        assert bits == again
+        assert [(row["step"], row["rows"]) for row in runs[0]] == [(1, 64), (2, 64), (2, 128)]
+        assert bits[1] < bits[0] < 9
 
 
 @pytest.mark.libraries("torch")
