@@ -218,7 +218,8 @@ out = after(x)
 ```
 
 {max(column(rows, "step")):,} steps of AdamW, {ends[0]["batch"]} sequences each. The loss is the cross-entropy in
-nats on the last tenth of the text, which no model saw.
+nats on the last tenth of the text. No model saw it, but for paragraphs that the reference repeats: some 8 % of its characters
+stand in paragraphs of the first nine tenths, too. That is the same for all models.
 
 ![Loss on unseen text](drop_in.png)
 
