@@ -28,7 +28,7 @@ LARGEST_WORKSPACE = 8 << 20
 FUNCTIONS = (
     "abs", "all", "any", "arange", "argsort", "asarray", "astype", "broadcast_to", "ceil", "concat", "cos", "cumulative_sum",
     "empty", "exp", "expm1", "finfo", "flip", "floor", "full", "full_like", "isfinite", "isnan", "log", "log2", "logical_not",
-    "matrix_transpose", "max", "maximum", "mean", "min", "minimum", "ones", "ones_like", "permute_dims", "pow", "repeat",
+    "matrix_transpose", "max", "maximum", "mean", "min", "minimum", "ones", "ones_like", "permute_dims", "repeat",
     "reshape", "round", "sin", "sort", "sqrt", "stack", "sum", "take", "where", "zeros", "zeros_like",
 )  # fmt: skip
 DTYPES = ("bool", "float32", "int32", "int64", "uint8")

@@ -14,7 +14,7 @@ def powers(decay: Array, rows: Array, backend: Backend) -> Array:
     """λ^t for whole numbers t ≥ 0 of the dtype of λ, where both broadcast."""
     xp = backend.xp
     # 0^0 is not for libraries to say.
-    return xp.where(rows == 0, xp.ones_like(rows), xp.pow(decay, xp.where(rows == 0, xp.ones_like(rows), rows)))
+    return xp.where(rows == 0, xp.ones_like(rows), decay ** xp.where(rows == 0, xp.ones_like(rows), rows))
 
 
 def slopes(decay: Array, rows: Array, backend: Backend) -> Array:
