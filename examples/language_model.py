@@ -213,7 +213,8 @@ and {HEADS} heads. Only the attention differs: pairs of earlier rows in both blo
 
 The text is the reference that ships with Python (`pydoc_data.topics`, PSF licence). Its chapters repeat many paragraphs of its
 topics: each is kept once. The last tenth is not trained on. Adam, at the same rate for all: the better of 3e-3 and 1e-2 for
-ordinary attention in a short trial; {trained["steps"]:,} steps (`--steps {trained["steps"]}`), {trained["batch"]} piece{"s" * (trained["batch"] > 1)}
+ordinary attention in a short trial; {trained["steps"]:,} steps
+(`--steps {trained["steps"]}`), {trained["batch"]} piece{"s" * (trained["batch"] > 1)}
 of the text at a step.
 
 ![Bits a byte of unseen text, against steps and time](language_model.png)
