@@ -13,6 +13,7 @@ product of three does not depend on relative positions then. For these there is 
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,15 +53,21 @@ def pairs(
         raise ValueError("the attention should be causal, got is_causal=False")
     query = query.unflatten(1, (key_heads // 2, -1))
     keys, values = (tuple(x[:, i::2, None] for i in range(2)) for x in (key, value))
-    plan = tattn.plan_for(
-        n=LONGEST, dim=query.shape[-1], value_dim=value.shape[-1], bound=BOUND, scale=BOUND, degree=DEGREE,
-        method="polynomial", causal=True, dtype="float64" if query.dtype == torch.float64 else "float32",
-    )  # fmt: skip
+    plan = plan_of(query.shape[-1], value.shape[-1], "float64" if query.dtype == torch.float64 else "float32")
     mask = None if attention_mask is None else tattn.nn.from_attention_mask(attention_mask)[:, None, None]
     out: Tensor = tattn.tensor_attention(
         unit(query), [unit(k) for k in keys], list(values), plan=plan, scale=BOUND, causal=True, key_masks=mask
     )
     return out.flatten(1, 2).transpose(1, 2), None
+
+
+@cache
+def plan_of(dim: int, value_dim: int, dtype: str) -> tattn.Plan:
+    """The plan of all layers and tokens with heads of these sizes."""
+    return tattn.plan_for(
+        n=LONGEST, dim=dim, value_dim=value_dim, bound=BOUND, scale=BOUND, degree=DEGREE, method="polynomial",
+        causal=True, dtype=dtype,
+    )  # fmt: skip
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -81,7 +88,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, padding)
 
 
-def model(attention: str = NAME, rows: int = LONGEST, **sizes: Any) -> GPT2LMHeadModel:
+def model(rows: int = LONGEST, **sizes: Any) -> GPT2LMHeadModel:
     """A small model of bytes from a config, with heads of 8 channels."""
     register()
     given: dict[str, Any] = {"n_embd": 64, "n_head": 8, "n_layer": 2, **sizes}
@@ -94,7 +101,7 @@ def model(attention: str = NAME, rows: int = LONGEST, **sizes: Any) -> GPT2LMHea
         loss_type="ForCausalLM",
         **given,
     )
-    config._attn_implementation = attention
+    config._attn_implementation = NAME
     return GPT2LMHeadModel(config)
 
 

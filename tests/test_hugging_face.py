@@ -36,10 +36,7 @@ def test_heads_attend_to_pairs_of_neighbouring_key_heads():
         f = torch.softmax(x.flatten(2), -1).unflatten(-1, (9, 9))
         wanted = torch.einsum("tijk,tje,tke->tie", f, value[:, 2 * p], value[:, 2 * p + 1])
         largest = value[:, 2 * p].abs().amax(1) * value[:, 2 * p + 1].abs().amax(1)
-        plan = example.tattn.plan_for(
-            n=9, dim=8, value_dim=3, bound=example.BOUND, scale=example.BOUND, degree=example.DEGREE, method="polynomial",
-            causal=True, dtype="float64",
-        )  # fmt: skip
+        plan = example.plan_of(8, 3, "float64")
         assert ((out[:, :, h] - wanted).abs() <= plan.error * largest[:, None]).all()
 
 
