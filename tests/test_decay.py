@@ -62,6 +62,7 @@ METHODS = {
 }
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("extra", [0, 7])
@@ -80,6 +81,7 @@ def test_it_is_the_definition(library: Any, method: str, views: int, extra: int)
     assert np.abs(library.numpy(lse) - expected[1]).max() <= max(-np.log1p(-error), 1e-13)
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("how", ["exact", "polynomial", "window"])
 @pytest.mark.parametrize("extra", [0, 7])
@@ -112,6 +114,7 @@ def test_slopes(library: Any, how: str, views: int, extra: int) -> None:
     assert slope == pytest.approx((value(step) - value(-step)) / (2 * step), rel=1e-7, abs=1e-7)
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("how", METHODS)
 def test_one_is_no_decay_and_none_neither(library: Any, how: str) -> None:
     query, keys, values, *_ = library.arrays(*drawn(2))
@@ -122,6 +125,7 @@ def test_one_is_no_decay_and_none_neither(library: Any, how: str) -> None:
         assert np.abs(library.numpy(got) - plain).max() < 1e-13
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("how", METHODS)
 def test_zero_is_a_window_of_one(library: Any, how: str) -> None:
     query, keys, values, grad_out, _ = drawn(2)

@@ -91,6 +91,7 @@ def test_one_view_is_rope() -> None:
     np.testing.assert_allclose(got, dense(flipped, keys, call.values).out, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.thorough("jax")
 def test_decoding_from_a_far_position_is_the_causal_call(library: Any) -> None:
     call = draw(2, dim=4)
     n, start = 6, 10**5

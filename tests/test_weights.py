@@ -94,6 +94,7 @@ def assert_same(got: tuple[Dense, Weights], expected: tuple[Dense, Weights], tol
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("broadcast", [False, True])
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_they_are_factors_of_the_definition(library: Any, views: int, broadcast: bool) -> None:
@@ -109,6 +110,7 @@ def seen(views: int, window: bool) -> tuple[Call, Weights, dict[str, Any]]:
     return call, drawn_weights(views), {"window": (3, 2, 2)[:views]} if window else {"causal": True}
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_causal_calls_and_windows(library: Any, views: int, window: bool) -> None:
@@ -119,6 +121,7 @@ def test_causal_calls_and_windows(library: Any, views: int, window: bool) -> Non
     assert_same(computed(library, call, weights, method="exact", **order), defined(call, weights, **order), 1e-12)
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_causal_polynomials(library: Any, views: int) -> None:
     call, weights, order = seen(views, False)
@@ -128,6 +131,7 @@ def test_causal_polynomials(library: Any, views: int) -> None:
     assert_same(computed(library, call, weights, plan=plan, **order), defined(call, weights, **order), 1e-9)
 
 
+@pytest.mark.grid("jax")
 @methods
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_whole_weights_are_repetitions(library: Any, method: str, views: int) -> None:
@@ -262,6 +266,7 @@ def test_complex_channels(method: str) -> None:
     np.testing.assert_allclose(out, expected, atol=1e-13 if COMPLEX[method].of_scores else 2e-3)
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("views", [1, 2])
 def test_causal_calls_of_complex_channels(library: Any, views: int) -> None:
     """The polynomial beside the exact method, with gradients."""
@@ -507,6 +512,7 @@ def test_an_empty_batch() -> None:
         assert tattn.tensor_attention(rows, [rows] * 2, [rows] * 2, key_weights=weights, **order).shape == (0, 5, 3)
 
 
+@pytest.mark.thorough("jax")
 def test_summaries_and_decoding(library: Any) -> None:
     """In pieces and one token at a time, as in one call; with the gradients of summaries."""
     rng = np.random.default_rng(0)

@@ -64,6 +64,7 @@ def test_gradients(plan: tattn.Plan, arrays: list[Any]) -> None:
         same(a, b)
 
 
+@pytest.mark.grid
 def test_vmap(plan: tattn.Plan, arrays: list[Any]) -> None:
     of = loss(plan)
     stacked = [jnp.stack([a, 0.7 * a, -0.2 * a]) for a in arrays]

@@ -70,7 +70,8 @@ def test_prefill_and_steps_are_the_causal_layer(case: str, batch: tuple[int, ...
     assert ([a.shape for a in jax.tree.leaves(state)] == shapes) == (case != "exact")
 
 
-@pytest.mark.parametrize("case", ["default", "rotary", "window"])
+@pytest.mark.grid
+@pytest.mark.parametrize("case", ["rotary", "default", "window"])
 def test_scans_from_the_first_row(case: str) -> None:
     """Compiled once, forward and backward."""
     from tattn.nn.jax import init, prefill, step
@@ -102,8 +103,9 @@ def test_streams_that_are_mapped() -> None:
     same(jax.vmap(step)(x[:, 3:], states)[0], apply(x)[:, 3:])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", ["default", "exact", "window"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [True, False])
 def test_streams_that_end_and_padding(case: str, weighted: bool) -> None:
     """A prompt without weights may have rows with weights after it."""
     apply, prefill, step = layer_of(case_of(case))
