@@ -9,10 +9,10 @@ import pytest
 from cases import COMPLEX, KINDS, Call, assert_close, complex_methods, draw, ratios, refuse, run, sample
 from numpy.polynomial import Polynomial
 from reference import Dense, as_complex, changed, dense, through_features
+from watching import calls_of
 
 import tattn
 from tattn.backends.numpy import BACKEND
-from tattn.features import complex_channels
 from tattn.features.complex_channels import Turn
 from tattn.features.monomials import exponents, features
 from tattn.features.pairs import Pairs, pair_weights
@@ -97,7 +97,7 @@ def test_causal_calls_of_many_blocks(views: int) -> None:
 
 
 @pytest.mark.parametrize("turn", [Turn(6, 4), Turn(2, 7), Turn(4, 3, (1, 2, 1, 2)), Turn(6, 4, level=4)], ids=str)
-def test_monomials_of_complex_numbers(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_monomials_of_complex_numbers(turn: Turn) -> None:
     """Each is z^α, one of every conjugate pair, and all blocks at once are what they are one by one."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(3, turn.dim))
@@ -114,13 +114,19 @@ def test_monomials_of_complex_numbers(turn: Turn, monkeypatch: pytest.MonkeyPatc
     for x in (own, expected):
         x[...] = x[np.lexsort(np.concatenate([x.real, x.imag], axis=1).round(8).T)]
     np.testing.assert_allclose(own, expected, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(complex_channels, "_SMALL", 0)
-    np.testing.assert_allclose(turn.turned(phi, BACKEND), found, rtol=1e-12, atol=1e-13)
-    y = rng.normal(size=found.shape)
-    apart = turn.turned_back(y, BACKEND)
+    # So many columns are turned one block at a time.
+    wide = 10
+
+    def several(x: np.ndarray) -> np.ndarray:
+        return np.tile(x, (1, wide))
+
+    with calls_of(Turn._whole) as seen:
+        np.testing.assert_allclose(turn.turned(several(phi), BACKEND), several(found), rtol=1e-12, atol=1e-13)
+        y = rng.normal(size=found.shape)
+        apart = turn.turned_back(several(y), BACKEND)[:, : y.shape[1]]
+        np.testing.assert_allclose(turn.turned_back(y, BACKEND), apart, rtol=1e-12, atol=1e-13)
+    assert [call.result for call in seen] == [False, False, True]
     np.testing.assert_allclose((apart * phi).sum(), (y * found).sum(), rtol=1e-12)
-    monkeypatch.undo()
-    np.testing.assert_allclose(turn.turned_back(y, BACKEND), apart, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(

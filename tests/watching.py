@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import unwrap
+from types import CodeType
 from typing import Any
 
 
@@ -21,9 +22,9 @@ class Seen:
 
 
 @contextmanager
-def calls_of(*functions: Callable[..., Any]) -> Iterator[list[Seen]]:
-    """The calls of Python functions by this thread and by those that it starts, in order."""
-    codes = {unwrap(f).__code__ for f in functions}
+def calls_of(*functions: Callable[..., Any] | CodeType) -> Iterator[list[Seen]]:
+    """The calls of Python functions, or of what runs a code, by this thread and by those that it starts, in order."""
+    codes = {f if isinstance(f, CodeType) else unwrap(f).__code__ for f in functions}
     seen: list[Seen] = []
     open_calls: dict[Any, Seen] = {}
 
@@ -44,3 +45,8 @@ def calls_of(*functions: Callable[..., Any]) -> Iterator[list[Seen]]:
     finally:
         sys.setprofile(before)
         threading.setprofile(of_threads)
+
+
+def code_within(function: Callable[..., Any], name: str) -> CodeType:
+    """The code of a function that another makes."""
+    return next(c for c in function.__code__.co_consts if isinstance(c, CodeType) and c.co_name == name)

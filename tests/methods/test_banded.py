@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from cases import CASES, KINDS, METHODS, Call, assert_close, draw, heavy_tailed, methods, run
 from reference import Dense, dense, value_sizes
+from watching import calls_of
 
 import tattn
 from tattn.approximation.exponential import DEFAULT_GRID, crowded
 from tattn.backends import backend_of
 from tattn.methods.bands import Banding, Series, _grid_table, edges, sorted_views
 from tattn.operands import Operands, View
+from tattn.planning.sampling import sampled_errors
 from tattn.planning.settings import using
 
 
@@ -324,14 +326,14 @@ def test_auto_leaves_bands_to_calls_that_are_long_enough() -> None:
 
 
 @pytest.mark.usefixtures("bands_at_any_length")
-def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the plan says what bands would have left."""
-    call = small_scores(600, 0.5)
-    monkeypatch.setattr("tattn.planning.choice.sampled_errors", lambda *_: iter([np.zeros((1, 10))]))
-    with using(banded=((2, 2),)):
+def test_auto_goes_back_to_the_polynomial_where_samples_promised_too_much() -> None:
+    """And the plan says what bands would have left: two rows of 600, which are not among the 256 that were looked at."""
+    call = small_scores(600, 0.4)
+    with using(banded=((2, 2),), bands=1), calls_of(sampled_errors) as seen:
         _, plan = tattn.tensor_attention(call.query, call.keys, call.values, tol=1e-5, return_plan=True)
+    assert seen
     assert plan.series != "banded"
-    assert "would leave" in plan.reason
+    assert "would leave 0.3% of the rows above tol" in plan.reason
 
 
 def test_polynomial_with_loose_rows_says_how_loose() -> None:
