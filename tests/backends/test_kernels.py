@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import Dense, dense, value_sizes
+from cases import KINDS, ratios, sample
+from reference import Dense, dense, through_features, value_sizes
 from watching import Seen, calls_of, code_within
 
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, Kernel
-from tattn.features.monomials import features
+from tattn.backends.operations import CHAIN, OF_ROWS, Kernel
+from tattn.engines.features import rows_of
+from tattn.features.monomials import Monomials, features
 
 SOURCE = Path(tattn.__file__).parents[1]
 channels = pytest.mark.parametrize("channels", ["real", "complex"])
@@ -183,28 +185,29 @@ def drawn(
     }
 
 
-def computed(call: dict[str, Any], **options: Any) -> list[Any]:
-    """Output, lse and all gradients of a causal call."""
+def computed(call: dict[str, Any], causal: bool = True, **options: Any) -> list[Any]:
+    """Output, lse and all gradients of a call."""
     inputs = {name: x for name, x in call.items() if not name.startswith("grad")}
-    (out, lse), pullback = tattn.tensor_attention_vjp(**inputs, causal=True, return_lse=True, **options)
+    (out, lse), pullback = tattn.tensor_attention_vjp(**inputs, causal=causal, return_lse=True, **options)
     dquery, dkeys, dvalues = pullback(call["grad_out"], call["grad_lse"])
     return [out, lse, dquery, *dkeys, *dvalues]
 
 
-def plan_of(call: dict[str, Any], degree: int = 4, **options: Any) -> tattn.Plan:
+def plan_of(call: dict[str, Any], degree: int = 4, causal: bool = True, **options: Any) -> tattn.Plan:
     lengths = [x.shape[-2] for x in (call["query"], *call["keys"])]
     facts = {"dim": call["query"].shape[-1], "order": len(call["keys"]) + 1, "dtype": str(call["query"].dtype)}
-    return tattn.plan_for(n=lengths, bound=1.0, degree=degree, causal=True, **facts, **options)
+    return tattn.plan_for(n=lengths, bound=1.0, degree=degree, causal=causal, **facts, **options)
 
 
 def assert_the_same(call: dict[str, Any], plan: tattn.Plan, used: Names, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels and without: a call's numbers, to rounding."""
     used.clear()
-    got = computed(call, plan=plan)
-    assert set(used) == {"read", "pull"}
+    causal = plan.causal
+    got = computed(call, causal, plan=plan)
+    assert set(used) == ({"read", "pull"} if causal else {"_over_rows"})
     used.clear()
     monkeypatch.setenv(compiled.SWITCH, "0")
-    expected = computed(call, plan=plan)
+    expected = computed(call, causal, plan=plan)
     monkeypatch.delenv(compiled.SWITCH)
     assert used == []
     tolerance = 2e-4 if plan.dtype == "float32" else 1e-12
@@ -310,6 +313,175 @@ def test_scores_of_turned_rows_do_not_depend_on_where_they_stand(views, used):
         assert set(used) == {"read", "pull"}
         for x, y in zip(here, there, strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def passes(loops: Any) -> Iterator[Names]:
+    """Tells of every time that a loop over all rows runs, which calls of all sizes use."""
+    assert tattn.warm_up(("float32", "float64"))
+    every = compiled.kernels_for(BACKEND, lambda *arrays: True, pays=lambda *size: True)
+    with BACKEND.using(kernels=every), calls_of(compiled._over_rows) as seen:
+        yield Names(seen)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+@pytest.mark.parametrize("masked", [False, True])
+def test_passes_over_all_rows_compute_what_the_array_form_does(dtype, views, leading, masked, passes, monkeypatch):
+    call = drawn(150, views, dtype, leading, masked)
+    assert_the_same(call, plan_of(call, causal=False), passes, monkeypatch)
+
+
+@pytest.mark.parametrize("n", [90, 127, 128, 129, 300])
+def test_passes_over_rows_of_all_numbers(n, passes, monkeypatch):
+    """In one block and in several, which leave a rest."""
+    call = drawn(n, 2, "float64", masked=True)
+    plan = plan_of(call, causal=False)
+    assert_the_same(call, plan, passes, monkeypatch)
+    computed(call, causal=False, plan=plan)
+    whole = len(passes)
+    with BACKEND.using(workspace=1 << 10):
+        assert_the_same(call, plan, passes, monkeypatch)
+        computed(call, causal=False, plan=plan)
+    assert (len(passes) > whole) == (n + 3 > 128)
+
+
+@pytest.mark.parametrize(
+    ("dim", "degree", "value_dim"), [(1, 1, 1), (1, 30, 2), (2, 9, 5), (8, 4, 8), (5, 6, 1), (16, 2, 40)]
+)
+def test_passes_over_monomials_of_all_numbers(dim, degree, value_dim, passes, monkeypatch):
+    call = drawn(260, 2, "float64", dim=dim, value_dim=value_dim)
+    assert_the_same(call, plan_of(call, degree, causal=False), passes, monkeypatch)
+
+
+def test_passes_over_pruned_and_complex_monomials(passes, monkeypatch):
+    call = drawn(200, 2, "float64", dim=6)
+    for x in (call["query"], *call["keys"]):
+        x[:, 2:] *= 0.1
+    given = call["query"], call["keys"], call["values"]
+    plan = tattn.plan(*given, method="polynomial", tol=3e-2, scale=0.3, gradients=False)
+    assert plan.grading
+    assert_the_same(call, plan, passes, monkeypatch)
+    assert_the_same(call, plan_of(call, causal=False, channels="complex"), passes, monkeypatch)
+
+
+def test_passes_over_weighted_and_spoiled_rows(passes, monkeypatch):
+    """Gradients of weights are read, too; what is no number spoils what it spoils in the array form."""
+    call = drawn(200, 2, "float64", "heads")
+    plan = plan_of(call, causal=False)
+    weights = [np.random.default_rng(i).uniform(0, 2, k.shape[:-1]) for i, k in enumerate(call["keys"])]
+    weights[0][:, 3] = 0
+
+    def weighted() -> Any:
+        inputs = {name: x for name, x in call.items() if name in ("query", "keys", "values")}
+        out, pullback = tattn.tensor_attention_vjp(**inputs, key_weights=weights, plan=plan)
+        dquery, *of_views = pullback(call["grad_out"])
+        return [out, dquery, *(x for of_kind in of_views for x in of_kind)]
+
+    found = weighted()
+    assert set(passes) == {"_over_rows"}
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for x, y in zip(found, weighted(), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-11 * np.abs(y).max())
+    monkeypatch.delenv(compiled.SWITCH)
+    for name, value in (("query", np.nan), ("query", np.inf), ("values", np.inf)):
+        spoiled = {key: _each(np.copy, x) for key, x in call.items()}
+        rows = spoiled[name] if name == "query" else spoiled[name][1]
+        rows[1, 20, 1] = value
+        assert_the_same(spoiled, plan, passes, monkeypatch)
+
+
+def test_passes_are_spread_over_threads(passes):
+    call = drawn(2300, 2, "float64", "heads", dim=8, value_dim=8)
+    plan = plan_of(call, causal=False)
+    expected = computed(call, causal=False, plan=plan)
+    alone = len(passes)
+    with BACKEND.using(threads=lambda: 2):
+        shared = computed(call, causal=False, plan=plan)
+    assert len(passes) > 2 * alone
+    for x, y in zip(shared, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_error_of_passes_exceeds_the_plan(dtype, passes):
+    """Output and gradients of all kinds of rows, as `tests/bounds` has them, every key forty times: that changes no sum."""
+    worst = 0.0
+    for seed in range(24):
+        for kind in KINDS:
+            views, bound = 1 + seed % 3, (0.1, 1.0, 2.0, 3.0)[seed % 4]
+            call, scale = sample(kind, seed, views, bound, dtype)
+            promise = {"bound": bound * (1 + 1e-6)} if seed % 2 else {}
+            plan = through_features(
+                tattn.plan(call.query, call.keys, call.values, scale=scale, degree=1 + seed % 8, **promise)
+            )
+            if not np.isfinite(plan.error):
+                continue
+            keys, values = ([np.repeat(x, 40, axis=0) for x in of_views] for of_views in (call.keys, call.values))
+            out, pullback = tattn.tensor_attention_vjp(call.query, keys, values, plan=plan)
+            dquery, *of_views = pullback(call.grad)
+            dkeys, dvalues = ([x.reshape(-1, 40, x.shape[1]).sum(1) for x in of_kind] for of_kind in of_views)
+            wide = np.float64 if dtype == "float32" else np.longdouble
+            truth = dense(call.query, call.keys, call.values, scale=scale, grad_out=call.grad, precision=wide)
+            found = ratios(plan, call, Dense(out, out, dquery, dkeys, dvalues), truth)
+            assert max(found) <= 1, (seed, kind, found, str(plan))
+            worst = max(worst, *found)
+    assert set(passes) == {"_over_rows"}
+    assert worst > 0.1
+
+
+def test_sums_of_passes_over_long_sequences_do_not_drift(passes):
+    """Equal rows, which round alike: tile after tile, and block after block."""
+    n = 300_000
+    query, key, value = (np.full((n, 1), x, np.float32) for x in (0.1, 0.3, 0.7))
+    plan = tattn.plan_for(n=n, dim=1, bound=0.1, degree=4, order=3)
+    out, pullback = tattn.tensor_attention_vjp(query, [key, key], [value, value], plan=plan)
+    assert np.max(np.abs(out / float(np.float32(0.7)) ** 2 - 1)) <= plan.error < 2e-5
+    _, _, dvalues = pullback(np.ones_like(out))
+    assert np.max(np.abs(dvalues[0] / float(np.float32(0.7)) - 1)) <= plan.error
+    assert set(passes) == {"_over_rows"}
+
+
+def test_passes_take_the_sizes_that_they_are_faster_for(loops):
+    """Few monomials are not worth loading numba for, and many take memory; of few rows a tile is not full, or not worth it."""
+
+    def taken(*shape: int, dim: int = 8, degree: int = 4, dtype: str = "float32", columns: int = 9) -> bool:
+        x = np.ones((*shape, dim), dtype)
+        rows = rows_of(x, Monomials(degree), columns, shape[:-1])
+        return BACKEND.kernel("sum_rows", rows, x, x) is not None
+
+    assert taken(8192)
+    assert taken(65536, dtype="float64")
+    assert taken(64, 128)
+    assert not taken(2048)
+    assert not taken(64, 130)
+    assert taken(4096, dim=16)
+    assert not taken(4096, dim=16, degree=5)
+    assert taken(65536, degree=2)
+    assert taken(8192, columns=65)
+    assert not taken(65536, degree=2, columns=65)
+    assert not taken(64, 128, columns=65)
+
+
+def test_code_for_passes_serves_arrays_of_all_layouts_and_flags(passes):
+    """Each dtype has one version of it, and no memory that calls may not write to is written."""
+    over_rows = compiled._loaded()[0].rows.compute.__closure__
+    for leading, dtype in product(LEADING, ("float32", "float64")):
+        call = drawn(150, 2, dtype, leading)
+        plan = plan_of(call, causal=False)
+        expected = computed(call, causal=False, plan=plan)
+        turned = {
+            name: _each(lambda x: np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -1, -2)), -1, -2), x) if name != "grad_lse" else x
+            for name, x in call.items()
+        }  # fmt: skip
+        for name, x in turned.items():
+            if name != "key_masks":
+                _each(lambda array: array.setflags(write=False), x)
+        for x, y in zip(computed(turned, causal=False, plan=plan), expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+    function = next(c.cell_contents for c in over_rows if hasattr(c.cell_contents, "signatures"))
+    assert len(function.signatures) == 2
 
 
 @pytest.mark.parametrize("layout", ["strided", "reversed", "transposed", "broadcast", "read-only"])
@@ -504,7 +676,7 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     found = kernels()
     assert found.on
     names = "prefix_read", "prefix_pull", "step"
-    assert found.operations == (*names, *(f"complex_{name}" for name in names))
+    assert found.operations == (*OF_ROWS, *names, *(f"complex_{name}" for name in names))
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on
@@ -754,6 +926,22 @@ def test_numba_is_imported_by_the_first_causal_call_alone(loops):
     assert info[-1].startswith("kernels: numba ")
 
 
+def test_numba_is_imported_by_the_first_long_call_over_all_rows(loops):
+    code = """
+        import sys
+        import numpy as np
+        import tattn
+
+        for n in (1000, 60_000):
+            query = np.random.default_rng(0).uniform(-1, 1, (n, 4)).astype(np.float32)
+            plan = tattn.plan_for(n=n, dim=4, bound=4.0, degree=4, order=2)
+            tattn.tensor_attention(query, [query], [query], plan=plan)
+            print("numba" in sys.modules)
+    """
+    assert run(code) == ["False", "True"]
+    assert run(code, TATTN_KERNELS="0") == ["False", "False"]
+
+
 def test_numba_is_not_imported_where_kernels_are_switched_off(loops):
     code = """
         import sys
@@ -786,6 +974,33 @@ class TestTorch:
         for x, y in zip(found, computed(arrays, plan=plan_of(arrays)), strict=True):
             tolerance = 1e-5 if dtype == "float32" else 1e-13
             np.testing.assert_allclose(x.numpy(), y, rtol=tolerance, atol=tolerance * np.abs(y).max())
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_passes_over_all_rows_are_what_numpy_has(self, torch, dtype, passes):
+        arrays = drawn(15_000, 2, dtype, dim=5, masked=True)
+        arrays["keys"] = [k[:15_000] for k in arrays["keys"]]
+        arrays["values"] = [v[:15_000] for v in arrays["values"]]
+        plan, call = (
+            plan_of(arrays, degree=5, causal=False),
+            {name: _each(torch.from_numpy, x) for name, x in arrays.items()},
+        )
+        found = computed(call, causal=False, plan=plan)
+        assert set(passes) == {"_over_rows"}
+        for x, y in zip(found, computed(arrays, causal=False, plan=plan), strict=True):
+            tolerance = 1e-5 if dtype == "float32" else 1e-13
+            np.testing.assert_allclose(x.numpy(), y, rtol=tolerance, atol=tolerance * np.abs(y).max())
+        inputs = call["query"], *call["keys"], *call["values"]
+        for x in inputs:
+            x.requires_grad_()
+        masks = call["key_masks"]
+        outputs = tattn.tensor_attention(
+            inputs[0], inputs[1:3], inputs[3:], key_masks=masks, plan=plan, return_lse=True
+        )
+        passes.clear()
+        torch.autograd.backward(outputs, (call["grad_out"], call["grad_lse"]))
+        assert set(passes) == {"_over_rows"}
+        for x, gradient in zip(inputs, found[2:], strict=True):
+            torch.testing.assert_close(x.grad, gradient)
 
     def test_a_default_device_changes_nothing(self, torch, used):
         call, plan = self.call(torch), plan_of(drawn(70, 2, "float64", "shared", masked=True))

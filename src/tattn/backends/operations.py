@@ -5,6 +5,10 @@ operation      what it computes
 =============  =====================================================================================================
 moments        ``(k, v, mask, unit, degree, grading)``, keys (..., n, d), values (..., n, dv), units and masks as in
                `engines.features` → Φ(k · unit)ᵀ [v, 1], (..., r, dv + 1)
+sum_rows       ``(rows, x, z)``, a `Rows`, rows (..., n, d) in units and columns (..., n, c) → Φ(x)ᵀ z, (..., r, c)
+read_rows      ``(rows, x, matrix)``, M (..., r, c) → Φ(x) M, (..., n, c)
+sum_and_pull   ``(rows, x, z, matrix)`` → Φ(x)ᵀ z, and the gradient Σ_e z_e ∂(Φ M)_e/∂x, (..., n, d)
+read_and_pull  ``(rows, x, z, matrix)`` → the first columns of Φ(x) M, (..., n, c'), and the gradient
 prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view → the sums with its rows, and numerators
                (..., n, dv + 1) of causal attention
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
@@ -29,7 +33,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-OPERATIONS = ("moments", *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")))
+OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
+OPERATIONS = (
+    "moments",
+    *OF_ROWS,
+    *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")),
+)
 # Terms in a chain of additions of the array form.
 CHAIN = 128
 
@@ -42,13 +51,28 @@ def of_channels(operation: str, paired: bool, views: int) -> str:
 class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 
-    ``takes`` gets what `moments` does, or query, keys and values, of a causal call or of a token.
+    ``takes`` gets what `moments` does; a `Rows` and the arrays of a pass, its rows first; or query, keys and values, of a causal
+    call or of a token.
     """
 
     operation: str
     function: Callable[..., Any]
     takes: Callable[..., bool]
     chain: int = CHAIN
+
+
+class Rows(NamedTuple):
+    """What a pass over all rows multiplies with, whose block has at most 4,096 of them.
+
+    How many monomials there are, and columns of the sums or of the matrix; runs as in `Prefix`, of NumPy; how many problems there
+    are side by side, and how many of the columns are read beside a gradient.
+    """
+
+    rank: int
+    columns: int
+    runs: Any
+    problems: int = 1
+    read: int = 0
 
 
 class Token(NamedTuple):

@@ -25,16 +25,13 @@ from itertools import chain
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..arrays import clean, sum_to_leading, unweighed
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN, Prefix, of_channels
-from ..backends.tables import memoized
 from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
 from ..features.complex_channels import Forms, Turn, conjugating, form_weights
-from ..features.monomials import Expansion, Grading, rank, runs
+from ..features.monomials import Expansion, rank, run_table
 from ..features.pairs import Pairs, pair_weights
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
@@ -158,13 +155,6 @@ def _prefix(setting: Setting, rows: Sequence[Array | None]) -> Prefix:
     else:
         table, half = run_table(q.shape[-1], setting.degree, setting.grading), None  # type: ignore[union-attr]
     return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares, half)
-
-
-@memoized
-def run_table(dim: int, degree: int, grading: Grading) -> np.ndarray:
-    """All runs of monomials, one after another, (count, 4)."""
-    table = np.asarray([run for level in runs(dim, degree, grading) for run in level], dtype=np.int64)
-    return table.reshape(-1, 4)
 
 
 def backward(

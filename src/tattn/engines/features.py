@@ -20,18 +20,20 @@ compensation, so that rounding does not grow with the number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf, log, prod
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import are_weights, broadcast_leading, clean, present, sum_to_leading, unweighed, weighed, with_leading
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
-from ..backends.operations import CHAIN
+from ..backends.operations import CHAIN, Rows
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.complex_channels import Turn, as_factors, complex_weights, product
-from ..features.monomials import Expansion, Grading, Monomials, degrees, multinomials, rank
+from ..features.monomials import Expansion, Grading, Monomials, degrees, multinomials, rank, run_table
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
@@ -39,6 +41,16 @@ from ..problem import Cost, Problem
 # Blocks of rows that are worth a thread.
 FEWEST_BLOCKS = 4
 _FEW_ROWS = 8 * CHAIN
+# Multiplications of a compiled loop that are worth a thread.
+_FEWEST = 1 << 22
+
+
+class Pass(NamedTuple):
+    """A pass over rows: what it computes of rows in units, so many of them together, and how many are worth a thread."""
+
+    compute: Callable[..., Any]
+    together: int
+    fewest: int
 
 
 def forward(operands: Operands, expansion: Expansion) -> Attended:
@@ -118,7 +130,16 @@ def summed_rows(in_units: Callable[[Array], Array], view: View, basis: Basis, ba
         return (basis.row_sums(phi, z, backend),)
 
     shapes = [(basis.size, view.values.shape[-1] + 1)]
-    return summed_products(prepare, products, shapes, view, basis, backend)[0]
+    whole = rows_of(view.keys, Monomials(basis.degree, basis.grading), shapes[0][1], view.leading)
+    found = _compiled("sum_rows", whole, (view.keys, view.values), backend)
+    if found is None:
+        return summed_products(prepare, products, shapes, view, basis, backend)[0]
+
+    def body(carry: Sum, *rows: Any) -> tuple[Sum, tuple[()]]:
+        return add(carry, found.compute(*prepare(*rows))), ()
+
+    start = zero_sum((*view.leading, *shapes[0]), dtype, view.keys, backend)
+    return joined(backend.share_rows(body, start, view, found.together, found.fewest)[0])
 
 
 def summed_products(
@@ -150,8 +171,23 @@ def summed_products(
 
 def read_out(q: Array, unit: Array, combined: Array, monomials: Monomials, backend: Backend) -> tuple[Array, Array]:
     """Φ(q) C for C (..., r, dv + 1): the output (..., n, dv), and the normaliser (..., n, 1)."""
+    dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
+    read, together, fewest = _reading(q, combined, monomials, backend)
+
+    def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
+        return None, divided(read(backend.cast(rows, dtype) * unit), leading, backend)
+
+    _, (out, normaliser) = backend.share_rows(body, None, (q,), together, fewest)
+    return out, normaliser
+
+
+def _reading(q: Array, combined: Array, monomials: Monomials, backend: Backend) -> Pass:
+    """Rows in units → Φ(x) C, (..., rows, dv + 1)."""
     xp = backend.xp
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
+    found = _compiled("read_rows", rows_of(q, monomials, combined.shape[-1], leading), (q, combined), backend)
+    if found is not None:
+        return found._replace(compute=lambda x: found.compute(x, combined))
     basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading, backend.compiles)
     reader = basis.reader(combined, backend)
     block, together = blocks_of(basis, basis.width(combined.shape[-1]), dtype, leading, backend, basis.lean)
@@ -161,12 +197,10 @@ def read_out(q: Array, unit: Array, combined: Array, monomials: Monomials, backe
     def of_block(_: None, x: Array) -> tuple[None, tuple[Array]]:
         return None, (xp.matrix_transpose(basis.read(features(xp.matrix_transpose(x)), reader, backend)),)
 
-    def body(_: None, rows: Array) -> tuple[None, tuple[Array, Array]]:
-        _, (numerator,) = backend.scan_rows(of_block, None, (backend.cast(rows, dtype) * unit,), block)
-        return None, divided(numerator, leading, backend)
+    def read(x: Array) -> Array:
+        return backend.scan_rows(of_block, None, (x,), block)[1][0]
 
-    _, (out, normaliser) = backend.share_rows(body, None, (q,), together, FEWEST_BLOCKS * block)
-    return out, normaliser
+    return Pass(read, together, FEWEST_BLOCKS * block)
 
 
 def divided(numerator: Array, leading: tuple[int, ...], backend: Backend) -> tuple[Array, Array]:
@@ -183,8 +217,26 @@ def query_adjoint(
     q: Array, unit: Array, combined: Array, columns: Sequence[Array], monomials: Monomials, backend: Backend
 ) -> tuple[Array, Array]:
     """G (..., r, dv + 1) and dq, from C and the columns (o, l, g, g_lse)."""
+    dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
+    pull, together, fewest = _pulling_queries(q, combined, monomials, backend)
+
+    def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
+        o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
+        sums, dq = pull(backend.cast(rows, dtype) * unit, scaled_gradient(o, l, g, g_lse, backend))
+        return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
+
+    start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
+    carries, (dq,) = backend.share_rows(body, start, (q, *columns), together, fewest)
+    return joined(carries)[0], dq
+
+
+def _pulling_queries(q: Array, combined: Array, monomials: Monomials, backend: Backend) -> Pass:
+    """Rows in units and ĝ (..., rows, dv + 1) → Φ(x)ᵀ ĝ, and the gradient of ĝ · Φ(x) C by x."""
     xp = backend.xp
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
+    found = _compiled("sum_and_pull", rows_of(q, monomials, combined.shape[-1], leading), (q, combined), backend)
+    if found is not None:
+        return found._replace(compute=lambda x, g_hat: found.compute(x, g_hat, combined))
     basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading, backend.compiles)
     block, together = blocks_of(basis, basis.pulled(combined.shape[-1], backend), dtype, leading, backend)
 
@@ -195,47 +247,77 @@ def query_adjoint(
         found = basis.row_sums(phi, g_hat, backend)
         return found if sums is None else sums + found, (pull_back(phi, g_hat),)
 
-    def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
-        o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
-        g_hat = scaled_gradient(o, l, g, g_lse, backend)
-        x = backend.cast(rows, dtype) * unit
+    def pull(x: Array, g_hat: Array) -> tuple[Array, Array]:
         sums, (dq,) = backend.scan_rows(of_block, None, (x, g_hat), block)
-        return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
+        return sums, dq
 
-    start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
-    carries, (dq,) = backend.share_rows(body, start, (q, *columns), together, FEWEST_BLOCKS * block)
-    return joined(carries)[0], dq
+    return Pass(pull, together, FEWEST_BLOCKS * block)
 
 
 def key_adjoint(view: View, unit: Array, own: Array, monomials: Monomials, backend: Backend) -> tuple[Array, ...]:
     """(dk, dv), and those of weights if there are, of a view whose summary has the gradient `own` (..., r, dv + 1)."""
     xp = backend.xp
-    degree, grading = monomials
-    dtype, leading = backend.compute_dtype(view.keys.dtype), view.leading
-    columns = view.values.shape[-1] + 1
+    dtype = backend.compute_dtype(view.keys.dtype)
     # All that follows is linear in this matrix: what the view broadcasts over is summed up first.
-    own = sum_to_leading(own, leading, backend)
-    # With derivatives, these give the values' share of the highest degree as well.
-    lean = degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable) and not grading and not backend.compiles
-    basis = Basis(view.keys.shape[-1], degree, lean, grading)
-    block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
-
-    read = columns if are_weights(view.mask, backend) else columns - 1
-    features, pull_back = basis.features(backend), basis.puller_and_reader(own, read, backend)
-
-    def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
-        return None, pull_back(features(xp.matrix_transpose(x)), z)
+    own = sum_to_leading(own, view.leading, backend)
+    pull, together, fewest = _pulling_keys(view, own, monomials, backend)
 
     def body(_: None, k: Array, v: Array, mask: Array | None) -> tuple[None, tuple[Array, ...]]:
         x = backend.cast(k, dtype) * unit
         if mask is not None:
             # What masked rows hold does not matter, but a 0 would take longer.
             x = xp.where(present(mask, backend), x, 1.0)
-        _, (dk, dz) = backend.scan_rows(of_block, None, (x, with_ones(v, mask, dtype, backend)), block)
+        dz, dk = pull(x, with_ones(v, mask, dtype, backend))
         grads = clean(dk * unit, mask, backend), *unweighed(dz, v, mask, backend)
         return None, tuple(sum_to_leading(g, a.shape[:-2], backend) for g, a in zip(grads, (k, v, mask), strict=False))
 
-    return backend.share_rows(body, None, view, together, FEWEST_BLOCKS * block)[1]
+    return backend.share_rows(body, None, view, together, fewest)[1]
+
+
+def _pulling_keys(view: View, own: Array, monomials: Monomials, backend: Backend) -> Pass:
+    """Rows in units and [v, 1] → columns of Φ(x) M, for the values and, where there are some, weights; and the gradient by x."""
+    xp = backend.xp
+    degree, grading = monomials
+    dtype, leading = backend.compute_dtype(view.keys.dtype), view.leading
+    columns = view.values.shape[-1] + 1
+    read = columns if are_weights(view.mask, backend) else columns - 1
+    rows = rows_of(view.keys, monomials, columns, leading)._replace(read=read)
+    found = _compiled("read_and_pull", rows, (view.keys, view.values, own), backend)
+    if found is not None:
+        return found._replace(compute=lambda x, z: found.compute(x, z, own))
+    # With derivatives, these give the values' share of the highest degree as well.
+    lean = degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable) and not grading and not backend.compiles
+    basis = Basis(view.keys.shape[-1], degree, lean, grading)
+    block, together = blocks_of(basis, basis.pulled(columns, backend), dtype, leading, backend, basis.lean)
+
+    features, pull_back = basis.features(backend), basis.puller_and_reader(own, read, backend)
+
+    def of_block(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, Array]]:
+        return None, pull_back(features(xp.matrix_transpose(x)), z)
+
+    def pull(x: Array, z: Array) -> tuple[Array, Array]:
+        dk, dz = backend.scan_rows(of_block, None, (x, z), block)[1]
+        return dz, dk
+
+    return Pass(pull, together, FEWEST_BLOCKS * block)
+
+
+def rows_of(x: Array, monomials: Monomials, columns: int, leading: tuple[int, ...]) -> Rows:
+    """What a kernel multiplies of rows (..., n, d)."""
+    which = x.shape[-1], *monomials
+    return Rows(rank(*which), columns, run_table(*which), prod(leading))
+
+
+def _compiled(operation: str, rows: Rows, arrays: Sequence[Array], backend: Backend) -> Pass | None:
+    """A pass over these arrays, the rows first, by a kernel, where there is one."""
+    kernel = backend.kernel(operation, rows, *arrays)
+    if kernel is None:
+        return None
+    # A block has as many rows as the bounds count chains, and what is made for it stays below the workspace.
+    row = (arrays[0].shape[-1] + 2 * rows.columns) * rows.problems * backend.itemsize(arrays[0].dtype)
+    together = max(1, min(FEW_CHAINS, backend.workspace // max(1, row * CHAIN))) * CHAIN
+    multiplications = rows.problems * rows.rank * rows.columns
+    return Pass(partial(kernel, rows), together, max(CHAIN, _FEWEST // max(1, multiplications)))
 
 
 def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend) -> Array:

@@ -88,6 +88,13 @@ def runs(dim: int, degree: int, grading: Grading = ()) -> tuple[tuple[Run, ...],
 
 
 @memoized
+def run_table(dim: int, degree: int, grading: Grading = ()) -> np.ndarray:
+    """All runs of monomials, one after another, (count, 4)."""
+    table = np.asarray([run for level in runs(dim, degree, grading) for run in level], dtype=np.int64)
+    return table.reshape(-1, 4)
+
+
+@memoized
 def starts(grading: Grading, degree: int) -> tuple[int, ...]:
     """Where the monomials of each weighted degree 0 … W begin, and their number."""
     return (0, *accumulate(_counts(grading, degree)[0]))

@@ -46,7 +46,7 @@ from ..engines.features import (
 )
 from ..features.basis import Basis
 from ..features.complex_channels import Turn, as_factors, product
-from ..features.monomials import Expansion
+from ..features.monomials import Expansion, run_table
 from ..features.pairs import Pairs, pair_weights
 from ..operands import COMPLEX, REAL, Attended, Operands, Upstream, View
 
@@ -84,7 +84,7 @@ def largest(call: SumCall, dtype: str) -> float:
 def token_of(call: SumCall, dim: int, columns: int, dtype: str) -> Token:
     """What kernels compute a token with."""
     expansion = call.expansion
-    runs = causal_features.run_table(dim, expansion.degree, expansion.grading)
+    runs = run_table(dim, expansion.degree, expansion.grading)
     facts = runs, *units(call), largest(call, dtype)
     turn = call.turn(dim)
     if turn is not None:

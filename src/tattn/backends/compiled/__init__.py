@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..operations import Kernel, Prefix, Token
+from ..operations import CHAIN, OF_ROWS, Kernel, Prefix, Rows, Token
 from ..threads import MOST_THREADS
 
 Array = Any
@@ -26,7 +26,7 @@ OF_CHANNELS = {
     "real": ("prefix_read", "prefix_pull", "step"),
     "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
 }
-OPERATIONS = tuple(operation for of_kind in OF_CHANNELS.values() for operation in of_kind)
+OPERATIONS = (*OF_ROWS, *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind))
 # Switches kernels off where it is "0".
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
@@ -35,6 +35,14 @@ _OLDEST = (0, 61)
 _FEWEST = 1 << 20
 # Columns of the values that are worth a thread, which makes the monomials of all rows: to read, and to pull gradients back.
 _TO_READ, _TO_PULL = 4, 24
+# Monomials of all rows that are worth loading numba for.
+_MANY = 1 << 21
+# Bytes of the monomials of a row, of which a tile of the loops has 128.
+_MOST_BYTES = 1 << 16
+# Rows that the loops compute, most of which should be there.
+_FILLED = 0.8
+# Columns that are few; where they are more, so many monomials and rows are worth turning columns for.
+_NARROW, _WIDE_RANK, _WIDE_ROWS = 12, 128, 512
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def warm_up(dtypes: Sequence[str] = ("float32",), channels: Sequence[str] = ("re
     for kind in channels:
         if kind not in tuple(OF_CHANNELS):
             raise ValueError(f"channels should be 'real' or 'complex', got {kind!r}")
-    wanted = [operation for kind in channels for operation in OF_CHANNELS[kind]]
+    wanted = [*OF_ROWS, *(operation for kind in channels for operation in OF_CHANNELS[kind])]
     return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in wanted)
 
 
@@ -125,13 +133,13 @@ def _loaded() -> tuple[Any, str]:
         version = str(numba.__version__)
         if tuple(map(int, version.split(".")[:2])) < _OLDEST:
             return None, f"numba should be {'.'.join(map(str, _OLDEST))} or newer, got {version}"
-        from . import causal, decoding
+        from . import causal, decoding, rows
     except ModuleNotFoundError as error:
         return None, "numba is not installed" if error.name == "numba" else _told(error)
     except Exception as error:
         # A library that cannot be used may raise anything.
         return None, _told(error)
-    return SimpleNamespace(causal=causal, decoding=decoding, version=version), ""
+    return SimpleNamespace(causal=causal, decoding=decoding, rows=rows, version=version), ""
 
 
 # What operations raised for a dtype when they were tried.
@@ -147,6 +155,8 @@ def _fails(operation: str, dtype: str) -> bool:
         zero = [(np.zeros_like(ones), np.zeros_like(ones))]
         if operation.startswith("complex"):
             found = _of_complex_numbers(operation, dtype)
+        elif operation in OF_ROWS:
+            found = _of_one_row(operation, ones)
         elif operation == "prefix_read":
             found = prefix_read(block, zero, _alone)[1]
         elif operation == "step":
@@ -180,6 +190,14 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
     return of_a[..., 1] - of_a[..., 0]
 
 
+def _of_one_row(operation: str, ones: np.ndarray) -> Any:
+    """What an operation computes of 1 and x = 1: their mean, or their sum, 2, less its derivative, 1."""
+    rows, both = Rows(2, 1, np.asarray([[0, 1, 2, 0]], np.int64), read=1), np.repeat(ones, 2, axis=-2)
+    given = {"sum_rows": (ones,), "read_rows": (both / 2,)}.get(operation, (ones, both))
+    found = _ROW_OPERATIONS[operation](rows, ones, *given)
+    return np.sum(found[0]) - np.sum(found[1]) if isinstance(found, tuple) else np.mean(found)
+
+
 def _told(error: Exception) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -195,6 +213,7 @@ def kernels_for(
     takes: Callable[..., bool],
     values: Callable[[Array], np.ndarray] = np.asarray,
     wrapped: Callable[[np.ndarray], Array] = np.asarray,
+    pays: Callable[[Rows, int, int], bool] | None = None,
 ) -> tuple[Kernel, ...]:
     """The kernels of a backend whose arrays are, by their `values`, NumPy arrays on the same memory.
 
@@ -206,7 +225,10 @@ def kernels_for(
         Whether arrays of the library are such ones.
     values, wrapped : callable
         From an array to NumPy's, and back.
+    pays : callable
+        Whether loops over all rows, so many with numbers of so many bytes, are worth it; as measured, if not given.
     """
+    worth = pays or _pays
 
     def taken(operation: str, *arrays: Array) -> bool:
         if not takes(*arrays) or why_not():
@@ -227,13 +249,82 @@ def kernels_for(
     def run_step(operation: Callable[..., Any], token: Token, *given: Any) -> Any:
         return back(operation(token, *as_numpy(given)))
 
+    def takes_rows(operation: str, rows: Rows, *arrays: Array) -> bool:
+        itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
+        return worth(rows, arrays[0].shape[-2], itemsize) and taken(operation, *arrays)
+
+    def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
+        return back(operation(rows, *as_numpy(given)))
+
     functions: dict[str, Callable[..., Any]] = {
         "step": partial(run_step, step),
         "complex_step": partial(run_step, complex_step),
     }
     functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
     functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
-    return tuple(Kernel(operation, functions[operation], partial(taken, operation)) for operation in OPERATIONS)
+    functions |= {operation: partial(run_rows, function) for operation, function in _ROW_OPERATIONS.items()}
+    return tuple(
+        Kernel(operation, functions[operation], partial(takes_rows if operation in OF_ROWS else taken, operation))
+        for operation in OPERATIONS
+    )
+
+
+def _pays(rows: Rows, n: int, itemsize: int) -> bool:
+    """Whether the loops are faster than array operations for n rows of every problem, by more than it takes to load them."""
+    if rows.problems * n * rows.rank < _MANY or rows.rank * itemsize > _MOST_BYTES:
+        return False
+    if rows.columns > _NARROW and (rows.rank < _WIDE_RANK or n < _WIDE_ROWS):
+        return False
+    return n >= _FILLED * (-(-n // CHAIN) * CHAIN)
+
+
+def sum_rows(rows: Rows, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """The operation `sum_rows` for NumPy arrays."""
+    return _over_rows(rows._replace(read=0), x, z, None)[0]
+
+
+def read_rows(rows: Rows, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The operation `read_rows` for NumPy arrays."""
+    return _over_rows(rows._replace(read=rows.columns), x, None, matrix)[1]
+
+
+def sum_and_pull(rows: Rows, x: np.ndarray, z: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The operation `sum_and_pull` for NumPy arrays."""
+    sums, _, gradient = _over_rows(rows._replace(read=0), x, z, matrix)
+    return sums, gradient
+
+
+def read_and_pull(rows: Rows, x: np.ndarray, z: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The operation `read_and_pull` for NumPy arrays."""
+    _, found, gradient = _over_rows(rows, x, z, matrix)
+    return found, gradient
+
+
+_ROW_OPERATIONS: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (sum_rows, read_rows, sum_and_pull, read_and_pull)
+}
+
+
+def _over_rows(
+    rows: Rows, x: np.ndarray, z: np.ndarray | None, matrix: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Φ(x)ᵀ z, unless columns are read, these of Φ(x) M, and the gradient where there are both z and M."""
+    loops = _loaded()[0].rows
+    *_, n, dim = x.shape
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in (x, z, matrix) if a is not None))
+    problems, dtype = prod(leading), x.dtype
+    whole = -(-rows.columns // loops.COLUMNS) * loops.COLUMNS, -(-rows.rank // loops.FEW) * loops.FEW
+    summed, pulled = z is not None and not rows.read, z is not None and matrix is not None
+    m = np.zeros((problems, *whole) if matrix is not None else (problems, 0, 0), dtype)
+    if matrix is not None:
+        m[:, : rows.columns, : rows.rank] = np.swapaxes(_together(matrix, leading), -1, -2)
+    given = np.empty((problems, n, 0), dtype) if z is None else _together(z, leading)
+    sums = np.zeros((problems, *whole) if summed else (problems, 0, 0), dtype)
+    out, gradient = np.empty((problems, n, rows.read), dtype), np.empty((problems, n, dim if pulled else 0), dtype)
+    loops.compute(_together(x, leading), given, m, rows.runs, sums, out, gradient)
+    sums = np.swapaxes(sums[:, : rows.columns, : rows.rank], -1, -2)
+    found, read, pulled_back = (a.reshape(*leading, *a.shape[1:]) for a in (sums, out, gradient))
+    return found, read, pulled_back
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:
@@ -408,9 +499,7 @@ class _Problems:
 
     def together(self, x: np.ndarray) -> np.ndarray:
         """(..., n, k) → (P, n, k)."""
-        if x.shape[:-2] != self.leading:
-            x = np.broadcast_to(x, (*self.leading, *x.shape[-2:]))
-        return _writable(x.reshape(prod(self.leading), *x.shape[-2:]))
+        return _together(x, self.leading)
 
     def views(self, xs: Sequence[np.ndarray]) -> np.ndarray:
         """(..., n, k) for every view → (P, m, n, k), a copy."""
@@ -434,6 +523,13 @@ class _Problems:
         """What there is to do, where so many columns are worth a thread."""
         columns = sums.shape[2]
         return Work(len(self.q), columns, columns // fewest, float(self.q.shape[1]) * prod(sums.shape[1:]))
+
+
+def _together(x: np.ndarray, leading: tuple[int, ...]) -> np.ndarray:
+    """(..., n, k) → (P, n, k), for so many problems."""
+    if x.shape[:-2] != leading:
+        x = np.broadcast_to(x, (*leading, *x.shape[-2:]))
+    return _writable(x.reshape(prod(leading), *x.shape[-2:]))
 
 
 def _last(x: np.ndarray, leading: int) -> np.ndarray:

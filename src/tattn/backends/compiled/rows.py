@@ -1,0 +1,275 @@
+"""Loops over all rows, compiled: what `engines.features` computes of a block of rows, which every sum runs over whole.
+
+Symbols, for each of P problems: x (n, d) in units, z (n, c), Φ (n, r) the monomials of x, M (c, r). `runs` (count, 4) of
+`features.monomials.Run`. All arrays are contiguous, and of one dtype.
+
+Rows are taken `ROWS` at a time, channel by channel, and their monomials stay in the second cache until all that needs them is
+done. A product takes `FEW` monomials and `COLUMNS` columns at a time: so many numbers fit in the registers of every processor.
+Monomials and columns are filled up with zeros, and rows with zeros, too.
+
+A sum over rows has a chain of `ROWS` terms at most, and then one for each of these. A read-out has `WIDTH` terms in any order, and
+then one for every `WIDTH` monomials; so has a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..operations import CHAIN
+from .causal import _room
+from .jit import compiled
+
+ROWS = CHAIN
+# The loops below are written for four monomials and three columns.
+FEW, COLUMNS = 4, 3
+# Monomials that a read-out sums up before it adds further, a whole number of `FEW`.
+WIDTH = CHAIN
+FAST = {"reassoc", "contract"}
+# Rows that are turned at a time.
+_TURNED = 16
+
+
+@compiled()
+def _turn_some(x: Any, columns: int, turned: Any) -> None:
+    """`_TURNED` rows (_TURNED columns,) into their places of (columns, ROWS), of which `turned` begins with the first."""
+    for e in range(columns):
+        own, to = x[e:], turned[e * ROWS : e * ROWS + _TURNED]
+        for i in range(_TURNED):
+            to[i] = own[i * columns]
+
+
+@compiled()
+def _turn_some_back(turned: Any, columns: int, x: Any) -> None:
+    """The reverse of `_turn_some`."""
+    for e in range(columns):
+        own, of = x[e:], turned[e * ROWS : e * ROWS + _TURNED]
+        for i in range(_TURNED):
+            own[i * columns] = of[i]
+
+
+@compiled()
+def _turn(x: Any, begin: int, rows: int, turned: Any) -> None:
+    """Rows of (n, c) as (c, ROWS), with zeros behind."""
+    columns, flat, whole = x.shape[1], x.reshape(x.size), rows // _TURNED * _TURNED
+    for low in range(0, whole, _TURNED):
+        _turn_some(flat[(begin + low) * columns :], columns, turned[low:])
+    for e in range(columns if whole < ROWS else 0):
+        for i in range(whole, ROWS):
+            turned[e * ROWS + i] = x[begin + i, e] if i < rows else 0
+
+
+@compiled()
+def _turn_back(turned: Any, begin: int, rows: int, x: Any) -> None:
+    """The reverse of `_turn`."""
+    columns, flat, whole = x.shape[1], x.reshape(x.size), rows // _TURNED * _TURNED
+    for low in range(0, whole, _TURNED):
+        _turn_some_back(turned[low:], columns, flat[(begin + low) * columns :])
+    for e in range(columns):
+        for i in range(whole, rows):
+            x[begin + i, e] = turned[e * ROWS + i]
+
+
+@compiled(FAST)
+def _scale(x: Any, source: Any, target: Any) -> None:
+    for i in range(ROWS):
+        target[i] = x[i] * source[i]
+
+
+@compiled()
+def _features(x: Any, runs: Any, phi: Any) -> None:
+    """All monomials of rows (d ROWS,), (r ROWS,)."""
+    for i in range(ROWS):
+        phi[i] = 1
+    for run in range(runs.shape[0]):
+        channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+        own = x[channel * ROWS : (channel + 1) * ROWS]
+        for j in range(stop - start):
+            of, to = (source + j) * ROWS, (start + j) * ROWS
+            _scale(own, phi[of : of + ROWS], phi[to : to + ROWS])
+
+
+@compiled(FAST)
+def _dot(f: Any, z: Any) -> Any:
+    """Sums over rows of the products of four monomials and three columns."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = f.dtype.type(0)
+    for i in range(ROWS):
+        x, y, w = z[i], z[ROWS + i], z[2 * ROWS + i]
+        p = f[i]
+        a0 += p * x
+        b0 += p * y
+        c0 += p * w
+        p = f[ROWS + i]
+        a1 += p * x
+        b1 += p * y
+        c1 += p * w
+        p = f[2 * ROWS + i]
+        a2 += p * x
+        b2 += p * y
+        c2 += p * w
+        p = f[3 * ROWS + i]
+        a3 += p * x
+        b3 += p * y
+        c3 += p * w
+    return (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3)
+
+
+@compiled()
+def _add_four(sums: Any, a: int, four: Any) -> None:
+    sums[a] += four[0]
+    sums[a + 1] += four[1]
+    sums[a + 2] += four[2]
+    sums[a + 3] += four[3]
+
+
+@compiled()
+def _sum(phi: Any, z: Any, sums: Any) -> None:
+    """Φᵀ z joins the sums (c, r)."""
+    for a in range(0, sums.shape[1], FEW):
+        f = phi[a * ROWS : (a + FEW) * ROWS]
+        for e in range(0, sums.shape[0], COLUMNS):
+            x, y, w = _dot(f, z[e * ROWS : (e + COLUMNS) * ROWS])
+            _add_four(sums[e], a, x)
+            _add_four(sums[e + 1], a, y)
+            _add_four(sums[e + 2], a, w)
+
+
+@compiled(FAST)
+def _combine(m: Any, e: int, a: int, f: Any, part: Any) -> None:
+    """Four monomials times their factors join three columns."""
+    x0, x1, x2, x3 = m[e, a], m[e, a + 1], m[e, a + 2], m[e, a + 3]
+    y0, y1, y2, y3 = m[e + 1, a], m[e + 1, a + 1], m[e + 1, a + 2], m[e + 1, a + 3]
+    w0, w1, w2, w3 = m[e + 2, a], m[e + 2, a + 1], m[e + 2, a + 2], m[e + 2, a + 3]
+    for i in range(ROWS):
+        f0, f1, f2, f3 = f[i], f[ROWS + i], f[2 * ROWS + i], f[3 * ROWS + i]
+        part[i] += (x0 * f0 + x1 * f1) + (x2 * f2 + x3 * f3)
+        part[ROWS + i] += (y0 * f0 + y1 * f1) + (y2 * f2 + y3 * f3)
+        part[2 * ROWS + i] += (w0 * f0 + w1 * f1) + (w2 * f2 + w3 * f3)
+
+
+@compiled(FAST)
+def _join(part: Any, found: Any) -> None:
+    """A part of sums joins them, and is 0 from then on."""
+    for i in range(COLUMNS * ROWS):
+        found[i] += part[i]
+        part[i] = 0
+
+
+@compiled()
+def _read(phi: Any, m: Any, part: Any, found: Any) -> None:
+    """M Φ for the first columns of M, as many as `found` (c' ROWS,) has; `part` (COLUMNS ROWS,) is 0."""
+    found[:] = 0
+    for low in range(0, m.shape[1], WIDTH):
+        high = min(low + WIDTH, m.shape[1])
+        for e in range(0, found.shape[0] // ROWS, COLUMNS):
+            for a in range(low, high, FEW):
+                _combine(m, e, a, phi[a * ROWS : (a + FEW) * ROWS], part)
+            _join(part, found[e * ROWS : (e + COLUMNS) * ROWS])
+
+
+@compiled(FAST)
+def _slope(m: Any, e: int, a: int, z: Any, slopes: Any) -> None:
+    """Three columns times their factors join the gradients of four monomials."""
+    x0, x1, x2, x3 = m[e, a], m[e, a + 1], m[e, a + 2], m[e, a + 3]
+    y0, y1, y2, y3 = m[e + 1, a], m[e + 1, a + 1], m[e + 1, a + 2], m[e + 1, a + 3]
+    w0, w1, w2, w3 = m[e + 2, a], m[e + 2, a + 1], m[e + 2, a + 2], m[e + 2, a + 3]
+    for i in range(ROWS):
+        x, y, w = z[i], z[ROWS + i], z[2 * ROWS + i]
+        slopes[i] += x0 * x + y0 * y + w0 * w
+        slopes[ROWS + i] += x1 * x + y1 * y + w1 * w
+        slopes[2 * ROWS + i] += x2 * x + y2 * y + w2 * w
+        slopes[3 * ROWS + i] += x3 * x + y3 * y + w3 * w
+
+
+@compiled(FAST)
+def _nothing(slopes: Any) -> None:
+    for i in range(FEW * ROWS):
+        slopes[i] = 0
+
+
+@compiled()
+def _slopes(m: Any, z: Any, slopes: Any) -> None:
+    """Gradients of all monomials, Mᵀ z, (r ROWS,)."""
+    for a in range(0, m.shape[1], FEW):
+        own = slopes[a * ROWS : (a + FEW) * ROWS]
+        _nothing(own)
+        for e in range(0, m.shape[0], COLUMNS):
+            _slope(m, e, a, z[e * ROWS : (e + COLUMNS) * ROWS], own)
+
+
+@compiled(FAST)
+def _pull_four(x: Any, slopes: Any, phi: Any, back: Any, found: Any) -> None:
+    """Gradients of four products with a channel: they join those of its factors, and those of the channel."""
+    for i in range(ROWS):
+        s0, s1, s2, s3 = slopes[i], slopes[ROWS + i], slopes[2 * ROWS + i], slopes[3 * ROWS + i]
+        found[i] += (s0 * phi[i] + s1 * phi[ROWS + i]) + (s2 * phi[2 * ROWS + i] + s3 * phi[3 * ROWS + i])
+        back[i] += x[i] * s0
+        back[ROWS + i] += x[i] * s1
+        back[2 * ROWS + i] += x[i] * s2
+        back[3 * ROWS + i] += x[i] * s3
+
+
+@compiled(FAST)
+def _pull_one(x: Any, slopes: Any, phi: Any, back: Any, found: Any) -> None:
+    for i in range(ROWS):
+        found[i] += slopes[i] * phi[i]
+        back[i] += x[i] * slopes[i]
+
+
+@compiled(FAST)
+def _end(part: Any, found: Any) -> None:
+    for i in range(ROWS):
+        found[i] += part[i]
+        part[i] = 0
+
+
+@compiled()
+def _pull(x: Any, runs: Any, phi: Any, slopes: Any, part: Any, dx: Any) -> None:
+    """Gradients of rows (d ROWS,) from those of their monomials, which are lost; `part` begins with `ROWS` zeros."""
+    dx[:] = 0
+    part = part[:ROWS]
+    for run in range(runs.shape[0] - 1, -1, -1):
+        channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+        own, found = x[channel * ROWS : (channel + 1) * ROWS], dx[channel * ROWS : (channel + 1) * ROWS]
+        count = stop - start
+        for low in range(0, count, WIDTH):
+            j, high = low, min(low + WIDTH, count)
+            while j < high:
+                step = FEW if j + FEW <= high else 1
+                at, of = (start + j) * ROWS, (source + j) * ROWS
+                size = step * ROWS
+                of_these = own, slopes[at : at + size], phi[of : of + size], slopes[of : of + size], part
+                if step == FEW:
+                    _pull_four(*of_these)
+                else:
+                    _pull_one(*of_these)
+                j += step
+            _end(part, found)
+
+
+@compiled(leaf=False)
+def compute(x: Any, z: Any, m: Any, runs: Any, sums: Any, out: Any, dx: Any) -> None:
+    """Φᵀ z joins sums (P, c, r); the first columns of Φ Mᵀ go to out (P, n, c'); and Σ_e z_e ∂(Φ Mᵀ)_e/∂x to dx (P, n, d).
+
+    What has no columns is not computed. r and c are filled up to whole `FEW` and `COLUMNS`, but for those of z and out.
+    """
+    problems, n, dim = x.shape
+    r, columns = max(m.shape[2], sums.shape[2]), max(m.shape[1], sums.shape[1])
+    of_out = -(-out.shape[2] // COLUMNS) * COLUMNS
+    phi, part = _room(r * ROWS, x), _room(COLUMNS * ROWS, x)
+    own, given, found = _room(dim * ROWS, x), _room(columns * ROWS, x), _room(max(of_out, dim) * ROWS, x)
+    slopes = _room(r * ROWS if dx.shape[2] else 0, x)
+    for p in range(problems):
+        for begin in range(0, n, ROWS):
+            rows = min(ROWS, n - begin)
+            _turn(x[p], begin, rows, own)
+            _features(own, runs, phi)
+            _turn(z[p], begin, rows, given)
+            if sums.shape[2]:
+                _sum(phi, given, sums[p])
+            if of_out:
+                _read(phi, m[p], part, found[: of_out * ROWS])
+                _turn_back(found, begin, rows, out[p])
+            if dx.shape[2]:
+                _slopes(m[p], given, slopes)
+                _pull(own, runs, phi, slopes, part, found[: dim * ROWS])
+                _turn_back(found, begin, rows, dx[p])
