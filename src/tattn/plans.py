@@ -466,7 +466,7 @@ def _contradiction(plan: Plan) -> str:
         plan.window or (),
     )
     sums = len(set(plan.grading)) if plan.source == "data" and isinstance(plan.grading, tuple) else 0
-    views = plan.order - 1 if plan.window is not None and plan.causal and not polynomial else 0
+    views = plan.order - 1 if plan.window is not None and plan.causal and not banded else 0
     for name, given, count in (
         ("coefficients", plan.coefficients, terms), ("grading", plan.grading, weights), ("sizes", plan.sizes, sums),
         ("window", windows, views),

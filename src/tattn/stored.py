@@ -188,4 +188,4 @@ def _agreements(plan: Any) -> Iterator[tuple[str, bool]]:
     yield "bands", (plan.bands >= 1) == banded
     yield "moment", plan.moment % 2 == 0 and (2 <= plan.moment <= plan.degree if banded else plan.moment == 0)
     yield "causal", not (plan.causal and banded)
-    yield "window", plan.window is None or (plan.causal and not polynomial and len(plan.window) == plan.order - 1)
+    yield "window", plan.window is None or (plan.causal and len(plan.window) == plan.order - 1)

@@ -13,7 +13,16 @@ from reference import score_by_score, through_features
 import tattn
 
 DIM, VALUE_DIM, BAD = 4, 3, 41
-METHODS = ["polynomial", "by scores", "banded", "exact", "causal polynomial", "causal exact", "windows"]
+METHODS = [
+    "polynomial",
+    "by scores",
+    "banded",
+    "exact",
+    "causal polynomial",
+    "causal exact",
+    "windows",
+    "polynomial windows",
+]
 # Of query, keys and values.
 LEADING = [((), (), ()), ((2,), (2,), (2,)), ((2,), (), ())]
 
@@ -22,7 +31,7 @@ def draw(method: str, leading: Any, views: int = 2, n: int = 150) -> Call:
     """Small scores; of causal calls the views have more rows than the query."""
     rng = np.random.default_rng(0)
     of_query, of_keys, of_values = leading
-    lengths = [n + 7 * i * ("causal" in method or method == "windows") for i in range(views)]
+    lengths = [n + 7 * i * ("causal" in method or "windows" in method) for i in range(views)]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
@@ -47,6 +56,7 @@ def options(method: str, call: Call) -> dict[str, Any]:
         "causal polynomial": {"bound": 1.0, "degree": 4, "causal": True},
         "causal exact": {"bound": 1.0, "method": "exact", "causal": True},
         "windows": {"bound": 1.0, "method": "exact", "window": window},
+        "polynomial windows": {"bound": 1.0, "degree": 4, "window": window},
     }.get(method, {"bound": 1.0, "degree": 4})
     lengths = [call.query.shape[-2], *(k.shape[-2] for k in call.keys)]
     plan = tattn.plan_for(n=lengths, dim=DIM, order=len(lengths), value_dim=VALUE_DIM, **how)

@@ -50,10 +50,13 @@ def test_a_plan_says_what_a_row_costs() -> None:
 
 
 def test_windows_of_a_layer() -> None:
-    config = AttentionConfig(64, 8, window=5, method="exact")
-    assert config.causal and config.window == (5, 5) and config.plan().window == (5, 5)
+    for method in ("exact", "polynomial", "auto"):
+        config = AttentionConfig(64, 8, window=5, method=method)
+        assert config.causal and config.window == (5, 5)
+        assert config.plan().window == (5, 5) and config.plan().method == (
+            "exact" if method == "exact" else "polynomial"
+        )
     for error, message, options in (
-        (ValueError, "^window needs method='exact', got it with method 'polynomial'", {"window": 5}),
         (ValueError, r"^window\[1\] should be at least 1, got 0", {"window": (4, 0), "method": "exact"}),
         (ValueError, "^window should have 2 entries for order 3, got 1", {"window": (4,), "method": "exact"}),
         (TypeError, "^window should be a whole number, got float", {"window": 4.0, "method": "exact"}),

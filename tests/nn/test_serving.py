@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rotary, exact": {"positions": "rotary", "method": "exact", "window": (3, 2)},
     "exact": {"method": "exact"},
     "window": {"method": "exact", "window": (3, 2)},
+    "polynomial window": {"window": (3, 2)},
+    "polynomial window, rotary": {"positions": "rotary", "window": (3, 4)},
     "window without a bound": {"method": "exact", "window": 3, "bound": None},
     "auto": {"method": "auto", "bound": 1.0, "tol": 1e-2},
 }

@@ -415,7 +415,12 @@ def test_plans_for_workers_differ_in_costs_alone() -> None:
         ({"bandwidth": 1e9}, ValueError, r"^bandwidth should come with workers, got 1000000000.0 alone"),
         ({"workers": 2, "method": "exact"}, tattn.PlanError, r"^a plan for workers .* got exact: exact was asked for"),
         ({"workers": 2, "bound": None, "series": "banded"}, tattn.PlanError, r"^a plan for workers .* got banded"),
-        ({"workers": 2, "window": (9, 9)}, tattn.PlanError, r"^a plan for workers .* got exact: windows are exact"),
+        ({"workers": 2, "window": (9, 9)}, tattn.PlanError, r"^a plan for workers .* got exact: exact takes"),
+        (
+            {"workers": 2, "window": (900, 900)},
+            tattn.PlanError,
+            r"^a plan for workers should have no window, .* got \(900, 900\)",
+        ),
     ],
 )
 def test_refused_for_workers(options: dict[str, Any], error: type, match: str) -> None:

@@ -26,7 +26,7 @@ from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from ..arrays import clean, sum_to_leading, unweighed
-from ..backends import Array, Backend
+from ..backends import Array
 from ..backends.operations import CHAIN, Prefix, of_channels
 from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
@@ -36,8 +36,8 @@ from ..features.pairs import Pairs, pair_weights
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
-from . import features
-from .chunks import Chunks, Setting, adjoint, chunk_of, numerator
+from . import features, windows
+from .chunks import Chunks, Setting, adjoint, chunk_of, numerator, windows_of
 from .fading import at_its_end, faded, numbers, powers, slopes
 from .features import (
     Sum,
@@ -53,7 +53,9 @@ from .features import (
     with_ones,
     zero_sum,
 )
+from .pieces import backwards, in_pieces, in_rows, padded
 from .spoiled import Columns, backward_apart, forward_apart, sees_some
+from .window_sums import MOST_CHUNKS
 
 # log2 of monomials whose products with values are numbers.
 _LARGEST = {"float32": 96, "float64": 900}
@@ -86,6 +88,8 @@ def read_rows(operands: Operands, expansion: Expansion, start: Start | None = No
     operands, start, _ = _balanced(operands, start)
     setting, block = _setting("prefix_read", operands, expansion, start)
     compute = partial(_read_rows, setting, block, start)
+    if setting.windows:
+        compute = partial(windows.read_rows, setting, block)
     out, normaliser = forward_apart(compute, operands, _limits(setting))
     if not operands.weights or start:
         return out, normaliser
@@ -106,7 +110,7 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
         # The last block may be short of whole chunks.
         here = rows[0].shape[-2]  # type: ignore[union-attr]
         whole = -(-here // setting.chunk) * setting.chunk
-        q, *views = (_padded(x, whole, backend) for x in rows)
+        q, *views = (padded(x, whole, backend) for x in rows)
         chunks = Chunks.of(setting, q, views, [total for total, _ in carry])
         if setting.decays:
             carry = tuple(faded(c, decay, whole, backend) for c, decay in zip(carry, setting.decays, strict=True))
@@ -165,6 +169,8 @@ def backward(
     setting, block = _setting("prefix_pull", operands, expansion, start)
     columns = (attended.out, *attended.kept, *upstream)
     compute = partial(_backward, setting, block, start)
+    if setting.windows:
+        compute = partial(windows.backward, setting, block)
     found, behind = backward_apart(compute, operands, columns, 0.0, _limits(setting))
     found = found._replace(values=with_powers(found.values, powers, setting.backend))
     of_sums = [with_one(p, setting.backend) for p in powers] if behind else []
@@ -193,32 +199,32 @@ def _backward(
         # Sums before a few long blocks are few numbers, and then no rows are summed up twice.
         segments = blocks
     inner = -(-blocks // segments)
-    rows = [_padded(x, segments * inner * block, backend) for x in (q, *columns, *views)]
-    folded = [_folded(x, segments, backend) for x in rows]
+    rows = [padded(x, segments * inner * block, backend) for x in (q, *columns, *views)]
+    folded = [in_pieces(x, segments, backend) for x in rows]
 
     def states(given: Sequence[Array]) -> list[Array]:
         return [xp.reshape(s, shape) for s, shape in zip(given, shapes, strict=True)]
 
     def of_segment(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
         starts = tuple((s, xp.zeros_like(s)) for s in states(given[:m]))
-        whole = [_unfolded(x, inner * block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
-        pieces = [_folded(x, inner, backend) for x in whole]
+        whole = [in_rows(x, inner * block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
+        pieces = [in_pieces(x, inner, backend) for x in whole]
         starts_of_blocks = _starts(setting, starts, pieces[-3 * m :], rows[-3 * m :], block, inner)
 
         def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
-            cut = [_unfolded(x, block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
+            cut = [in_rows(x, block, like, backend) for x, like in zip(given[m:], rows, strict=True)]
             carry, grads = of_block(setting, carry, states(given[:m]), cut, m)
-            return carry, tuple(_folded(g, 1, backend) for g in grads)
+            return carry, tuple(in_pieces(g, 1, backend) for g in grads)
 
-        carry, grads = backend.scan_rows(body, carry, [_flipped(x, backend) for x in (*starts_of_blocks, *pieces)], 1)
-        return carry, tuple(_folded(_flipped(g, backend), 1, backend) for g in grads)
+        carry, grads = backend.scan_rows(body, carry, [backwards(x, backend) for x in (*starts_of_blocks, *pieces)], 1)
+        return carry, tuple(in_pieces(backwards(g, backend), 1, backend) for g in grads)
 
     starts = _starts(setting, sums, folded[-3 * m :], rows[-3 * m :], inner * block, segments)
     of_decays = [tuple(x.shape) for x in setting.decays]
     carry: tuple[Sum, ...] = tuple(zero_sum(x, dtype, q, backend) for x in (*carried, *of_decays))
-    carry, grads = backend.scan_rows(of_segment, carry, [_flipped(x, backend) for x in (*starts, *folded)], 1)
+    carry, grads = backend.scan_rows(of_segment, carry, [backwards(x, backend) for x in (*starts, *folded)], 1)
     found = [
-        xp.reshape(_flipped(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
+        xp.reshape(backwards(g, backend), (*g.shape[:-2], -1, like.shape[-1]))[..., :n, :]
         for g, like in zip(grads, operands.targets, strict=False)
     ]
     found += [slope for slope, _ in carry[m:]]
@@ -285,9 +291,14 @@ def cost(problem: Problem, rank: float) -> Cost:
         return Cost(_COMPILED * flops, memory + (16 << 20))
     # Every row multiplies with the rows of its chunk, for every channel of the values where there are several views.
     chunk, several, columns = chunk_of(problem.views), problem.views > 1, problem.value_dim + 1
+    one = features.bytes_of_sums(problem, rank)
+    if windows_of(problem.order.window, problem.lengths[1:], chunk):
+        # Of two chunks; and what is before it is summed up from several parts, of copies of the rows.
+        chunk, flops = 2 * chunk, 2 * flops
+        memory += problem.rows * problem.itemsize * (problem.dim + columns)
+        memory += one * isqrt(max(problem.lengths) // (MOST_CHUNKS * chunk)) / 4
     inside = 2.0 * chunk * (problem.views * columns if several else 1)
     flops += problem.lengths[0] * problem.batch * rank * (inside + 2.0 * several * problem.views * columns)
-    one = features.bytes_of_sums(problem, rank)
     return Cost(flops, memory + max(min(chunk * one, 32 << 20), 2 * one) + (8 << 20))
 
 
@@ -306,8 +317,9 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     backend, q, keys, values = operands.backend, operands.query, operands.keys, operands.values
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
-    # Compiled loops know of no decay.
-    kernel = None if operands.decays else _kernel(operation, operands)
+    windowed = is_windowed(operands)
+    # Compiled loops know of no decay and of no windows.
+    kernel = None if operands.decays or windowed else _kernel(operation, operands)
     forms: Forms | Pairs | None = None
     w = weights(expansion, q, backend)
     if operands.paired and m == 1:
@@ -331,12 +343,20 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     n = q.shape[-2]
     chunk = min(chunk, 1 << (n - 1).bit_length())
     tile = max(1, backend.workspace // (2 * in_tile * chunk))
-    in_block = row * (2 * (m + 1) + 2 * m * columns // chunk)
-    chunks = max(1, min(2 * backend.workspace // (in_block * chunk), CHAIN, -(-n // chunk)))
+    # With windows two or three times as many rows of keys.
+    in_block = row * (2 * (m + 1) + 2 * m * columns // chunk) * (1 + windowed)
+    most = MOST_CHUNKS if windowed else CHAIN
+    chunks = max(1, min(2 * backend.workspace // (in_block * chunk), most, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
+    seen = windows_of(operands.order.window, operands.lengths[1:], chunk)
     return Setting(
-        degree, grading, w, units, shares, chunk, tile, leading, backend, forms, kernel, operands.decays
+        degree, grading, w, units, shares, chunk, tile, leading, backend, forms, kernel, operands.decays, seen
     ), chunk * chunks
+
+
+def is_windowed(operands: Operands) -> bool:
+    """Whether some row does not see all rows of a view before it."""
+    return bool(windows_of(operands.order.window, operands.lengths[1:], 1))
 
 
 def _limits(setting: Setting) -> list[Any]:
@@ -409,18 +429,19 @@ def _starts(
     xp = backend.xp
     r = setting.w.shape[0]
     if count == 1:
-        return tuple(_folded(total, 1, backend) for total, _ in sums)
+        return tuple(in_pieces(total, 1, backend) for total, _ in sums)
     # Nothing begins after the last.
     folded = [None if x is None else x[..., : count - 1, :] for x in folded]
 
     def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
-        pieces = [_unfolded(x, rows, shape, backend) for x, shape in zip(given, like, strict=True)]
+        pieces = [in_rows(x, rows, shape, backend) for x, shape in zip(given, like, strict=True)]
         after = tuple(_with_rows(setting, view, total, *pieces[view::m]) for view, total in enumerate(carry))
         return after, tuple(xp.reshape(total, (*total.shape[:-2], 1, total.shape[-2] * r)) for total, _ in carry)
 
     after, starts = backend.scan_rows(body, sums, folded, 1)
     return tuple(
-        xp.concat([found, _folded(total, 1, backend)], axis=-2) for found, (total, _) in zip(starts, after, strict=True)
+        xp.concat([found, in_pieces(total, 1, backend)], axis=-2)
+        for found, (total, _) in zip(starts, after, strict=True)
     )
 
 
@@ -444,31 +465,3 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     result: Sum
     result, _ = backend.scan_rows(body, total, (keys, values, masks), block)
     return result
-
-
-def _padded(x: Array | None, rows: int, backend: Backend) -> Array | None:
-    """With rows of zeros behind, which none but they themselves see."""
-    if x is None or x.shape[-2] == rows:
-        return x
-    *leading, n, k = x.shape
-    pad = backend.xp.zeros((*leading, rows - n, k), dtype=x.dtype, device=backend.device(x))
-    return backend.xp.concat([x, pad], axis=-2)
-
-
-def _folded(x: Array | None, pieces: int, backend: Backend) -> Array | None:
-    """(..., rows, k) → (..., pieces, rows / pieces · k): each piece as one row, which loops hand on whole."""
-    if x is None:
-        return None
-    *leading, rows, k = x.shape
-    return backend.xp.reshape(x, (*leading, pieces, rows // pieces * k))
-
-
-def _unfolded(x: Array | None, rows: int, like: Array | None, backend: Backend) -> Array | None:
-    """All pieces as `rows` rows with the channels of `like`."""
-    if x is None or like is None:
-        return None
-    return backend.xp.reshape(x, (*x.shape[:-2], rows, like.shape[-1]))
-
-
-def _flipped(x: Array | None, backend: Backend) -> Array | None:
-    return None if x is None else backend.xp.flip(x, axis=-2)

@@ -31,11 +31,24 @@ from .features import Sum, add, channels, scaled_gradient, with_ones
 SPANS = 32, 16
 
 
+class Window(NamedTuple):
+    """How many rows a row sees of a view, its own included: so many whole chunks, and the rest."""
+
+    whole: int
+    rest: int
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """How many chunks before the rows of a chunk those stand of which some rows of the chunk see a part."""
+        return (0, *((self.whole,) if self.whole else ()), *((self.whole + 1,) if self.rest else ()))
+
+
 class Setting(NamedTuple):
     """What the blocks of a call have in common: w (r, 1), units of query and keys, 1/n_μ; rows of a chunk, chunks of a tile.
 
     `forms`: as what complex monomials are multiplied; `kernel`: what computes blocks in place of this module; `decays`: λ of every
-    view (..., 1, 1), if a key t rows before a row counts λ^t. Sums are then those that the last of their rows sees.
+    view (..., 1, 1), if a key t rows before a row counts λ^t. Sums are then those that the last of their rows sees. `windows`:
+    those of every view, if some row does not see all rows before it.
     """
 
     degree: int
@@ -50,6 +63,7 @@ class Setting(NamedTuple):
     forms: Forms | Pairs | None = None
     kernel: Callable[..., Any] | None = None
     decays: tuple[Array, ...] = ()
+    windows: tuple[Window, ...] = ()
 
     def turned(self, x: Array) -> Array:
         """Monomials (..., r, k) as what prefixes are made of, where channels are complex."""
@@ -70,8 +84,18 @@ def chunk_of(views: int) -> int:
     return SPANS[views > 1]
 
 
+def windows_of(window: Sequence[int] | None, lengths: Sequence[int], chunk: int) -> tuple[Window, ...]:
+    """The windows of views of so many rows; () if none of them leaves out a row."""
+    if window is None or all(w >= n for w, n in zip(window, lengths, strict=True)):
+        return ()
+    return tuple(Window(*divmod(min(w, n), chunk)) for w, n in zip(window, lengths, strict=True))
+
+
 class Chunks(NamedTuple):
-    """A block of rows in chunks: monomials (..., M, b, r), values and ones (..., M, b, dv + 1), what each chunk begins with."""
+    """A block of rows in chunks: monomials (..., M, b, r), values and ones (..., M, b, dv + 1), what each chunk begins with.
+
+    With windows a chunk has J rows of keys and values in place of b: its own, and those of others that it sees in part.
+    """
 
     phi_q: Array
     phis: list[Array]  # of keys
@@ -90,12 +114,12 @@ class Chunks(NamedTuple):
         for x, mask, unit in zip((q, *rows[:m]), (None, *rows[2 * m :]), setting.units, strict=True):
             x = channels(clean(x, mask, backend), unit, dtype, backend)
             flat.append((x, features(x, setting.degree, backend, setting.grading)))
-        phi_q, *phis = (_in_chunks(xp.matrix_transpose(setting.turned(phi)), setting) for _, phi in flat)
+        phi_q, *phis = (in_chunks(xp.matrix_transpose(setting.turned(phi)), setting) for _, phi in flat)
         zs, befores, sums = [], [], []
         for view, (v, mask, share, phi, start) in enumerate(
             zip(rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True)
         ):
-            z = _in_chunks(with_ones(v, mask, dtype, backend) * share, setting)
+            z = in_chunks(with_ones(v, mask, dtype, backend) * share, setting)
             of_chunks = _times_last(setting, view, xp.matrix_transpose(z)) @ phi
             running = _running(setting, view, of_chunks)
             befores.append(_at_chunks(setting, view, start, running) + running[..., :-1, :, :])
@@ -104,8 +128,8 @@ class Chunks(NamedTuple):
         return cls(phi_q, phis, zs, befores, sums, flat)
 
     def together(self, backend: Backend) -> list[Array]:
-        """What `_tile` takes, chunks as rows."""
-        return [_together(x, backend) for x in (self.phi_q, *self.phis, *self.zs, *self.befores)]
+        """What `tile_of` takes, chunks as rows."""
+        return [flattened(x, backend) for x in (self.phi_q, *self.phis, *self.zs, *self.befores)]
 
 
 def numerator(setting: Setting, chunks: Chunks) -> Array:
@@ -113,17 +137,16 @@ def numerator(setting: Setting, chunks: Chunks) -> Array:
     backend = setting.backend
     xp = backend.xp
     m = len(chunks.zs)
-    *_, b, r = chunks.phi_q.shape
-    columns = chunks.zs[0].shape[-1]
+    b, columns = setting.chunk, chunks.zs[0].shape[-1]
 
     def body(_: None, *given: Array) -> tuple[None, tuple[Array]]:
-        phi_q, phis, zs, befores, _ = _tile(given, m, b, r, columns, backend)
+        phi_q, phis, zs, befores, _ = tile_of(given, setting, m, columns)
         x = (phi_q * setting.w[:, 0])[..., None, :, :]
         for view in range(1, m):
             x = _times(_prefix(setting, view, zs[view], phis[view], befores[view]), x, backend)
         inside = _scores(setting, 0, x, phis[0]) @ xp.matrix_transpose(zs[0])[..., None]
         found = _times_first(setting, 0, _contracted(x, befores[0], setting)) + inside[..., 0]
-        return None, (_together(found, backend),)
+        return None, (flattened(found, backend),)
 
     _, (found,) = backend.scan_rows(body, None, chunks.together(backend), setting.tile)
     return _flat(xp.reshape(found, (*found.shape[:-1], columns, b)), setting)
@@ -138,15 +161,15 @@ def adjoint(
     q, o, l, g, g_lse, *views = rows
     chunks = Chunks.of(setting, q, views, starts)
     o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
-    g_hat = xp.matrix_transpose(_in_chunks(scaled_gradient(o, l, g, g_lse, backend), setting))
+    g_hat = xp.matrix_transpose(in_chunks(scaled_gradient(o, l, g, g_lse, backend), setting))
     *_, b, r = chunks.phi_q.shape
     columns = g_hat.shape[-2]
 
     def body(carry: tuple[Sum, ...], *given: Array) -> tuple[tuple[Sum, ...], tuple[Array, ...]]:
-        carry, found = _tile_adjoint(setting, carry, _tile(given, m, b, r, columns, backend))
-        return carry, tuple(_together(x, backend) for x in found)
+        carry, found = _tile_adjoint(setting, carry, tile_of(given, setting, m, columns))
+        return carry, tuple(flattened(x, backend) for x in found)
 
-    folded = [xp.flip(x, axis=-2) for x in (*chunks.together(backend), _together(g_hat, backend))]
+    folded = [xp.flip(x, axis=-2) for x in (*chunks.together(backend), flattened(g_hat, backend))]
     carry, flipped = backend.scan_rows(body, carry, folded, setting.tile)
     y_q, *of_views = (xp.flip(x, axis=-2) for x in flipped)
     y_q, *ys = (xp.reshape(y, (*y.shape[:-2], y.shape[-2] * b, r)) for y in (y_q, *of_views[:m]))
@@ -166,56 +189,82 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
 
     The gradients of λ (..., 1, 1), if there are some, stand behind G_μ.
     """
-    phi_q, phis, zs, befores, g_hat = tile
+    _, phis, zs, befores, g_hat = tile
     backend = setting.backend
     xp = backend.xp
     m = len(zs)
-    triangles = [_triangle(setting, view, g_hat) for view in range(m)]
-    w = setting.w[:, 0]
-    weighted = (phi_q * w)[..., None, :, :]
-    if m == 1:
-        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * triangles[0]
-        y_q = xp.matrix_transpose(_times_first(setting, 0, g_hat)) @ befores[0] + pairs @ phis[0]
-        xs = [weighted]
-    else:
-        prefixes = [_prefix(setting, *view) for view in zip(range(m), zs, phis, befores, strict=True)]
-        both = swap_outer(prod_of(prefixes), backend)
-        y_q = (xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :]
-        xs = [prod_of([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
-            _times(prefixes[1 - view], weighted, backend) for view in range(m)
-        ]  # fmt: skip
+    y_q, xs = of_query(setting, tile)
     after, ys, dzs, of_decays = [], [], [], []
     for view, (total, z, phi, x) in enumerate(zip(carry[:m], zs, phis, xs, strict=True)):
-        upper, first = xp.matrix_transpose(triangles[view]), _times_first(setting, view, g_hat)
-        if m == 1:
-            of_chunks = first @ x[..., 0, :, :]
-            pairs = (z @ g_hat) * upper
-        else:
-            of_chunks = (first[..., None, :] @ x)[..., 0, :]
-            # ũ_je ĝ_ie for i ≥ j, (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i).
-            pairs = swap_outer(
-                xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper[..., None, :, :]), backend
-            )
-            pairs = _together(pairs, backend)
-        inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+        pulled = of_view(setting, view, (x, phi, z, g_hat))
         # All of a view's gradient is summed over the problems that share it, or none: what is behind it is.
         leading = total[0].shape[:-2]
-        of_chunks = _to_view(of_chunks, leading, backend)
+        of_chunks = to_view(pulled.before, leading, backend)
         running = _running(setting, view, of_chunks)
         behind = _at_chunks(setting, view, total[0], running) + running[..., :-1, :, :]
         after.append(add(_faded(setting, view, total, running.shape[-3] - 1), running[..., -1, :, :]))
         dz = read(xp.matrix_transpose(phi), behind, backend)
-        scores = _all_scores(setting, x, phi)
         if setting.decays:
-            slope = _decay_slope(setting, view, (z, befores[view], behind), (g_hat, x, scores), dz)
+            slope = _decay_slope(setting, view, (z, befores[view], behind), (g_hat, x, pulled.scores), dz)
             of_decays.append(add(carry[m + view], slope))
             dz = _times_last(setting, view, dz)
-        scores = scores * triangles[view][..., None, :, :]
-        own = (xp.matrix_transpose(scores) @ g_hat[..., None])[..., 0]
-        dzs.append(xp.matrix_transpose(dz + _to_view(own, leading, backend)))
+        dzs.append(xp.matrix_transpose(dz + to_view(pulled.values, leading, backend)))
         last = xp.matrix_transpose(_times_last(setting, view, xp.matrix_transpose(z)))
-        ys.append(last @ behind + _to_view(inside, leading, backend))
-    return (*after, *of_decays), [y_q * w, *ys, *dzs]
+        ys.append(last @ behind + to_view(pulled.features, leading, backend))
+    return (*after, *of_decays), [y_q, *ys, *dzs]
+
+
+def of_query(setting: Setting, tile: Any) -> tuple[Array, list[Array]]:
+    """Gradients of Φ(q) of some chunks (..., M, b, r), and X_μ(i) of every view, (..., M, dv + 1 or 1, b, r)."""
+    phi_q, phis, zs, befores, g_hat = tile
+    backend, m = setting.backend, len(zs)
+    xp = backend.xp
+    w = setting.w[:, 0]
+    weighted = (phi_q * w)[..., None, :, :]
+    if m == 1:
+        pairs = (xp.matrix_transpose(g_hat) @ xp.matrix_transpose(zs[0])) * _triangle(setting, 0, g_hat)
+        y_q = xp.matrix_transpose(_times_first(setting, 0, g_hat)) @ befores[0] + pairs @ phis[0]
+        return y_q * w, [weighted]
+    prefixes = [_prefix(setting, *view) for view in zip(range(m), zs, phis, befores, strict=True)]
+    both = swap_outer(prod_of(prefixes), backend)
+    y_q = (xp.matrix_transpose(g_hat)[..., None, :] @ both)[..., 0, :]
+    xs = [prod_of([*prefixes[:view], *prefixes[view + 1 :], weighted]) for view in range(m)] if m > 2 else [
+        _times(prefixes[1 - view], weighted, backend) for view in range(m)
+    ]  # fmt: skip
+    return y_q * w, xs
+
+
+class Pulled(NamedTuple):
+    """Gradients of what chunks begin with (..., M, dv + 1, r), of Φ(k) (..., M, J, r) and of z (..., M, dv + 1, J), in chunks.
+
+    `scores`: of all pairs in a chunk, (..., M, dv + 1 or 1, b, J).
+    """
+
+    before: Array
+    features: Array
+    values: Array
+    scores: Array
+
+
+def of_view(setting: Setting, view: int, given: Sequence[Array]) -> Pulled:
+    """What the rows of chunks give to a view by X, from X, Φ(k), z and ĝ."""
+    x, phi, z, g_hat = given
+    backend = setting.backend
+    xp = backend.xp
+    triangle = _triangle(setting, view, g_hat)
+    upper, first = xp.matrix_transpose(triangle), _times_first(setting, view, g_hat)
+    if len(setting.shares) == 1:
+        of_chunks = first @ x[..., 0, :, :]
+        pairs = (z @ g_hat) * upper
+    else:
+        of_chunks = (first[..., None, :] @ x)[..., 0, :]
+        # ũ_je ĝ_ie for i ≥ j, (..., M, dv + 1, j, i) → (..., M, j, (dv + 1) i).
+        pairs = swap_outer(xp.matrix_transpose(z)[..., None] * (g_hat[..., None, :] * upper[..., None, :, :]), backend)
+        pairs = flattened(pairs, backend)
+    inside = pairs @ xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+    scores = _all_scores(setting, x, phi)
+    own = (xp.matrix_transpose(scores * triangle[..., None, :, :]) @ g_hat[..., None])[..., 0]
+    return Pulled(of_chunks, inside, own, scores)
 
 
 def _decay_slope(setting: Setting, view: int, own: Sequence[Array], of_rows: Sequence[Array], dz: Array) -> Array:
@@ -242,25 +291,28 @@ def _decay_slope(setting: Setting, view: int, own: Sequence[Array], of_rows: Seq
     return total
 
 
-def _tile(given: Sequence[Array], m: int, b: int, r: int, columns: int, backend: Backend) -> Any:
+def tile_of(given: Sequence[Array], setting: Setting, m: int, columns: int) -> Any:
     """Φ(q), Φ(k) and z of every view, what their chunks begin with, and ĝ if given: as `Chunks` has them."""
+    r = setting.w.shape[0]
 
     def apart(x: Array, rows: int) -> Array:
-        return backend.xp.reshape(x, (*x.shape[:-1], rows, x.shape[-1] // rows))
+        return setting.backend.xp.reshape(x, (*x.shape[:-1], rows, x.shape[-1] // rows))
 
     phi_q, *rest = given
-    phis, zs, befores = ([apart(x, b if i < 2 else columns) for x in rest[i * m : (i + 1) * m]] for i in range(3))
+    phis = [apart(x, x.shape[-1] // r) for x in rest[:m]]
+    zs = [apart(x, x.shape[-1] // columns) for x in rest[m : 2 * m]]
+    befores = [apart(x, columns) for x in rest[2 * m : 3 * m]]
     g_hat = apart(rest[3 * m], columns) if len(rest) > 3 * m else None
-    return apart(phi_q, b), phis, zs, befores, g_hat
+    return apart(phi_q, setting.chunk), phis, zs, befores, g_hat
 
 
 def _prefix(setting: Setting, view: int, z: Array, phi: Array, before: Array) -> Array:
     """S_μ(i) of every row of some chunks, (..., M, dv + 1, b, r)."""
     xp = setting.backend.xp
-    # z_je for the rows j ≤ i, and 0 for others: (..., M, dv + 1, b, b), a product with the monomials of all rows.
+    # z_je for the rows j ≤ i, and 0 for others: (..., M, dv + 1, b, J), a product with the monomials of all rows.
     masked = xp.matrix_transpose(z)[..., None, :] * _triangle(setting, view, z)[..., None, :, :]
     inside = xp.reshape(masked, (*masked.shape[:-3], -1, masked.shape[-1])) @ phi
-    inside = xp.reshape(inside, (*inside.shape[:-2], z.shape[-1], z.shape[-2], phi.shape[-1]))
+    inside = xp.reshape(inside, (*inside.shape[:-2], z.shape[-1], setting.chunk, phi.shape[-1]))
     rise = before[..., None, :]
     if setting.decays:
         rise = rise * xp.matrix_transpose(_first(setting, view))[..., None, :, :]
@@ -278,7 +330,7 @@ def _times(x: Array, y: Array, backend: Backend) -> Array:
     return x
 
 
-def _together(x: Array, backend: Backend) -> Array:
+def flattened(x: Array, backend: Backend) -> Array:
     """The numbers of each chunk as one row: (..., M, i, j) → (..., M, i j)."""
     return backend.xp.reshape(x, (*x.shape[:-2], -1))
 
@@ -289,11 +341,11 @@ def _scores(setting: Setting, view: int, x: Array, phi: Array) -> Array:
 
 
 def _all_scores(setting: Setting, x: Array, phi: Array) -> Array:
-    """Σ_α X(i)_αe Φ(a_j)_α for i and j in the same chunk: (..., M, e, b, r) and (..., M, b, r) → (..., M, e, b, b)."""
+    """Σ_α X(i)_αe Φ(a_j)_α for i and j in the same chunk: (..., M, e, b, r) and (..., M, J, r) → (..., M, e, b, J)."""
     xp = setting.backend.xp
     *leading, e, b, r = x.shape
     found = read(xp.matrix_transpose(phi), xp.reshape(x, (*leading, e * b, r)), setting.backend)
-    return xp.reshape(found, (*found.shape[:-2], e, b, b))
+    return xp.reshape(found, (*found.shape[:-2], e, b, phi.shape[-2]))
 
 
 def _contracted(x: Array, c: Array, setting: Setting) -> Array:
@@ -307,18 +359,23 @@ def _contracted(x: Array, c: Array, setting: Setting) -> Array:
 
 def _pulled_back(setting: Setting, y: Array, place: int, chunks: Chunks, mask: Array | None, like: Array) -> Array:
     """Gradient of the rows `like` of a block from that of their monomials (..., rows, r)."""
-    backend = setting.backend
-    xp = backend.xp
-    x, phi = chunks.flat[place]
+    dx = of_channels(setting, y, *chunks.flat[place])
+    return sum_to_leading(clean(dx * setting.units[place], mask, setting.backend), like.shape[:-2], setting.backend)
+
+
+def of_channels(setting: Setting, y: Array, x: Array, phi: Array) -> Array:
+    """Gradient of channels x (..., d, rows) with monomials Φ, from that of these (..., rows, r): (..., rows, d)."""
+    xp = setting.backend.xp
     # The rest is linear in y, so what rows are shared by is summed first.
-    y = setting.turned_back(xp.matrix_transpose(sum_to_leading(y, x.shape[:-2], backend)))
-    dx = xp.matrix_transpose(pull_back(x, phi, y, setting.degree, backend, setting.grading))
-    return sum_to_leading(clean(dx * setting.units[place], mask, backend), like.shape[:-2], backend)
+    y = setting.turned_back(xp.matrix_transpose(sum_to_leading(y, x.shape[:-2], setting.backend)))
+    return xp.matrix_transpose(pull_back(x, phi, y, setting.degree, setting.backend, setting.grading))
 
 
 def _triangle(setting: Setting, view: int, like: Array) -> Array:
-    """1 for j ≤ i and 0 for others, (b, b); or λ^(i − j) in place of 1, (..., 1, b, b)."""
+    """1 for j ≤ i and 0 for others, (b, b); or λ^(i − j) in place of 1, (..., 1, b, b); in windows (b, J)."""
     backend = setting.backend
+    if setting.windows:
+        return backend.table(_in_window, setting.chunk, *setting.windows[view], like=like, dtype=setting.w.dtype)
     lower = backend.table(_lower, setting.chunk, like=like, dtype=setting.w.dtype)
     if not setting.decays:
         return lower
@@ -369,6 +426,15 @@ def _lower(b: int) -> np.ndarray:
     return np.tril(np.ones((b, b)))
 
 
+@memoized
+def _in_window(b: int, whole: int, rest: int) -> np.ndarray:
+    """The table of `_triangle` for a window: for the rows of a chunk and of those before it that they see in part."""
+    rows = np.arange(b)
+    behind = [rows[:, None] - rows[None, :] + shift * b for shift in Window(whole, rest).shifts]
+    seen = [(t >= 0) & (t < whole * b + rest) for t in behind]
+    return np.concatenate(seen, axis=1).astype(float)
+
+
 def _running(setting: Setting, view: int, of_chunks: Array) -> Array:
     """Sums over the chunks before each, and over all of them: (..., M, k, r) → (..., M + 1, k, r)."""
     backend = setting.backend
@@ -388,7 +454,7 @@ def _before(chunks: int) -> np.ndarray:
     return np.tril(np.ones((chunks + 1, chunks)), -1)
 
 
-def _in_chunks(x: Array, setting: Setting) -> Array:
+def in_chunks(x: Array, setting: Setting) -> Array:
     """(..., rows, k) → (..., M, b, k)."""
     *leading, rows, k = x.shape
     return setting.backend.xp.reshape(x, (*leading, rows // setting.chunk, setting.chunk, k))
@@ -400,7 +466,7 @@ def _flat(x: Array, setting: Setting) -> Array:
     return setting.backend.xp.reshape(swap_outer(x, setting.backend), (*leading, k, chunks * b))
 
 
-def _to_view(of_chunks: Array, leading: tuple[int, ...], backend: Backend) -> Array:
+def to_view(of_chunks: Array, leading: tuple[int, ...], backend: Backend) -> Array:
     """Sum over the leading dimensions (before M) that a view lacks: (..., M, k, r)."""
     xp = backend.xp
     *_, chunks, k, r = of_chunks.shape

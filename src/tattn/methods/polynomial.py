@@ -117,7 +117,8 @@ class Polynomial(OneError):
         error, grad_error = inf, inf
         if self.delta < 1:
             least = least_normaliser(self.delta, self.bound, scores.lowest_mean)
-            chunk = chunk_of(problem.views) if problem.order.causal else 0
+            # In a window, parts of two chunks are added up for a row, in place of one.
+            chunk = chunk_of(problem.views) * (1 + (problem.order.window is not None)) if problem.order.causal else 0
             sums = Sums.of(problem, self.rank(problem.dim), chunk)
             rho = polynomial_rounding(self.coefficients, self.bound, least, sums, problem.dtype)
             error, grad_error = polynomial_errors(self.delta, self.delta_prime, *rho, self._dropped(scores, least))

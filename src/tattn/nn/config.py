@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from math import isfinite, prod
+from typing import Any
 
 import numpy as np
 
@@ -98,8 +99,8 @@ class AttentionConfig:
         Row i sees the rows of the contexts up to its own, aligned at the end. Contexts need at least as many rows as
         the input. Not with norm bands.
     window : int or sequence of order − 1 ints, optional
-        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
-        method="exact": time is proportional to the product of the windows.
+        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`. The time
+        of the polynomial method does not depend on windows; that of method="exact" is proportional to their product.
     positions : {None, "rotary"}
         "rotary": scores depend on how far the rows of a pair stand from the query row. Channels are complex, half as many of
         them as `head_dim`, and turn with the position (`tattn.rotary`), at the same rank and bound. In causal calls
@@ -192,8 +193,6 @@ class AttentionConfig:
             raise ValueError(f"degree belongs to method 'polynomial', got it with method {self.method!r}")
         if self.causal and self.degree is not None and self.bound is None:
             raise ValueError("causal needs a bound, or no degree: norm bands sort rows, got bound=None and a degree")
-        if self.window is not None and self.method != "exact":
-            raise ValueError(f"window needs method='exact', got it with method {self.method!r}")
         if self.degree is not None and self.bound is None and self.degree < 2:
             raise ValueError(f"degree should be at least 2 with bound=None, got {self.degree}")
 
@@ -375,8 +374,14 @@ def plan_of_call(plans: Sequence[Plan], lengths: Sequence[int]) -> int:
         return min(len(plans), *lengths) - 1
     polynomial, exact = plans
     usual = polynomial.lengths
-    flops_exact = exact.flops_exact / prod(usual) * prod(lengths)
+    pairs = [rows[0] * prod(map(min, rows[1:], exact.window or rows[1:])) for rows in (lengths, usual)]
+    flops_exact = exact.flops_exact / pairs[1] * pairs[0]
     return int(flops_exact <= polynomial.flops_polynomial / sum(usual) * sum(lengths))
+
+
+def of_step(config: AttentionConfig, plans: Sequence[Plan]) -> dict[str, Any]:
+    """By which method a row attends to rows that are kept as they are: that of the layer."""
+    return {"scale": config.scale, "method": "exact"} if config.method == "exact" else {"plan": plans[0]}
 
 
 def _window(given: int | Sequence[int] | None, views: int) -> tuple[int, ...] | None:

@@ -301,7 +301,8 @@ def _attention(config: AttentionConfig, more: Any, query: Any, keys: Any, values
 
 def _served_plan(config: AttentionConfig, dtype: Any) -> Plan | None:
     """The plan of the state's sums; None for keys and values as they are."""
-    return None if config.method == "exact" else plans_of(config, _computed_in(dtype))[0]
+    # A sum does not forget rows again.
+    return None if config.method == "exact" or config.window else plans_of(config, _computed_in(dtype))[0]
 
 
 def _computed_in(dtype: Any) -> str:

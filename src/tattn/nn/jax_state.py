@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ..attention import tensor_attention
 from ..checks import checked_kind
 from ..state.decoding import DecodingState
-from .config import AttentionConfig
+from .config import AttentionConfig, of_step, plans_of
 from .heads import Counted
 
 
@@ -92,8 +92,9 @@ def extended(
     # A mask beside weights is weights of 0 and 1.
     masks, weights = ([s if (s.dtype == bool) == kind else None for s in seen] for kind in (True, False))
     counted = Counted(masks, weights if any(w is not None for w in weights) else None)
+    plans = () if config.method == "exact" else plans_of(config, "float64" if query.dtype == jnp.float64 else "float32")
     out = tensor_attention(
-        query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, channels=config.channels,
+        query, ks, vs, **of_step(config, plans), causal=True, window=config.window, channels=config.channels,
         **counted.options(),
     )  # fmt: skip
     return out, last(config, grown)

@@ -17,7 +17,7 @@ from ..plans import Plan
 from ..state.decoding import DecodingState
 from ..state.summary import summarize
 from .checks import BROUGHT_TO_CALLS, BROUGHT_TO_LAYERS, check_offsets, check_served, checked_layer_call, refuse_brought
-from .config import USUAL_ROWS, AttentionConfig, plan_of_call, plans_of
+from .config import USUAL_ROWS, AttentionConfig, of_step, plan_of_call, plans_of
 from .heads import Counted, Learned, attend
 from .operator import planned_attention, traced_whole
 from .serving import ServingState, check_state, restored_state
@@ -86,8 +86,8 @@ class TensorAttention(nn.Module):
         Row i sees the rows of the contexts up to its own, aligned at the end. Contexts need at least as many rows as
         the input. Not with norm bands.
     window : int or sequence of order − 1 ints, optional
-        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`, and needs
-        method="exact": time is proportional to the product of the windows.
+        Row i sees only the last so many of these rows, of every view or of each. Implies `causal`. The time
+        of the polynomial method does not depend on windows; that of method="exact" is proportional to their product.
     positions : {None, "rotary"}
         "rotary": scores depend on how far the rows of a pair stand from the query row. Channels are complex, half as many of
         them as `head_dim`, and turn with the position (`tattn.rotary`), at the same rank and bound. In causal calls
@@ -391,7 +391,8 @@ class TensorAttention(nn.Module):
         plans, texts = self._plans[_computed_in(_weight(self.q_proj).dtype)]
         if not plans:
             raise PlanError(texts[0][0])
-        return plans[0]
+        # A sum does not forget rows again.
+        return None if self.config.window else plans[0]
 
     def _kept(self, ks: Any, vs: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Keys, values, and masks or weights of the rows that later ones see."""
@@ -423,8 +424,9 @@ class TensorAttention(nn.Module):
         ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
         masks, weights = ([s if s.is_floating_point() == kind else None for s in seen] for kind in (False, True))
         counted = Counted(masks, weights if any(w is not None for w in weights) else None)
+        plans, _ = self._plans[_computed_in(query.dtype)]
         out = tensor_attention(
-            query, ks, vs, scale=config.scale, method="exact", causal=True, window=config.window, channels=config.channels,
+            query, ks, vs, **of_step(config, plans), causal=True, window=config.window, channels=config.channels,
             **counted.options(),
         )  # fmt: skip
         return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, counted, state.batch))

@@ -37,7 +37,7 @@ from ..weights import with_weights
 from .banded import asked_banded, banded_plan, is_banded
 from .estimated import estimated_plan
 from .limits import check_cost, check_flops, checked_most
-from .selection import NAMES, Wish, check_rank, choose, plan_with, why_overflows
+from .selection import NAMES, Wish, check_rank, choose, may_be_unknown, plan_with, why_overflows
 
 # Methods that hold all that a plan needs, without the range of any scores.
 _COMPLETE = (Exact, Polynomial, Banded)
@@ -232,6 +232,8 @@ def plan_for(
     if made.method != "polynomial" or made.series == "banded":
         kind = made.series or made.method
         raise PlanError(f"a plan for workers or flops should be polynomial and not banded, got {kind}: {made.reason}")
+    if workers is not None and made.window is not None:
+        raise PlanError(f"a plan for workers should have no window, which needs the keys themselves, got {made.window}")
     return spread(made, count, *rates)
 
 
@@ -256,7 +258,7 @@ def _planned(inputs: Inputs, scale: float, wish: Wish, bound: float | str | None
     if bound is not None and not isinstance(bound, str):
         return choose(problem, _promised(bound), wish)
     if inputs.traced:
-        if (wish.fixed or inputs.order.window is not None) and bound is None:
+        if bound is None and may_be_unknown(inputs.order, wish):
             return choose(problem, _ANY, wish)
         raise PlanError(
             "the arrays are traced and their range cannot be read: give a bound that you promise, bound=..."
@@ -339,7 +341,5 @@ def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_
         return replace(banded_plan(problem, method), reason=reason)
     if isinstance(method, Exact):
         return plan_with(method, problem, _ANY, reason)
-    if problem.order.window is not None:
-        raise ValueError("window belongs to the exact method, got it with a Polynomial")
     check_rank(problem, method.degree)
     return plan_with(method, problem, _promised(method.bound), reason)

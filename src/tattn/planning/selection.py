@@ -18,6 +18,7 @@ from ..checks import PlanError, shown, warn_caller, whole
 from ..features.monomials import rank as rank_of
 from ..methods import METHODS, Exact, Method, Polynomial
 from ..methods.polynomial import cost_of
+from ..operands import Order
 from ..plans import Plan, si
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 from .settings import settings
@@ -64,13 +65,14 @@ def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
         raise ValueError(f"series belongs to the polynomial method, got {wish.series!r} with method {fixed.name!r}")
     # What a plan for data serves, so that plans are found again.
     served = scores._replace(bound=rounded_up(scores.bound)) if scores.source == "data" else scores
-    windowed = problem.order.window is not None
-    if windowed and (wish.method == "polynomial" or wish.degree is not None):
-        raise ValueError("window belongs to the exact method, got it with method='polynomial' or a degree")
     if fixed:
         return plan_with(fixed, problem, served, f"{fixed.name} was asked for")
-    if windowed:
-        return _exact(problem, served, "windows are exact")
+    if not isfinite(scores.bound) and may_be_unknown(problem.order, wish):
+        return _exact(
+            problem,
+            served,
+            "the range of the scores is not known, and the method in windows need not be the polynomial",
+        )
     if wish.degree is not None:
         return _of_degree(problem, served, wish.series, wish.degree)
 
@@ -101,6 +103,11 @@ def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
     kind = f"degree {best.degree}, pruned," if best.grading else f"degree {best.degree}"
     reason = f"{kind} meets tol={wish.tol:g} with {ratio:.3g} times fewer operations than exact"
     return plan_with(best, problem, served, reason)
+
+
+def may_be_unknown(order: Order, wish: Wish) -> bool:
+    """Whether the range of the scores need not be known: the method was asked for, or there are windows and may be any method."""
+    return wish.fixed is not None or (order.window is not None and wish.method == "auto" and wish.degree is None)
 
 
 def plan_with(

@@ -54,6 +54,8 @@ def check_streams(plan: Any) -> None:
             "plan should have one polynomial for all rows to summarize, got series 'banded', which sorts all rows by norm: "
             "give a bound that you promise, tattn.plan_for(..., bound=...)"
         )
+    if plan.window is not None:
+        raise PlanError(f"plan should have no window to summarize, got {plan.window}: a sum does not forget rows again")
 
 
 def check_same_plan(plan: Plan, other: Plan) -> None:

@@ -1,0 +1,311 @@
+"""Sums of monomials over the blocks and segments that all rows of a block see of a long window, and their adjoints.
+
+Symbols and the cut of rows are those of `windows`. Nothing is subtracted: a sum over H − 1 segments is put together from sums over
+1, 2, 4, … segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from ..arrays import broadcast_leading, clean, sum_to_leading
+from ..backends import Array, Backend
+from ..backends.tables import memoized
+from ..features.basis import FEW_COLUMNS, Basis
+from ..operands import Operands
+from .chunks import Setting, Window
+from .features import add, block_of, with_ones, zero_sum
+from .pieces import in_pieces
+
+# Chunks of a block and blocks of a segment, at most: together fewer additions than there are in a chain.
+MOST_CHUNKS, _MOST_BLOCKS = 64, 32
+
+
+class Rows(NamedTuple):
+    """Rows of a view: channels in units (..., rows, d), and z = [v, 1] (..., rows, dv + 1); or their gradients."""
+
+    x: Array
+    z: Array
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The leading dimensions that both have together."""
+        return broadcast_leading(*self)
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Some of the rows."""
+        return Rows(self.x[..., start:stop, :], self.z[..., start:stop, :])
+
+
+# The streams of every view: its rows as they are, and as they were some chunks before.
+Streams = list[list[Rows]]
+
+
+class Cut(NamedTuple):
+    """How rows are cut: into segments of blocks of chunks of `chunk` rows."""
+
+    segments: int
+    blocks: int
+    chunks: int
+    chunk: int
+
+    @classmethod
+    def of(cls, n: int, block: int, setting: Setting) -> Cut:
+        """For n query rows, in blocks of at most so many rows."""
+        count = -(-n // block)
+        chunks = -(-n // (count * setting.chunk))
+        count = -(-n // (chunks * setting.chunk))
+        most = min((w.whole // chunks for w in setting.windows if w.whole > chunks), default=1)
+        blocks = max(1, min(most, _MOST_BLOCKS, isqrt(count - 1) + 1))
+        segments = -(-count // blocks)
+        return cls(segments, -(-count // segments), chunks, setting.chunk)
+
+    @property
+    def block(self) -> int:
+        """Rows of a block."""
+        return self.chunks * self.chunk
+
+    @property
+    def segment(self) -> int:
+        """Rows of a segment."""
+        return self.blocks * self.block
+
+    @property
+    def rows(self) -> int:
+        """All rows, with those that stand behind the last."""
+        return self.segments * self.segment
+
+    def is_long(self, window: Window) -> bool:
+        """Whether rows see more than chunks of their own block and of the one that the first of these rows is in."""
+        return window.whole > self.chunks
+
+    def between(self, window: Window) -> tuple[int, int]:
+        """H and σ of a long window."""
+        return divmod(window.whole, self.blocks * self.chunks)
+
+
+class Line(NamedTuple):
+    """All rows of a view: some in `front` of the first query row, and those of all segments; zeros where there are none.
+
+    `given`: rows that the view has before the first query row; `old`: segments in front that hold some of them.
+    """
+
+    rows: Rows
+    front: int
+    given: int
+    old: int
+
+    @classmethod
+    def of(cls, setting: Setting, cut: Cut, operands: Operands, number: int) -> Line:
+        """That of one view."""
+        backend, dtype, window = setting.backend, setting.w.dtype, setting.windows[number]
+        k, v, mask = operands.views[number]
+        given = k.shape[-2] - operands.query.shape[-2]
+        front, old = max(window.shifts) * cut.chunk, 0
+        if cut.is_long(window):
+            old = min(cut.between(window)[0], -(-min(given, front) // cut.segment))
+            front = max(front, old * cut.segment)
+        x = backend.cast(clean(k, mask, backend), dtype) * setting.units[number + 1]
+        z = with_ones(v, mask, dtype, backend) * setting.shares[number]
+        rows = front + cut.rows
+        return cls(Rows(*(placed(a, front - given, rows, backend) for a in (x, z))), front, given, old)
+
+    def before(self, shift: int, count: int) -> Rows:
+        """`count` rows, the first of which stands so many rows before the first query row."""
+        return self.rows.cut(self.front - shift, self.front - shift + count)
+
+
+def starts_of(setting: Setting, cut: Cut, streams: Streams, middles: Sequence[Array]) -> list[Array]:
+    """What the blocks of a segment begin with, (..., G, (dv + 1) r), for every long window."""
+    if cut.blocks == 1:
+        return list(middles)
+    found = []
+    for view, middle in zip(_long(setting, cut, streams), middles, strict=True):
+        for stream, table in enumerate(_other_blocks(setting, cut, middle)):
+            middle = middle + table @ _sums(setting, view[stream], cut.blocks)
+        found.append(middle)
+    return found
+
+
+def pulled_starts(
+    setting: Setting, cut: Cut, streams: Streams, grads: Streams, of_starts: Sequence[Array]
+) -> tuple[Streams, list[Array]]:
+    """`grads` of the streams with those through `starts_of`, and gradients of its middles (..., 1, (dv + 1) r)."""
+    if cut.blocks == 1:
+        return grads, list(of_starts)
+    backend = setting.backend
+    for view, found, g in zip(_long(setting, cut, streams), _long(setting, cut, grads), of_starts, strict=True):
+        for stream, table in enumerate(_other_blocks(setting, cut, g)):
+            of_sums = _pulled_sums(setting, view[stream], backend.xp.matrix_transpose(table) @ g, cut.blocks)
+            found[stream] = Rows(*(a + b for a, b in zip(found[stream], of_sums, strict=True)))
+    return grads, [backend.xp.sum(g, axis=-2, keepdims=True) for g in of_starts]
+
+
+def _long(setting: Setting, cut: Cut, of_views: Streams) -> Streams:
+    """Those of long windows."""
+    return [view for view, window in zip(of_views, setting.windows, strict=True) if cut.is_long(window)]
+
+
+def _other_blocks(setting: Setting, cut: Cut, like: Array) -> list[Array]:
+    """1 for the blocks (in columns) that all rows of a block see, of its own segment and of that of h chunks before, (G, G)."""
+    return [
+        setting.backend.table(_strictly, cut.blocks, behind, like=like, dtype=like.dtype) for behind in (False, True)
+    ]
+
+
+@memoized
+def _strictly(blocks: int, behind: bool) -> np.ndarray:
+    """A table of `_other_blocks`."""
+    below = np.tril(np.ones((blocks, blocks)), -1)
+    return below.T if behind else below
+
+
+def middles_of(setting: Setting, cut: Cut, line: Line, window: Window) -> Array:
+    """Sums over what is between the segments of a row and of the first row that it sees, (..., segments, (dv + 1) r)."""
+    backend = setting.backend
+    xp = backend.xp
+    whole, rest = cut.between(window)
+    count = line.old + cut.segments
+    shape = (*line.rows.leading, count, line.rows.z.shape[-1] * setting.w.shape[0])
+    total = xp.zeros(shape, dtype=setting.w.dtype, device=backend.device(line.rows.x))
+    if count > 1 and whole > 1:
+        rows = line.before(line.old * cut.segment, (count - 1) * cut.segment)
+        total = _last_sums(placed(_sums(setting, rows, count - 1), 1, count, backend), whole - 1, backend)
+    if rest and count > whole:
+        sums = _sums(setting, _tails(cut, line, rest, count - whole, backend), count - whole)
+        total = total + placed(sums, whole, count, backend)
+    return total[..., line.old :, :]
+
+
+def pulled_middles(setting: Setting, cut: Cut, line: Line, window: Window, gradient: Array) -> list[tuple[int, Rows]]:
+    """Gradients of rows through `middles_of`, and where in the line the first of them is."""
+    backend = setting.backend
+    xp = backend.xp
+    whole, rest = cut.between(window)
+    count = line.old + cut.segments
+    gradient = placed(gradient, line.old, count, backend)
+    start = line.front - line.old * cut.segment
+    found = []
+    if count > 1 and whole > 1:
+        rows = line.before(line.old * cut.segment, (count - 1) * cut.segment)
+        behind = xp.flip(_last_sums(xp.flip(gradient, axis=-2), whole - 1, backend), axis=-2)
+        found.append((start, _pulled_sums(setting, rows, behind[..., 1:, :], count - 1)))
+    if rest and count > whole:
+        pieces = count - whole
+        tails = _pulled_sums(setting, _tails(cut, line, rest, pieces, backend), gradient[..., whole:, :], pieces)
+        rows_of = rest * cut.chunk
+
+        def behind_zeros(g: Array) -> Array:
+            g = xp.reshape(g, (*g.shape[:-2], pieces, rows_of, g.shape[-1]))
+            g = placed(g, cut.segment - rows_of, cut.segment, backend)
+            return xp.reshape(g, (*g.shape[:-3], pieces * cut.segment, g.shape[-1]))
+
+        found.append((start, Rows(*map(behind_zeros, tails))))
+    return found
+
+
+def _tails(cut: Cut, line: Line, chunks: int, pieces: int, backend: Backend) -> Rows:
+    """The last chunks of the first so many segments."""
+
+    def of(x: Array) -> Array:
+        x = backend.xp.reshape(x, (*x.shape[:-2], pieces, cut.segment, x.shape[-1]))
+        x = x[..., cut.segment - chunks * cut.chunk :, :]
+        return backend.xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+
+    return Rows(*map(of, line.before(line.old * cut.segment, pieces * cut.segment)))
+
+
+def _last_sums(x: Array, count: int, backend: Backend) -> Array:
+    """Sums of every row and those before it, `count` rows in all, (..., n, k), in 2 log₂ count additions."""
+    total: Array | None = None
+    count, width = min(count, x.shape[-2]), 1
+
+    def after(x: Array, rows: int) -> Array:
+        n = x.shape[-2]
+        return placed(x[..., : n - rows, :], rows, n, backend)
+
+    while width <= count:
+        # x has the sums of `width` rows, and `total` those of fewer.
+        if count & width:
+            total = x if total is None else x + after(total, width)
+        width *= 2
+        if width <= count:
+            x = x + after(x, width // 2)
+    return total
+
+
+def _sums(setting: Setting, rows: Rows, pieces: int) -> Array:
+    """Sums of Φ(x) ⊗ z over the rows of each piece, (..., pieces, (dv + 1) r)."""
+    backend, columns = setting.backend, rows.z.shape[-1]
+    xp, dtype = backend.xp, setting.w.dtype
+    basis = Basis.of(rows.x.shape[-1], setting.degree, columns, setting.grading, backend.compiles)
+    monomials = basis.features(backend)
+    block = block_of(basis, columns, dtype, setting.leading, backend)
+
+    def of_rows(carry: tuple[Array, Array], x: Array, z: Array) -> tuple[tuple[Array, Array], tuple[()]]:
+        found = basis.row_sums(monomials(xp.matrix_transpose(x)), z, backend)
+        return add(carry, xp.matrix_transpose(setting.turned(found))), ()
+
+    def of_piece(_: None, *given: Array) -> tuple[None, tuple[Array]]:
+        piece = _pieces_of(rows, given, backend)
+        start = zero_sum((*rows.leading, columns, setting.w.shape[0]), dtype, rows.x, backend)
+        total, _ = backend.scan_rows(of_rows, start, piece, block)[0]
+        return None, (as_one(total, backend),)
+
+    found: Array = backend.scan_rows(of_piece, None, [in_pieces(a, pieces, backend) for a in rows], 1)[1][0]
+    return found
+
+
+def _pulled_sums(setting: Setting, rows: Rows, gradient: Array, pieces: int) -> Rows:
+    """Gradients of rows from that of `_sums`."""
+    backend, columns = setting.backend, rows.z.shape[-1]
+    xp, dtype = backend.xp, setting.w.dtype
+    # With derivatives, these give the values' share of the highest degree as well.
+    lean = setting.degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable)
+    lean = lean and not setting.grading and not backend.compiles
+    basis = Basis(rows.x.shape[-1], setting.degree, lean, setting.grading)
+    monomials = basis.features(backend)
+    block = block_of(basis, basis.pulled(columns, backend), dtype, setting.leading, backend)
+
+    def of_piece(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
+        own, *parts = given
+        own = xp.reshape(own, (*own.shape[:-2], columns, setting.w.shape[0]))
+        pull_back = basis.puller_and_reader(setting.turned_back(xp.matrix_transpose(own)), columns, backend)
+
+        def of_rows(_: None, x: Array, z: Array) -> tuple[None, tuple[Array, ...]]:
+            found = pull_back(monomials(xp.matrix_transpose(x)), z)
+            return None, tuple(sum_to_leading(g, a.shape[:-2], backend) for g, a in zip(found, (x, z), strict=True))
+
+        found = backend.scan_rows(of_rows, None, _pieces_of(rows, parts, backend), block)[1]
+        return None, tuple(as_one(g, backend) for g in found)
+
+    given = [gradient, *(in_pieces(a, pieces, backend) for a in rows)]
+    found = backend.scan_rows(of_piece, None, given, 1)[1]
+    return Rows(*(xp.reshape(g, a.shape) for g, a in zip(found, rows, strict=True)))
+
+
+def _pieces_of(rows: Rows, given: Sequence[Array], backend: Backend) -> Rows:
+    """One piece of rows, out of what a loop handed on."""
+    return Rows(*(backend.xp.reshape(x, (*a.shape[:-2], -1, a.shape[-1])) for x, a in zip(given, rows, strict=True)))
+
+
+def as_one(x: Array, backend: Backend) -> Array:
+    """All numbers of a problem as one row, (..., i, j) → (..., 1, i j)."""
+    return backend.xp.reshape(x, (*x.shape[:-2], 1, -1))
+
+
+def placed(x: Array, start: int, rows: int, backend: Backend) -> Array:
+    """`rows` rows (..., rows, k) that hold those of x from `start` on, without those that have no place, and zeros besides."""
+    here = x.shape[-2]
+    x = x[..., min(here, max(0, -start)) : min(here, max(0, rows - start)), :]
+    start = max(0, start)
+    *leading, here, k = x.shape
+    xp, behind = backend.xp, rows - start - here
+    if not start and not behind:
+        return x
+    zeros = [xp.zeros((*leading, count, k), dtype=x.dtype, device=backend.device(x)) for count in (start, behind)]
+    return xp.concat([zeros[0], x, zeros[1]], axis=-2)

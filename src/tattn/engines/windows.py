@@ -1,0 +1,263 @@
+"""The polynomial method where query row i sees the last w_μ rows of each view: sums of a few pieces each, without a difference.
+
+Symbols as in `causal_features`. With w = h b + ρ, a row in chunk c sees
+
+* some rows of its own chunk and of the chunks c − h and c − h − 1, which `chunks` takes for the rows of the chunk,
+* all of the chunks from c − h + 1 to c − 1.
+
+The sum over these is put together from pieces that were added up afresh, from short ones and long ones. A block is M chunks and a
+segment is G blocks of R rows in all, none longer than a window of more than M chunks. Then all these chunks are
+
+* in its own block: those before c, and, of the same block of the rows h chunks earlier, those behind c − h;
+* the blocks before it in its own segment, and the blocks behind it in the segment of the rows h chunks earlier;
+* between the two segments: whole segments, and the last σ chunks of the one before these. h = H G M + σ.
+
+A window of at most M chunks is in the first line. Sums of H − 1 segments one after another are those of 1, 2, 4, … of them. So no
+sum has a row that is not seen, and each is one of about 2 log₂ H + G + M parts.
+
+Adjoint: what a row begins with is linear in the sums of chunks, blocks and segments, and so their gradients are the same sums from
+the other side: a chunk is seen by those from c + 1 to c + h − 1. O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
+of 2 m b for the rows of a chunk; memory O(r dv √n) for long windows, and copies of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from ..arrays import clean, sum_to_leading, unweighed
+from ..backends import Array, Backend
+from ..backends.tables import memoized
+from ..features.basis import read
+from ..features.monomials import features
+from ..operands import Gradients, Operands
+from .chunks import (
+    Chunks,
+    Setting,
+    Window,
+    flattened,
+    in_chunks,
+    numerator,
+    of_channels,
+    of_query,
+    of_view,
+    tile_of,
+    to_view,
+)
+from .features import divided, scaled_gradient
+from .pieces import in_pieces, padded
+from .spoiled import Columns
+from .window_sums import (
+    Cut,
+    Line,
+    Rows,
+    Streams,
+    as_one,
+    middles_of,
+    placed,
+    pulled_middles,
+    pulled_starts,
+    starts_of,
+)
+
+
+def read_rows(setting: Setting, block: int, operands: Operands) -> tuple[Array, Array]:
+    """Output (..., n, dv) and the normaliser times all shares (..., n, 1)."""
+    backend, n = setting.backend, operands.query.shape[-2]
+    cut, q, lines, middles = _prepared(setting, block, operands)
+
+    def of_segment(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
+        q, streams, middles = _taken(setting, cut, given, cut.segment)[:3]
+        starts = starts_of(setting, cut, streams, middles)
+
+        def of_block(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
+            q, streams, starts = _taken(setting, cut, given, cut.block)[:3]
+            chunks = _chunks(setting, cut, q, streams, starts)
+            found = divided(backend.xp.matrix_transpose(numerator(setting, chunks)), setting.leading, backend)
+            return None, tuple(as_one(x, backend) for x in found)
+
+        found = backend.scan_rows(of_block, None, _given(cut.blocks, q, streams, starts, backend), 1)[1]
+        return None, tuple(as_one(x, backend) for x in found)
+
+    streams = _streams(setting, cut, lines)
+    found = backend.scan_rows(of_segment, None, _given(cut.segments, q, streams, middles, backend), 1)[1]
+    out, normaliser = (backend.xp.reshape(x, (*x.shape[:-2], cut.rows, -1))[..., :n, :] for x in found)
+    return out, normaliser
+
+
+def backward(setting: Setting, block: int, operands: Operands, columns: Columns) -> tuple[Gradients, tuple[()]]:
+    """Gradients of query, keys, values and weights, from the columns (o, l, g, g_lse)."""
+    backend, n, windows = setting.backend, operands.query.shape[-2], setting.windows
+    cut, q, lines, middles = _prepared(setting, block, operands)
+
+    def of_segment(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
+        q, streams, middles, columns = _taken(setting, cut, given, cut.segment)
+        starts = starts_of(setting, cut, streams, middles)
+
+        def of_block(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
+            dq, grads, of_starts = _adjoint(setting, cut, *_taken(setting, cut, given, cut.block))
+            return None, tuple(_given(1, dq, grads, [as_one(g, backend) for g in of_starts], backend))
+
+        rows = _given(cut.blocks, q, streams, starts, backend, columns)
+        found = backend.scan_rows(of_block, None, rows, 1)[1]
+        dq, grads, of_starts = _taken(setting, cut, found, cut.segment)[:3]
+        grads, of_middles = pulled_starts(setting, cut, streams, grads, of_starts)
+        return None, tuple(_given(1, dq, grads, of_middles, backend))
+
+    columns = tuple(padded(backend.cast(c, setting.w.dtype), cut.rows, backend) for c in columns)
+    given = _given(cut.segments, q, _streams(setting, cut, lines), middles, backend, columns)
+    found = backend.scan_rows(of_segment, None, given, 1)[1]
+    dq, grads, of_middles = _taken(setting, cut, found, cut.rows)[:3]
+    flat = [[sum_to_leading(dq[..., :n, :] * setting.units[0], operands.query.shape[:-2], backend)]]
+    following = iter(of_middles)
+    for number, (line, window, (k, v, mask)) in enumerate(zip(lines, windows, operands.views, strict=True)):
+        parts = [(line.front - s * cut.chunk, g) for s, g in zip(window.shifts, grads[number], strict=True)]
+        if cut.is_long(window):
+            parts += pulled_middles(setting, cut, line, window, next(following))
+        rows = line.front + cut.rows
+        dx, dz = (sum(placed(g[i], start, rows, backend) for start, g in parts) for i in range(2))
+        dx, dz = (placed(g, line.given - line.front, k.shape[-2], backend) for g in (dx, dz))
+        dk = clean(dx * setting.units[number + 1], mask, backend)
+        of_rows = dk, *unweighed(dz * setting.shares[number], v, mask, backend)
+        flat.append([sum_to_leading(g, a.shape[:-2], backend) for g, a in zip(of_rows, (k, v, mask), strict=False)])
+    return Gradients.of_views(flat[0][0], flat[1:]), ()
+
+
+def _prepared(setting: Setting, block: int, operands: Operands) -> tuple[Cut, Array, list[Line], list[Array]]:
+    """How rows are cut, the query in units (..., rows, d), all views, and for long windows what is between segments."""
+    backend, q = setting.backend, operands.query
+    cut = Cut.of(q.shape[-2], block, setting)
+    x = padded(backend.cast(q, setting.w.dtype) * setting.units[0], cut.rows, backend)
+    lines = [Line.of(setting, cut, operands, number) for number in range(len(operands.views))]
+    middles = [
+        middles_of(setting, cut, line, window)
+        for line, window in zip(lines, setting.windows, strict=True)
+        if cut.is_long(window)
+    ]
+    return cut, x, lines, middles
+
+
+def _streams(setting: Setting, cut: Cut, lines: Sequence[Line]) -> Streams:
+    """All rows of every view as the query rows need them."""
+    return [
+        [line.before(shift * cut.chunk, cut.rows) for shift in window.shifts]
+        for line, window in zip(lines, setting.windows, strict=True)
+    ]
+
+
+def _given(
+    count: int, q: Array, streams: Streams, starts: Sequence[Array], backend: Backend, columns: Sequence[Array] = ()
+) -> list[Array]:
+    """What a loop over so many pieces takes; `starts` are in pieces already, (..., count, (dv + 1) r)."""
+    rows = [q, *chain.from_iterable(chain.from_iterable(streams)), *columns]
+    return [*starts, *(in_pieces(x, count, backend) for x in rows)]
+
+
+def _taken(
+    setting: Setting, cut: Cut, given: Sequence[Array], rows: int
+) -> tuple[Array, Streams, list[Array], list[Array]]:
+    """What `_given` put together, for so many rows: q, streams, starts (..., pieces, (dv + 1) r) and columns."""
+    long = sum(map(cut.is_long, setting.windows))
+    starts, *of_rows = given[:long], *given[long:]
+    q, *rest = (setting.backend.xp.reshape(x, (*x.shape[:-2], rows, -1)) for x in of_rows)
+    streams: Streams = []
+    for window in setting.windows:
+        count = 2 * len(window.shifts)
+        streams.append([Rows(*rest[i : i + 2]) for i in range(0, count, 2)])
+        rest = rest[count:]
+    return q, streams, list(starts), rest
+
+
+def _chunks(setting: Setting, cut: Cut, q: Array, streams: Streams, starts: Sequence[Array]) -> Chunks:
+    """A block, from its rows and what those of it see before and behind the block, for long windows."""
+    backend = setting.backend
+    xp = backend.xp
+    following = iter(starts)
+    flat = []
+    for x in (q, *(rows.x for view in streams for rows in view)):
+        channels = xp.matrix_transpose(x)
+        flat.append((channels, features(channels, setting.degree, backend, setting.grading)))
+    phi_q, *turned = (in_chunks(xp.matrix_transpose(setting.turned(phi)), setting) for _, phi in flat)
+    phis, zs, befores = [], [], []
+    for window, view in zip(setting.windows, streams, strict=True):
+        count = len(view)
+        (phi, turned), z = (turned[:count], turned[count:]), [in_chunks(rows.z, setting) for rows in view]
+        columns, r = z[0].shape[-1], setting.w.shape[0]
+        before = xp.zeros((*view[0].leading, cut.chunks, columns * r), dtype=setting.w.dtype, device=backend.device(q))
+        for stream in _in_block(cut, window):
+            table = backend.table(_chunks_seen, cut.chunks, window.whole, stream, like=q, dtype=setting.w.dtype)
+            before = before + table @ flattened(xp.matrix_transpose(z[stream]) @ phi[stream], backend)
+        if cut.is_long(window):
+            before = before + next(following)
+        befores.append(xp.reshape(before, (*before.shape[:-1], columns, r)))
+        phis.append(xp.concat(phi, axis=-2))
+        zs.append(xp.concat(z, axis=-2))
+    return Chunks(phi_q, phis, zs, befores, [], flat)
+
+
+def _in_block(cut: Cut, window: Window) -> range:
+    """The streams of which rows see whole chunks of the block: their own, and that of h chunks before."""
+    return range(2) if cut.chunks > 1 and window.whole > 1 else range(0)
+
+
+@memoized
+def _chunks_seen(chunks: int, whole: int, stream: int) -> np.ndarray:
+    """1 for the chunks (in columns) of a stream of `_in_block` that a chunk sees, (M, M)."""
+    own = np.arange(chunks)
+    apart = own[:, None] - own[None, :]
+    seen = (apart < 0) & (own < whole) if stream else (apart > 0) & (apart < whole)
+    return seen.astype(float)
+
+
+def _adjoint(
+    setting: Setting, cut: Cut, q: Array, streams: Streams, starts: Sequence[Array], columns: Sequence[Array]
+) -> tuple[Array, Streams, list[Array]]:
+    """Gradients of q, of all streams, and of `starts` (..., dv + 1, r), from those of a block."""
+    backend, m, b = setting.backend, len(streams), cut.chunk
+    xp = backend.xp
+    chunks = _chunks(setting, cut, q, streams, starts)
+    g_hat = xp.matrix_transpose(in_chunks(scaled_gradient(*columns, backend), setting))  # type: ignore[call-arg]
+    width = g_hat.shape[-2]
+
+    def body(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
+        tile = tile_of(given, setting, m, width)
+        y_q, xs = of_query(setting, tile)
+        found = [y_q]
+        for view, of_rows in enumerate(zip(xs, tile[1], tile[2], strict=True)):
+            pulled = of_view(setting, view, (*of_rows, tile[4]))
+            found += [to_view(g, streams[view][0].leading, backend) for g in pulled[:3]]
+        return None, tuple(flattened(x, backend) for x in found)
+
+    rows = [*chunks.together(backend), flattened(g_hat, backend)]
+    _, (y_q, *rest) = backend.scan_rows(body, None, rows, setting.tile)
+
+    def apart(x: Array, count: int) -> Array:
+        return xp.reshape(x, (*x.shape[:-1], count, x.shape[-1] // count))
+
+    def of_rows(y: Array, place: int) -> Array:
+        return of_channels(setting, xp.reshape(y, (*y.shape[:-3], -1, y.shape[-1])), *chunks.flat[place])
+
+    grads, of_starts, place = [], [], 1
+    for view, window in enumerate(setting.windows):
+        d_before, y, dz = rest[3 * view : 3 * view + 3]
+        y, dz = apart(y, chunks.phis[view].shape[-2]), xp.matrix_transpose(apart(dz, width))
+        of_streams: list[Rows] = []
+        for stream in range(len(window.shifts)):
+            at = slice(stream * b, (stream + 1) * b)
+            own_y, own_z = y[..., at, :], dz[..., at, :]
+            if stream in _in_block(cut, window):
+                table = backend.table(_chunks_seen, cut.chunks, window.whole, stream, like=q, dtype=setting.w.dtype)
+                behind = apart(xp.matrix_transpose(table) @ d_before, width)
+                phi, z = (x[view][..., at, :] for x in (chunks.phis, chunks.zs))
+                own_y = own_y + z @ behind
+                own_z = own_z + xp.matrix_transpose(read(xp.matrix_transpose(phi), behind, backend))
+            own_z = xp.reshape(own_z, (*own_z.shape[:-3], -1, width))
+            own_z = sum_to_leading(own_z, streams[view][stream].z.shape[:-2], backend)
+            of_streams.append(Rows(of_rows(own_y, place), own_z))
+            place += 1
+        grads.append(of_streams)
+        if cut.is_long(window):
+            of_starts.append(apart(xp.sum(d_before, axis=-2), width))
+    return of_rows(apart(y_q, b), 0), grads, of_starts
