@@ -24,6 +24,8 @@ EXCEPTIONS = {
     "planning.plan_for": _PUBLIC,
     "planning.measure.measure_error": _PUBLIC,
     "planning.tolerance.best_tol": _PUBLIC,
+    "state.summary.summarize": _PUBLIC,
+    "state.decoding.DecodingState.step": _PUBLIC,
     "distributed.torch.tensor_attention": _PUBLIC,
     "distributed.torch.plan": _PUBLIC,
     "distributed.dask.tensor_attention": _PUBLIC,

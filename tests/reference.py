@@ -33,6 +33,7 @@ def dense(
     masks: Sequence[np.ndarray | None] | None = None,
     causal: bool = False,
     window: Sequence[int] | None = None,
+    decay: Sequence[np.ndarray] | None = None,
     grad_out: np.ndarray | None = None,
     grad_lse: np.ndarray | None = None,
     function: Callable[[np.ndarray], np.ndarray] = np.exp,
@@ -49,7 +50,7 @@ def dense(
     if channels == "complex":
         q, *ks = (as_complex(x) for x in (q, *ks))
     scores = scale * np.einsum(f"...xz,{','.join(f'...{c}z' for c in views)}->...x{views}", q, *ks).real
-    present = np.ones((1,) * (m + 1), bool)
+    present, share = np.ones((1,) * (m + 1), bool), np.ones((1,) * (m + 1), precision)
     for i, mask in enumerate(masks or ()):
         if mask is not None:
             shape = (*mask.shape[:-1], 1, *(mask.shape[-1] if j == i else 1 for j in range(m)))
@@ -60,13 +61,17 @@ def dense(
             behind = np.arange(n)[:, None] + k.shape[-2] - n - np.arange(k.shape[-2])
             seen = (behind >= 0) & (behind < (np.inf if window is None else window[i]))
             present = present & seen.reshape(n, *(k.shape[-2] if j == i else 1 for j in range(m)))
+            if decay is not None:
+                own = np.asarray(decay[i], precision)[..., None, None] ** np.maximum(behind, 0)
+                shape = (*own.shape[:-1], *(own.shape[-1] if j == i else 1 for j in range(m)))
+                share = share * own.reshape(shape)
     axes = tuple(range(-m, 0))
     # exp is shifted by the largest score; a polynomial is taken as it is.
     masked = np.where(present, scores, -np.inf)
     top = masked.max(axis=axes, keepdims=True) if function is np.exp else np.zeros_like(masked[(..., *(slice(1),) * m)])
     top = np.where(np.isfinite(top), top, 0.0)
-    weights = np.where(present, function(scores - top), 0.0)
-    slopes = np.where(present, derivative(scores - top), 0.0)
+    weights = np.where(present, share * function(scores - top), 0.0)
+    slopes = np.where(present, share * derivative(scores - top), 0.0)
     total = weights.sum(axis=axes, keepdims=True)
     empty = total == 0
     total = np.where(empty, 1.0, total)

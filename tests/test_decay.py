@@ -191,6 +191,99 @@ def test_sizes_of_blocks_change_nothing(views: int) -> None:
             np.testing.assert_allclose(got, like, rtol=1e-10, atol=1e-11 * np.abs(like).max())
 
 
+@pytest.mark.parametrize("channels", ["real", "complex"])
+@pytest.mark.grid("jax")
+def test_summaries_and_tokens(library: Any, channels: str) -> None:
+    """A prompt, more rows, and one row after another: the rows of the causal call."""
+    query, keys, values, *_ = drawn(2)
+    mask, weights = np.ones(N, bool), np.random.default_rng(1).uniform(0.5, 2, N)
+    mask[[3, 39]], weights[40:] = False, 1
+    q, k, v, factor, mask, weights = library.arrays(query, keys, values, np.asarray([0.9, 0.0]), mask, weights)
+    plan = tattn.plan_for(n=N, dim=DIM, bound=1.0, degree=3, causal=True, dtype="float64", channels=channels)
+    counted = {"key_masks": [mask, None], "key_weights": [None, weights]}
+    decay = [factor, 0.97]
+    expected = tattn.tensor_attention(q, k, v, causal=True, decay=decay, plan=plan, return_lse=True, **counted)
+
+    def rows(start: int, stop: int) -> Any:
+        of_rows = {name: [None if x is None else x[start:stop] for x in of] for name, of in counted.items()}
+        # Kernels take tokens without any.
+        return [[x[:, start:stop, :] for x in of] for of in (k, v)], of_rows if start < 40 else {}
+
+    (ks, vs), of_rows = rows(0, 30)
+    summary = tattn.summarize(ks, vs, plan, decay=decay, **of_rows)
+    (ks, vs), of_rows = rows(30, 38)
+    state = tattn.DecodingState(plan, summary.update(ks, vs, decay=decay, **of_rows))
+    for i in range(38, N):
+        (ks, vs), of_rows = rows(i, i + 1)
+        found, state = state.step(q[:, i : i + 1, :], ks, vs, decay=decay, return_lse=True, **of_rows)
+        for got, like in zip(found, expected, strict=True):
+            # lse is −inf where a row sees its own key alone, which is masked.
+            np.testing.assert_allclose(library.numpy(got)[:, 0], library.numpy(like)[:, i], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", ["real", "complex"])
+@pytest.mark.parametrize("factor", [0.9, 0.9999])
+@pytest.mark.parametrize("n", [1000, pytest.param(100_000, marks=pytest.mark.thorough)])
+def test_long_streams_in_float32(channels: str, factor: float, n: int) -> None:
+    rng = np.random.default_rng(0)
+    query, *keys = rng.uniform(-1, 1, (3, n, 2)).astype(np.float32)
+    values = [rng.uniform(-1, 1, (n, 2)).astype(np.float32) for _ in range(2)]
+    decay = [float(np.float32(factor))] * 2
+    options: Any = {"dim": 2, "bound": 1.0, "causal": True, "channels": channels}
+    plan, wide = (tattn.plan_for(n=n, degree=6, dtype=dtype, **options) for dtype in ("float32", "float64"))
+    arrays = query.astype(float), [k.astype(float) for k in keys], [v.astype(float) for v in values]
+    truth = tattn.tensor_attention(*arrays, causal=True, decay=decay, plan=wide)
+    state = tattn.DecodingState(plan)
+    for i in range(n):
+        token = slice(i, i + 1)
+        out, state = state.step(query[token], [k[token] for k in keys], [v[token] for v in values], decay=decay)
+        # Both have the polynomial's error: apart are units of float32.
+        assert np.abs(out[0] - truth[i]).max() < 2e-6
+    # The first number sums what rows weigh, and is right to a unit or two.
+    weighs = (1 - decay[0] ** n) / (1 - decay[0])
+    for total, rest in zip(state.summary.sums, state.summary.rests, strict=True):
+        assert abs(float(total[0, -1]) / weighs - 1) < 2.0**-22
+        assert abs((float(total[0, -1]) + float(rest[0, -1])) / weighs - 1) < 2.0**-23
+
+
+def test_sums_with_factors_that_are_none() -> None:
+    _, keys, values, *_ = drawn(2)
+    plan = METHODS["polynomial"](2, 0)["plan"]
+    refuse(tattn.summarize, ValueError, r"decay\[0\] should be from 0 to 1", keys, values, plan, decay=[2, 1])
+    refuse(tattn.summarize, ValueError, "decay should have one factor for each of the 2", keys, values, plan, decay=[1])
+    wrong = [np.full(3, 0.5), 1]
+    refuse(tattn.summarize, ValueError, r"decay\[0\] should have leading dimensions", keys, values, plan, decay=wrong)
+    # Arrays are not read.
+    summary = tattn.summarize(keys, values, plan, decay=[np.asarray([0.5, 1.5]), 1])
+    assert np.isfinite(summary.sums[0][0]).all() and np.isnan(summary.sums[0][1]).all()
+
+
+@pytest.mark.parametrize("how", METHODS)
+@pytest.mark.libraries("torch")
+def test_torch_compiles_it(library: Any, how: str) -> None:
+    """As one graph, with the gradients of a call that is not compiled."""
+    import torch
+
+    query, keys, values, *_ = drawn(2)
+    arrays = library.arrays([query, *keys, *values, np.asarray([-0.3, -0.1])])
+    options = METHODS[how](2, 0)
+    plan = options.get("plan") or tattn.plan_for(n=N, dim=DIM, bound=1.0, dtype="float64", causal=True, method="exact")
+
+    def loss(query: Any, a: Any, b: Any, u: Any, v: Any, logs: Any) -> Any:
+        decay = [torch.exp(logs), 0.9]
+        out, lse = tattn.tensor_attention(query, [a, b], [u, v], causal=True, decay=decay, plan=plan, return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for of in (loss, compiled):
+        own = [x.clone().requires_grad_() for x in arrays]
+        value = of(*own)
+        found.append((value, *torch.autograd.grad(value, own)))
+    for got, like in zip(*found, strict=True):
+        torch.testing.assert_close(got, like, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.libraries("torch")
 def test_torch_differentiates_it(library: Any) -> None:
     import torch

@@ -153,8 +153,9 @@ def core_cases() -> dict[str, Case]:
             causal=False, channels="complex",
         ),
         "summarize": case(
-            tattn.summarize, ("progress", "class"), keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK],
-            key_weights=[WEIGHTS, None], progress=None
+            tattn.summarize, ("progress", "class"), ("decay", "None"), keys=[A, B], values=[U, V], plan=PLAN,
+            key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None], decay=[0.5, None], progress=None
         ),
         "summarize_vjp": case(tattn.summarize_vjp, keys=[A, B], values=[U, V], plan=PLAN, key_masks=[MASK, MASK],
             key_weights=[WEIGHTS, None]),
@@ -164,8 +165,8 @@ def core_cases() -> dict[str, Case]:
             lambda **given: tattn.Summary(**given).counts, plan=PLAN, sums=SUMMARY.sums, rests=SUMMARY.rests
         ),
         "Summary.update": case(
-            SUMMARY.update, ("progress", "class"), keys=[A, B], values=[U, V], key_masks=[MASK, MASK],
-            key_weights=[WEIGHTS, None], progress=None
+            SUMMARY.update, ("progress", "class"), ("decay", "None"), keys=[A, B], values=[U, V], key_masks=[MASK, MASK],
+            key_weights=[WEIGHTS, None], decay=[0.5, None], progress=None
         ),
         "Summary.attend": case(SUMMARY.attend, ("query", "no rows"), query=Q, return_lse=False),
         "Summary.attend_vjp": case(SUMMARY.attend_vjp, ("query", "no rows"), query=Q, return_lse=False),
@@ -179,8 +180,8 @@ def core_cases() -> dict[str, Case]:
             dtypes=("float32",), channels=("real",),
         ),
         "DecodingState": case(stepped, plan=PLAN, summary=SUMMARY),
-        "DecodingState.step": case(state.step, **token, key_masks=[MASK[:1], MASK[:1]],
-            key_weights=[WEIGHTS[:1], None], return_lse=False),
+        "DecodingState.step": case(state.step, ("decay", "None"), **token, key_masks=[MASK[:1], MASK[:1]],
+            key_weights=[WEIGHTS[:1], None], decay=[0.5, None], return_lse=False),
     }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ CORE, TRAINING, PRODUCTS, SCORES = core_cases(), training_cases(), product_cases
 CONFIG = {
     "embed_dim": 8, "num_heads": 2, "order": 3, "head_dim": 4, "value_dim": 4, "num_key_heads": 2, "context_dims": (8, 8),
     "bound": 1.0, "learn_bound": False, "tol": 1e-2, "degree": None, "method": "polynomial", "max_rank": 1 << 15, "eps": 1e-3,
-    "bias": True, "causal": False,
+    "bias": True, "causal": False, "decay": None,
 }  # fmt: skip
 
 

@@ -377,14 +377,8 @@ def _computed(work: Work, inputs: Inputs, weights: Weights | None, asked: _Asked
 
 def _of_divided(work: Work, inputs: Inputs, asked: _Asked | None) -> tuple[Array, ...]:
     """`_computed` for weights as they stand in the place of masks."""
-    if (
-        inputs.traced
-        and asked is not None
-        and asked.plan is not None
-        and inputs.documents is None
-        and not inputs.order.decays
-    ):
-        whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error), work.arrays)
+    if inputs.traced and asked is not None and asked.plan is not None and inputs.documents is None:
+        whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error, inputs.order.decays), work.arrays)
         if whole is not None:
             return *whole[:2], *inputs.backend.values_of(whole[2:])
     if work.result is None or inputs.backend.records(work.arrays):

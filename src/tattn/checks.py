@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
     def _compiled(self) -> bool:
         """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
-        if self.traced or not self.order.causal or self.order.window or self.order.decays:
+        if self.traced or not self.order.causal or self.order.window:
             return False
         if prod([float(n) for n in (*self.lengths, *self.leading)]) < _LONG:
             return False

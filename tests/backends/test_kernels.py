@@ -23,7 +23,7 @@ from watching import Seen, calls_of, code_within
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, OF_ROWS, Kernel
+from tattn.backends.operations import CHAIN, OF_ROWS, Kernel, rows_together
 from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
@@ -189,8 +189,8 @@ def computed(call: dict[str, Any], causal: bool = True, **options: Any) -> list[
     """Output, lse and all gradients of a call."""
     inputs = {name: x for name, x in call.items() if not name.startswith("grad")}
     (out, lse), pullback = tattn.tensor_attention_vjp(**inputs, causal=causal, return_lse=True, **options)
-    dquery, dkeys, dvalues = pullback(call["grad_out"], call["grad_lse"])
-    return [out, lse, dquery, *dkeys, *dvalues]
+    dquery, *of_views = pullback(call["grad_out"], call["grad_lse"])
+    return [out, lse, dquery, *(x for several in of_views for x in several)]
 
 
 def plan_of(call: dict[str, Any], degree: int = 4, causal: bool = True, **options: Any) -> tattn.Plan:
@@ -243,6 +243,59 @@ def test_rows_of_all_numbers(n, views, used, monkeypatch):
 def test_monomials_of_all_numbers(dim, degree, value_dim, used, monkeypatch):
     call = drawn(45, 2, "float64", dim=dim, value_dim=value_dim)
     assert_the_same(call, plan_of(call, degree), used, monkeypatch)
+
+
+DECAYS = {
+    "one": ((), ()),
+    "heads": ((3,), (3,)),
+    "shared": ((3,), (2, 1)),
+}
+
+
+def with_decay(call: dict[str, Any], factor: float, leading: str = "one") -> dict[str, Any]:
+    """The call with factors of all views up to this one, and some that are 1."""
+    dtype, rng = call["query"].dtype, np.random.default_rng(7)
+    shapes = [DECAYS[leading][i % 2] for i in range(len(call["keys"]))]
+    decay = [np.asarray(factor ** rng.uniform(0.2, 1, shape), dtype) for shape in shapes]
+    if leading != "one":
+        decay[0][0] = 1
+    return {**call, "decay": decay}
+
+
+@channels
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+def test_keys_that_decay(channels, dtype, views, leading, used, monkeypatch):
+    call = with_decay(drawn(137, views, dtype, leading, True, dim=4), 0.6 if views < 3 else 0.9, leading)
+    assert_the_same(call, plan_of(call, channels=channels), used, monkeypatch)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 64, 130, 300])
+@pytest.mark.parametrize("factor", [0.999, 0.2, 0.03, 0.002])
+def test_keys_that_decay_as_fast_as_may_be(n, factor, used, monkeypatch):
+    """By steps of 64, 32, 16 and 8 rows: in one block, in several, and in several segments of these."""
+    call = drawn(n, 2, "float64", "shared", masked=n > 2)
+    call["decay"] = [np.asarray(factor), np.asarray([factor, 0.9, 1])]
+    plan = plan_of(call)
+    steps = [int(rows_together(x * x, "float64")) for x in (0.999, 0.2, 0.03, 0.002)]
+    assert steps == [64, 32, 16, 8]
+    assert_the_same(call, plan, used, monkeypatch)
+    with BACKEND.using(workspace=1 << 10):
+        assert_the_same(call, plan, used, monkeypatch)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 0.0])
+def test_keys_that_decay_faster_are_left_to_array_operations(factor, used):
+    call = drawn(70, 2, "float64", "heads")
+    call["decay"] = [np.asarray([0.9, factor, 0.9]), 0.5]
+    plan = plan_of(call)
+    got = tattn.tensor_attention(
+        call["query"], call["keys"], call["values"], causal=True, decay=call["decay"], plan=plan
+    )
+    assert used == []
+    truth = dense(call["query"], call["keys"], call["values"], causal=True, decay=call["decay"])
+    assert np.abs(got - truth.out).max() <= plan.error * value_sizes(call["values"])[0].max()
 
 
 def test_pruned_monomials(used, monkeypatch):
@@ -537,8 +590,11 @@ def test_rows_without_numbers_spoil_those_that_see_them(used):
     assert np.isnan(out[30:]).all()
 
 
-def test_problems_are_spread_over_threads(used):
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_problems_are_spread_over_threads(factor, used):
     call = drawn(200, 2, "float64", "shared", dim=8, value_dim=8)
+    if factor:
+        call = with_decay(call, factor, "shared")
     plan = plan_of(call)
     expected = computed(call, plan=plan)
     alone = len(used)
@@ -550,9 +606,12 @@ def test_problems_are_spread_over_threads(used):
 
 
 @pytest.mark.parametrize("leading", ["one", "heads"])
-def test_columns_of_long_heads_are_spread_over_threads(leading, used):
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_columns_of_long_heads_are_spread_over_threads(factor, leading, used):
     """Two threads share one head, whose rows wait for each other: the same numbers, but for gradients that columns add up to."""
     call = drawn(900, 2, "float64", leading, masked=True, dim=4, value_dim=50)
+    if factor:
+        call = with_decay(call, factor, leading)
     plan = plan_of(call)
     expected = computed(call, plan=plan)
     alone = len(used)
@@ -561,12 +620,13 @@ def test_columns_of_long_heads_are_spread_over_threads(leading, used):
         shared = computed(call, plan=plan)
     assert len(used) > 2 * alone
     for i, (x, y) in enumerate(zip(shared, expected, strict=True)):
-        exact = i not in (2, 3, 4)
+        exact = i not in (2, 3, 4, 7, 8)
         np.testing.assert_allclose(x, y, rtol=0, atol=0 if exact else 1e-13 * np.abs(y).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_no_error_exceeds_the_plan(dtype, used):
+@pytest.mark.parametrize("decays", [False, True])
+def test_no_error_exceeds_the_plan(dtype, decays, used):
     """Rows of all kinds, sizes over decades: causal calls by kernels, outputs and gradients, against a wider dtype."""
     exact = np.float64 if dtype == "float32" else np.longdouble
     worst = 0.0
@@ -586,9 +646,10 @@ def test_no_error_exceeds_the_plan(dtype, used):
         grad = rng.normal(size=(n, value_dim)).astype(dtype)
         plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
                               causal=True, dtype=dtype, scale=scale)  # fmt: skip
-        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True)
-        dquery, dkeys, dvalues = pullback(grad)
-        truth = dense(query, keys, values, scale=scale, grad_out=grad, causal=True, precision=exact)
+        decay = [np.asarray(1 - 10 ** rng.uniform(-4, -0.1), dtype) for _ in range(views)] if decays else None
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, decay=decay)
+        dquery, dkeys, dvalues = pullback(grad)[:3]
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, causal=True, decay=decay, precision=exact)
         found = Dense(out, out, dquery, list(dkeys), list(dvalues))
         ratio = largest_ratio(plan, keys, values, grad, found, truth)
         assert ratio <= 1, (seed, ratio, str(plan))
@@ -636,6 +697,29 @@ def test_sums_of_long_sequences_do_not_drift(views, used):
     # Row j has 1/(i + 1) of every row i behind it.
     behind = np.cumsum(1 / np.arange(n, 0, -1.0))[::-1] * exact / float(np.float32(0.7))
     assert np.max(np.abs(dvalues[0][:, 0] / behind - 1)) <= plan.error
+
+
+@pytest.mark.parametrize("factor", [0.8, 0.99, 0.9999])
+def test_sums_that_decay_do_not_drift(factor, used):
+    """lse of equal rows tells the sum of all that a row weighs, and the gradient of a row the sum over those behind."""
+    n = 300_000
+    query, key, value = (np.full((n, 1), x, np.float32) for x in (0.1, 0.3, 0.7))
+    decay = np.asarray(factor, np.float32)
+    plan = tattn.plan_for(n=n, dim=1, bound=0.1, degree=4, order=2, causal=True)
+    options = {"plan": plan, "causal": True, "decay": [decay], "return_lse": True}
+    (out, lse), pullback = tattn.tensor_attention_vjp(query, [key], [value], **options)
+    exact, number = float(np.float32(0.7)), float(decay)
+    assert np.max(np.abs(out / exact - 1)) <= plan.error < 2e-5
+    weighs = -np.expm1(np.arange(1, n + 1) * np.log(number)) / (1 - number)
+    assert np.max(np.abs(np.exp(lse.astype(float) - 0.03) / weighs - 1)) < 3e-6
+    _, _, dvalues, _ = pullback(np.ones_like(out), np.zeros_like(lse))
+    behind = np.zeros(n)
+    total = 0.0
+    for j in range(n - 1, -1, -1):
+        total = total * number + 1 / weighs[j]
+        behind[j] = total
+    assert np.max(np.abs(dvalues[0][:, 0] / behind - 1)) < 3e-6
+    assert set(used) == {"read", "pull"}
 
 
 def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):

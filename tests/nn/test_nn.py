@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
         "positions": "rotary", "head_dim": 4, "num_heads": 4, "num_key_heads": 2, "value_dim": 2, "causal": True,
         "learn_frequencies": True, "base": 20.0,
     },
+    "decay": {"causal": True, "decay": "alibi"},
+    "decay, rotary, shared and learned": {
+        "positions": "rotary", "head_dim": 4, "num_heads": 4, "num_key_heads": 2, "value_dim": 2, "causal": True,
+        "decay": (0.5, (0.9, 0.7)), "learn_decay": True,
+    },
     "rotary, order 2 and contexts": {"positions": "rotary", "head_dim": 4, "order": 2, "context_dims": (5,)},
 }  # fmt: skip
 
@@ -158,7 +163,10 @@ def reference(
     """The layer by its definition, and what errors of the heads, relative to their values, come to in its output."""
     query, keys, values = heads_of(config, params, x, contexts)
     given = None if masks is None else [None if m is None else m[..., None, :] for m in masks]
-    order = {"causal": config.causal, "channels": config.channels}
+    order: dict[str, Any] = {"causal": config.causal, "channels": config.channels}
+    if config.decay is not None:
+        factors = 1 / (1 + np.exp(-params["decay_logit"])) if config.learn_decay else config.factors()
+        order["decay"] = np.repeat(factors, config.num_heads // config.num_key_heads, axis=1)
     out = dense(query, keys, values, scale=config.scale, masks=given, **order).out
     allowed = np.broadcast_to(error * value_sizes(values, given), out.shape)
 
@@ -275,9 +283,11 @@ def test_gradients_at_rows_of_zeros_are_finite(layered: Library) -> None:
             assert np.abs(g).max() < 1e6 / config.eps
 
 
+@pytest.mark.parametrize("case", ["learned", "decay, rotary, shared and learned"])
 @pytest.mark.libraries("torch", "jax")
-def test_gradients_are_those_of_finite_differences(layered: Library) -> None:
-    config = config_of(**CASES["learned"])
+@pytest.mark.grid("jax")
+def test_gradients_are_those_of_finite_differences(layered: Library, case: str) -> None:
+    config = config_of(**CASES[case])
     params = weights_of(config)
     x, _ = inputs_of(config)
     layer = Layer(layered, config, params)
@@ -452,6 +462,15 @@ CONFIGS: list[tuple[type, str, dict[str, Any]]] = [
     (ValueError, "^degree belongs to method 'polynomial'", {"degree": 3, "method": "exact"}),
     (ValueError, "^degree should be at least 2 with bound=None", {"degree": 1, "bound": None}),
     (ValueError, "^max_rank should be at most 262,144", {"max_rank": 1 << 20}),
+    (ValueError, "^decay needs causal=True", {"decay": "alibi"}),
+    (ValueError, "^decay should be 'alibi', or numbers from 0 to 1, got 'fast'", {"decay": "fast", "causal": True}),
+    (ValueError, "^decay should be from 0 to 1, a factor for each row, got 1.5", {"decay": 1.5, "causal": True}),
+    (TypeError, "^decay should be a number from 0 to 1, got", {"decay": True, "causal": True}),
+    (ValueError, "^decay should have 2 entries for order 3, got 1", {"decay": (0.5,), "causal": True}),
+    (ValueError, r"^decay\[1\] should have one factor for each of the 2", {"decay": (0.5, (0.5,)), "causal": True}),
+    (ValueError, r"^decay\[1\]\[0\] should be from 0 to 1", {"decay": (0.5, (-1, 0.5)), "causal": True}),
+    (ValueError, "^learn_decay needs decay to begin with factors between 0 and 1", {"learn_decay": True}),
+    (ValueError, "^learn_decay needs decay", {"learn_decay": True, "decay": (0.5, 1), "causal": True}),
 ]
 
 
@@ -571,6 +590,28 @@ def test_drawn_weights_keep_variance(layered: Library) -> None:
             assert abs(array.var() * array.shape[1] - 1) < 0.1
         else:
             assert (array == (2 if name == "bound_logit" else 0)).all()
+
+
+def test_factors_by_which_rows_count_less() -> None:
+    config = config_of(num_heads=8, num_key_heads=4, causal=True, decay="alibi")
+    assert np.allclose(-np.log(config.factors()), [[0.25, 1 / 16, 1 / 64, 1 / 256]] * 2)
+    config = config_of(causal=True, decay=(0.5, (0.25, 1)))
+    assert config.factors().tolist() == [[0.5, 0.5], [0.25, 1.0]]
+    # A config made of the values of another is the same.
+    assert replace(config, bound=0.5).decay == config.decay == (0.5, (0.25, 1.0))
+    assert hash(config) != hash(config_of(causal=True, decay=[0.5, [0.25, 0.5]]))
+
+
+@pytest.mark.libraries("torch", "jax")
+def test_rows_count_less_by_view_and_head(layered: Library) -> None:
+    config = config_of(**CASES["decay, rotary, shared and learned"])
+    params, (x, _) = weights_of(config), inputs_of(config, leading=())
+    plan = config.plan(dtype="float64")
+    expected, allowed = reference(config, params, x, None, error=plan.error)
+    out = Layer(layered, config, params)(x)
+    assert (np.abs(out - expected) <= allowed + 1e-12 * np.abs(expected).max()).all()
+    params["decay_logit"] = params["decay_logit"][::-1, ::-1]
+    assert (np.abs(reference(config, params, x, None)[0] - expected) > allowed).any()
 
 
 @pytest.mark.libraries("torch", "jax")

@@ -233,6 +233,7 @@ def test_it_says_what_it_is() -> None:
     text = repr(tattn.nn.TensorAttention(64, 8, learn_bound=True))
     assert "bound=2 (learned)" in text and "degree=4, rank=495, error=0.034" in text
     assert "cost of a row=ordinary attention to 882 rows" in text
+    assert "decay='alibi' (learned)" in repr(module(causal=True, decay="alibi", learn_decay=True))
     assert "window=(3, 3)" in repr(module(method="exact", window=3))
     assert "planned from data in every call" in repr(module(bound=None))
     assert "degree=2, rank=10, error with the answer" in repr(module(bound=None, degree=2))

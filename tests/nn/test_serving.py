@@ -25,6 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
     "polynomial window": {"window": (3, 2)},
     "polynomial window, rotary": {"positions": "rotary", "window": (3, 4)},
     "window without a bound": {"method": "exact", "window": 3, "bound": None},
+    "decay": {"decay": "alibi", "learn_decay": True, "num_key_heads": 2},
+    "decay, rotary": {"decay": (0.9, (0.5, 0.0, 1, 0.99)), "positions": "rotary", "head_dim": 4},
+    "decay, window": {"decay": 0.7, "method": "exact", "window": (3, 2)},
     "auto": {"method": "auto", "bound": 1.0, "tol": 1e-2},
 }
 
@@ -65,6 +68,17 @@ def test_prefill_and_steps_are_the_causal_layer(case: str, batch: tuple[int, ...
     assert (state.nbytes == size) == (case != "exact")
 
 
+def test_gradients_of_factors_through_steps() -> None:
+    layer, x = layer_of(**CASES["decay"]), rows_of(2, 6)
+    layer(x).square().sum().backward()
+    expected, layer.decay_logit.grad = layer.decay_logit.grad, None
+    out, state = layer.prefill(x[:, :3])
+    rest, _ = layer.step(x[:, 3:], state)
+    torch.cat([out, rest], dim=1).square().sum().backward()
+    assert (layer.decay_logit.grad != 0).all()
+    same(layer.decay_logit.grad, expected)
+
+
 def test_steps_from_nothing() -> None:
     layer, x = layer_of(), rows_of(2, 5)
     state, outs = None, []
@@ -74,7 +88,7 @@ def test_steps_from_nothing() -> None:
     same(torch.cat(outs, dim=1), layer(x))
 
 
-@pytest.mark.parametrize("case", ["default", "exact", "window"])
+@pytest.mark.parametrize("case", ["default", "exact", "window", "decay", "decay, window"])
 def test_streams_that_end_and_padding(case: str) -> None:
     layer, x = layer_of(**CASES[case]), rows_of(2, 6)
     masks = torch.ones(2, 6, dtype=torch.bool)
@@ -88,7 +102,7 @@ def test_streams_that_end_and_padding(case: str) -> None:
         same(out, expected[:, i : i + 1])
 
 
-@pytest.mark.parametrize("case", ["default", "exact", "window"])
+@pytest.mark.parametrize("case", ["default", "exact", "window", "decay", "decay, window"])
 def test_beams(case: str) -> None:
     layer, x = layer_of(**CASES[case]), rows_of(3, 6)
     _, state = layer.prefill(x[:, :5])
@@ -102,7 +116,7 @@ def test_beams(case: str) -> None:
         layer.prefill(x[0])[1].reorder(index)
 
 
-@pytest.mark.parametrize("case", ["default", "exact", "window"])
+@pytest.mark.parametrize("case", ["default", "exact", "window", "decay", "decay, window"])
 def test_saved_and_moved(case: str) -> None:
     layer, x = layer_of(**CASES[case]), rows_of(2, 6)
     _, state = layer.prefill(x[:, :5])

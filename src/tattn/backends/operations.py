@@ -13,7 +13,7 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
                (..., n, dv + 1) of causal attention
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
-               q, all keys and all shares
+               q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
 step           ``(token, query, keys, values, sums, rests)``, a `Token`, rows (..., 1, ·) of a token, and what two views at most
                have been summed up to, (..., r, dv + 1), all with the same leading dimensions → output (..., 1, dv), lse
                (..., 1), sums and rests with the token
@@ -33,6 +33,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
 OPERATIONS = (
     "moments",
@@ -41,11 +43,30 @@ OPERATIONS = (
 )
 # Terms in a chain of additions of the array form.
 CHAIN = 128
+# Rows of causal attention whose sums compiled loops join to those before them at once, and rows that they take at a time.
+ROWS, FEW = 64, 4
+# log2 of how far apart the weights of keys that decay may be among rows that are joined at once, over all views; and fewest rows.
+_APART, _FEWEST = {"float32": 48, "float64": 256}, 8
 
 
 def of_channels(operation: str, paired: bool, views: int) -> str:
     """The operation's name for these channels: of a product of two complex numbers the real part is that of real channels."""
     return f"complex_{operation}" if paired and views > 1 else operation
+
+
+def rows_together(factors: Any, dtype: str) -> np.ndarray:
+    """How many rows compiled loops join to those before them at once where keys decay, for products of all views' factors.
+
+    0 where even the fewest are too far apart.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = -np.log2(np.asarray(factors, np.float64))
+        found = np.zeros(apart.shape, np.int64)
+        rows = _FEWEST
+        while rows <= ROWS:
+            found[(rows - 1) * apart <= _APART[dtype]] = rows
+            rows *= 2
+    return found
 
 
 class Kernel(NamedTuple):
@@ -96,7 +117,8 @@ class Prefix(NamedTuple):
 
     Weights w (r,); which monomials are a channel times others, `features.monomials.Run` as rows (count, 4) of integers; query and
     keys in units (..., n, d); values and ones times shares (..., n, dv + 1); and `half`, how many complex monomials there are, None
-    for real channels.
+    for real channels. `decays` are factors (..., 1, 1) of each view by which keys decay, with products that `rows_together` has
+    rows for; none if they do not.
     """
 
     w: Any
@@ -105,6 +127,7 @@ class Prefix(NamedTuple):
     keys: Sequence[Any]
     shares: Sequence[Any]
     half: int | None = None
+    decays: Sequence[Any] = ()
 
 
 class Program(NamedTuple):

@@ -532,8 +532,8 @@ def _pull(ctx: Any, grad_out: Array, grad_lse: Array, _: Array) -> Any:
 
 _whole.register_autograd(_pull, setup_context=_setup)
 
-# Up to query, and keys, values and masks of eight views.
-_COMPILED = {count: _with_arguments(count) for count in range(2, 26)}
+# Up to query, and keys, values, weights and factors of eight views.
+_COMPILED = {count: _with_arguments(count) for count in range(2, 34)}
 
 _TABLES = Tables()
 # By (writable, accelerator): in-place writes would break a graph that is being recorded.

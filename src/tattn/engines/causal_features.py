@@ -25,9 +25,9 @@ from itertools import chain
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-from ..arrays import clean, sum_to_leading, unweighed
+from ..arrays import clean, prod_of, sum_to_leading, unweighed
 from ..backends import Array
-from ..backends.operations import CHAIN, Prefix, of_channels
+from ..backends.operations import CHAIN, Prefix, of_channels, rows_together
 from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
 from ..features.complex_channels import Forms, Turn, conjugating, form_weights
@@ -128,6 +128,13 @@ def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
 
+def _slow(operands: Operands) -> bool:
+    """Whether keys decay as slowly in all problems as kernels need it."""
+    backend = operands.backend
+    (factor,) = backend.values_of((prod_of(operands.decays),))
+    return bool(rows_together(float(backend.xp.min(factor)), backend.dtype_name(operands.dtype)))
+
+
 def _read_by(setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]) -> tuple[Array, Array]:
     """`_read_rows` by a kernel, from sums and the rows of query and views."""
     backend, kernel = setting.backend, setting.kernel
@@ -158,7 +165,7 @@ def _prefix(setting: Setting, rows: Sequence[Array | None]) -> Prefix:
         table, half = setting.forms.runs, setting.forms.half
     else:
         table, half = run_table(q.shape[-1], setting.degree, setting.grading), None  # type: ignore[union-attr]
-    return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares, half)
+    return Prefix(setting.w[:, 0], table, of_all[0], of_all[1:], shares, half, setting.decays)
 
 
 def backward(
@@ -248,7 +255,12 @@ def _adjoint_by(
     q, o, l, g, g_lse, *views = rows
     o, l, g, g_lse = (backend.cast(x, dtype) for x in (o, l, g, g_lse))
     g_hat = scaled_gradient(o, l, g, g_lse, backend)
-    carry, (dq, d_keys, d_shares) = setting.kernel(_prefix(setting, (q, *views)), starts, carry, g_hat)  # type: ignore[misc]
+    block = _prefix(setting, (q, *views))
+    after, (dq, d_keys, d_shares, slopes) = setting.kernel(block, starts, carry[:m], g_hat)  # type: ignore[misc]
+    of_decays = (
+        add(total, sum_to_leading(slope, decay.shape[:-2], backend))
+        for total, slope, decay in zip(carry[m:], slopes, setting.decays, strict=True)
+    )
 
     def of_channels(gradient: Array, unit: Any, mask: Array | None, like: Array) -> Array:
         return sum_to_leading(clean(gradient * unit, mask, backend), like.shape[:-2], backend)
@@ -262,7 +274,10 @@ def _adjoint_by(
         of_rows = unweighed(dz * share, v, mask, backend)
         own = [sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(of_rows, view[1:], strict=False)]
         of_views.append((of_channels(dk, unit, mask, k), *own))
-    return carry, [of_channels(dq, setting.units[0], None, q), *chain.from_iterable(zip(*of_views, strict=True))]
+    return (*after, *of_decays), [
+        of_channels(dq, setting.units[0], None, q),
+        *chain.from_iterable(zip(*of_views, strict=True)),
+    ]
 
 
 def _balanced(operands: Operands, start: Start | None) -> tuple[Operands, Start | None, list[Array]]:
@@ -318,8 +333,10 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
     windowed = is_windowed(operands)
-    # Compiled loops know of no decay and of no windows.
-    kernel = None if operands.decays or windowed else _kernel(operation, operands)
+    # Compiled loops know of no windows.
+    kernel = None if windowed else _kernel(operation, operands)
+    if kernel is not None and operands.decays and not _slow(operands):
+        kernel = None
     forms: Forms | Pairs | None = None
     w = weights(expansion, q, backend)
     if operands.paired and m == 1:

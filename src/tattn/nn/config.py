@@ -109,6 +109,12 @@ class AttentionConfig:
         Frequencies go from 1 down to about 1 / `base` radians a row, in equal ratios over channels, heads of keys and views.
     learn_frequencies : bool
         Learn them from there, (order − 1, num_key_heads, head_dim / 2).
+    decay : {None, "alibi"}, number, or sequence of order − 1 numbers or sequences of num_key_heads numbers
+        Rows count less, the further before a row they stand: one t rows before the last that a row sees has the weight λ^t besides,
+        for a factor λ from 0 to 1 of each view and head of keys (`tattn.tensor_attention`). "alibi": λ = exp(−2^(−8 h / K)) for
+        heads h = 1 … K of keys, alike in all views. Needs `causal` or `window`. Rank, bound and errors stay as they are.
+    learn_decay : bool
+        Learn the factors from there, (order − 1, num_key_heads): the logistic function of a parameter, so λ is never above 1.
 
     Raises
     ------
@@ -138,6 +144,8 @@ class AttentionConfig:
     positions: str | None = None
     base: float = 10_000.0
     learn_frequencies: bool = False
+    decay: str | float | Sequence[float | Sequence[float]] | None = None
+    learn_decay: bool = False
 
     def __post_init__(self) -> None:
         embed_dim, num_heads = whole("embed_dim", self.embed_dim, 1), whole("num_heads", self.num_heads, 1)
@@ -174,6 +182,8 @@ class AttentionConfig:
             "window": _window(self.window, order - 1),
             "base": positive("base", self.base),
             "learn_frequencies": true_or_false("learn_frequencies", self.learn_frequencies),
+            "decay": _decay(self.decay, order - 1, key_heads),
+            "learn_decay": true_or_false("learn_decay", self.learn_decay),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -185,6 +195,12 @@ class AttentionConfig:
             )
         if self.learn_frequencies and not self.positions:
             raise ValueError("learn_frequencies needs positions='rotary', got positions=None")
+        if self.decay is not None and not self.causal:
+            raise ValueError("decay needs causal=True, since it counts the rows before a row, got causal=False")
+        if self.learn_decay and (self.decay is None or not np.all((self.factors() > 0) & (self.factors() < 1))):
+            raise ValueError(
+                f"learn_decay needs decay to begin with factors between 0 and 1, got decay={described(self.decay)}"
+            )
         if self.max_rank > MAX_RANK:
             raise ValueError(f"max_rank should be at most {MAX_RANK:,}, got {self.max_rank:,}")
         if self.learn_bound and self.bound is None:
@@ -220,6 +236,15 @@ class AttentionConfig:
         place = (channels + (heads + views / self.views) / self.num_key_heads) / (self.head_dim // 2)
         return np.transpose(self.base**-place)
 
+    def factors(self) -> np.ndarray:
+        """Factors λ by which rows count less from row to row, (views, num_key_heads), before anything is learned."""
+        shape = self.views, self.num_key_heads
+        if self.decay == "alibi":
+            heads = np.arange(1, self.num_key_heads + 1)
+            return np.broadcast_to(np.exp(-(2.0 ** (-8 * heads / self.num_key_heads))), shape)
+        of_views = self.decay if isinstance(self.decay, tuple) else (self.decay,) * self.views
+        return np.stack([np.broadcast_to(np.asarray(x, float), shape[1:]) for x in of_views])
+
     @property
     def promise(self) -> float:
         """What scale · Σ_c |q_c a_c b_c| never exceeds, normalised rows being as long as rounding makes them."""
@@ -241,6 +266,8 @@ class AttentionConfig:
         shapes: dict[str, tuple[int, ...]] = {"bound_logit": (self.num_heads,)} if self.learn_bound else {}
         if self.learn_frequencies:
             shapes["frequencies"] = (self.views, self.num_key_heads, self.head_dim // 2)
+        if self.learn_decay:
+            shapes["decay_logit"] = (self.views, self.num_key_heads)
         for name, shape in weights.items():
             shapes[f"{name}.weight"] = shape
             if self.bias:
@@ -391,6 +418,36 @@ def _window(given: int | Sequence[int] | None, views: int) -> tuple[int, ...] | 
             raise ValueError(f"window should have {views} entries for order {views + 1}, got {len(given)}")
         return None if given is None else tuple(whole(f"window[{i}]", w, 1) for i, w in enumerate(given))
     return (whole("window", given, 1),) * views
+
+
+def _decay(given: Any, views: int, heads: int) -> str | float | tuple[Any, ...] | None:
+    """The name "alibi", a number, or for each view a number or one for each head of keys."""
+    if given is None or (isinstance(given, str) and given == "alibi"):
+        return given
+    if isinstance(given, str):
+        raise ValueError(f"decay should be 'alibi', or numbers from 0 to 1, got {given!r}")
+    if not isinstance(given, (list, tuple)):
+        return _factor("decay", given)
+    if len(given) != views:
+        raise ValueError(f"decay should have {views} entries for order {views + 1}, got {len(given)}")
+    found: list[Any] = []
+    for i, x in enumerate(given):
+        several = isinstance(x, (list, tuple))
+        if several and len(x) != heads:
+            raise ValueError(f"decay[{i}] should have one factor for each of the {heads} heads of keys, got {len(x)}")
+        found.append(
+            tuple(_factor(f"decay[{i}][{h}]", y) for h, y in enumerate(x)) if several else _factor(f"decay[{i}]", x)
+        )
+    return tuple(found)
+
+
+def _factor(name: str, given: Any) -> float:
+    """A number from 0 to 1."""
+    if isinstance(given, (bool, np.bool_)) or not isinstance(given, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} should be a number from 0 to 1, got {described(given)}")
+    if not 0 <= given <= 1:
+        raise ValueError(f"{name} should be from 0 to 1, a factor for each row, got {given:g}")
+    return float(given)
 
 
 def _context_dims(given: Sequence[int] | None, embed_dim: int, views: int) -> tuple[int, ...]:

@@ -20,26 +20,41 @@ from .config import AttentionConfig
 
 
 class Learned(NamedTuple):
-    """Factors (H,) of the scores and frequencies (m, K, d / 2), None for those of the config; and rows before these."""
+    """Factors (H,) of the scores, frequencies (m, K, d / 2) and logits (m, K) of what rows count less by, None for those of the
+    config; and rows before these.
+    """
 
     score_factor: Array | None = None
     frequencies: Array | None = None
     before: Any = 0
+    decay_logit: Array | None = None
 
 
 class Counted(NamedTuple):
-    """What counts of the rows of every view: masks and weights (..., n_μ), or None for a view; None for all."""
+    """What counts of the rows of every view: masks and weights (..., n_μ), or None for a view; None for all.
+
+    `decays` are factors (K, 1) of each view by which rows count less, or None.
+    """
 
     masks: Sequence[Array | None] | None = None
     weights: Sequence[Array | None] | None = None
+    decays: Sequence[Array] | None = None
 
     def each(self, change: Callable[[Array], Array]) -> Counted:
-        """With every array changed."""
-        return Counted(*(None if of is None else [None if x is None else change(x) for x in of] for of in self))
+        """With every mask and all weights changed."""
+        masks, weights = (
+            None if of is None else [None if x is None else change(x) for x in of] for of in (self.masks, self.weights)
+        )
+        return Counted(masks, weights, self.decays)
+
+    def of_view(self, view: int) -> tuple[Array | None, Array | None]:
+        """Mask and weights of one."""
+        masks, weights = (None if of is None else of[view] for of in (self.masks, self.weights))
+        return masks, weights
 
     def options(self) -> dict[str, Any]:
-        """As `tattn.tensor_attention` takes them."""
-        return {"key_masks": self.masks, "key_weights": self.weights}
+        """As `tattn.tensor_attention` takes them, and as `tattn.DecodingState` does."""
+        return {"key_masks": self.masks, "key_weights": self.weights, "decay": self.decays}
 
 
 def attend(
@@ -84,12 +99,25 @@ def attend(
     if counted.weights is not None:
         wide = [None if w is None else backend.cast(w, q.dtype) for w in counted.weights]
         counted = counted._replace(weights=wide)
+    if config.decay is not None:
+        counted = counted._replace(decays=_decays(q, config, learned.decay_logit, backend))
     out, error = attention(q, ks, vs, counted) if return_error else (attention(q, ks, vs, counted), None)
     out = swap_outer(_joined(out, config, backend), backend)
     out = backend.xp.reshape(out, (*out.shape[:-2], config.num_heads * config.value_dim))
     if error is not None:
         error = _joined(error[..., None], config, backend)[..., 0]
     return backend.cast(out, dtype), error
+
+
+def _decays(q: Array, config: AttentionConfig, logit: Array | None, backend: Backend) -> list[Array]:
+    """The factors (K, 1) of every view, in the dtype of the query rows."""
+    if logit is None:
+        factors = backend.table(_factors, config, like=q, dtype=q.dtype)
+    else:
+        # Those near 1 take more digits than a narrow dtype has.
+        logit, xp = backend.cast(logit, q.dtype), backend.xp
+        factors = xp.exp(-xp.logaddexp(xp.zeros_like(logit), -logit))
+    return [factors[view][:, None] for view in range(config.views)]
 
 
 def _turned(
@@ -112,6 +140,12 @@ def _turned(
         q = turn(q, of_keys[rows - n :] if config.causal else places(n, q), own, backend)
         turned.append(turn(k, of_keys, -own, backend))
     return q, turned
+
+
+@memoized
+def _factors(config: AttentionConfig) -> np.ndarray:
+    """Those of a config."""
+    return config.factors()
 
 
 @memoized

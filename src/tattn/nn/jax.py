@@ -46,8 +46,8 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
     -------
     dict of arrays
         ``q_proj.weight`` (num_heads · head_dim, embed_dim), ``k_projs.0.weight``, ``v_projs.0.weight``, …,
-        ``out_proj.weight``, a ``bias`` beside each, and ``bound_logit`` (num_heads,) for a learned bound. Weights have
-        variance 1/fan-in.
+        ``out_proj.weight``, a ``bias`` beside each, and for what is learned ``bound_logit`` (num_heads,), ``frequencies`` and
+        ``decay_logit``. Weights have variance 1/fan-in.
 
     Raises
     ------
@@ -76,8 +76,7 @@ def init(key: jax.Array, config: AttentionConfig, *, dtype: Any = None) -> Param
         if name.endswith("weight"):
             params[name] = jax.random.uniform(k, shape, dtype, -1, 1) * sqrt(3 / shape[1])
         else:
-            start = {"bound_logit": LOGIT, "frequencies": config.frequencies() if config.positions else 0}
-            params[name] = jnp.broadcast_to(jnp.asarray(start.get(name, 0), dtype), shape)
+            params[name] = jnp.broadcast_to(jnp.asarray(_start(name, config), dtype), shape)
     return params
 
 
@@ -247,6 +246,16 @@ def step(
     return _attend(params, given, config, attention, before=state.length)[0], after[0]
 
 
+def _start(name: str, config: AttentionConfig) -> Any:
+    """What a parameter that is not drawn begins with."""
+    if name == "frequencies":
+        return config.frequencies()
+    if name == "decay_logit":
+        factors = config.factors()
+        return np.log(factors / (1 - factors))
+    return LOGIT if name == "bound_logit" else 0
+
+
 def _checked_call(params: Any, given: tuple[Any, Any, Any, Any], config: Any) -> tuple[jax.Array, Any, Counted]:
     """x, contexts and what counts of their rows, of (x, contexts, key_masks, key_weights), once all fits."""
     _checked_config(config)
@@ -283,7 +292,7 @@ def _attend(
         keys = [project(f"k_projs.{i}", c) for i, c in enumerate(contexts)]
         values = [project(f"v_projs.{i}", c) for i, c in enumerate(contexts)]
         rows = query, keys, values, counted
-        learned = Learned(score_factor, params.get("frequencies"), before)
+        learned = Learned(score_factor, params.get("frequencies"), before, params.get("decay_logit"))
         out, error = attend(config, attention, rows, learned, jax.lax.stop_gradient, return_error)
         return project("out_proj", out), error
 

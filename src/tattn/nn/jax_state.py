@@ -44,23 +44,25 @@ def decoded(decoding: DecodingState, rows: tuple[Any, Any, Any, Counted]) -> tup
     """The output of the rows that follow, one after another, and the state with them."""
 
     def one(decoding: DecodingState, rows: Any) -> tuple[DecodingState, jax.Array]:
-        query, keys, values, counted = rows
-        out, decoding = decoding.step(query, keys, values, **counted.options())
+        query, keys, values, here = rows
+        out, decoding = decoding.step(query, keys, values, **here._replace(decays=counted.decays).options())
         return decoding, out
 
+    *arrays, counted = rows
     if rows[0].shape[-2] == 1:
         decoding, out = one(decoding, rows)
         return out, decoding
-    *arrays, counted = rows
     apart = [jax.tree.map(lambda a: jnp.moveaxis(a, -2, 0)[..., None, :], a) for a in arrays]
-    decoding, outs = jax.lax.scan(one, decoding, (*apart, counted.each(lambda a: jnp.moveaxis(a, -1, 0)[..., None])))
+    of_rows = counted.each(lambda a: jnp.moveaxis(a, -1, 0)[..., None])
+    decoding, outs = jax.lax.scan(one, decoding, (*apart, of_rows._replace(decays=None)))
     return jnp.moveaxis(outs[..., 0, :], 0, -2), decoding
 
 
 def kept(keys: Any, values: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Keys, values, and masks or weights (*batch, 1, 1, n) of rows that later ones see."""
     seen = []
-    for k, mask, weights in zip(keys, *(of or [None] * len(keys) for of in counted), strict=True):
+    for view, k in enumerate(keys):
+        mask, weights = counted.of_view(view)
         whole = jnp.ones((), bool) if mask is None else mask
         one = whole if weights is None else jnp.where(whole, weights, 0)
         seen.append(jnp.broadcast_to(one, (*batch, 1, 1, k.shape[-2])))
@@ -91,7 +93,7 @@ def extended(
     ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
     # A mask beside weights is weights of 0 and 1.
     masks, weights = ([s if (s.dtype == bool) == kind else None for s in seen] for kind in (True, False))
-    counted = Counted(masks, weights if any(w is not None for w in weights) else None)
+    counted = Counted(masks, weights if any(w is not None for w in weights) else None, counted.decays)
     plans = () if config.method == "exact" else plans_of(config, "float64" if query.dtype == jnp.float64 else "float32")
     out = tensor_attention(
         query, ks, vs, **of_step(config, plans), causal=True, window=config.window, channels=config.channels,

@@ -96,6 +96,12 @@ class TensorAttention(nn.Module):
         Frequencies go from 1 down to about 1 / `base` radians a row, in equal ratios over channels, heads of keys and views.
     learn_frequencies : bool
         Learn them from there, (order − 1, num_key_heads, head_dim / 2).
+    decay : {None, "alibi"}, number, or sequence of order − 1 numbers or sequences of num_key_heads numbers
+        Rows count less, the further before a row they stand: one t rows before the last that a row sees has the weight λ^t besides,
+        for a factor λ from 0 to 1 of each view and head of keys (`tattn.tensor_attention`). "alibi": λ = exp(−2^(−8 h / K)) for
+        heads h = 1 … K of keys, alike in all views. Needs `causal` or `window`. Rank, bound and errors stay as they are.
+    learn_decay : bool
+        Learn the factors from there, (order − 1, num_key_heads): the logistic function of a parameter, so λ is never above 1.
     device, dtype
         Of the weights. The attention computes in float64 if they are float64, and in float32 otherwise, also under
         autocast.
@@ -136,6 +142,7 @@ class TensorAttention(nn.Module):
 
     bound_logit: nn.Parameter | None
     frequencies: nn.Parameter | None
+    decay_logit: nn.Parameter | None
 
     def __init__(
         self,
@@ -160,6 +167,8 @@ class TensorAttention(nn.Module):
         positions: str | None = None,
         base: float = 10_000.0,
         learn_frequencies: bool = False,
+        decay: str | float | Sequence[float | Sequence[float]] | None = None,
+        learn_decay: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **brought: Any,
@@ -173,7 +182,7 @@ class TensorAttention(nn.Module):
             num_key_heads=num_key_heads, context_dims=context_dims, bound=bound, learn_bound=learn_bound,  # type: ignore[arg-type]
             tol=tol, degree=degree, method=method, max_rank=max_rank, eps=eps, bias=bias,  # type: ignore[arg-type]
             causal=causal, window=window, positions=positions, base=base,  # type: ignore[arg-type]
-            learn_frequencies=learn_frequencies,
+            learn_frequencies=learn_frequencies, decay=decay, learn_decay=learn_decay,
         )  # fmt: skip
         # What states of this very layer have in common.
         self._owner = object()
@@ -187,9 +196,10 @@ class TensorAttention(nn.Module):
         self.out_proj = nn.Linear(heads * config.value_dim, embed_dim, **made)
         logit = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if learn_bound else None
         self.register_parameter("bound_logit", logit)
-        shape = config.parameter_shapes().get("frequencies")
-        turns = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.register_parameter("frequencies", turns)
+        shapes = config.parameter_shapes()
+        for name in ("frequencies", "decay_logit"):
+            own = nn.Parameter(torch.empty(shapes[name], device=device, dtype=dtype)) if name in shapes else None
+            self.register_parameter(name, own)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -203,6 +213,9 @@ class TensorAttention(nn.Module):
         if self.frequencies is not None:
             with torch.no_grad():
                 self.frequencies.copy_(torch.as_tensor(self.config.frequencies()))
+        if self.decay_logit is not None:
+            with torch.no_grad():
+                self.decay_logit.copy_(torch.logit(torch.as_tensor(self.config.factors().copy())))
 
     @property
     def plan(self) -> Plan | None:
@@ -396,7 +409,7 @@ class TensorAttention(nn.Module):
 
     def _kept(self, ks: Any, vs: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Keys, values, and masks or weights of the rows that later ones see."""
-        masks = [_in_one(*of) for of in zip(*(of or [None] * len(ks) for of in counted), strict=True)]
+        masks = [_in_one(*counted.of_view(view)) for view in range(len(ks))]
         windows = self.config.window or (None,) * len(ks)
         starts = [0 if w is None else max(0, k.shape[-2] - w) for w, k in zip(windows, ks, strict=True)]
         kept = [
@@ -423,7 +436,7 @@ class TensorAttention(nn.Module):
         grown = [torch.cat(pair, dim=-2 if i < 2 * views else -1) for i, pair in enumerate(pairs)]
         ks, vs, seen = (grown[i * views : (i + 1) * views] for i in range(3))
         masks, weights = ([s if s.is_floating_point() == kind else None for s in seen] for kind in (False, True))
-        counted = Counted(masks, weights if any(w is not None for w in weights) else None)
+        counted = Counted(masks, weights if any(w is not None for w in weights) else None, counted.decays)
         plans, _ = self._plans[_computed_in(query.dtype)]
         out = tensor_attention(
             query, ks, vs, **of_step(config, plans), causal=True, window=config.window, channels=config.channels,
@@ -441,7 +454,7 @@ class TensorAttention(nn.Module):
         values = [projection(c) for projection, c in zip(self.v_projs, contexts, strict=True)]
         score_factor = None if self.bound_logit is None else torch.sigmoid(self.bound_logit)
         rows = query, keys, values, counted
-        learned = Learned(score_factor, self.frequencies, before)
+        learned = Learned(score_factor, self.frequencies, before, self.decay_logit)
         out, error = attend(self.config, attention, rows, learned, torch.Tensor.detach, return_error)
         return self.out_proj(out), error
 
@@ -466,7 +479,8 @@ class TensorAttention(nn.Module):
             raise PlanError(texts[0][0])
         chosen = plan_of_call(plans, [query.shape[-2], *(k.shape[-2] for k in keys)])
         plan, text = plans[chosen], texts[chosen][return_error]
-        if offsets is None and traced_whole(plan) and 0 not in query.shape and counted.weights is None:
+        plain = counted.weights is None and counted.decays is None
+        if offsets is None and traced_whole(plan) and 0 not in query.shape and plain:
             out, error = planned_attention(query, keys, values, plan=plan, text=text, key_masks=counted.masks)
             return (out, error) if return_error else out
         return tensor_attention(
@@ -487,6 +501,8 @@ class TensorAttention(nn.Module):
             parts.append(
                 f"positions={config.positions!r}, base={config.base:g}{' (learned)' if config.learn_frequencies else ''}"
             )
+        if config.decay is not None:
+            parts.append(f"decay={config.decay!r}{' (learned)' if config.learn_decay else ''}")
         if plan is None:
             parts.append("planned from data in every call")
         elif plan.series == "banded":

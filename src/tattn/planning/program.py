@@ -18,22 +18,23 @@ ATTENTION = "attention"
 
 
 @lru_cache(maxsize=256)
-def written(plan: Plan, certify: bool) -> str:
-    """A plan and whether errors of rows are asked for, as text; "" for a method that a text does not tell."""
+def written(plan: Plan, certify: bool, decays: bool = False) -> str:
+    """A plan, whether errors of rows are asked for and whether keys decay, as text; "" for a method that a text does not tell."""
     facts = plan.facts()
     try:
         told = plan_of_facts(facts)
     except ValueError:
         return ""
-    return json.dumps([certify, facts]) if told.algorithm == plan.algorithm else ""
+    return json.dumps([certify, facts, *([True] if decays else [])]) if told.algorithm == plan.algorithm else ""
 
 
 @lru_cache(maxsize=256)
 def read(text: str) -> Call:
     """The call that `written` wrote of."""
-    certify, facts = json.loads(text)
+    certify, facts, *decays = json.loads(text)
     plan = plan_of_facts(facts)
-    call = Call(plan.algorithm, plan.order - 1, plan.scale, plan.problem.order, certify, plan.problem.chain)
+    order = plan.problem.order._replace(decays=bool(decays))
+    call = Call(plan.algorithm, plan.order - 1, plan.scale, order, certify, plan.problem.chain)
     call = call._replace(channels=plan.channels)
     return call._replace(stated=(plan.error, plan.grad_error)) if plan.certified else call
 
@@ -57,7 +58,7 @@ def _forward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tu
 
 
 def _backward(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys and values."""
+    """Gradients of query, keys and values, and of weights and factors if there are."""
     *given, kept, grad_out, grad_lse = arrays
     if call.certify and not _banded(call):
         kept = kept[..., :1]  # type: ignore[index]

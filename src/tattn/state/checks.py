@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..backends import Array, Backend
 from ..bounds.rounding import computed_in
 from ..checks import (
@@ -19,6 +21,7 @@ from ..checks import (
     checked_of_rows,
     checked_sequence,
 )
+from ..decay import at_the_end, factors_of
 from ..operands import View
 from ..plans import FACTS, Plan
 from ..problem import Problem
@@ -33,12 +36,27 @@ AGREEING = tuple(name for name in FACTS if name not in _DESCRIPTIVE)
 
 
 class Views(NamedTuple):
-    """Rows of some views, checked; None for a view without new rows. `weights` as they came, (..., n_μ, 1) or None."""
+    """Rows of some views, checked; None for a view without new rows. `weights` as they came, (..., n_μ, 1) or None.
+
+    `decays` are factors (..., 1, 1) of every view, () of none.
+    """
 
     backend: Backend
     views: tuple[View | None, ...]
     value_dim: int
     weights: tuple[Array | None, ...]
+    decays: tuple[Array, ...] = ()
+
+    def fading(self, decay: Any) -> Views:
+        """The same with weights for the last row of each view, where keys before it decay."""
+        if decay is None:
+            return self
+        first = next(view.keys for view in self.views if view is not None)
+        shapes = [view.leading for view in self.views if view is not None]
+        decays = factors_of(decay, len(self.views), first, np.broadcast_shapes(*shapes), self.backend)
+        both = zip(self.views, decays, strict=True)
+        views = (None if view is None else at_the_end(view, factor, self.backend) for view, factor in both)
+        return self._replace(views=tuple(views), decays=decays)
 
 
 def check_streams(plan: Any) -> None:

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..backends import Array, Backend, backend_of
 from ..backends.operations import CHAIN, Token
 from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_kind
+from ..decay import factors_of, passed
 from ..features.pairs import Pairs
 from ..plans import Plan
 from .checks import check_same_plan, check_streams, checked_token
-from .summary import Summary, call_of, summarize
+from .summary import Summary, call_of, summarize, summary_of
 from .sums import token_of
 
 
@@ -66,6 +69,7 @@ class DecodingState:
         *,
         key_masks: Sequence[Array | None] | None = None,
         key_weights: Sequence[Array | None] | None = None,
+        decay: Sequence[Array | float | None] | None = None,
         return_lse: bool = False,
     ) -> tuple[Any, DecodingState]:
         """Add one token; return the output of its query, which sees the token itself, and the new state.
@@ -79,6 +83,8 @@ class DecodingState:
             False for streams of a batch that have ended, or for padding. Their summaries do not change.
         key_weights : array (..., 1), or sequence of m of them or None, optional
             As in `summarize`.
+        decay : sequence of m arrays (...), numbers or None, optional
+            As in `tensor_attention`, the same for all tokens, those of `summary` as well. Masked tokens count as rows.
         return_lse : bool
             Also return log Σ exp of the scores, as ``((out, lse), state)``.
 
@@ -100,18 +106,18 @@ class DecodingState:
         checked_flags(return_lse=return_lse)
         known: _Known | None = vars(self).get("_known")
         if known is not None and key_masks is None and key_weights is None:
-            stepped = known.step(self, query, keys, values)
+            stepped = known.step(self, query, keys, values, decay)
             if stepped is not None:
                 out, lse, state = stepped
                 return ((out, lse) if return_lse else out), state
         check_streams(self.plan)
         checked_token(query, keys)
         if self.summary is None:
-            summary = summarize(keys, values, self.plan, key_masks=key_masks, key_weights=key_weights)
+            summary = summarize(keys, values, self.plan, key_masks=key_masks, key_weights=key_weights, decay=decay)
         else:
             checked_kind("summary", self.summary, Summary, "a tattn.Summary or None")
             check_same_plan(self.plan, self.summary.plan)
-            summary = self.summary.update(keys, values, key_masks, key_weights=key_weights)
+            summary = self.summary.update(keys, values, key_masks, key_weights=key_weights, decay=decay)
         state = DecodingState(self.plan, summary)
         found = summary.attend(query, return_lse=return_lse)
         known = _Known.of(self.plan, summary, query, keys, values)
@@ -145,7 +151,7 @@ class _Known(NamedTuple):
         return cls(token, call.chain, _kind(query, keys, values), None if turn is None else Pairs(turn))
 
     def step(
-        self, state: DecodingState, query: Array, keys: Sequence[Array], values: Sequence[Array]
+        self, state: DecodingState, query: Array, keys: Sequence[Array], values: Sequence[Array], decay: Any
     ) -> tuple[Array, Array, DecodingState] | None:
         """Output, lse and the state after a token like the one before; None for another."""
         summary = state.summary
@@ -158,8 +164,18 @@ class _Known(NamedTuple):
         kernel = backend.kernel("step" if self.pairs is None else "complex_step", query, *keys, *values)
         if kernel is None:
             return None
+        before = summary
+        if decay is not None:
+            leading = tuple(query.shape[:-2])
+            factors = factors_of(decay, len(keys), query, leading, backend)
+            if any(np.broadcast_shapes(x.shape[:-2], leading) != leading for x in factors):
+                return None
+            pairs = zip(summary.sums, summary.rests, factors, strict=True)
+            before = summary_of(state.plan, [passed(1, both, factor, backend) for *both, factor in pairs])
+            # Complex monomials are made anew: their own sums would lose a unit with each token.
+            state = DecodingState(state.plan, before)
         turned, age = self._turned(state, backend)
-        out, lse, sums, rests, *new = kernel(self.token, query, keys, values, summary.sums, summary.rests, *turned)
+        out, lse, sums, rests, *new = kernel(self.token, query, keys, values, before.sums, before.rests, *turned)
         after = DecodingState(state.plan, Summary(summary.plan, tuple(sums), tuple(rests)))
         object.__setattr__(after, "_known", self)
         object.__setattr__(after, "_turned", (new, age + 1))

@@ -14,6 +14,7 @@ from ..checks import (
     checked_flags,
     checked_gradients,
 )
+from ..decay import passed
 from ..features.monomials import Expansion
 from ..files import Path
 from ..plans import Plan
@@ -113,7 +114,7 @@ class Summary:
             backend.run(summaries.add_up, None, pair)
             for pair in zip(self.sums, self.rests, other.sums, other.rests, strict=True)
         ]
-        return _of(self.plan, added)
+        return summary_of(self.plan, added)
 
     def update(
         self,
@@ -122,6 +123,7 @@ class Summary:
         key_masks: Sequence[Array | None] | None = None,
         *,
         key_weights: Sequence[Array | None] | None = None,
+        decay: Sequence[Array | float | None] | None = None,
         progress: bool | Progress | None = None,
     ) -> Summary:
         """The summary with more rows: a new one, in O(n_μ r dv) for n_μ new rows.
@@ -130,6 +132,8 @@ class Summary:
         ----------
         keys, values, key_masks, key_weights, progress
             As in `summarize`; None for a view without new rows.
+        decay : sequence of m arrays (...), numbers or None, optional
+            As in `summarize`, the same for all rows: those that are there count less by λ for every new row of their view.
 
         Raises
         ------
@@ -137,12 +141,16 @@ class Summary:
             For arrays that do not fit the plan or the summary, by name.
         """
         self._checked()
-        views = checked_views((keys, values, key_masks, key_weights), self.plan.problem, self.sums)
-        new = _summed(views, self.plan, progress)
+        views = checked_views((keys, values, key_masks, key_weights), self.plan.problem, self.sums).fading(decay)
+        new, backend = _summed(views, self.plan, progress), views.backend
         pairs: list[tuple[Array, Array]] = []
-        for own, rest, more in zip(self.sums, self.rests, new, strict=True):
-            pairs.append((own, rest) if more is None else views.backend.run(summaries.add_up, None, (own, rest, *more)))
-        return _of(self.plan, pairs)
+        for i, (own, more) in enumerate(zip(zip(self.sums, self.rests, strict=True), new, strict=True)):
+            if more is not None:
+                if views.decays:
+                    own = passed(views.views[i].keys.shape[-2], own, views.decays[i], backend)  # type: ignore[union-attr]
+                own = backend.run(summaries.add_up, None, (*own, *more))
+            pairs.append(own)
+        return summary_of(self.plan, pairs)
 
     def attend(self, query: Array, *, return_lse: bool = False) -> Any:
         """Attention of queries to all pairs (triples, …) of rows in the summary, as from `tensor_attention` with the
@@ -291,6 +299,7 @@ def summarize(
     *,
     key_masks: Sequence[Array | None] | None = None,
     key_weights: Sequence[Array | None] | None = None,
+    decay: Sequence[Array | float | None] | None = None,
     progress: bool | Progress | None = None,
 ) -> Summary:
     """Summarize keys and values, to attend to them later, elsewhere, or together with others.
@@ -309,6 +318,10 @@ def summarize(
     key_weights : array (..., n_μ), or sequence of m of them or None, optional
         As in `tensor_attention`, in one unit for all summaries that will be added. Values are never read: weights that
         are negative or infinite give NaN.
+    decay : sequence of m arrays (...), numbers or None, optional
+        As in `tensor_attention`: a row t rows before the last of its view has the weight λ^t besides, so the summary is what a
+        causal call has at its last row. Summaries that are added have to stand for the same last row. Values are never read:
+        factors that are not from 0 to 1 give NaN.
     progress : callable or True, optional
         Called as ``progress(done, total)`` with numbers of rows, after every 262,144; True shows a bar by tqdm.
 
@@ -346,8 +359,8 @@ def summarize(
     [100.0, 9.0]
     """
     check_streams(plan)
-    views = checked_views((keys, values, key_masks, key_weights), plan.problem)
-    return _of(plan, _filled(_summed(views, plan, progress), views, plan))
+    views = checked_views((keys, values, key_masks, key_weights), plan.problem).fading(decay)
+    return summary_of(plan, _filled(_summed(views, plan, progress), views, plan))
 
 
 def summarize_vjp(
@@ -395,7 +408,7 @@ def summarize_vjp(
     backend, call = views.backend, call_of(plan)
     computed = [None if rows is None else _sums(rows, call, backend) for rows in views.views]
     pairs = [None if c is None else (c[0], c[2]) for c in computed]
-    summary = _of(plan, _filled(pairs, views, plan))
+    summary = summary_of(plan, _filled(pairs, views, plan))
 
     def pullback(dsums: Sequence[Array]) -> tuple[tuple[Array | None, ...], ...]:
         checked_sums(
@@ -432,7 +445,7 @@ def call_of(plan: Plan) -> summaries.SumCall:
     return summaries.SumCall(expansion, plan.scale, plan.order - 1, plan.chain, plan.channels)
 
 
-def _of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:
+def summary_of(plan: Plan, pairs: Sequence[tuple[Array, Array]]) -> Summary:
     """Summary of (sums, rests) for every view."""
     sums, rests = zip(*pairs, strict=True)
     return Summary(plan, sums, rests)

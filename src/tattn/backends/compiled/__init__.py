@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..operations import CHAIN, OF_ROWS, Kernel, Prefix, Rows, Token
+from ..operations import CHAIN, OF_ROWS, ROWS, Kernel, Prefix, Rows, Token, rows_together
 from ..threads import MOST_THREADS
 
 Array = Any
@@ -242,8 +242,8 @@ def kernels_for(
         return tuple(back(a) for a in x) if isinstance(x, (list, tuple)) else wrapped(x)
 
     def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
-        w, q, keys, shares = as_numpy((block.w, block.q, block.keys, block.shares))
-        rows = Prefix(w, block.runs, q, keys, shares, block.half)
+        w, q, keys, shares, decays = as_numpy((block.w, block.q, block.keys, block.shares, block.decays))
+        rows = Prefix(w, block.runs, q, keys, shares, block.half, decays)
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     def run_step(operation: Callable[..., Any], token: Token, *given: Any) -> Any:
@@ -338,7 +338,8 @@ def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Cal
     def read(p: slice, e: slice) -> None:
         cut = [total[p, :, e], lost[p, :, e], out[p, ..., e]]
         own = [_writable(x) for x in cut]
-        loops.read(problems.q[p], problems.k[p], _writable(problems.z[p, ..., e]), w, block.runs, block.half, *own)
+        z = _writable(problems.z[p, ..., e])
+        loops.read(problems.q[p], problems.k[p], z, w, block.runs, block.half, *problems.fading(p), *own)
         _put_back(own, cut)
 
     spread(read, problems.work(total, _TO_READ))
@@ -361,25 +362,43 @@ def prefix_pull(
     dz = np.empty_like(z)
     w = _padded(block, loops)
 
-    def pull(p: slice, e: slice) -> tuple[slice, np.ndarray, np.ndarray]:
+    def pull(p: slice, e: slice) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray]:
         given = [_writable(x) for x in (z[p, ..., e], g[p, ..., e])]
         cut = [after[p, :, e], missed[p, :, e], dz[p, ..., e]]
         s, rest, found = own = [_writable(x) for x in cut]
         of_q, of_k = np.empty_like(q[p]), np.empty_like(k[p])
         of_total = _writable(total[p, :, e])
-        loops.pull(q[p], k[p], *given, w, block.runs, block.half, of_total, s, rest, of_q, of_k, found)
+        of_decays = np.zeros((len(of_q), len(block.decays)))
+        loops.pull(
+            q[p],
+            k[p],
+            *given,
+            w,
+            block.runs,
+            block.half,
+            *problems.fading(p),
+            of_total,
+            s,
+            rest,
+            of_q,
+            of_k,
+            found,
+            of_decays,
+        )
         _put_back(own, cut)
-        return p, of_q, of_k
+        return p, of_q, of_k, of_decays
 
     parts = spread(pull, problems.work(total, _TO_PULL))
-    _, dq, dk = parts[0]
+    _, dq, dk, d_logs = parts[0]
     if len(parts) > 1:
         # What columns add to the gradients of queries and keys is added up in their order.
-        dq, dk = np.zeros_like(q), np.zeros_like(k)
-        for p, of_q, of_k in parts:
+        dq, dk, d_logs = np.zeros_like(q), np.zeros_like(k), np.zeros((len(q), len(block.decays)))
+        for p, of_q, of_k, of_logs in parts:
             dq[p] += of_q
             dk[p] += of_k
-    gradients = problems.whole(dq), problems.whole_views(dk), problems.whole_views(dz)
+            d_logs[p] += of_logs
+    of_decays = (d_logs / problems.decays[:, : d_logs.shape[1]]).astype(q.dtype)[..., None, None]
+    gradients = problems.whole(dq), *map(problems.whole_views, (dk, dz, of_decays))
     return problems.of_views(after, missed, [s for s, _ in behind]), gradients
 
 
@@ -492,10 +511,18 @@ class _Problems:
     """The rows of a block with one leading dimension, that of the problems, copied where arrays broadcast."""
 
     def __init__(self, block: Prefix, sums: Sequence[np.ndarray], *others: np.ndarray) -> None:
-        every = (block.q, *block.keys, *block.shares, *sums, *others)
+        every = (block.q, *block.keys, *block.shares, *block.decays, *sums, *others)
         self.leading = np.broadcast_shapes(*(x.shape[:-2] for x in every))
         self.q = self.together(block.q)
         self.k, self.z = self.views(block.keys), self.views(block.shares)
+        self.decays, self.steps = np.ones(self.k.shape[:2]), np.full(len(self.k), ROWS)
+        if block.decays:
+            self.decays = self.views(block.decays)[..., 0, 0].astype(np.float64)
+            self.steps = rows_together(np.prod(self.decays, axis=1), str(self.q.dtype))
+
+    def fading(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Factors (P, m) by which keys decay, and rows of a chunk (P,)."""
+        return self.decays[some], self.steps[some]
 
     def together(self, x: np.ndarray) -> np.ndarray:
         """(..., n, k) → (P, n, k)."""

@@ -18,6 +18,21 @@ one after the other; what is added here does not outlive the few rows. What they
 rows, and then joins the sums with Kahan's compensation. So a chain has at most ROWS / FEW + FEW + 1 terms. A read-out has `WIDTH`
 terms in any order, and then one for every `WIDTH` monomials. Nothing is ever subtracted.
 
+Where keys decay, by λ (m,) from row to row, sums T are those that row c = step / 2 of the next `step` rows takes of what is before
+these, and z of row j of them is multiplied by λ^(c − j), and what row i reads by λ^(i − c):
+
+    S_i = λ^(i − c) (T + the products λ^(c − j) z Φ(k) of these rows up to i).
+
+Behind them T is multiplied by λ^step, with compensation. Steps are as short as it takes for all these powers to stay far from the
+ends of the dtype. The gradient of log λ is the sum over pairs (i, j) of what they give times i − j: of every step, for rows counted
+in it, a_i = g_i n_i, b_j = z_j dz_j and the sums T' behind it,
+
+    Σ i a_i − Σ j b_j + step ⟨dT', T'⟩.
+
+Behind the last row l of all are sums as this has them. There Σ a_i + ⟨dT', T'⟩ = Σ b_j + ⟨dT, T⟩ gives
+
+    Σ (i − l) a_i − Σ (j − l) b_j + l ⟨dT, T⟩.
+
 A compiler vectorizes loops of constant length over few arrays, whose parts are at constant places: so arrays are cut to one
 dimension, with `WIDTH` from one part to the next. It may reorder sums and fuse products with additions (`FAST`), but not where
 sums are compensated.
@@ -25,15 +40,15 @@ sums are compensated.
 
 from __future__ import annotations
 
+from math import expm1, log
 from typing import Any
 
 import numpy as np
 
+# The loops below are written for four rows at a time.
+from ..operations import FEW, ROWS
 from .jit import compiled
 
-ROWS = 64
-# The loops below are written for four rows.
-FEW = 4
 WIDTH = 128
 # Complex monomials in as many numbers.
 HALF = WIDTH // 2
@@ -405,6 +420,115 @@ def _join_views(sums: Any, lost: Any) -> None:
 
 
 @compiled()
+def _powers(decays: Any, step: int, grown: Any, shrunk: Any) -> None:
+    """λ^(c − j) of every view (m, ROWS), and the product of all λ^(i − c) (ROWS,), for rows counted anew after each step."""
+    shrunk[:] = 1
+    for v in range(decays.shape[0]):
+        for i in range(ROWS):
+            apart = i % step - step // 2
+            grown[v, i] = decays[v] ** -apart
+            shrunk[i] *= decays[v] ** apart
+
+
+@compiled()
+def _set_fade(decays: Any, rows: int, fade: Any) -> None:
+    """λ^rows, and what it is more than 1, of every view (2, m)."""
+    for v in range(decays.shape[0]):
+        fade[0, v] = decays[v] ** rows
+        fade[1, v] = expm1(rows * log(decays[v]))
+
+
+@compiled()
+def _fade(s: Any, lost: Any, factor: Any, less: Any) -> None:
+    """Sums (WIDTH,), and what rounding took, times a factor."""
+    if factor > 0.5:
+        # What is taken away is what is rounded: sums would lose a unit with every chunk otherwise.
+        for a in range(WIDTH):
+            total = s[a]
+            term = total * less - lost[a] * factor
+            new = total + term
+            lost[a] = (new - total) - term
+            s[a] = new
+    else:
+        for a in range(WIDTH):
+            s[a] *= factor
+            lost[a] *= factor
+
+
+@compiled()
+def _fade_views(sums: Any, lost: Any, fade: Any) -> None:
+    """The sums (m 2 WIDTH,) of all views, with what was lost, (m WIDTH,), times λ to some power."""
+    for v in range(fade.shape[1]):
+        if fade[0, v] != 1:
+            low = v * WIDTH
+            _fade(sums[2 * low : 2 * low + WIDTH], lost[low : low + WIDTH], fade[0, v], fade[1, v])
+
+
+@compiled()
+def _fade_running(sums: Any, fade: Any) -> None:
+    """The same for sums and parts (m 2 WIDTH,) that do not outlive a chunk: parts join the sums, without compensation."""
+    for v in range(fade.shape[1]):
+        if fade[0, v] != 1:
+            own = sums[2 * v * WIDTH : 2 * (v + 1) * WIDTH]
+            for a in range(WIDTH):
+                own[a] = (own[a] + own[WIDTH + a]) * fade[0, v]
+                own[WIDTH + a] = 0
+
+
+@compiled()
+def _fade_all(sums: Any, lost: Any, fade: Any) -> None:
+    """`_fade_views` of all columns and blocks."""
+    for block in range(sums.shape[0]):
+        for e in range(sums.shape[1]):
+            _fade_views(sums[block, e], lost[block, e], fade)
+
+
+@compiled(FAST)
+def _times_rows(powers: Any, x: Any) -> None:
+    """Columns (c, ROWS) times numbers of the rows."""
+    for e in range(x.shape[0]):
+        for i in range(ROWS):
+            x[e, i] *= powers[i]
+
+
+@compiled(FAST)
+def _dot(x: Any, y: Any) -> Any:
+    found = 0.0
+    for a in range(x.shape[0]):
+        found += x[a] * y[a]
+    return found
+
+
+@compiled()
+def _of_decays(
+    monomials: Any, slopes: Any, shares: Any, of_shares: Any, rows: int, step: int, tail: int, found: Any
+) -> None:
+    """What the rows of a chunk add to the gradients of log λ (m,), if these are asked for.
+
+    From `tail` on they count from the last of all rows, and from the first of their step before it.
+    """
+    of_rows = 0.0
+    for i in range(rows if found.shape[0] else 0):
+        place = i - (rows - 1) if i >= tail else i % step
+        low = i * WIDTH
+        for block in range(monomials.shape[0]):
+            of_rows += place * _dot(monomials[block, low : low + WIDTH], slopes[block, low : low + WIDTH])
+        for v in range(found.shape[0]):
+            for e in range(shares.shape[1]):
+                found[v] -= place * shares[v, e, i] * of_shares[v, e, i]
+    for v in range(found.shape[0]):
+        found[v] += of_rows
+
+
+@compiled()
+def _of_sums(apart: int, after: Any, before: Any, found: Any) -> None:
+    """What sums (m WIDTH,) add, that many rows from those before them, from these and their gradients (m 2 WIDTH,)."""
+    for v in range(found.shape[0]):
+        low = v * WIDTH
+        found[v] += apart * _dot(after[2 * low : 2 * low + WIDTH], before[low : low + WIDTH])
+
+
+@compiled()
 def _place(a: int, half: Any) -> Any:
     """Of a monomial, the block and where it is in this."""
     if half is None:
@@ -501,8 +625,13 @@ def _room_for(dim: int, r: int, half: Any) -> int:
 
 
 @compiled(leaf=False)
-def read(q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, total: Any, lost: Any, out: Any) -> None:
-    """Numerators (P, n, c) of rows that see the sums and all rows up to their own; sums (P, m, c, r) then hold all rows."""
+def read(
+    q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, decays: Any, steps: Any, total: Any, lost: Any, out: Any
+) -> None:
+    """Numerators (P, n, c) of rows that see the sums and all rows up to their own; sums (P, m, c, r) then hold all rows.
+
+    λ (P, m), and rows of a step (P,).
+    """
     problems, views, _, columns = z.shape
     blocks = w.shape[0] // WIDTH
     phi, ones, product = _room(_room_for(q.shape[2], w.shape[0], half), w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
@@ -511,27 +640,37 @@ def read(q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, total: Any, lost:
     sums = _room(blocks * columns * views * 2 * WIDTH, w).reshape((blocks, columns, views * 2 * WIDTH))
     rests = _room(blocks * columns * views * WIDTH, w).reshape((blocks, columns, views * WIDTH))
     shares, found = np.zeros((views, columns, ROWS), w.dtype), np.zeros((columns, ROWS), w.dtype)
+    grown, shrunk, fade = np.ones((views, ROWS), w.dtype), np.ones(ROWS, w.dtype), np.ones((2, views), w.dtype)
     for p in range(problems):
         _pack(total[p], half, 2 * WIDTH, sums)
         _pack(lost[p], half, WIDTH, rests)
-        _read(q[p], k[p], z[p], w, runs, half, ones, phi, monomials, sums, rests, shares, found, product, out[p])
+        _powers(decays[p], steps[p], grown, shrunk)
+        _set_fade(decays[p], 1 + steps[p] // 2, fade)
+        _fade_all(sums, rests, fade)
+        _read(
+            q[p], k[p], z[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, sums, rests,
+            shares, found, product, out[p],
+        )  # fmt: skip
         _unpack(sums, half, 2 * WIDTH, total[p])
         _unpack(rests, half, WIDTH, lost[p])
 
 
 @compiled()
 def _read(
-    q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any,
-    shares: Any, found: Any, product: Any, out: Any,
+    q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, decays: Any, step: int, grown: Any, shrunk: Any, fade: Any,
+    ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any, found: Any, product: Any, out: Any,
 ) -> None:  # fmt: skip
     """`read` for one problem, with room for all that it needs."""
     views, n, columns = z.shape
-    for begin in range(0, n, ROWS):
-        rows = min(ROWS, n - begin)
+    for begin in range(0, n, step):
+        rows = min(step, n - begin)
+        # The sums are returned as they are at the last row.
+        _set_fade(decays, step if begin + step < n else rows - 1 - step // 2, fade)
         _make(q[begin : begin + rows], runs, half, w, phi, 0, monomials)
         for v in range(views):
             _make(k[v, begin : begin + rows], runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
+            _times_rows(grown[v], shares[v])
         for block in range(w.shape[0] // WIDTH):
             for left in range(0, columns, COLUMNS):
                 for i in range(0, rows, FEW):
@@ -540,6 +679,8 @@ def _read(
                         _get_in(found[e], i, _read_few(sums[block, e], f, half, shares, e, i, product))
                 for e in range(left, min(left + COLUMNS, columns)):
                     _join_views(sums[block, e], rests[block, e])
+                    _fade_views(sums[block, e], rests[block, e], fade)
+        _times_rows(shrunk, found)
         _turn_back(found, begin, rows, out)
 
 
@@ -866,12 +1007,13 @@ def _pull_few(
 
 @compiled(leaf=False)
 def pull(
-    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, total: Any, behind: Any, missed: Any, dq: Any, dk: Any,
-    dz: Any,
+    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, steps: Any, total: Any, behind: Any,
+    missed: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
 ) -> None:  # fmt: skip
     """Gradients of q, k and z from those of the numerators, g (P, n, c); `total` are the sums before these rows.
 
     `behind` (P, m, c, r) are the sums of the gradients behind these rows, with what rounding took, `missed`; then also of them.
+    `of_decays` gets the gradients of log λ (P, m), or is (P, 0).
     """
     problems, views, n, columns = z.shape
     dim, blocks, chunks = q.shape[2], w.shape[0] // WIDTH, (n + ROWS - 1) // ROWS
@@ -890,17 +1032,23 @@ def pull(
     x, dx, found = np.zeros((dim, ROWS), w.dtype), np.zeros((dim, ROWS), w.dtype), np.zeros((2, ROWS), w.dtype)
     shares, of_shares = np.zeros((views, columns, ROWS), w.dtype), np.zeros((views, columns, ROWS), w.dtype)
     given = np.zeros((columns, ROWS), w.dtype)
+    grown, shrunk, fade = np.ones((views, ROWS), w.dtype), np.ones(ROWS, w.dtype), np.ones((2, views), w.dtype)
     for p in range(problems):
         sums[:] = 0
         rests[:] = 0
         _pack(total[p], half, 2 * WIDTH, sums)
-        _sum_up(k[p], z[p], runs, half, ones, phi, monomials, sums, rests, shares, starts)
+        _powers(decays[p], steps[p], grown, shrunk)
+        _set_fade(decays[p], 1 + steps[p] // 2, fade)
+        _fade_all(sums, rests, fade)
+        _set_fade(decays[p], steps[p], fade)
+        _sum_up(k[p], z[p], runs, half, steps[p], grown, fade, ones, phi, monomials, sums, rests, shares, starts)
         rests[:] = 0
         _pack(behind[p], half, 2 * WIDTH, after)
         _pack(missed[p], half, WIDTH, rests)
         _pull(
-            q[p], k[p], z[p], g[p], w, runs, half, ones, phi, monomials, slopes, after, rests, starts, running, befores,
-            of_views, product, turned, of_turned, x, dx, found, shares, of_shares, given, dq[p], dk[p], dz[p],
+            q[p], k[p], z[p], g[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, slopes,
+            after, rests, starts, running, befores, of_views, product, turned, of_turned, x, dx, found, shares, of_shares, given,
+            dq[p], dk[p], dz[p], of_decays[p],
         )  # fmt: skip
         _unpack(after, half, 2 * WIDTH, behind[p])
         _unpack(rests, half, WIDTH, missed[p])
@@ -917,8 +1065,8 @@ def _add_eight(part: Any, f: Any, z: Any) -> None:
 
 @compiled()
 def _sum_up(
-    k: Any, z: Any, runs: Any, half: Any, ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any,
-    starts: Any,
+    k: Any, z: Any, runs: Any, half: Any, step: int, grown: Any, fade: Any, ones: Any, phi: Any, monomials: Any, sums: Any,
+    rests: Any, shares: Any, starts: Any,
 ) -> None:  # fmt: skip
     """The sums before every chunk of `ROWS` rows into `starts`, for one problem."""
     views, _, columns = z.shape
@@ -927,6 +1075,7 @@ def _sum_up(
         for v in range(0 if last else views):
             _make(k[v, begin : begin + ROWS], runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, ROWS, shares[v])
+            _times_rows(grown[v], shares[v])
         for block in range(sums.shape[0]):
             for left in range(0, columns, COLUMNS):
                 right = min(left + COLUMNS, columns)
@@ -935,15 +1084,17 @@ def _sum_up(
                         _start(sums[block, e, 2 * low : 2 * low + WIDTH], starts[chunk, block, e, low : low + WIDTH])
                 if last:
                     continue
-                for v in range(views):
-                    part, own = (2 * v + 1) * WIDTH, (1 + v) * SLOT
-                    for i in range(0, ROWS, 8):
-                        f = monomials[block, own + i * WIDTH : own + (i + 8) * WIDTH]
-                        for e in range(left, right):
-                            eight = _four(shares[v, e], i) + _four(shares[v, e], i + 4)
-                            _add_eight(sums[block, e, part : part + WIDTH], f, eight)
-                for e in range(left, right):
-                    _join_views(sums[block, e], rests[block, e])
+                for first in range(0, ROWS, step):
+                    for v in range(views):
+                        part, own = (2 * v + 1) * WIDTH, (1 + v) * SLOT
+                        for i in range(first, first + step, 8):
+                            f = monomials[block, own + i * WIDTH : own + (i + 8) * WIDTH]
+                            for e in range(left, right):
+                                eight = _four(shares[v, e], i) + _four(shares[v, e], i + 4)
+                                _add_eight(sums[block, e, part : part + WIDTH], f, eight)
+                    for e in range(left, right):
+                        _join_views(sums[block, e], rests[block, e])
+                        _fade_views(sums[block, e], rests[block, e], fade)
 
 
 @compiled()
@@ -961,20 +1112,29 @@ def _begin(kept: Any, s: Any) -> None:
 
 @compiled()
 def _pull(
-    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, ones: Any, phi: Any, monomials: Any, slopes: Any,
-    after: Any, rests: Any, starts: Any, running: Any, befores: Any, of_views: Any, product: Any, turned: Any,
-    of_turned: Any, x: Any, dx: Any, found: Any, shares: Any, of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any,
+    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, step: int, grown: Any, shrunk: Any,
+    fade: Any, ones: Any, phi: Any, monomials: Any, slopes: Any, after: Any, rests: Any, starts: Any, running: Any,
+    befores: Any, of_views: Any, product: Any, turned: Any, of_turned: Any, x: Any, dx: Any, found: Any, shares: Any,
+    of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
 ) -> None:  # fmt: skip
     """`pull` for one problem, chunk by chunk from the last, with room for all that it needs."""
     views, n, columns = z.shape
     for chunk in range(starts.shape[0] - 1, -1, -1):
         begin = chunk * ROWS
         rows = min(ROWS, n - begin)
+        # The gradients behind are of sums as the last row of all has them, or as the next chunk does.
+        last = chunk == starts.shape[0] - 1
+        tail = (rows - 1) // step * step if last else rows
+        _set_fade(decays, rows - 1 - tail - step // 2 if last else step, fade)
+        _fade_all(after, rests, fade)
+        _set_fade(decays, step, fade)
         _turn(g, begin, rows, given)
+        _times_rows(shrunk, given)
         _make(q[begin : begin + rows], runs, half, w, phi, 0, monomials)
         for v in range(views):
             _make(k[v, begin : begin + rows], runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
+            _times_rows(grown[v], shares[v])
         slopes[:] = 0
         for block in range(after.shape[0]):
             for left in range(0, columns, COLUMNS):
@@ -986,6 +1146,8 @@ def _pull(
                 for i in range(0, rows, FEW):
                     f = monomials[block, i * WIDTH :]
                     for e in range(left, right):
+                        if i and i % step == 0:
+                            _fade_running(running[e - left], fade)
                         _add_few(running[e - left], f, shares, e, i, befores[i // FEW, e - left])
                 for i in range((rows - 1) // FEW * FEW, -1, -FEW):
                     f, of_f = monomials[block, i * WIDTH :], slopes[block, i * WIDTH :]
@@ -994,8 +1156,13 @@ def _pull(
                             befores[i // FEW, e - left], after[block, e], f, half, _four(given[e], i), shares, e, i,
                             of_f, of_shares, of_views, product,
                         )  # fmt: skip
-                for e in range(left, right):
-                    _join_views(after[block, e], rests[block, e])
+                        if i % step == 0:
+                            _join_views(after[block, e], rests[block, e])
+                            apart = (step if i or chunk else 1) + (rows - 1 - tail if i == tail else 0)
+                            _of_sums(apart, after[block, e], befores[i // FEW, e - left], of_decays)
+                            if i:
+                                _fade_views(after[block, e], rests[block, e], fade)
+        _of_decays(monomials, slopes, shares, of_shares, rows, step, tail, of_decays)
         _turn(q, begin, rows, x)
         _pull_made(x, runs, half, w, turned, of_turned, 0, slopes, dx, found)
         _turn_back(dx, begin, rows, dq)
@@ -1003,4 +1170,7 @@ def _pull(
             _turn(k[v], begin, rows, x)
             _pull_made(x, runs, half, ones, turned, of_turned, 1 + v, slopes, dx, found)
             _turn_back(dx, begin, rows, dk[v])
+            _times_rows(grown[v], of_shares[v])
             _turn_back(of_shares[v], begin, rows, dz[v])
+    _set_fade(decays, 1 + step // 2, fade)
+    _fade_all(after, rests, fade)
