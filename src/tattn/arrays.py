@@ -29,6 +29,8 @@ def max_to_leading(array: Array, leading: tuple[int, ...], backend: Backend) -> 
 
 def _to_leading(reduction: Callable[..., Array], array: Array, leading: tuple[int, ...], backend: Backend) -> Array:
     """A sum or maximum that leaves these leading dimensions."""
+    if tuple(array.shape[:-2]) == tuple(leading):
+        return array
     extra = array.ndim - 2 - len(leading)
     axes = (*range(extra), *(extra + i for i, size in enumerate(leading) if size != array.shape[extra + i]))
     if not axes:
@@ -142,17 +144,11 @@ def shared_leading(tops: Sequence[Array], backend: Backend) -> list[Array]:
     """Maxima (..., 1, d) of several views, taken over the leading axes along which some view is broadcast."""
     xp = backend.xp
     ndim = max(t.ndim for t in tops)
-    tops = [xp.reshape(t, (*(1,) * (ndim - t.ndim), *t.shape)) for t in tops]
+    tops = [t if t.ndim == ndim else xp.reshape(t, (*(1,) * (ndim - t.ndim), *t.shape)) for t in tops]
     for axis in range(ndim - 2):
         if len({t.shape[axis] for t in tops}) > 1:
             tops = [xp.max(t, axis=axis, keepdims=True) for t in tops]
     return list(tops)
-
-
-def transposed(x: Array, backend: Backend) -> Array:
-    """The last two axes swapped, and laid out anew in memory: views of another order slow down what is made of them."""
-    swapped = backend.xp.matrix_transpose(x)
-    return backend.xp.reshape(backend.xp.reshape(swapped, (-1,)), swapped.shape)
 
 
 def over_rows(reduction: Callable[..., Array], x: Array, backend: Backend) -> Array:

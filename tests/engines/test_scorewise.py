@@ -113,10 +113,16 @@ def test_sums_of_one_number_stay_within_the_rounding_model(value: float) -> None
 
 
 def test_more_rounding_than_stated_is_not_taken() -> None:
-    """Long chains over the channels, at a degree that repeats them, with a low rank: a promise that features keep."""
+    """Long chains over the channels, at a degree that repeats them, with a low rank: a promise that features keep.
+
+    22,500 pairs add up in chains of 128 and in what adds up 176 of those. That leaves room for the roundings of small scores alone.
+    """
     coefficients = tattn.plan_for(n=100, dim=64, bound=2.0, degree=2).coefficients
     options: dict[str, Any] = {"dim": 64, "rank": 2145, "value_dim": 128}
     assert scores_round_less(coefficients, 0.1, **options, lengths=(9, 9, 9))
+    assert scores_round_less(coefficients, 0.1, **options, lengths=(150, 150, 150))
+    assert scores_round_less(coefficients, 2.0, **options, lengths=(100, 100, 100))
+    assert not scores_round_less(coefficients, 2.0, **options, lengths=(150, 150, 150))
     assert not scores_round_less(coefficients, 2.0, **options, lengths=(500, 500, 500))
 
 

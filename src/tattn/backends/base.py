@@ -305,6 +305,11 @@ class Backend:
         self.product_into(held[key], left, right)
         return held[key]
 
+    def transposed(self, x: Array) -> Array:
+        """The last two axes swapped, and laid out anew in memory: views of another order slow down what is made of them."""
+        swapped = self.xp.matrix_transpose(x)
+        return self.xp.reshape(self.xp.reshape(swapped, (-1,)), swapped.shape)
+
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         """e^(x − shift), or eˣ; what x held is lost where arrays are writable."""
         return self.xp.exp(x if shift is None else x - shift)

@@ -72,6 +72,10 @@ class NumpyBackend(Backend):
         else:
             np.matmul(left, right, out=target)
 
+    def transposed(self, x: Array) -> Array:
+        # A quarter of the time for short rows.
+        return np.ascontiguousarray(np.swapaxes(x, -1, -2))
+
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         if shift is not None:
             np.subtract(x, shift, out=x)

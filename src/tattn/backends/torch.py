@@ -105,6 +105,9 @@ class TorchBackend(Backend):
         else:
             target += left @ right
 
+    def transposed(self, x: Array) -> Array:
+        return x.mT.contiguous()
+
     def exp_less(self, x: Array, shift: Array | None) -> Array:
         if not self.writable:
             return super().exp_less(x, shift)

@@ -104,12 +104,12 @@ def scores_round_less(
 ) -> bool:
     """Whether P of scores, for rows (n, n_1, …), rounds no more than `polynomial_rounding` allows for any number of rows."""
     views = len(lengths) - 1
-    # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over one view
-    # after the other, gradients of keys also over all pairs, in chains and what adds them up.
+    # A power of a score has the score's roundings t times, Horner's rule two a degree. Outputs are sums over all pairs,
+    # gradients of keys over query rows and then over tuples of the other views, in chains and what adds them up.
     score = views + 4 + min(dim, LAMBDA * sqrt(dim))
-    terms = sum(min(CHAIN, n) for n in lengths[1:])
-    pairs = prod([float(length) for length in lengths]) / min(lengths)
-    longest = max(terms, min(CHAIN, pairs) + pairs / CHAIN)
+    pairs = prod([float(length) for length in lengths[1:]])
+    terms = _in_chains(pairs)
+    longest = max(terms, min(CHAIN, lengths[0]) + _in_chains(pairs / min(lengths[1:])))
     head = 2 * views + 5
     plain, steep = _of_sums(
         coefficients,
@@ -119,6 +119,11 @@ def scores_round_less(
     )
     allowed, allowed_steep = _of_features(coefficients, bound, Sums(dim, rank, views, value_dim))
     return plain <= allowed and steep <= allowed_steep
+
+
+def _in_chains(terms: float) -> float:
+    """Terms that are added one after the other in a sum of so many, at most: a chain, and what adds up chains."""
+    return min(CHAIN, terms) + terms / CHAIN
 
 
 def _of_features(coefficients: Sequence[float], bound: float, sums: Sums) -> tuple[float, float]:

@@ -57,8 +57,8 @@ def log_normaliser(normaliser: Array, keys: Sequence[Array], backend: Backend) -
     """Log of the sum of exp, from the normaliser over the number of pairs: −inf where that is 0, NaN where it lost its sign."""
     xp = backend.xp
     pairs = float(sum(log(k.shape[-2]) for k in keys))
-    positive = xp.where(normaliser > 0, normaliser, 1.0)
-    lse = xp.where(normaliser > 0, xp.log(positive) + pairs, xp.nan)
+    some = normaliser > 0
+    lse = xp.where(some, xp.log(xp.where(some, normaliser, 1.0)) + pairs, xp.nan)
     return xp.where(normaliser == 0, -xp.inf, lse)
 
 
@@ -175,8 +175,7 @@ def divided(numerator: Array, leading: tuple[int, ...], backend: Backend) -> tup
     normaliser = numerator[..., -1:]
     # Where every pair is masked the normaliser is exactly 0; a negative one means that P was used beyond its
     # range, and NaN says so.
-    inverse = xp.where(normaliser > 0, 1 / xp.where(normaliser == 0, 1.0, normaliser), xp.nan)
-    inverse = xp.where(normaliser == 0, 0.0, inverse)
+    inverse = 1 / xp.where(normaliser == 0, xp.inf, xp.where(normaliser < 0, xp.nan, normaliser))
     return with_leading(numerator[..., :-1] * inverse, leading, backend), with_leading(normaliser, leading, backend)
 
 
@@ -243,7 +242,7 @@ def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend
     """ĝ = [g, −r] / l with r = Σ g o − g_lse, and 0 where l is: (..., rows, dv + 1)."""
     xp = backend.xp
     r = xp.sum(g * o, axis=-1, keepdims=True) - g_lse
-    inverse = xp.where(l == 0, 0.0, 1 / xp.where(l == 0, 1.0, l))
+    inverse = 1 / xp.where(l == 0, xp.inf, l)
     return side_by_side(g, -r, backend, inverse)
 
 

@@ -13,13 +13,16 @@ are known to be small, weights are eˣ and the normaliser divides g; otherwise a
 
 With `Limits` row i of the query sees the rows j ≤ i + offset of a view, and with a window none of them but the last so many.
 `causal_tuples` cuts a call into some of those.
+
+With the coefficients of a polynomial P the weights are P(x), as `scorewise` takes them: then values and ones are over the number of
+rows, so that sums over pairs are means, chains are those of `features`, and blocks are added with compensation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from operator import mul
+from operator import add, mul, sub
 from typing import Any, NamedTuple
 
 from ..arrays import (
@@ -29,17 +32,18 @@ from ..arrays import (
     prod_of,
     sizes_of,
     sum_to_leading,
-    transposed,
     unweighed,
     weighed,
     with_leading,
 )
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE
+from ..backends.operations import CHAIN
 from ..backends.tables import memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
 from ..features.balance import balanced_values, least_sum, with_powers
+from ..features.basis import FEW_CHAINS, row_products
 from ..features.complex_channels import conjugating, multiply
 from ..features.scaling import shared_units
 from ..operands import Gradients, Operands, Upstream
@@ -50,6 +54,8 @@ from ..problem import Cost, Problem
 _REACH, _LARGE = 16.0, 2.0**24
 # Blocks of scores for which tuples are made together.
 _TOGETHER = 8
+# Chains that take fewer operations one after the other than as one product of several matrices.
+_FEW = 4
 # A place after all others.
 _NEVER = 1 << 30
 
@@ -86,12 +92,12 @@ class Pairs(NamedTuple):
     firsts: tuple[Array, ...] = ()  # `first` of each row of a tuple, where keys decay
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     """What all blocks of a call share: leading dimensions, rows of the query, tuples and rows of each view in a block, units.
 
     `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores;
     `paired`: channels are complex; `columns`: those of values and ones that need gradients, of ones only where there are weights.
-    `decays`: log λ of every view (..., 1, 1), if a key t rows before counts λ^t.
+    `decays`: log λ of every view (..., 1, 1), if a key t rows before counts λ^t. `coefficients`: those of P, () for exp.
     """
 
     backend: Backend
@@ -104,9 +110,10 @@ class _Pass(NamedTuple):
     paired: bool
     columns: int
     decays: tuple[Array, ...] = ()
+    coefficients: tuple[float, ...] = ()
 
 
-class _Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """A block of query rows for the adjoint: s (..., rows, d) and h = [g, −r] (..., rows, dv + 1).
 
     Their weights are eˣ less the `shift`, and they stand at the places `at`, (..., rows, 1) each; None for none.
@@ -118,7 +125,8 @@ class _Rows(NamedTuple):
     at: Array | None
 
 
-# [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is subtracted.
+# [Σ e^{x − top} v, Σ e^{x − top}] (..., dv + 1, rows), and the largest score (..., 1, rows), or None where none is
+# subtracted; with P what the sums of blocks have lost.
 State = tuple[Array, Array | None]
 
 
@@ -127,7 +135,7 @@ def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
     operands, _, _ = balanced_values(operands)
     backend = operands.backend
     xp = backend.xp
-    at, views, run = _prepared(operands, limits)
+    at, views, run = prepared(operands, limits)
     masked = [
         (view, block)
         for view, block, mask in zip(views, run.blocks[2:], operands.masks, strict=True)
@@ -137,12 +145,12 @@ def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
     least = least_sum(operands.dtype, backend) if operands.weights else 0.0
 
     def body(_: None, rows: Array, at: Array | None) -> tuple[None, tuple[Array, Array]]:
-        s = transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0], backend)
+        s = backend.transposed(backend.cast(rows, views[0].keys.dtype) * run.units[0])
         places = None if at is None else xp.matrix_transpose(at)
-        total, top = _attend(run, s, places, None, views)
+        total, top = attend(run, s, places, None, views)
         sums, normaliser = total[..., :-1, :], total[..., -1:, :]
         if run.bounded and not masked:
-            out, lse = transposed(sums / normaliser, backend), xp.matrix_transpose(xp.log(normaliser))
+            out, lse = backend.transposed(sums / normaliser), xp.matrix_transpose(xp.log(normaliser))
             return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
         # No normaliser is left where all pairs are masked, and where scores are too large for the dtype, or weights too small.
         nothing: Array = xp.nan
@@ -152,7 +160,7 @@ def forward(operands: Operands, limits: Limits = ALL) -> tuple[Array, Array]:
             nothing = xp.where(alive > 0, xp.full_like(alive, xp.nan), 0.0)
         some = normaliser > least
         safe = xp.where(some, normaliser, 1.0)
-        out = transposed(xp.where(some, sums / safe, nothing), backend)
+        out = backend.transposed(xp.where(some, sums / safe, nothing))
         lse = xp.log(safe) if top is None else top + xp.log(safe)
         lse = xp.matrix_transpose(xp.where(some, lse, nothing - xp.inf))
         return None, (with_leading(out, run.leading, backend), with_leading(lse, run.leading, backend))
@@ -167,7 +175,7 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
     backend, q = operands.backend, operands.query
     xp = backend.xp
     columns = (out, lse, *upstream)
-    at, views, run = _prepared(operands, limits)
+    at, views, run = prepared(operands, limits)
     dtype = views[0].keys.dtype
 
     def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
@@ -181,21 +189,30 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
             h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
         else:
             s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
-        (ds, *ages), _, grads = _adjoint(run, _Rows(s, h, shift, at), None, views)
-        return _plus(carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend), *ages)
+        (ds, *ages), _, grads = adjoint(run, QueryRows(s, h, shift, at), None, views)
+        return plus(run, carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend), *ages)
 
-    start = None if q.shape[-2] <= run.blocks[0] else _zeros(run, views)
-    (grads, *others), (dq, *ages) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
-    for more in others:
-        grads = _plus(grads, more)
-    of_views = []
-    for (dk, dz), unit, view in zip(grads, run.units[1:], operands.views, strict=True):
-        own = clean(dk * unit, view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
-        of_views.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
-    found = Gradients.of_views(dq, of_views)
+    start = None if q.shape[-2] <= run.blocks[0] else zero_gradients(run, views)
+    carries, (dq, *ages) = backend.share_rows(body, start, (q, at, *columns), run.blocks[0], run.fewest)
+    found = Gradients.of_views(dq, of_views(run, carries, operands))
     if ages:
         found = found._replace(decays=_of_decays(operands, ages))
     return found._replace(values=with_powers(found.values, powers, backend))
+
+
+def of_views(run: Pass, carries: Sequence[Any], operands: Operands) -> list[list[Array]]:
+    """Gradients of keys, values and, if there are, weights of every view, from the sums of all threads."""
+    backend = run.backend
+    grads, *others = carries
+    for more in others:
+        grads = plus(run, grads, _sum(run, more))
+    found = []
+    for (dk, dz), unit, view in zip(_sum(run, grads), run.units[1:], operands.views, strict=True):
+        if run.coefficients:
+            dz = dz * (1 / view.keys.shape[-2])
+        own = clean(dk * unit, view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
+        found.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
+    return found
 
 
 def _of_decays(operands: Operands, ages: Sequence[Array]) -> tuple[Array, ...]:
@@ -245,20 +262,23 @@ def at_a_time(operands: Operands) -> int:
     return max(1, int(operands.backend.cache // (4 * prod([min(32, n) for n in operands.lengths]))))
 
 
-def block_sizes(leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend) -> tuple[int, ...]:
+def block_sizes(
+    leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend, chain: int = EXACT_CHAIN
+) -> tuple[int, ...]:
     """Rows of the query in a block, tuples in a block, and rows of each view that tuples are made of: powers of two, or all.
 
-    The scores of a block stay in the cache; what is made of some rows of the views serves several blocks.
+    The scores of a block stay in the cache; what is made of some rows of the views serves several blocks. No sum has more than
+    `FEW_CHAINS` chains.
     """
     itemsize = backend.itemsize(dtype)
     scores = max(1, int(backend.cache // (itemsize * prod(leading))))
     query, *views = lengths
-    rows = min(query, _power(scores**0.5), EXACT_CHAIN)
-    tuples = _power(scores / rows)
+    rows = min(query, _power(scores**0.5), chain)
+    tuples = min(_power(scores / rows), FEW_CHAINS * chain)
     room = tuples * (_TOGETHER if backend.parts else 1)
     sizes = [0] * len(views)
     for taken, i in enumerate(sorted(range(len(views)), key=lambda i: views[i])):
-        sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))))
+        sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))), FEW_CHAINS * chain)
         room = max(1, room // sizes[i])
     return rows, tuples, *sizes
 
@@ -268,25 +288,30 @@ def _power(number: float) -> int:
     return 1 << max(0, int(number * (1 + 1e-9)).bit_length() - 1)
 
 
-def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Rows], _Pass]:
-    """Places of query rows (n, 1), the views, and what blocks share."""
+def prepared(
+    operands: Operands, limits: Limits, coefficients: tuple[float, ...] = ()
+) -> tuple[Array | None, list[Rows], Pass]:
+    """Places of query rows (n, 1), the views, and what blocks share, for weights eˣ or P(x)."""
     backend, q, keys, masks = operands.backend, operands.query, operands.keys, operands.masks
     xp = backend.xp
     dtype, device, leading = operands.dtype, backend.device(q), operands.leading
-    bounded = backend.reads and not operands.decays and small(operands)
+    bounded = bool(coefficients) or (backend.reads and not operands.decays and small(operands))
     units: list[Any] = [operands.scale, *(1.0 for _ in keys)]
-    if not bounded:
+    if coefficients or not bounded:
         units = shared_units(operands)
     if operands.paired:
         # Re(q k) is the product of the conjugate of q with k, as real rows.
         units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=dtype)
     scaled = scaled_keys(keys, units[1:], masks, backend)
-    blocks = block_sizes(leading, operands.lengths, dtype, backend)
+    blocks = block_sizes(leading, operands.lengths, dtype, backend, CHAIN if coefficients else EXACT_CHAIN)
     fewest = max(blocks[0], backend.shared_scores // max(1, prod(leading) * prod(operands.lengths[1:])))
     columns = operands.values[0].shape[-1] + bool(operands.weights)
     # Of a factor of 0 a row sees nothing but its own key.
     logs = tuple(xp.log(xp.where(decay > 0, decay, 1.0)) for decay in operands.decays)
-    run = _Pass(backend, leading, blocks, units, bounded, fewest, backend.memory(), operands.paired, columns, logs)
+    # Short calls lose time by keeping the scores of the only block.
+    single = bool(coefficients) and operands.lengths[0] <= blocks[0] and prod(operands.lengths[1:]) <= blocks[1]
+    memory = None if single else backend.memory()
+    run = Pass(backend, leading, blocks, units, bounded, fewest, memory, operands.paired, columns, logs, coefficients)
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
@@ -311,13 +336,16 @@ def _prepared(operands: Operands, limits: Limits) -> tuple[Array | None, list[Ro
         if mask is not None:
             one = xp.broadcast_to(backend.cast(mask, dtype), (*broadcast_leading(v, mask), *one.shape[-2:]))
             first = xp.where(present(mask, backend), first, _NEVER)
-        views.append(Rows(_by_columns(k, backend), _by_columns(xp.concat([v, one], axis=-1), backend), first, last))
+        sides = xp.concat([v, one], axis=-1)
+        if coefficients:
+            sides = sides * (1 / k.shape[-2])
+        views.append(Rows(_by_columns(k, backend), _by_columns(sides, backend), first, last))
     return places(q, 0) if limits.offsets else None, views, run
 
 
 def _by_columns(x: Array, backend: Backend) -> Array:
     """The same rows, column after column in memory."""
-    return backend.xp.matrix_transpose(transposed(x, backend))
+    return backend.xp.matrix_transpose(backend.transposed(x))
 
 
 def small(operands: Operands) -> bool:
@@ -338,7 +366,7 @@ def small(operands: Operands) -> bool:
     return scale**views * prod(norms) <= _REACH**views
 
 
-def _joined(run: _Pass, pairs: Pairs | None, rows: Rows) -> Pairs:
+def _joined(run: Pass, pairs: Pairs | None, rows: Rows) -> Pairs:
     """Each tuple with each row of one more view; of the first view, None."""
     backend, xp = run.backend, run.backend.xp
     keys, values, first, last = (None if x is None else xp.matrix_transpose(x) for x in rows)
@@ -369,7 +397,7 @@ def _each_of(pairs: Pairs, first: Array | None, each: Callable[..., Any]) -> tup
     return *of_pairs, each(lambda left, right: 0 * left + right, pairs.firsts[0], first)
 
 
-def _ages(run: _Pass, at: Array, pairs: Pairs, by_rows: bool) -> list[Array]:
+def _ages(run: Pass, at: Array, pairs: Pairs, by_rows: bool) -> list[Array]:
     """How many rows before a query row the rows of every tuple stand, 0 where behind: (..., rows, tuples) or the other way."""
     backend = run.backend
     places = pairs.firsts if by_rows else [backend.xp.matrix_transpose(x) for x in pairs.firsts]
@@ -385,7 +413,7 @@ def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | 
     return seen if last is None or at is None else seen & (last > at)
 
 
-def _sees_some(run: _Pass, at: Array | None, view: Rows, block: int) -> Array:
+def _sees_some(run: Pass, at: Array | None, view: Rows, block: int) -> Array:
     """1 where a query row (n, 1) sees some row of a view, else 0: (..., n, 1), or alike for all rows (..., 1, 1)."""
     backend, xp = run.backend, run.backend.xp
     first = view.first
@@ -401,7 +429,7 @@ def _sees_some(run: _Pass, at: Array | None, view: Rows, block: int) -> Array:
     return found
 
 
-def _attend(run: _Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]) -> State:
+def attend(run: Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Sequence[Rows]) -> State:
     """The sums of rows s (..., d, rows) at the places `at` (1, rows) over all tuples of `pairs` and of rows of the views.
 
     The largest score is −inf and the sums are 0 where nothing is seen.
@@ -410,49 +438,62 @@ def _attend(run: _Pass, s: Array, at: Array | None, pairs: Pairs | None, views: 
     if pairs is not None and not views:
         state: State | None = None
         for cut in _cuts(run, pairs):
-            state = _merge(state, _sums(run, s, at, cut), backend)
+            state = _merge(run, state, _sums(run, s, at, cut))
         return state  # type: ignore[return-value]
 
     def body(state: State | None, *rows: Any) -> tuple[State, tuple[()]]:
-        return _merge(state, _attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:]), backend), ()
+        return _merge(run, state, attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:])), ()
 
     block = run.blocks[-len(views)]
     start: State | None = None
     if views[0].keys.shape[-2] > block:
         shape, device = (*run.leading, views[0].values.shape[-1], s.shape[-1]), backend.device(s)
         top = None if run.bounded else xp.full((*run.leading, 1, s.shape[-1]), -xp.inf, dtype=s.dtype, device=device)
-        start = xp.zeros(shape, dtype=s.dtype, device=device), top
+        zero = xp.zeros(shape, dtype=s.dtype, device=device)
+        start = zero, zero if run.coefficients else top
     result: State
     result, _ = backend.scan_rows(body, start, views[0], block)
     return result
 
 
-def _sums(run: _Pass, s: Array, at: Array | None, pairs: Pairs) -> State:
-    """`_attend` for one block."""
+def _sums(run: Pass, s: Array, at: Array | None, pairs: Pairs) -> State:
+    """`attend` for one block."""
     backend, xp = run.backend, run.backend.xp
     x = backend.product(xp.matrix_transpose(pairs.keys), s, run.memory, "scores")
     seen = _seen(at, *(None if p is None else xp.matrix_transpose(p) for p in pairs[2:4]))
     for log, age in zip(run.decays, _ages(run, at, pairs, False) if run.decays else (), strict=True):
         x = x + age * log
     if run.bounded:
-        weights = backend.exp_less(x, None)
+        weights = polynomial(run.coefficients, x, backend) if run.coefficients else backend.exp_less(x, None)
         # Masked values are 0, and so is what stands for their one.
         if at is not None and seen is not None:
             weights = xp.where(seen, weights, 0.0)
-        return _in_chains(pairs.values, weights), None
+        return _in_chains(run, pairs.values, weights), None
     if seen is not None:
         x = xp.where(seen, x, -xp.inf)
     top = xp.max(x, axis=-2, keepdims=True)
     weights = backend.exp_less(x, xp.where(top == -xp.inf, 0.0, top))
-    return _in_chains(pairs.values, weights), top
+    return _in_chains(run, pairs.values, weights), top
 
 
-def _merge(state: State | None, part: State, backend: Backend) -> State:
+def polynomial(coefficients: Sequence[float], x: Array, backend: Backend) -> Array:
+    """Σ_t c_t x^t by Horner's rule."""
+    *lower, last = coefficients
+    result = backend.xp.full_like(x, last)
+    for c in reversed(lower):
+        result = backend.times(x, result) + c
+    return result
+
+
+def _merge(run: Pass, state: State | None, part: State) -> State:
     """Two running softmax sums as one, at the larger of their tops; None is none."""
     if state is None:
         return part
-    xp = backend.xp
+    xp = run.backend.xp
     (total, top), (total_2, top_2) = state, part
+    if run.coefficients:
+        found: State = plus(run, state, total_2)
+        return found
     if top is None or top_2 is None:
         return total + total_2, None
     best = xp.maximum(top, top_2)
@@ -460,7 +501,7 @@ def _merge(state: State | None, part: State, backend: Backend) -> State:
     return total * xp.exp(top - finite) + total_2 * xp.exp(top_2 - finite), best
 
 
-def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]) -> Any:
+def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Rows]) -> Any:
     """((ds, …), (dkeys, dvalues) of the tuples, ((dk, dv) of every view)) for a block of query rows.
 
     Behind ds (..., rows, d) stands Σ p t (..., rows, 1) of every view, t the rows from a key to a query row, if keys decay.
@@ -469,26 +510,26 @@ def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]
     backend, xp, columns = run.backend, run.backend.xp, run.columns
     s, h = rows.s, rows.h
     if pairs is not None and not views:
-        by_columns = transposed(s, backend), transposed(h[..., :columns], backend)
+        by_columns = backend.transposed(s), backend.transposed(h[..., :columns])
         ds: Any = None
         of_pairs = []
         for cut in _cuts(run, pairs):
             part, *parts = _block_adjoint(run, rows, by_columns, cut)
-            ds = _plus(ds, part)
+            ds = plus(run, ds, part)
             of_pairs.append(parts)
-        return ds, tuple(_together(parts, backend) for parts in zip(*of_pairs, strict=True)), ()
+        return _sum(run, ds), tuple(_together(parts, backend) for parts in zip(*of_pairs, strict=True)), ()
 
     def body(carry: Any, *view: Any) -> tuple[Any, tuple[Array, Array]]:
         k, v, *_ = view
-        ds, (dkeys, dvalues), inner = _adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
+        ds, (dkeys, dvalues), inner = adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
         through: tuple[Array, ...] = ()
         if pairs is not None:
             split = _split_complex if run.paired else _split
-            dkeys_in, dkeys = split(dkeys, pairs.keys, k, backend)
-            dvalues_in, dvalues = _split(dvalues, pairs.values[..., :columns, :], v[..., :columns], backend)
+            dkeys_in, dkeys = split(run, dkeys, pairs.keys, k)
+            dvalues_in, dvalues = _split(run, dvalues, pairs.values[..., :columns, :], v[..., :columns])
             through = dkeys_in, dvalues_in
         dk, dv = (sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
-        return _plus(carry, (ds, through, inner)), (dk, dv)
+        return plus(run, carry, (ds, through, inner)), (dk, dv)
 
     block = run.blocks[-len(views)]
     start = None
@@ -497,13 +538,14 @@ def _adjoint(run: _Pass, rows: _Rows, pairs: Pairs | None, views: Sequence[Rows]
         shapes = [s.shape[-2:], *([(s.shape[-1], tuples), (columns, tuples)] if tuples else [])]
         zeros = [xp.zeros((*run.leading, *x), dtype=s.dtype, device=backend.device(s)) for x in shapes]
         ages = [xp.zeros_like(zeros[0][..., :1]) for _ in run.decays]
-        start = (zeros[0], *ages), tuple(zeros[1:]), _zeros(run, views[1:])
-    (ds, through, inner), own = backend.scan_rows(body, start, views[0], block)
+        start = _start(run, ((zeros[0], *ages), tuple(zeros[1:]), _zeros(run, views[1:])))
+    carry, own = backend.scan_rows(body, start, views[0], block)
+    ds, through, inner = _sum(run, carry)
     return ds, through, (own, *inner)
 
 
-def _block_adjoint(run: _Pass, rows: _Rows, columns: tuple[Array, Array], pairs: Pairs) -> tuple[Any, Array, Array]:
-    """ds, dkeys and dvalues of `_adjoint` for one block, with s and h by `columns`, (..., d, rows) and (..., columns, rows).
+def _block_adjoint(run: Pass, rows: QueryRows, columns: tuple[Array, Array], pairs: Pairs) -> tuple[Any, Array, Array]:
+    """ds, dkeys and dvalues of `adjoint` for one block, with s and h by `columns`, (..., d, rows) and (..., columns, rows).
 
     Behind ds stands Σ p t of every view if keys decay.
     """
@@ -513,17 +555,21 @@ def _block_adjoint(run: _Pass, rows: _Rows, columns: tuple[Array, Array], pairs:
     ages = _ages(run, at, pairs, True) if run.decays else []
     for log, age in zip(run.decays, ages, strict=True):
         x = x + age * log
-    f = backend.exp_less(x, shift)
+    if run.coefficients:
+        f = polynomial(run.coefficients, x, backend)
+        slope = polynomial([t * c for t, c in enumerate(run.coefficients)][1:], x, backend)
+    else:
+        f = slope = backend.exp_less(x, shift)
     seen = _seen(at, *pairs[2:4])
     if seen is not None and not (run.bounded and at is None):
-        f = xp.where(seen, f, 0.0)
+        f = slope = xp.where(seen, f, 0.0)
     dvalues = columns[1] @ f
-    p = backend.times(f, backend.product(h, pairs.values, run.memory, "slopes"))
+    p = backend.times(slope, backend.product(h, pairs.values, run.memory, "slopes"))
     of_ages = [xp.sum(p * age, axis=-1, keepdims=True) for age in ages]
-    return (_in_chains(p, xp.matrix_transpose(pairs.keys)), *of_ages), columns[0] @ p, dvalues
+    return (_in_chains(run, p, xp.matrix_transpose(pairs.keys)), *of_ages), columns[0] @ p, dvalues
 
 
-def _cuts(run: _Pass, pairs: Pairs) -> list[Pairs]:
+def _cuts(run: Pass, pairs: Pairs) -> list[Pairs]:
     """The tuples of each block."""
     size, count = run.blocks[1], pairs.keys.shape[-1]
     if count <= size:
@@ -538,39 +584,44 @@ def _together(parts: Sequence[Array], backend: Backend) -> Array:
     return parts[0] if len(parts) == 1 else backend.xp.concat(list(parts), axis=-1)
 
 
-def _in_chains(left: Array, right: Array) -> Array:
-    """Matrix product in chains of at most `EXACT_CHAIN` terms."""
+def _in_chains(run: Pass, left: Array, right: Array) -> Array:
+    """Matrix product in chains of at most `EXACT_CHAIN` terms, or `CHAIN` with P."""
     terms = right.shape[-2]
-    if terms <= EXACT_CHAIN:
-        return left @ right
-    total: Array = 0.0
-    for start in range(0, terms, EXACT_CHAIN):
-        stop = min(start + EXACT_CHAIN, terms)
+    chain = CHAIN if run.coefficients else EXACT_CHAIN
+    if run.coefficients and terms > _FEW * CHAIN:
+        return row_products(left, right, run.backend)
+    total = left[..., :chain] @ right[..., :chain, :] if terms > chain else left @ right
+    for start in range(chain, terms, chain):
+        stop = min(start + chain, terms)
         total = total + left[..., start:stop] @ right[..., start:stop, :]
     return total
 
 
-def _split(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) -> tuple[Array, Array]:
+def _split(run: Pass, d_pairs: Array, pairs: Array, rows: Array) -> tuple[Array, Array]:
     """Gradient of products (..., c, tuples · n) as those of tuples (..., c, tuples) and rows (..., c, n), for rows (..., n, c)."""
-    xp = backend.xp
+    xp = run.backend.xp
     d_pairs = xp.reshape(d_pairs, (*d_pairs.shape[:-1], pairs.shape[-1], rows.shape[-2]))
-    through = (xp.matrix_transpose(rows)[..., None, :] @ xp.matrix_transpose(d_pairs))[..., 0, :]
-    return through, (pairs[..., None, :] @ d_pairs)[..., 0, :]
+    through = _in_chains(run, xp.matrix_transpose(rows)[..., None, :], xp.matrix_transpose(d_pairs))[..., 0, :]
+    return through, _in_chains(run, pairs[..., None, :], d_pairs)[..., 0, :]
 
 
-def _split_complex(d_pairs: Array, pairs: Array, rows: Array, backend: Backend) -> tuple[Array, Array]:
+def _split_complex(run: Pass, d_pairs: Array, pairs: Array, rows: Array) -> tuple[Array, Array]:
     """`_split` of complex products: with G the gradient, those of tuples and rows are Σ k̄ G and Σ p̄ G."""
+    xp = run.backend.xp
     half = d_pairs.shape[-2] // 2
     # Re k̄ G = Re k Re G + Im k Im G, and Im k̄ G is the same of −i G.
-    turned = backend.xp.concat([d_pairs[..., half:, :], -d_pairs[..., :half, :]], axis=-2)
-    parts = zip(*(_split(g, pairs, rows, backend) for g in (d_pairs, turned)), strict=True)
-    through, own = (
-        backend.xp.concat([x[..., :half, :] + x[..., half:, :] for x in of_parts], axis=-2) for of_parts in parts
-    )
+    turned = xp.concat([d_pairs[..., half:, :], -d_pairs[..., :half, :]], axis=-2)
+    parts = zip(*(_split(run, g, pairs, rows) for g in (d_pairs, turned)), strict=True)
+    through, own = (xp.concat([x[..., :half, :] + x[..., half:, :] for x in of_parts], axis=-2) for of_parts in parts)
     return through, own
 
 
-def _zeros(run: _Pass, views: Sequence[Rows]) -> tuple[tuple[Array, Array], ...]:
+def zero_gradients(run: Pass, views: Sequence[Rows]) -> Any:
+    """An empty sum of the gradients of every view."""
+    return _start(run, _zeros(run, views))
+
+
+def _zeros(run: Pass, views: Sequence[Rows]) -> tuple[tuple[Array, Array], ...]:
     """Zeros for the gradients of every view."""
     backend, xp = run.backend, run.backend.xp
     return tuple(
@@ -579,10 +630,34 @@ def _zeros(run: _Pass, views: Sequence[Rows]) -> tuple[tuple[Array, Array], ...]
     )
 
 
-def _plus(left: Any, right: Any) -> Any:
-    """Sum of nested tuples of arrays; None on the left is nothing."""
-    if left is None:
-        return right
+def _start(run: Pass, zeros: Any) -> Any:
+    """An empty sum of nested tuples of arrays."""
+    return (zeros, zeros) if run.coefficients else zeros
+
+
+def plus(run: Pass, carry: Any, terms: Any) -> Any:
+    """A sum of nested tuples of arrays with one more term; None is an empty one.
+
+    With P it is Kahan's compensated sum, with what it has lost so far.
+    """
+    if not run.coefficients:
+        return terms if carry is None else _each(add, carry, terms)
+    if carry is None:
+        return terms, None
+    total, lost = carry
+    if lost is not None:
+        terms = _each(sub, terms, lost)
+    new = _each(add, total, terms)
+    return new, _each(sub, _each(sub, new, total), terms)
+
+
+def _sum(run: Pass, carry: Any) -> Any:
+    """What a sum has come to."""
+    return carry[0] if run.coefficients else carry
+
+
+def _each(operation: Callable[[Array, Array], Array], left: Any, right: Any) -> Any:
+    """An operation on the arrays of two nested tuples."""
     if isinstance(right, tuple):
-        return tuple(_plus(a, b) for a, b in zip(left, right, strict=True))
-    return left + right
+        return tuple(_each(operation, x, y) for x, y in zip(left, right, strict=True))
+    return operation(left, right)

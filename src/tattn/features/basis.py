@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import broadcast_leading, sum_of, swap_outer, transposed
+from ..arrays import broadcast_leading, sum_of, swap_outer
 from ..backends import Array, Backend
 from ..backends.operations import CHAIN
 from ..backends.tables import memoized
@@ -142,7 +142,7 @@ class Basis(NamedTuple):
         if self._is_held(degree):
             return row_products(self._part(phi, degree, backend), z, backend)
         k = z.shape[-1]
-        pairs = phi[..., : self.dim + 1, None, :] * transposed(z, backend)[..., None, :, :]
+        pairs = phi[..., : self.dim + 1, None, :] * backend.transposed(z)[..., None, :, :]
         pairs = xp.reshape(pairs, (*pairs.shape[:-3], (self.dim + 1) * k, pairs.shape[-1]))
         top = self.level(self.degree - 1)
         wide = row_products(phi[..., top, :], xp.matrix_transpose(pairs), backend)
@@ -335,7 +335,7 @@ def _weighted(product: Array, z: Array, backend: Backend) -> Array:
         # One pass, where a compiled sum over so few takes four times as long.
         own = xp.matrix_transpose(z)[..., None, :, :]
         return xp.matrix_transpose(sum_of([split[..., e, :] * own[..., e, :] for e in range(k)]))
-    return xp.matrix_transpose(xp.sum(split * transposed(z, backend)[..., None, :, :], axis=-2))
+    return xp.matrix_transpose(xp.sum(split * backend.transposed(z)[..., None, :, :], axis=-2))
 
 
 def row_products(phi: Array, z: Array, backend: Backend) -> Array:

@@ -74,13 +74,13 @@ def _usual_units(tops: Sequence[Array], views: Sequence[Array], scale: float, ba
     fraction, exponent = frexp(scale)
     if abs(exponent) > _USUAL:
         return None
-    logs = xp.log2(_stacked(tops, views, backend))
-    score = xp.sum(logs, axis=-2, keepdims=True) + log2(scale)
-    if not float(xp.max(xp.concat([xp.abs(logs), score + (_USUAL - _MOST)], axis=-2))) <= _USUAL:
+    logs = xp.round(xp.log2(_stacked(tops, views, backend)))
+    score = xp.sum(logs, axis=-2, keepdims=True) + exponent
+    # Each of them is rounded by a half at most.
+    most = _MOST - len(tops) / 2
+    if not float(xp.max(xp.concat([xp.abs(logs), score + (_USUAL - most)], axis=-2))) <= _USUAL:
         return None
-    logs = xp.round(logs)
-    target = (xp.sum(logs, axis=-2, keepdims=True) + exponent) * (1 / len(tops))
-    powers = xp.round(target - logs)
+    powers = xp.round(score * (1 / len(tops)) - logs)
     left = exponent - xp.sum(powers, axis=-2, keepdims=True)
     powers = xp.concat([powers[..., :1, :] + left, powers[..., 1:, :]], axis=-2)
     return _of_views(backend.power_of_two(powers), views, fraction, backend)
@@ -200,13 +200,17 @@ def channel_tops(x: Array, mask: Array | None, backend: Backend, finite: bool = 
     xp = backend.xp
     dtype = backend.compute_dtype(x.dtype)
 
-    def body(top: Array, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
+    def body(top: Array | None, rows: Array, mask: Array | None) -> tuple[Array, tuple[()]]:
         rows = sizes_of(_counted(rows, mask, dtype, finite, backend), paired, backend)
-        return xp.maximum(top, over_rows(xp.max, rows, backend)), ()
+        largest = over_rows(xp.max, rows, backend)
+        return (largest if top is None else xp.maximum(top, largest)), ()
 
-    shape = (*broadcast_leading(x, mask), 1, x.shape[-1] // (1 + paired))
-    zero = xp.zeros(shape, dtype=dtype, device=backend.device(x))
-    return for_parts(over_blocks(body, zero, (x, mask), backend), paired, backend)
+    start = None
+    # So many are one block.
+    if not 0 < x.shape[-2] <= _FEWEST:
+        shape = (*broadcast_leading(x, mask), 1, x.shape[-1] // (1 + paired))
+        start = xp.zeros(shape, dtype=dtype, device=backend.device(x))
+    return for_parts(over_blocks(body, start, (x, mask), backend), paired, backend)
 
 
 def channel_sizes(
