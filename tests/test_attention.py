@@ -348,3 +348,49 @@ def test_little_is_kept_for_the_adjoint(series: str) -> None:
         with_it, without = (backward(work.call, backend_of(query), (*arrays, *r)) for r in residuals)
         for one, other in zip(with_it, without, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("made", "causal"),
+    [
+        ({"method": "exact", "bound": 4.0}, False),
+        ({"method": "exact", "bound": 4.0}, True),
+        ({"degree": 4, "bound": 4.0}, False),
+        ({"degree": 4, "bound": 4.0}, True),
+        ({"degree": 2, "series": "banded"}, False),
+    ],
+    ids=str,
+)
+def test_rows_that_are_nan_state_no_error(library: Any, made: dict[str, Any], causal: bool) -> None:
+    """A row of the query spoils its own output alone. Its error is infinite, and so are bounds of the gradients that see it."""
+    rng = np.random.default_rng(0)
+    query, *rows = rng.uniform(-1, 1, (5, 12, 4))
+    query[5] = np.nan
+    query, *rows = library.arrays(query, *rows)
+    plan = tattn.plan_for(n=12, dim=4, dtype="float64", causal=causal, **made)
+    given: Any = {"plan": plan, "causal": causal, "return_error": True}
+    (out, error), pullback = tattn.tensor_attention_vjp(query, rows[:2], rows[2:], **given)
+    spoiled = np.isnan(library.numpy(out)).all(axis=-1)
+    assert spoiled.tolist() == [i == 5 for i in range(12)]
+    np.testing.assert_array_equal(np.isinf(library.numpy(error)), spoiled)
+    grads, bounds = pullback(out * 0 + 1, return_error=True)
+    for grad, bound in zip((grads[0], *grads[1], *grads[2]), (bounds[0], *bounds[1], *bounds[2]), strict=True):
+        lost = ~np.isfinite(library.numpy(grad))
+        assert lost.any()
+        assert (library.numpy(bound)[lost] == np.inf).all()
+
+
+def test_a_plan_of_the_exact_method_states_the_rounding_of_the_call() -> None:
+    """That of sums over more rows than it was made for; it holds for fewer."""
+    rng = np.random.default_rng(0)
+    query, *rows = rng.uniform(-1, 1, (5, 3000, 2)).astype(np.float32)
+    short, long = (tattn.plan_for(n=(5, n, n), dim=2, bound=1.0, method="exact") for n in (5, 3000))
+    given: Any = {"return_error": True, "return_plan": True}
+    _, error, returned = tattn.tensor_attention(query[:5], rows[:2], rows[2:], plan=short, **given)
+    assert error.min() == error.max() == pytest.approx(long.error)
+    assert long.error > 1.2 * short.error
+    assert (returned.error, returned.grad_error, returned.lengths) == (long.error, long.grad_error, long.lengths)
+    few = [x[:5] for x in rows]
+    _, error, returned = tattn.tensor_attention(query[:5], few[:2], few[2:], plan=long, **given)
+    assert error.max() == pytest.approx(long.error)
+    assert returned == long

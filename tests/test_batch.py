@@ -54,3 +54,13 @@ def test_empty_batches_of_a_layer_and_gradients() -> None:
     keys = torch.ones(4, 3, requires_grad=True)
     tattn.tensor_attention(torch.ones(0, 4, 3), [keys, keys], [keys, keys]).sum().backward()
     assert not keys.grad.any()
+
+
+@pytest.mark.parametrize("name", ["key_masks", "key_weights"])
+@pytest.mark.parametrize("options", [{}, {"method": "exact"}], ids=["auto", "exact"])
+def test_what_makes_a_batch_of_gradients_empty_is_named(library: Library, name: str, options: dict[str, Any]) -> None:
+    """Gradients of an empty batch are refused, whichever array makes it one."""
+    rows = library.array(np.ones((4, 3)))
+    empty = library.array(np.ones((0, 4), dtype=bool if name == "key_masks" else float))
+    with pytest.raises(ValueError, match=rf"^{name}\[1\] should have no dimension of length 0, got shape \(0, 4\)"):
+        tattn.tensor_attention_vjp(rows, [rows, rows], [rows, rows], **{name: [None, empty]}, **options)

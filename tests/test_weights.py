@@ -629,3 +629,19 @@ def test_layers_of_jax() -> None:
     np.testing.assert_allclose(of(weights), apply(params, x, (twice, x), config=config), atol=1e-5)
     slope = jax.jit(jax.grad(lambda w: of(w).sum()))(weights)
     assert (np.asarray(slope) != 0).tolist() == [True] * 4 + [False]
+
+
+def test_gradients_of_small_weights_that_overflow_have_no_bound() -> None:
+    """The gradient of a weight of 1e-32 is 1e32 times that of its logarithm."""
+    rng = np.random.default_rng(0)
+    query, *rows = rng.uniform(-1, 1, (5, 6, 2)).astype(np.float32)
+    weights = [np.full(6, 1e-32, np.float32)] * 2
+    overflowed = 0
+    for size in (1e6, 1e7, 1e8, 1e9):
+        _, pullback = tattn.tensor_attention_vjp(query, rows[:2], rows[2:], key_weights=weights, method="exact")
+        grads, bounds = pullback(np.full((6, 2), size, np.float32), return_error=True)
+        for grad, bound in zip(grads[3], bounds[3], strict=True):
+            lost = ~np.isfinite(grad)
+            assert (bound[lost] == np.inf).all()
+            overflowed += lost.sum()
+    assert overflowed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .backends import Array
+from .backends import Array, Backend
 from .backends.progress import Progress, reporter, telling
 from .batch import filled_batch
 from .checks import (
@@ -25,7 +25,7 @@ from .decay import Decays, with_decay
 from .methods import backward, forward, told_error
 from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
-from .planning.choice import Work, check_plan, chosen_work, gradient_bounds, stated_call, work_of
+from .planning.choice import Work, check_plan, chosen_work, for_lengths, gradient_bounds, stated_call, work_of
 from .planning.limits import check_cost, check_flops, checked_most
 from .planning.program import ATTENTION
 from .planning.selection import NAMES, Wish, may_be_unknown
@@ -139,9 +139,10 @@ def tensor_attention(
     return_error : bool
         Also return a certified bound of the error of each query row (..., n), relative to Π_μ max_j |values_μ[j, e]|
         like `tol`, rounding included. It is infinite where nothing can be promised. With a banded plan each row has its
-        own bound; otherwise it is ``plan.error``, or infinity if the plan is not certified. It has no gradient. The
-        error of lse, besides its own rounding, is at most −log(1 − error). With a banded plan it is at most −log(1 −
-        error/2) if the values of every view have a channel of ones; otherwise there is no bound for it.
+        own bound; otherwise it is ``plan.error``, or infinity if the plan is not certified. It is infinite in rows of the
+        output that are not finite. It has no gradient. The error of lse, besides its own rounding, is at most
+        −log(1 − error). With a banded plan it is at most −log(1 − error/2) if the values of every view have a channel of
+        ones; otherwise there is no bound for it.
     return_plan : bool
         Also return the plan that was used: the method, the reason, and the share of rows recomputed.
     progress : callable or True, optional
@@ -278,7 +279,8 @@ def tensor_attention_vjp(
         known = work
         if _unplanned(inputs, asked):
             known = work._replace(plan=plan_inputs(inputs, work.plan.scale, Wish(tol, method)))
-        return grads, structured(gradient_bounds(known, inputs, computed, kept[0], upstream))
+        bounds = structured(gradient_bounds(known, inputs, computed, kept[0], upstream))
+        return grads, tuple(_where_finite(g, bound, backend) for g, bound in zip(grads, bounds, strict=True))
 
     def structured(flat: Sequence[Array]) -> tuple[Any, ...]:
         found = Gradients.of(flat, inputs.views)
@@ -290,6 +292,17 @@ def tensor_attention_vjp(
         return tuple(grads)
 
     return returned, pullback
+
+
+def _where_finite(gradient: Any, bound: Any, backend: Backend) -> Any:
+    """The bounds of gradients, or of a tuple of them, infinite where a gradient overflowed or is NaN; None for none."""
+    if isinstance(gradient, tuple):
+        return tuple(_where_finite(*pair, backend) for pair in zip(gradient, bound, strict=True))
+    if gradient is None:
+        return None
+    (value,) = backend.values_of((gradient,))
+    with backend.on_device_of(value):
+        return backend.xp.where(backend.xp.isfinite(value), bound, backend.xp.inf)
 
 
 def _checked(
@@ -331,7 +344,7 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
             _check_decay(plan.method)
         if most is not None:
             check_flops(plan, most, plan.algorithm.cost(inputs.problem(number)).flops)
-        return work_of(inputs, plan, certify)
+        return work_of(inputs, for_lengths(plan, inputs), certify)
     if inputs.order.decays and inputs.order.window is not None:
         _check_decay(method)
         exact = wish._replace(method="exact")
@@ -404,7 +417,8 @@ def _returned(result: tuple[Array, ...], inputs: Inputs, work: Work, asked: _Ask
                 plain: Any = backend.values_of((lse, *inputs.arrays))
                 (told,) = backend.run(told_error, stated_call(work), plain[1:])
                 errors = backend.xp.broadcast_to(told, tuple(plain[0].shape))[..., 0]
-            returned.append(errors)
+            numbers = backend.xp.all(backend.xp.isfinite(*backend.values_of((computed,))), axis=-1)
+            returned.append(backend.xp.where(numbers, errors, backend.xp.inf))
     if asked.returns_plan:
         returned.append(plan)
     return (tuple(returned) if len(returned) > 1 else out), out

@@ -134,6 +134,8 @@ def checked_inputs(
     for i, (k, mask) in enumerate(zip(keys, masks, strict=True)):
         if mask is not None:
             check_mask(f"key_masks[{i}]", mask, f"keys[{i}]", k, query, backend)
+            if not rowless:
+                check_not_empty(f"key_masks[{i}]", tuple(mask.shape))
             named.append((f"key_masks[{i}]", mask[..., None]))
             mask = mask[..., None]
         columns.append(mask)

@@ -19,6 +19,7 @@ from .checks import (
     Inputs,
     check_floating,
     check_library,
+    check_not_empty,
     check_row_entries,
     checked_broadcast,
     checked_of_rows,
@@ -76,6 +77,7 @@ def _checked_weights(key_weights: Any, keys: Sequence[Array], backend: Backend) 
             columns.append(None)
             continue
         check_weights(f"key_weights[{i}]", w, f"keys[{i}]", k, backend)
+        check_not_empty(f"key_weights[{i}]", tuple(w.shape))
         columns.append(w[..., None])
     return tuple(columns)
 

@@ -308,8 +308,8 @@ def prepared(
     columns = operands.values[0].shape[-1] + bool(operands.weights)
     # Of a factor of 0 a row sees nothing but its own key.
     logs = tuple(xp.log(xp.where(decay > 0, decay, 1.0)) for decay in operands.decays)
-    # One block of scores leaves nothing to write over.
-    single = operands.lengths[0] <= blocks[0] and prod(operands.lengths[1:]) <= blocks[1]
+    # Short calls lose time by keeping the scores of the only block.
+    single = bool(coefficients) and operands.lengths[0] <= blocks[0] and prod(operands.lengths[1:]) <= blocks[1]
     memory = None if single else backend.memory()
     run = Pass(backend, leading, blocks, units, bounded, fewest, memory, operands.paired, columns, logs, coefficients)
 
@@ -387,14 +387,17 @@ def _joined(run: Pass, pairs: Pairs | None, rows: Rows) -> Pairs:
         each(mul, pairs.values, values),
         each(xp.maximum, pairs.first, first),
         each(xp.minimum, pairs.last, last),
-        _each_of(pairs, first, each) if run.decays else (),
+        _each_of(run, pairs, first) if run.decays else (),
     )
 
 
-def _each_of(pairs: Pairs, first: Array | None, each: Callable[..., Any]) -> tuple[Array, ...]:
-    """`firsts` of each tuple with each row of one more view, which has this `first`."""
-    of_pairs = [each(lambda left, right: left + 0 * right, one, first) for one in pairs.firsts]
-    return *of_pairs, each(lambda left, right: 0 * left + right, pairs.firsts[0], first)
+def _each_of(run: Pass, pairs: Pairs, first: Array) -> tuple[Array, ...]:
+    """`firsts` of each tuple with each row of one more view, which has this `first` (..., 1, n)."""
+    xp, every = run.backend.xp, (*pairs.firsts, first)
+    shape = (*broadcast_leading(*every), 1, pairs.firsts[0].shape[-1], first.shape[-1])
+    apart = (*(place[..., :, None] for place in pairs.firsts), first[..., None, :])
+    found = [xp.broadcast_to(place, shape) for place in apart]
+    return tuple(xp.reshape(place, (*shape[:-2], shape[-2] * shape[-1])) for place in found)
 
 
 def _ages(run: Pass, at: Array, pairs: Pairs, by_rows: bool) -> list[Array]:
