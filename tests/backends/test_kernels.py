@@ -693,6 +693,7 @@ def test_what_does_not_compile_or_computes_nonsense_is_left_out(loops, monkeypat
         assert problem in kernels().problem
         assert not tattn.warm_up()
     monkeypatch.undo()
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
     compiled._fails.cache_clear()
     assert kernels().on
     assert tattn.warm_up()
