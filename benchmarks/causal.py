@@ -2,6 +2,7 @@
 
     python -m benchmarks.causal cost [--library numpy|torch] [--quick]
     python -m benchmarks.causal channels [--library numpy|torch] [--quick]
+    python -m benchmarks.causal windows [--library numpy|torch] [--quick]
     python -m benchmarks.causal decoding [--tokens 100000] [--quick]
 
 float32, one thread. Processor time, the best of runs that take turns.
@@ -129,6 +130,57 @@ def channels(library: str, quick: bool) -> None:
         )
 
 
+def windows(library: str, quick: bool) -> None:
+    """Windows of the same length for two views by the polynomial method, over causal calls and beside exact windows.
+
+    The exact method computes the last few rows only, and its time is that of so many times as many.
+    """
+    move = move_to(library)
+    n, dim = (8192 if quick else 65536), 8
+    rng = np.random.default_rng(0)
+    query, *keys = (move(2 * rng.random((n, dim), dtype=np.float32) - 1) for _ in range(3))
+    values = [move(2 * rng.random((n, dim), dtype=np.float32) - 1) for _ in range(2)]
+    tattn.warm_up()
+    sizes = (64, 512) if quick else (64, 512, 4096, 32768)
+    made: dict[str, Any] = {"dim": dim, "bound": 1.0}
+    plans = [tattn.plan_for(n=n, **made, degree=4, causal=True)]
+    plans += [tattn.plan_for(n=n, **made, degree=4, window=(w, w)) for w in sizes]
+
+    def forward(plan: tattn.Plan) -> Any:
+        return tattn.tensor_attention(query, keys, values, plan=plan, causal=True, window=plan.window)
+
+    def both(plan: tattn.Plan) -> Any:
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, window=plan.window)
+        return pullback(out)
+
+    def exact(plan: tattn.Plan, rows: int) -> Any:
+        last = tattn.plan_for(n=(rows, n, n), **made, method="exact", window=plan.window)
+        return tattn.tensor_attention(query[n - rows :], keys, values, plan=last, window=plan.window)
+
+    some_rows = [max(1, min(n, (1 << 29) // w**2)) for w in sizes]
+    of_forward, of_both = (
+        seconds(
+            [*(partial(function, plan) for plan in plans), partial(without_kernels, partial(function, plans[0]))], 3
+        )
+        for function in (forward, both)
+    )
+    of_exact = seconds([partial(exact, *of) for of in zip(plans[1:], some_rows, strict=True)], 2)
+    print(
+        "| window | polynomial, s | over causal | over causal without kernels | with its gradient, s | over causal "
+        "| over causal without kernels | exact, s | over polynomial | error | stated |"
+    )
+    print("|" + "---|" * 11)
+    for i, (w, plan, rows) in enumerate(zip(sizes, plans[1:], some_rows, strict=True)):
+        windowed, windowed_both, slow = of_forward[i + 1], of_both[i + 1], of_exact[i] * n / rows
+        error = np.abs(np.asarray(forward(plan))[n - rows :] - np.asarray(exact(plan, rows))).max()
+        print(
+            f"| {w:,} | {windowed:.2f} | {windowed / of_forward[0]:.1f} | {windowed / of_forward[-1]:.2f} "
+            f"| {windowed_both:.2f} | {windowed_both / of_both[0]:.1f} | {windowed_both / of_both[-1]:.2f} "
+            f"| {slow:.3g} | {slow / windowed:.3g} | {error:.1e} | {plan.error:.1e} |",
+            flush=True,
+        )
+
+
 def without_kernels(function: Callable[[], Any]) -> Any:
     """What a call computes by array operations."""
     os.environ["TATTN_KERNELS"] = "0"
@@ -163,7 +215,7 @@ def decoding(tokens: int, quick: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "channels", "decoding"))
+    parser.add_argument("part", choices=("cost", "channels", "windows", "decoding"))
     parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true")
@@ -172,5 +224,7 @@ if __name__ == "__main__":
         cost(options.library, options.quick)
     elif options.part == "channels":
         channels(options.library, options.quick)
+    elif options.part == "windows":
+        windows(options.library, options.quick)
     else:
         decoding(options.tokens, options.quick)

@@ -39,7 +39,9 @@ def drawn(n: int, before: tuple[int, ...], dim: int = 3, *, shared: bool = False
     query = rng.uniform(-1, 1, (*of_query, n, dim))
     keys = [rng.uniform(-1, 1, (*of_keys, n + more, dim)) for more in before]
     values = [rng.normal(size=(*of_values, n + more, 2)) for more in before]
-    masks = [rng.random((*of_masks, k.shape[-2])) < 0.6 for k in keys] if shared else None
+    masks: Any = [rng.random((*of_masks, k.shape[-2])) < 0.6 for k in keys] if shared else None
+    if shared and len(keys) > 1:
+        masks[-1] = None
     return query, keys, values, masks, rng.normal(size=(*whole, n, 2)), rng.normal(size=(*whole, n))
 
 
@@ -173,7 +175,7 @@ def test_what_left_the_window_leaves_no_trace(window: tuple[int, ...]) -> None:
             tattn.tensor_attention(query, keys, values, plan=plan, window=window, key_weights=w)
             for w in (None, weights)
         )
-    behind = 100 + max(window)
+    behind = 99 + max(window)
     assert np.abs(heavy[behind:] - light[behind:]).max() < 1e-6 * np.abs(light).max()
     assert np.abs(heavy[:behind] - light[:behind]).max() > 1e-3
 
@@ -187,7 +189,7 @@ def test_the_cheaper_method_is_chosen() -> None:
     assert long.flops_polynomial == longer.flops_polynomial
     causal = tattn.plan_for(**options, causal=True, degree=long.degree)
     assert 1 < long.flops_polynomial / causal.flops_polynomial < 4
-    assert causal.error <= long.error < 1.2 * causal.error
+    assert causal.error < long.error < 1.2 * causal.error
     assert tattn.plan_for(**options, window=(10**6, 10**6)).flops_polynomial == causal.flops_polynomial
     assert "windows of (4096, 4096)" in str(long)
 

@@ -65,6 +65,16 @@ def test_windows_of_a_layer() -> None:
             AttentionConfig(64, 8, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("window", "chosen"), [(5, (1, 1)), (4096, (1, 0)), (None, (1, 0))])
+def test_the_method_is_the_cheaper_one_for_a_window(window: int | None, chosen: tuple[int, int]) -> None:
+    """Of a polynomial and the exact method, for a few rows and for many."""
+    from tattn.nn.config import plan_of_call, plans_of
+
+    plans = plans_of(AttentionConfig(64, 8, method="auto", bound=1.0, tol=1e-2, causal=True, window=window), "float32")
+    assert [plan.method for plan in plans] == ["polynomial", "exact"]
+    assert tuple(plan_of_call(plans, (n,) * 3) for n in (10, 10**7)) == chosen
+
+
 @pytest.mark.libraries("torch")
 def test_a_window_is_that_of_the_function() -> None:
     torch = pytest.importorskip("torch")

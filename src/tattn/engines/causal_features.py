@@ -55,7 +55,7 @@ from .features import (
 )
 from .pieces import backwards, in_pieces, in_rows, padded
 from .spoiled import Columns, backward_apart, forward_apart, sees_some
-from .window_sums import MOST_CHUNKS
+from .window_sums import MOST_BLOCKS, MOST_CHUNKS
 
 # log2 of monomials whose products with values are numbers.
 _LARGEST = {"float32": 96, "float64": 900}
@@ -308,10 +308,11 @@ def cost(problem: Problem, rank: float) -> Cost:
     chunk, several, columns = chunk_of(problem.views), problem.views > 1, problem.value_dim + 1
     one = features.bytes_of_sums(problem, rank)
     if windows_of(problem.order.window, problem.lengths[1:], chunk):
-        # Of two chunks; and what is before it is summed up from several parts, of copies of the rows.
+        # Of two chunks; and what is before them is summed up from several parts, of copies of the rows.
+        shortest = min((w for w in problem.order.window or () if w > MOST_CHUNKS * chunk), default=max(problem.lengths))
         chunk, flops = 2 * chunk, 2 * flops
         memory += problem.rows * problem.itemsize * (problem.dim + columns)
-        memory += one * isqrt(max(problem.lengths) // (MOST_CHUNKS * chunk)) / 4
+        memory += one * (max(problem.lengths) / shortest + MOST_BLOCKS) / 4
     inside = 2.0 * chunk * (problem.views * columns if several else 1)
     flops += problem.lengths[0] * problem.batch * rank * (inside + 2.0 * several * problem.views * columns)
     return Cost(flops, memory + max(min(chunk * one, 32 << 20), 2 * one) + (8 << 20))

@@ -22,7 +22,7 @@ from .features import add, block_of, with_ones, zero_sum
 from .pieces import in_pieces
 
 # Chunks of a block and blocks of a segment, at most: together fewer additions than there are in a chain.
-MOST_CHUNKS, _MOST_BLOCKS = 64, 32
+MOST_CHUNKS, MOST_BLOCKS = 64, 32
 
 
 class Rows(NamedTuple):
@@ -60,7 +60,7 @@ class Cut(NamedTuple):
         chunks = -(-n // (count * setting.chunk))
         count = -(-n // (chunks * setting.chunk))
         most = min((w.whole // chunks for w in setting.windows if w.whole > chunks), default=1)
-        blocks = max(1, min(most, _MOST_BLOCKS, isqrt(count - 1) + 1))
+        blocks = max(1, min(most, MOST_BLOCKS, isqrt(count - 1) + 1))
         segments = -(-count // blocks)
         return cls(segments, -(-count // segments), chunks, setting.chunk)
 

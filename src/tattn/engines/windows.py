@@ -17,7 +17,8 @@ sum has a row that is not seen, and each is one of about 2 log₂ H + G + M part
 
 Adjoint: what a row begins with is linear in the sums of chunks, blocks and segments, and so their gradients are the same sums from
 the other side: a chunk is seen by those from c + 1 to c + h − 1. O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
-of 2 m b for the rows of a chunk; memory O(r dv √n) for long windows, and copies of the inputs.
+of 2 m b for the rows of a chunk; memory for copies of the inputs, and for long windows r (dv + 1) numbers for every segment and for
+every block of one.
 """
 
 from __future__ import annotations

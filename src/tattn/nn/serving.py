@@ -22,7 +22,7 @@ class ServingState:
 
     With the polynomial method these are sums of a fixed size, rank · (value_dim + 1) numbers twice for each view and
     head of keys, however many rows there were. With the exact method they are keys, values and masks, or weights, of all
-    rows, or of the last `window`.
+    rows; with a window by either method of the last `window`.
 
     Attributes
     ----------

@@ -311,7 +311,7 @@ class TensorAttention(nn.Module):
         Notes
         -----
         Memory of the state: 2 · (order − 1) · num_key_heads · rank · (value_dim + 1) numbers for each stream of the
-        batch, or with the exact method its keys and values, of the last `window` rows if there is one.
+        batch. With the exact method or a window its keys and values, of the last `window` rows if there is one.
 
         Examples
         --------
