@@ -114,7 +114,7 @@ def test_slopes(library: Any, how: str, views: int, extra: int) -> None:
 
 
 @pytest.mark.parametrize("how", METHODS)
-@pytest.mark.grid("jax")
+@pytest.mark.thorough("jax")
 def test_documents_decay_each_by_itself(library: Any, how: str) -> None:
     query, keys, values, grad_out, grad_lse = drawn(2)
     ends = [0, 4, 4, 25, N]
@@ -280,7 +280,7 @@ def test_sums_with_factors_that_are_none() -> None:
     assert np.isfinite(summary.sums[0][0]).all() and np.isnan(summary.sums[0][1]).all()
 
 
-@pytest.mark.parametrize("how", METHODS)
+@pytest.mark.parametrize("how", ["polynomial", pytest.param("exact", marks=pytest.mark.thorough)])
 @pytest.mark.libraries("torch")
 def test_torch_compiles_it(library: Any, how: str) -> None:
     """As one graph, with the gradients of a call that is not compiled."""
