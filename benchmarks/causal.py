@@ -3,6 +3,7 @@
     python -m benchmarks.causal cost [--library numpy|torch] [--quick]
     python -m benchmarks.causal channels [--library numpy|torch] [--quick]
     python -m benchmarks.causal windows [--library numpy|torch] [--quick]
+    python -m benchmarks.causal decay [--library numpy|torch] [--quick]
     python -m benchmarks.causal decoding [--tokens 100000] [--quick]
 
 float32, one thread. Processor time, the best of runs that take turns.
@@ -181,6 +182,32 @@ def windows(library: str, quick: bool) -> None:
         )
 
 
+def decay(library: str, quick: bool) -> None:
+    """Causal calls where keys decay, by the same factor in both views, over such where they do not."""
+    move, n = move_to(library), 8192 if quick else 65_536
+    print("| factor of a row | forward, s | over none | with its gradient, s | over none |\n|" + "---|" * 5)
+    tattn.warm_up()
+    rng = np.random.default_rng(0)
+    query, *keys = (move(2 * rng.random((n, 8), dtype=np.float32) - 1) for _ in range(3))
+    values = [move(2 * rng.random((n, 8), dtype=np.float32) - 1) for _ in range(2)]
+    plan = tattn.plan_for(n=n, dim=8, bound=1.0, degree=4, causal=True)
+
+    def forward(factor: Any) -> Any:
+        return tattn.tensor_attention(query, keys, values, plan=plan, causal=True, decay=factor)
+
+    def both(factor: Any) -> Any:
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, decay=factor)
+        return pullback(out)
+
+    # The steepest slopes of ALiBi are 1/2 and 1/4 with eight heads.
+    numbers = (None, 0.999, 0.99, 0.9, float(np.exp(-0.25)), float(np.exp(-0.5)), 0.3, 0.1)
+    factors = [None if x is None else [move(np.asarray(x, np.float32))] * 2 for x in numbers]
+    of_forward, of_both = (seconds([partial(function, x) for x in factors], 5) for function in (forward, both))
+    for number, one, two in zip(numbers, of_forward, of_both, strict=True):
+        name = "none" if number is None else f"{number:.3g}"
+        print(f"| {name} | {one:.3f} | {one / of_forward[0]:.2f} | {two:.3f} | {two / of_both[0]:.2f} |", flush=True)
+
+
 def without_kernels(function: Callable[[], Any]) -> Any:
     """What a call computes by array operations."""
     os.environ["TATTN_KERNELS"] = "0"
@@ -215,7 +242,7 @@ def decoding(tokens: int, quick: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "channels", "windows", "decoding"))
+    parser.add_argument("part", choices=("cost", "channels", "windows", "decay", "decoding"))
     parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true")
@@ -226,5 +253,7 @@ if __name__ == "__main__":
         channels(options.library, options.quick)
     elif options.part == "windows":
         windows(options.library, options.quick)
+    elif options.part == "decay":
+        decay(options.library, options.quick)
     else:
         decoding(options.tokens, options.quick)

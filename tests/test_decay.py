@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import exp
 from typing import Any
 
@@ -115,6 +116,31 @@ def test_slopes(library: Any, how: str, views: int, extra: int) -> None:
 
 
 @pytest.mark.grid("jax")
+@pytest.mark.parametrize("how", METHODS)
+@pytest.mark.thorough("jax")
+def test_documents_decay_each_by_itself(library: Any, how: str) -> None:
+    query, keys, values, grad_out, grad_lse = drawn(2)
+    ends = [0, 4, 4, 25, N]
+    mask, factor = np.arange(N) % 7 != 2, np.asarray([0.9, 0.6])
+    q, k, v, g, g_lse, mask, factor, offsets = library.arrays(
+        query, keys, values, grad_out, grad_lse, mask, factor, np.asarray(ends)
+    )
+
+    def of(rows: slice, **more: Any) -> list[np.ndarray]:
+        given = [[x[:, rows, :] for x in several] for several in (k, v)]
+        options: Any = {"key_masks": [mask[rows], None], "return_lse": True, **METHODS[how](2, 0), **more}
+        out, pullback = tattn.tensor_attention_vjp(q[:, rows, :], *given, causal=True, decay=[factor, 0.8], **options)
+        dquery, dkeys, dvalues, ddecay = pullback(g[:, rows, :], g_lse[:, rows])
+        assert ddecay[1] is None
+        return [library.numpy(x) for x in (*out, dquery, *dkeys, *dvalues, ddecay[0])]
+
+    packed = of(slice(0, N), offsets=offsets)
+    parts = [of(slice(start, stop)) for start, stop in pairwise(ends) if stop > start]
+    for i, (got, *each) in enumerate(zip(packed, *parts, strict=True)):
+        expected = sum(each) if i == 7 else np.concatenate(each, axis=1)
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", METHODS)
 def test_one_is_no_decay_and_none_neither(library: Any, how: str) -> None:
     query, keys, values, *_ = library.arrays(*drawn(2))
@@ -258,7 +284,7 @@ def test_sums_with_factors_that_are_none() -> None:
     assert np.isfinite(summary.sums[0][0]).all() and np.isnan(summary.sums[0][1]).all()
 
 
-@pytest.mark.parametrize("how", METHODS)
+@pytest.mark.parametrize("how", ["polynomial", pytest.param("exact", marks=pytest.mark.thorough)])
 @pytest.mark.libraries("torch")
 def test_torch_compiles_it(library: Any, how: str) -> None:
     """As one graph, with the gradients of a call that is not compiled."""
@@ -324,11 +350,6 @@ def test_jax_differentiates_it(library: Any) -> None:
         ({"decay": [np.full(3, 0.5), 1], "causal": True}, ValueError, r"decay\[0\] should have leading dimensions"),
         ({"decay": [np.full(2, 0.5, np.float32), 1], "causal": True}, TypeError, r"decay\[0\] should have"),
         ({"decay": ["fast", 1], "causal": True}, TypeError, r"decay\[0\] should be an array"),
-        (
-            {"decay": [0.5, 1], "causal": True, "offsets": np.asarray([0, 5, N])},
-            ValueError,
-            "decay should come without offsets",
-        ),
     ],
 )
 def test_refused_by_name(options: Any, error: type, message: str) -> None:

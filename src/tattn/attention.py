@@ -115,9 +115,9 @@ def tensor_attention(
         Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
         keys, row i sees the keys j ≤ i + n_μ − n.
     decay : sequence of m arrays (...), numbers or None, optional
-        With `causal`, and without `offsets`; with `window` by the exact method. A key of view μ that stands t rows before the
-        last that a row sees has the weight λ^t besides, for the factor λ = decay[μ] from 0 to 1, one for each problem of the
-        batch; 0^0 is 1, and None is a factor of 1.
+        With `causal`; with `window` by the exact method. A key of view μ that stands t rows before the last that a row sees
+        has the weight λ^t besides, for the factor λ = decay[μ] from 0 to 1, one for each problem of the batch; 0^0 is 1, and
+        None is a factor of 1.
         ALiBi with a slope s is exp(−s). The rank stays as it is, and so do the errors. The gradient of a factor 0 is 0 with
         the exact method. A row is NaN where all that it sees weighs too little, as with `key_weights`.
     window : sequence of m ints, optional

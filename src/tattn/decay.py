@@ -40,8 +40,6 @@ def with_decay(inputs: Inputs, decay: Any, reading: bool = True) -> tuple[Inputs
     backend, m = inputs.backend, inputs.views
     if not inputs.order.causal:
         raise ValueError("decay should come with causal=True, since it counts the rows before a row, got causal=False")
-    if inputs.documents is not None:
-        raise ValueError("decay should come without offsets, got both: call it once for each document")
     query: Any = inputs.arrays[0]
     columns, leading = _checked_factors(decay, m, query, inputs.leading, backend)
     traced = inputs.traced or backend.is_traced(columns)

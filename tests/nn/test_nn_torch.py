@@ -482,6 +482,7 @@ def test_learned_frequencies_get_gradients():
         {"causal": True},
         {"positions": "rotary"},
         {"positions": "rotary", "causal": True},
+        {"causal": True, "decay": "alibi", "learn_decay": True},
         {"bound": None, "degree": 2},
     ],
     ids=str,

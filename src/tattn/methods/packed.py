@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
-from ..arrays import times_power
+from ..arrays import sum_of, times_power
 from ..backends import Array
 from ..documents import Layout, Piece, Places, pieces, returned, together
 from ..features.balance import over_largest, raised
@@ -104,20 +104,24 @@ class Packed:
         return call._replace(channels=operands.channels, wanted=operands.wanted)
 
     def _arrays(self, piece: Piece, operands: Operands) -> tuple[list[Array | None], list[Array]]:
-        """Query, keys, values and masks of a group; weights by the largest of each document, with log2 of what divided them."""
+        """Query, keys, values, masks and decays of a group; weights by the largest of each document, with log2 of what divided
+        them.
+        """
         arrays = piece.arrays(operands.flat())
         if not operands.weights:
             return arrays, []
         others, weights = arrays[: -len(operands.views)], arrays[-len(operands.views) :]
         divided = [over_largest(w, operands.backend) for w in weights]
-        return [*others, *(w for w, _ in divided)], [power for _, power in divided]
+        decays = [x[..., None, :, :] for x in operands.decays]
+        return [*others, *(w for w, _ in divided), *decays], [power for _, power in divided]
 
     def _of_weights(self, flat: tuple[Array, ...], powers: list[Array], operands: Operands) -> tuple[Array, ...]:
         """Gradients, or bounds of them, of all rows' weights from those of each document's."""
         if not powers:
             return flat
-        others, own = flat[: -len(powers)], flat[-len(powers) :]
-        return (*others, *(times_power(g, -p, operands.backend) for g, p in zip(own, powers, strict=True)))
+        m = len(powers)
+        others, own, decays = flat[: 1 + 2 * m], flat[1 + 2 * m : 1 + 3 * m], flat[1 + 3 * m :]
+        return (*others, *(times_power(g, -p, operands.backend) for g, p in zip(own, powers, strict=True)), *decays)
 
     def _pieces(self, operands: Operands) -> Iterator[Piece]:
         return pieces(self.layout, Places(*operands.extra), operands.backend)
@@ -133,6 +137,9 @@ class Packed:
     def _gradients(self, found: list[tuple[Array, ...]], operands: Operands) -> Gradients:
         """Gradients of all rows, or bounds of these, from those of the groups."""
         m = len(operands.views)
-        sides = (0, *(1 + i % m for i in range(len(found[0]) - 1)))
-        flat = [self._returned(x, operands, of) for x, of in zip(zip(*found, strict=True), sides, strict=True)]
-        return Gradients.of(flat, m)
+        each = list(zip(*found, strict=True))
+        of_rows = len(each) - len(operands.decays)
+        sides = (0, *(1 + i % m for i in range(of_rows - 1)))
+        flat = [self._returned(x, operands, of) for x, of in zip(each[:of_rows], sides, strict=True)]
+        # Documents share the factors by which keys decay.
+        return Gradients.of([*flat, *(sum_of([x[..., 0, :, :] for x in of_all]) for of_all in each[of_rows:])], m)
