@@ -115,7 +115,6 @@ def test_slopes(library: Any, how: str, views: int, extra: int) -> None:
     assert slope == pytest.approx((value(step) - value(-step)) / (2 * step), rel=1e-7, abs=1e-7)
 
 
-@pytest.mark.grid("jax")
 @pytest.mark.parametrize("how", METHODS)
 @pytest.mark.thorough("jax")
 def test_documents_decay_each_by_itself(library: Any, how: str) -> None:
@@ -141,6 +140,7 @@ def test_documents_decay_each_by_itself(library: Any, how: str) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.grid("jax")
 @pytest.mark.parametrize("how", METHODS)
 def test_one_is_no_decay_and_none_neither(library: Any, how: str) -> None:
     query, keys, values, *_ = library.arrays(*drawn(2))

@@ -215,6 +215,7 @@ def test_refusals() -> None:
 def test_traced_calls() -> None:
     """Without a range "auto" is exact; a plan with a promise takes the polynomial, in one program for all segments."""
     jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
     query, keys, values, *_ = drawn(64, (0, 0))
     arrays = [jax.numpy.asarray(x) for x in (query, *keys, *values)]
     plan = plan_of((query, keys, None, None, None, None), (20, 9))  # type: ignore[arg-type]
