@@ -1004,6 +1004,16 @@ def test_where_numba_cannot_be_used_the_array_form_computes_and_the_command_says
     assert info[-1] == f"kernels: none: {told}"
 
 
+def test_numba_is_not_imported_where_address_space_is_short():
+    """A library that it loads would try for ever to have its memory."""
+    resource = pytest.importorskip("resource")
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, {resource.RLIM_INFINITY}))"
+    call = dedent(CALL.partition("from tattn.__main__")[0])
+    _, _, right, told, imported = run(f"{limit}\n{call}\nprint('numba' in sys.modules)")
+    assert (right, imported) == ("True", "False")
+    assert told == "numba should be allowed 2,048 MiB of address space, got a limit of 1,024 MiB"
+
+
 def test_numba_is_imported_by_the_first_causal_call_alone(loops):
     unused, after, right, told, *info = run(CALL)
     assert (unused, after, right, told) == ("False", "False", "True", "")

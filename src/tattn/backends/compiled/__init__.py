@@ -31,6 +31,8 @@ OPERATIONS = (*OF_ROWS, *(operation for of_kind in OF_CHANNELS.values() for oper
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
 _OLDEST = (0, 61)
+# Address space that numba and the libraries which it loads should be allowed, in bytes.
+_ROOM = 2 << 30
 # Multiplications that are worth a thread.
 _FEWEST = 1 << 20
 # Columns of the values that are worth a thread, which makes the monomials of all rows: to read, and to pull gradients back.
@@ -127,6 +129,9 @@ def why_not() -> str:
 @cache
 def _loaded() -> tuple[Any, str]:
     """The compiled loops with the version of numba, or why they cannot be used."""
+    problem = _too_little_room()
+    if problem:
+        return None, problem
     try:
         import numba
 
@@ -140,6 +145,18 @@ def _loaded() -> tuple[Any, str]:
         # A library that cannot be used may raise anything.
         return None, _told(error)
     return SimpleNamespace(causal=causal, decoding=decoding, rows=rows, version=version), ""
+
+
+def _too_little_room() -> str:
+    """Why numba should not be imported: where too little address space is allowed, libraries that it loads ask for it for ever."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY or limit >= _ROOM:
+        return ""
+    return f"numba should be allowed {_ROOM >> 20:,} MiB of address space, got a limit of {limit >> 20:,} MiB"
 
 
 # What operations raised for a dtype when they were tried.
