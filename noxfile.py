@@ -156,6 +156,7 @@ def doctest(session: nox.Session) -> None:
     run(
         session,
         "pytest",
+        *SPREAD,
         "--doctest-modules",
         "--ignore=src/tattn/backends",
         # Those of layers run with the tests of torch and JAX.

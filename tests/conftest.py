@@ -193,7 +193,7 @@ def take_now(item: pytest.Item, before: int) -> bool:
         return False
     every = 10 if "jax" in packages else 5
     return (
-        not (grid and packages & {*map(package_of, grid.args or ["jax", "torch"])})
+        not (grid and packages & {*map(package_of, grid.args or ["jax", "torch", "strict"])})
         or (before + before // every) % every == 0
     )
 

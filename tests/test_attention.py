@@ -350,6 +350,7 @@ def test_little_is_kept_for_the_adjoint(series: str) -> None:
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("made", "causal"),
     [

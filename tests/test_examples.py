@@ -200,6 +200,7 @@ def test_language_models_see_no_later_byte_and_have_as_many_weights() -> None:
     assert max(sizes) < 1.001 * min(sizes)
 
 
+@pytest.mark.thorough
 @pytest.mark.libraries("torch")
 def test_language_models_learn_the_same_from_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")

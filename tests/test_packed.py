@@ -244,6 +244,7 @@ def test_windows(library: Library, sides: str) -> None:
     check(library, draw(sides, True), 1e-12, window=(3, 4), method="exact")
 
 
+@pytest.mark.grid
 @EAGER
 @pytest.mark.usefixtures("groups")
 @pytest.mark.grid

@@ -85,6 +85,7 @@ def test_no_number_takes_part_in_more_additions_than_the_bounds_count():
         assert found.additions < FEW_CHAINS
 
 
+@pytest.mark.thorough("jax", "torch")
 @pytest.mark.parametrize("value_dim", [2, 16])
 @pytest.mark.grid
 def test_blocks_as_large_as_those_of_an_accelerator_compute_the_same(library, value_dim):

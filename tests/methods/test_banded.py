@@ -195,7 +195,7 @@ def not_compiled(library: Any) -> None:
         pytest.skip("JAX compiles this for a minute; test_one_loose_row_of_few_in_two_bands is the same in small")
 
 
-@pytest.mark.thorough("strict")
+@pytest.mark.thorough("torch", "strict")
 @pytest.mark.usefixtures("bands_at_any_length")
 def test_few_loose_rows_are_recomputed_exactly(library: Any) -> None:
     """The answer, the lse and all gradients are those of the definition to `tol`, by a few exact rows."""
@@ -261,7 +261,7 @@ def test_one_loose_row_of_few_in_two_bands(library: Any, heads: bool) -> None:
     assert_close(got, truth, 0.3)
 
 
-@pytest.mark.thorough("torch", "strict")
+@pytest.mark.thorough
 @pytest.mark.usefixtures("bands_at_any_length")
 def test_recomputed_rows_with_heads_masks_and_shared_keys(library: Any) -> None:
     not_compiled(library)

@@ -449,7 +449,7 @@ def test_the_default_device_changes_nothing(case: str, n: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_positions_in_programs_for_any_length(learned):
     """What was traced, compiled or exported at one length turns the rows of another by their own positions."""
     layer = tattn.nn.TensorAttention(8, 2, positions="rotary", causal=True, learn_frequencies=learned)
