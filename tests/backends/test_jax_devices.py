@@ -30,6 +30,9 @@ SPREAD: dict[str, tuple[str, Any]] = {
 }
 
 
+ROWS = "polynomial, rows of the query"
+
+
 def attention(method: str) -> Any:
     known = {"degree": None, "method": "exact"} if method == "exact" else {"degree": 2}
     causal = method == "causal"
@@ -83,7 +86,9 @@ def test_spread_over_one_device(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "polynomial, rows of the query" else pytest.mark.thorough) for n in SPREAD])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.thorough) for n in list(SPREAD) if n != ROWS), ROWS]
+)
 def test_spread_over_two_devices(name: str) -> None:
     script = f"import jax, test_jax_devices as t; assert jax.device_count() == 2; t.check_spread({name!r})"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
