@@ -20,17 +20,15 @@ jnp = pytest.importorskip("jax.numpy")
 pytestmark = pytest.mark.libraries("jax")
 
 N, DIM = 130, 2
+ROWS = "polynomial, rows of the query"
 # The method, and along which dimension the rows of each array are spread over devices.
 SPREAD: dict[str, tuple[str, Any]] = {
     "polynomial, batch": ("polynomial", 0),
-    "polynomial, rows of the query": ("polynomial", 1),
+    ROWS: ("polynomial", 1),
     "exact, batch": ("exact", 0),
     "exact, rows of the query": ("exact", 1),
     "causal, batch": ("causal", 0),
 }
-
-
-ROWS = "polynomial, rows of the query"
 
 
 def attention(method: str) -> Any:
@@ -86,9 +84,7 @@ def test_spread_over_one_device(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map")
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.thorough) for n in list(SPREAD) if n != ROWS), ROWS]
-)
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.thorough) for n in SPREAD if n != ROWS), ROWS])
 def test_spread_over_two_devices(name: str) -> None:
     script = f"import jax, test_jax_devices as t; assert jax.device_count() == 2; t.check_spread({name!r})"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
