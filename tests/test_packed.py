@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from conftest import Library, make_library
 from reference import Dense, dense, value_sizes
 
 import tattn
-from tattn import documents
+from tattn.backends import backend_of
 
 # Rows of documents: of the query, and as many or more of each view, and numbers that have nothing to do with these.
 SELF = (5, 9, 0, 1, 12, 9, 6, 3, 9, 4, 5, 2)
@@ -159,10 +160,12 @@ def test_weights_of_keys(library: Library, method: str, causal: bool, masked: bo
 
 
 @pytest.fixture(params=["groups", "few groups"])
-def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def groups(request: pytest.FixtureRequest, library: Library) -> Iterator[None]:
     """As they come, and two at most, in which documents of very different lengths are padded."""
-    if request.param == "few groups":
-        monkeypatch.setattr(documents, "_GROUPS", 2)
+    array = library.array(np.zeros(1))
+    backend = backend_of(array).for_arrays([array])
+    with backend.using(groups=2 if request.param == "few groups" else backend.groups):
+        yield
 
 
 @EAGER

@@ -20,8 +20,8 @@ from .backends import Array, Backend
 # Lengths of a group differ by this factor at most, or by a power of it where there would be too many groups; where groups are
 # compiled, by the other.
 _RATIO, _COMPILED_RATIO = 1.15, 2.0
-# Groups for which a call pays whatever their size, and rows that are worth a further one.
-_GROUPS, _ROWS = 32, 2048
+# Rows that are worth a further group.
+_ROWS = 2048
 
 
 class Group(NamedTuple):
@@ -103,7 +103,7 @@ class Documents(NamedTuple):
         lengths = self.lengths
         # Without a row of the query there is nothing to compute.
         some = np.nonzero(lengths[:, self.sides[0]])[0]
-        order, cuts = _grouped(np.maximum(lengths[some], least), rows)
+        order, cuts = _grouped(np.maximum(lengths[some], least), rows, backend.groups)
         some = some[order]
         lengths = lengths[some]
         groups, padded = [], np.empty_like(lengths)
@@ -131,10 +131,10 @@ class Documents(NamedTuple):
         return layout, Places(*(backend.indices(x, like) for x in numbers))
 
 
-def _grouped(lengths: np.ndarray, rows: int | None) -> tuple[np.ndarray, list[int]]:
+def _grouped(lengths: np.ndarray, rows: int | None, most: int) -> tuple[np.ndarray, list[int]]:
     """An order of documents with these rows (documents, sides), and where groups begin in it, and the last of them ends."""
     ratio = _RATIO if rows else _COMPILED_RATIO
-    most = _GROUPS + (int(lengths.sum()) // _ROWS if rows else 0)
+    most += int(lengths.sum()) // _ROWS if rows else 0
     while True:
         levels = np.ceil(np.log(lengths) / np.log(ratio) - 1e-9)
         order = np.lexsort((*lengths.T, *levels.T))

@@ -66,6 +66,8 @@ class Backend:
         effect.
     shared_scores : int
         Scores that are worth a thread.
+    groups : int
+        Groups of packed documents for which a call pays whatever their size.
     reads : bool
         Whether values can be read at once: they are on the host, and nothing records or traces the call.
     kernels : tuple of Kernel
@@ -81,6 +83,7 @@ class Backend:
     cache = 512 << 10
     most_rows = 1 << 12
     shared_scores = 1 << 22
+    groups = 32
     reads = False
     kernels: tuple[Kernel, ...] = ()
 
