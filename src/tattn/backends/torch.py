@@ -68,7 +68,7 @@ class TorchBackend(Backend):
             return None
         return (
             "one that torch.jit.trace records, and what it records would be wrong for others: trace a tattn.nn.TensorAttention "
-            "with a bound, or use torch.export or torch.compile"
+            "with a bound and without decay and weights, or use torch.export or torch.compile"
         )
 
     def records(self, arrays: Sequence[Array | None]) -> bool:

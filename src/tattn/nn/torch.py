@@ -39,8 +39,8 @@ class TensorAttention(nn.Module):
     where q is a projection of `x`; a, u and b, v are projections of the two contexts; and a hat divides a row by its
     ℓ3-norm. No score exceeds `bound`, whatever the weights become. So the polynomial in place of exp is chosen once,
     when the layer is built, and no call reads values. The layer runs without host synchronisation and can be traced by
-    ``torch.compile``, ``torch.func``, ``torch.export`` and ``torch.jit.trace``. Its gradient is the exact derivative of
-    what it computes.
+    ``torch.compile``, ``torch.func``, ``torch.export`` and, without `decay`, ``torch.jit.trace``. Its gradient is the exact
+    derivative of what it computes.
 
     Parameters
     ----------

@@ -214,8 +214,11 @@ def check_ranges(plan: Plan, found: Ranges, views: int) -> None:
 
 
 def for_lengths(plan: Plan, inputs: Inputs) -> Plan:
-    """The plan; of the exact method, whose sums round more the longer they are, with the errors of calls of these lengths."""
-    if plan.method != "exact" or sum(inputs.lengths) <= sum(plan.lengths):
+    """The plan; of the exact method, whose sums round more the longer they are, with the errors of calls of these lengths.
+
+    A traced call may be of any length, and keeps those of the plan.
+    """
+    if plan.method != "exact" or inputs.traced or sum(inputs.lengths) <= sum(plan.lengths):
         return plan
     problem = replace(plan.problem, lengths=inputs.lengths)
     return replace(plan, problem=problem, guarantee=plan.algorithm.guarantee(problem, plan.scores))
