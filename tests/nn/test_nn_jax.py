@@ -53,7 +53,7 @@ def test_ranks_need_not_be_promoted_by_the_caller() -> None:
         np.testing.assert_array_equal(apply(params, x, config=config), expected)
 
 
-@pytest.mark.grid
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", [{"causal": True}, {"positions": "rotary", "head_dim": 4}, {}])
 def test_documents_in_one_call(changes: dict[str, Any]) -> None:
     """Each as if it were alone, with its gradient, also under ``jit``."""

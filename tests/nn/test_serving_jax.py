@@ -75,7 +75,7 @@ def test_prefill_and_steps_are_the_causal_layer(case: str, batch: tuple[int, ...
     assert ([a.shape for a in jax.tree.leaves(state)] == shapes) == (case != "exact")
 
 
-@pytest.mark.grid
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["rotary", "default", "window"])
 def test_scans_from_the_first_row(case: str) -> None:
     """Compiled once, forward and backward."""
