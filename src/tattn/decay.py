@@ -48,7 +48,7 @@ def with_decay(inputs: Inputs, decay: Any, reading: bool = True) -> tuple[Inputs
         for i, x in enumerate(values):
             if 0 not in x.shape:
                 for found in backend.read([backend.xp.min(x), backend.xp.max(x)]):
-                    _check_number(f"decay[{i}]", float(found))
+                    check_factor(f"decay[{i}]", float(found))
     masks = inputs.arrays[2 * m + 1 :]
     both = backend.run(_factors, m, (query, *columns, *masks))
     arrays = (*inputs.arrays[: 2 * m + 1], *both[m:], *both[:m])
@@ -94,7 +94,7 @@ def _checked_factors(
         name = f"decay[{i}]"
         if x is None or (isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)):
             number = 1.0 if x is None else float(x)
-            _check_number(name, number)
+            check_factor(name, number)
             with backend.on_device_of(like):
                 columns.append(backend.xp.full((), number, dtype=dtype, device=backend.device(like)))
             continue
@@ -105,7 +105,7 @@ def _checked_factors(
     return columns, checked_broadcast(named)
 
 
-def _check_number(name: str, number: float) -> None:
+def check_factor(name: str, number: float) -> None:
     """ValueError unless it is from 0 to 1."""
     if not 0 <= number <= 1:
         raise ValueError(f"{name} should be from 0 to 1, a factor for each row, got {number:g}")

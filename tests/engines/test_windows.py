@@ -53,9 +53,8 @@ def plan_of(call: Arrays, window: tuple[int, ...], **options: Any) -> tattn.Plan
     return tattn.plan_for(n=lengths, dim=query.shape[-1], order=len(keys) + 1, value_dim=2, window=window, **options)
 
 
-def in_workspace(library: Any, workspace: int | None) -> Any:
-    """The backend with so much room for a while."""
-    (array,) = library.arrays(np.zeros(1))
+def in_workspace(array: Any, workspace: int | None) -> Any:
+    """The backend of an array with so much room for a while; None as it is."""
     backend = backend_of(array).for_arrays([array])
     return backend.using(workspace=backend.workspace if workspace is None else workspace)
 
@@ -68,7 +67,7 @@ def test_the_definition_with_the_polynomial(
 ) -> None:
     call = drawn(n, before, shared=shared and len(window) < 3)
     plan = plan_of(call, window)
-    with in_workspace(library, workspace):
+    with in_workspace(library.array(np.zeros(1)), workspace):
         found = run(library, call, plan=plan, window=window)
     assert_close(found, expected(call, window=window, **polynomial_of(plan)), 1e-11)
 
@@ -79,7 +78,7 @@ def test_complex_channels(library: Any, views: int) -> None:
     window = (20, 33, 7)[:views]
     call = drawn(40, (0, 12, 3)[:views], 4)
     plan = plan_of(call, window, channels="complex")
-    with in_workspace(library, 1 << 14):
+    with in_workspace(library.array(np.zeros(1)), 1 << 14):
         found = run(library, call, plan=plan, window=window)
     assert_close(found, expected(call, window=window, channels="complex", **polynomial_of(plan)), 1e-11)
 
@@ -96,7 +95,7 @@ def test_exact_windows(library: Any) -> None:
     window, found = (40, 25), []
     plan = plan_of((query, keys, None, None, None, None), window, degree=9, bound=0.5, scale=0.1)  # type: ignore[arg-type]
     for options in ({"plan": plan}, {"method": "exact", "scale": 0.1}):
-        with in_workspace(library, 1 << 14 if "plan" in options else None):
+        with in_workspace(library.array(np.zeros(1)), 1 << 14 if "plan" in options else None):
             (out, lse), pullback = tattn.tensor_attention_vjp(
                 query, keys, values, key_weights=key_weights, window=window, return_lse=True, **options
             )
@@ -227,13 +226,8 @@ def test_traced_calls() -> None:
     np.testing.assert_allclose(jax.jit(attend)(*arrays), exact, rtol=1e-12)
     with pytest.raises(tattn.PlanError, match="its values cannot be read"):
         jax.jit(lambda *arrays: attend(*arrays, method="polynomial"))(*arrays)
-    with in_workspace_of(arrays[0], 1 << 12):
+    with in_workspace(arrays[0], 1 << 12):
         text = jax.jit(lambda *arrays: attend(*arrays, plan=plan)).lower(*arrays).as_text()
         found = np.asarray(jax.jit(lambda *arrays: attend(*arrays, plan=plan))(*arrays))
     assert (np.abs(found - exact) <= plan.error * value_sizes(values)).all()
     assert text.count("while") < 12
-
-
-def in_workspace_of(array: Any, workspace: int) -> Any:
-    """The backend of an array with so much room for a while."""
-    return backend_of(array).for_arrays([array]).using(workspace=workspace)

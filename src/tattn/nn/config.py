@@ -21,6 +21,7 @@ from ..checks import (
     true_or_false,
     whole,
 )
+from ..decay import check_factor
 from ..operands import COMPLEX, REAL
 from ..planning import plan_for
 from ..planning.banded import bands_fit
@@ -445,8 +446,7 @@ def _factor(name: str, given: Any) -> float:
     """A number from 0 to 1."""
     if isinstance(given, (bool, np.bool_)) or not isinstance(given, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} should be a number from 0 to 1, got {described(given)}")
-    if not 0 <= given <= 1:
-        raise ValueError(f"{name} should be from 0 to 1, a factor for each row, got {given:g}")
+    check_factor(name, float(given))
     return float(given)
 
 
