@@ -188,8 +188,8 @@ def take_now(item: pytest.Item, before: int) -> bool:
     One in five, and of those that JAX compiles one in ten.
     """
     packages = {*map(package_of, libraries_of(item))}
-    grid, thorough = item.get_closest_marker("grid"), item.get_closest_marker("thorough")
-    if thorough and (not thorough.args or packages & {*map(package_of, thorough.args)}):
+    grid = item.get_closest_marker("grid")
+    if any(not mark.args or packages & {*map(package_of, mark.args)} for mark in item.iter_markers("thorough")):
         return False
     every = 10 if "jax" in packages else 5
     return (

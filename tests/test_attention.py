@@ -74,7 +74,7 @@ def test_inputs_are_left_alone(library: Any) -> None:
         assert np.array_equal(library.numpy(a), b)
 
 
-@pytest.mark.thorough("jax")
+@pytest.mark.thorough("strict", "torch", "jax")
 def test_blocks_and_chains_are_joined(library: Any) -> None:
     """More rows than a block and than a chain, a remainder in both; more monomials than a chain."""
     rng = np.random.default_rng(1)

@@ -61,7 +61,7 @@ def test_every_library_makes_the_same_plan(other: str) -> None:
     np.testing.assert_allclose([a.bound, a.error, a.lowest_mean], [b.bound, b.error, b.lowest_mean], rtol=1e-9)
 
 
-@pytest.mark.parametrize("learn_bound", [False, True])
+@pytest.mark.parametrize("learn_bound", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_layers_agree_and_load_each_other(learn_bound: bool) -> None:
     torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
     from tattn.nn import AttentionConfig, TensorAttention

@@ -387,6 +387,7 @@ def test_gradients_of_torch(causal: bool) -> None:
     assert torch.autograd.gradgradcheck(one, few)
 
 
+@pytest.mark.thorough
 @pytest.mark.libraries("jax")
 def test_gradients_of_jax() -> None:
     jax = pytest.importorskip("jax")

@@ -29,6 +29,11 @@ def test_long():
 def test_long_for_jax():
     pass
 
+@pytest.mark.thorough("numpy")
+@pytest.mark.thorough("jax")
+def test_long_for_two():
+    pass
+
 @pytest.mark.libraries("numpy")
 def test_once(library):
     assert library.name == "numpy"
@@ -62,9 +67,13 @@ def test_the_rest_is_what_a_run_leaves_out(taken):
         taken("--collect-only", "--library=numpy", *option) for option in ([], ["--rest"], ["--thorough"])
     )
     assert sorted(some + rest) == sorted(every)
-    assert len(every) == 12 + 12 + 3
+    assert len(every) == 12 + 12 + 4
     left_out = {name.partition("::")[2] for name in rest}
-    assert left_out == {"test_long", *(f"test_grid[{case}]" for case in range(12) if case not in (0, 9))}
+    assert left_out == {
+        "test_long",
+        "test_long_for_two",
+        *(f"test_grid[{case}]" for case in range(12) if case not in (0, 9)),
+    }
 
 
 def test_draws_are_shared_out(taken):

@@ -77,7 +77,8 @@ def check_spread(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if "causal" in n else pytest.mark.thorough) for n in SPREAD])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", list(SPREAD))
 def test_spread_over_one_device(name: str) -> None:
     """The types that JAX checks are those of several."""
     check_spread(name)

@@ -263,7 +263,7 @@ def test_checkpoints_of_rows_that_are_recomputed() -> None:
 
 
 @pytest.mark.parametrize("called", ["window", "unplanned exact", "unplanned causal"], indirect=True)
-@pytest.mark.grid("torch")
+@pytest.mark.thorough
 def test_compile_without_a_plan(called: Callable[..., Any], tensors: list[Any]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
@@ -613,6 +613,7 @@ def test_summaries_differentiate_twice(tensors: list[Any]) -> None:
     assert torch.autograd.gradcheck(from_sums, (tensors[0], *leaves))
 
 
+@pytest.mark.thorough
 def test_summaries_in_functional_transformations_and_compiled(tensors: list[Any]) -> None:
     every = tuple(range(5))
     expected = torch.autograd.grad(streamed(*tensors), tensors)

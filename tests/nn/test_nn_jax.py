@@ -20,6 +20,7 @@ def wide() -> None:
     jax.config.update("jax_enable_x64", True)
 
 
+@pytest.mark.thorough
 def test_transformations_change_nothing() -> None:
     from tattn.nn.jax import apply, init
 

@@ -78,6 +78,7 @@ def test_compile_with_lengths_that_vary() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
+@pytest.mark.thorough
 def test_compile_of_what_torch_func_transforms() -> None:
     torch._dynamo.reset()
     layer, x = module(degree=2), drawn(5, EMBED)
@@ -453,7 +454,8 @@ def test_the_default_device_changes_nothing(case: str, n: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("learned", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.thorough
+@pytest.mark.parametrize("learned", [False, True])
 def test_positions_in_programs_for_any_length(learned):
     """What was traced, compiled or exported at one length turns the rows of another by their own positions."""
     layer = tattn.nn.TensorAttention(8, 2, positions="rotary", causal=True, learn_frequencies=learned)

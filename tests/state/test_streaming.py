@@ -504,8 +504,7 @@ def test_many_problems_are_taken_in_parts(library: Any) -> None:
 # Long streams.
 
 
-@pytest.mark.thorough("strict")
-@pytest.mark.thorough("jax")
+@pytest.mark.thorough("strict", "torch", "jax")
 def test_ten_thousand_chunks_do_not_drift(library: Any) -> None:
     """float32, a chunk at a time, against float64 at once; plain float32 sums are off by a hundred times as much."""
     rng = np.random.default_rng(9)
