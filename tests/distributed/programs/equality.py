@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from leaving import leave
 from torch import Tensor
 
 import tattn
@@ -332,7 +333,7 @@ def main() -> None:
     if dist.get_world_size() == 2:
         check_compiled()
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} has seen {len(CASES)} cases agree")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
