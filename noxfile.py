@@ -212,8 +212,8 @@ def bench(session: nox.Session) -> None:
     chosen = any(option.startswith("--device") for option in session.posargs)
     options = session.posargs if chosen else [f"--device={_device()}", *session.posargs]
     on_gpu = any("cuda" in option for option in options)
-    libraries = ["torch", "jax[cuda13]", "cupy-cuda13x>=14"] if on_gpu else [TORCH, "jax>=0.5"]
-    session.install("-e", ".", *BENCH, *libraries, "einops>=0.8", "opt-einsum>=3.4")
+    libraries = ["torch", "jax[cuda13]", "cupy-cuda13x>=14"] if on_gpu else [TORCH, JAX]
+    session.install("-e", ".[fast]", *BENCH, *libraries, "einops>=0.8", "opt-einsum>=3.4")
     session.install("--no-deps", *RIVALS)
     session.run("python", "-m", "benchmarks", *options)
     if not session.posargs:

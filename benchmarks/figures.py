@@ -10,13 +10,41 @@ from evidence.tables import Table, column, distinct, where
 from .goals import LIMITS, passes, ratio
 
 
-def figures(measured: Table) -> dict[str, Any]:
+def figures(measured: Table, goals: Table) -> dict[str, Any]:
     """All that there is data for, by name."""
-    found = {"limit": _limit(where(measured, group="limit")), "growth": _growth(where(measured, group="growth"))}
+    found = {
+        "goals": _goals([row for row in goals if row["met"] != ""]),
+        "limit": _limit(where(measured, group="limit")),
+        "growth": _growth(where(measured, group="growth")),
+    }
     rivals = where(measured, group="rivals")
     for (library,) in distinct(rivals, "library"):
         found[f"rivals-{library}"] = _rivals([row for row in where(rivals, library=library) if row["dim"] < 64])
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _goals(rows: Table) -> Any:
+    """A bar for each goal: what was measured in parts of what was asked, or the inverse where more is better."""
+    if not rows:
+        return None
+    figure, ((axis,),) = panels(1, 1, height=1 + 0.22 * len(rows))
+    figure.set_figwidth(10)
+    shares = [
+        row["measured"] / row["asked"] if row["sign"] == "≤" else row["asked"] / max(row["measured"], 1e-9)
+        for row in rows
+    ]
+    places = range(len(rows))
+    # A share near 0 would hide the others.
+    axis.barh(
+        places, [max(share, 0.05) for share in shares], color=[COLOURS[2] if row["met"] else COLOURS[1] for row in rows]
+    )
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set(xscale="log", xlim=(0.05, max(4, 1.1 * max(shares))), ylim=(len(rows) - 0.4, -0.6))
+    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
+    axis.minorticks_off()
+    axis.set_yticks(places, [f"{row['goal']}: {row['case']}" for row in rows], fontsize="x-small")
+    axis.set_xlabel("in parts of the goal: green is met")
+    return figure
 
 
 def _limit(rows: Table) -> Any:

@@ -15,6 +15,29 @@ from .problem import Problem
 
 # Seconds after which threads that a library shares a product among no longer spin, in wait for the next.
 _ASLEEP = 0.3
+# Of the table, with those that times add to it; a case leaves those empty that say nothing of it.
+COLUMNS = (
+    "group",
+    "library",
+    "device",
+    "threads",
+    "method",
+    "gradient",
+    "n",
+    "views",
+    "dim",
+    "value_dim",
+    "degree",
+    "rank",
+    "certified",
+    "certified_gradient",
+    "gradient_error",
+    "error",
+    "error_of_spread",
+    "peak_bytes",
+    "bare_seconds",
+    "system_share",
+)
 
 
 class Measure:
@@ -34,12 +57,11 @@ class Measure:
         checked: bool = True,
         beside: Callable[[], float] | None = None,
         rounds: int = 2,
-        **more: Any,
     ) -> float:
         """Least seconds of a call.
 
         `checked`: whether the error has a bound that it must keep. `beside`, of seconds, runs before every round: what
-        the call is compared with takes turns with it. `rounds`: at least so many. `more` is recorded.
+        the call is compared with takes turns with it. `rounds`: at least so many.
         """
         library = self.library
         result, first = self._timed(run)
@@ -68,33 +90,66 @@ class Measure:
         self.benchmark.pedantic(once, setup=before, rounds=rounds)
         peak = peak if warm else library.peak()
         polynomial = plan is not None and plan.method == "polynomial"
+        self._record(
+            group,
+            method,
+            gradient="gradient_error" in errors,
+            n=len(problem.grad),
+            views=problem.views,
+            dim=problem.arrays[0].shape[1],
+            value_dim=problem.grad.shape[1],
+            **(_promised(plan) if plan and polynomial else {}),
+            **errors,
+            # Inputs were there before; one result is held by the caller. 0: what the process had was enough, as it may be
+            # where threads have come and gone.
+            peak_bytes="" if peak is None or self.threads > 1 else max(0, peak - outputs),
+            bare_seconds=min(seen) if seen else "",
+        )
+        return float(self.benchmark.stats.stats.min)
+
+    def times(
+        self,
+        group: str,
+        method: str,
+        run: Run,
+        beside: Run | None = None,
+        *,
+        plan: tattn.Plan | None = None,
+        rounds: int = 5,
+        **facts: Any,
+    ) -> None:
+        """Least seconds of calls whose results are checked elsewhere, and of what takes turns with them, both warm.
+
+        `facts`: columns of the table, of those in `COLUMNS`.
+        """
+        rounds = 2 if self.quick else rounds
+        seen: list[float] = []
+        for warmed in (run, beside):
+            if warmed is not None:
+                self.timed(warmed)
+        self.benchmark.pedantic(
+            lambda: self.library.wait(run()),
+            setup=lambda: None if beside is None else seen.append(self.timed(beside)),
+            rounds=rounds,
+        )
+        promised = {} if plan is None else _promised(plan)
+        self._record(group, method, **promised, **facts, bare_seconds=min(seen) if seen else "")
+
+    def _record(self, group: str, method: str, **facts: Any) -> None:
+        """All columns of a case."""
+        library = self.library
         self.benchmark.group = group
         self.benchmark.extra_info.update(
-            {
+            dict.fromkeys(COLUMNS, "")
+            | {
                 "group": group,
                 "library": library.name if library.device == "cpu" else f"{library.name}-{library.device}",
                 "device": library.device_name() or library.device,
                 "threads": self.threads,
                 "method": method,
-                "gradient": "gradient_error" in errors,
-                "n": len(problem.grad),
-                "views": problem.views,
-                "dim": problem.arrays[0].shape[1],
-                "value_dim": problem.grad.shape[1],
-                "degree": plan.degree if plan and polynomial else "",
-                "rank": plan.rank if plan and polynomial else "",
-                "certified": plan.error if plan and polynomial and plan.certified else "",
-                "certified_gradient": plan.grad_error if plan and polynomial and plan.certified else "",
-                "gradient_error": "",
-                **errors,
-                # Inputs were there before; one result is held by the caller. 0: what the process had was enough, as it may be
-                # where threads have come and gone.
-                "peak_bytes": "" if peak is None or self.threads > 1 else max(0, peak - outputs),
-                "bare_seconds": min(seen) if seen else "",
-                **more,
             }
+            | facts
         )
-        return float(self.benchmark.stats.stats.min)
 
     def timed(self, run: Run) -> float:
         """Seconds of one call, waited for."""
@@ -105,3 +160,9 @@ class Measure:
         result = run()
         self.library.wait(result)
         return result, time.perf_counter() - start
+
+
+def _promised(plan: tattn.Plan) -> dict[str, Any]:
+    """What the table says of a polynomial's plan."""
+    certified = {"certified": plan.error, "certified_gradient": plan.grad_error} if plan.certified else {}
+    return {"degree": plan.degree, "rank": plan.rank, **certified}

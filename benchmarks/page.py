@@ -41,16 +41,30 @@ _MEANING = {
     "over nine bare products": """\
 **Over nine bare products.** Forward and gradient by the polynomial are nine matrix products and some passes over rows. The ratio
 is the time of the call over that of the products alone, run by the same library: 1.00 would mean that nothing else takes time, 1.50
-that half as much again does. No call could be faster with these products.""",
-    "the same ratio": """\
-**Two threads.** The same ratio where both may use two threads: it stays as it is if a call gains from the second thread as much as
-the bare products do. Where it is larger, the second thread still helps, but by less; the case says by how much.""",
+that half as much again does. A compiled loop that keeps a tile of monomials in the cache may take less.""",
+    "causal over all rows": """\
+**Causal over all rows.** A row to the rows before it, over a row to all rows, both by the polynomial; the two take turns. A
+third of the pairs is seen, but sums of every prefix are read in place of one.""",
+    "µs a token": """\
+**Tokens.** `DecodingState.step` with one token, checks included, and with many.""",
+    "layer over ordinary": """\
+**Layers.** `TensorAttention(64, 8)` over `nn.MultiheadAttention(64, 8)`, which sees no pairs; causal: over
+`scaled_dot_product_attention` between the same projections.""",
+    "two threads over one": """\
+**Two threads.** Times as fast as on one thread, forward and gradient.""",
+    "JAX": """\
+**Compiling in JAX.** Time until the gradient is compiled, over that of the program that people write by einsum.""",
     "exact method": """\
 **The exact method against what you would write otherwise.** Times as fast, at the worst of several lengths: SDPA over pair keys is
 torch's fused attention over all n² pairs, einsum stores all n³ scores. Below 1.00 the other one is faster.""",
     "2^20 rows": """\
 **A million rows on a GPU**, if there was one.""",
 }
+_GOALS_DRAWN = """\
+![Each goal, and what was measured in parts of it](benchmarks/goals.png)
+
+Bars: what was measured in parts of what was asked, or the inverse where more is better. A bar that ends left of 1 meets its
+goal."""
 _QUICK = "**A quick run, of small sizes and few rounds: it shows that all runs, and is not to be quoted.**\n"
 
 
@@ -60,6 +74,7 @@ def page(tables: dict[str, Table]) -> str:
     devices = [device for (device,) in distinct(measured, "device") if device != "cpu"]
     # Of the page of a GPU, which is there only if one was, no other page can know.
     title = "---\norphan: true\n---\n\n# Benchmarks on " + listed(devices) if devices else "# Benchmarks"
+    beside = _beside(measured)
     parts = [_INTRO.format(title=title, gains=_gains(measured))]
     if any(column(machines, "quick")):
         parts.append(_QUICK)
@@ -71,6 +86,7 @@ def page(tables: dict[str, Table]) -> str:
             "Over the bare matrix products", _limit(where(measured, group="limit")), where(measured, group="limit")
         ),
         _section("Growth", _growth(where(measured, group="growth")), where(measured, group="growth")),
+        _section("Causal calls, tokens, layers", beside, beside),
         _section("Rivals", _rivals(measured), where(measured, group="rivals")),
         _section(
             "Attention of order two, as context",
@@ -84,7 +100,7 @@ def page(tables: dict[str, Table]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _section(title: str, words: str, rows: Table) -> str:
+def _section(title: str, words: str, rows: Table | str) -> str:
     return f"## {title}\n\n{words.strip()}\n" if rows else f"## {title}\n\nNot measured in this run.\n"
 
 
@@ -118,7 +134,7 @@ def _gains(measured: Table) -> str:
 def _goals(goals: Table) -> str:
     shown = [text for name, text in _MEANING.items() if any(str(row["goal"]).startswith(name) for row in goals)]
     words = "Goals say how near the code is to what the machine could do. One that is not met costs time, and no accuracy.\n\n"
-    return words + "\n\n".join(shown) + "\n\n" + _goals_table(goals)
+    return words + "\n\n".join(shown) + f"\n\n{_GOALS_DRAWN}\n\n" + _goals_table(goals)
 
 
 def _goals_table(goals: Table) -> str:
@@ -192,6 +208,36 @@ Left: time of a call. Right: memory at its peak beyond inputs and outputs. Block
 grows is a few numbers a row, such as the normaliser, beside the 3 d + 4 dv numbers of inputs and outputs. JAX does not tell it.
 
 {markdown(lines, [*heads, *_ERRORS.values()])}"""
+
+
+def _beside(measured: Table) -> str:
+    """What is compared with one other call, a line for each; nothing if there is none."""
+    lines = []
+    for row in measured:
+        if row["group"] not in ("causal", "million", "tokens", "heads", "layers", "compiling"):
+            continue
+        beside = row["bare_seconds"] != ""
+        lines.append(
+            [
+                row["method"],
+                row["library"],
+                str(row["threads"]),
+                f"{row['n']:,}",
+                str(row["value_dim"]),
+                passes(row["gradient"]),
+                seconds(row["seconds"]),
+                seconds(row["bare_seconds"]) if beside else "–",
+                f"**{ratio(row):.2f}**" if beside else "–",
+                *(short(row[k]) if row[k] != "" else "–" for k in ("error", "certified")),
+            ]
+        )
+    heads = ["what", "library", "threads", "n", "dv", "pass", "time", "beside", "ratio", "error", "certified"]
+    words = """\
+d = 8, degree 4, rank 495. *Beside* is the time of what the call is compared with, which took turns with it: the call that sees
+all rows, ordinary attention, the compilation of einsum. Errors of causal calls are those of the first 256 rows and of the last,
+whose output is known; of a million rows the largest difference from float64. [Causal attention](causal.md) and
+[layers](layers.md) have more."""
+    return f"{words}\n\n{markdown(lines, heads)}" if lines else ""
 
 
 def _rivals(measured: Table) -> str:

@@ -46,7 +46,7 @@ def write(contents: Sequence[Row], docs: Path) -> None:
     for name, table in zip(TABLES, (measured, machines, goals(measured)), strict=True):
         save(table, folder / f"{name}.csv")
     tables = {name: load(folder / f"{name}.csv") for name in TABLES}
-    drawn = figures(tables["measured"])
+    drawn = figures(tables["measured"], tables["goals"])
     for old in folder.glob("*.png"):
         old.unlink()
     for name, figure in drawn.items():

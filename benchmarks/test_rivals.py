@@ -8,21 +8,20 @@ import pytest
 import tattn
 from evidence.apart import stored
 
-from .goals import LONGEST, LONGEST_JUDGED
+from .goals import FUSED, LONGEST, LONGEST_JUDGED, SPEEDUPS
 from .libraries import Function, Library, Run
 from .measure import Measure
 from .problem import Problem, draw
 from .rivals import ORDER_THREE
 
 _MEMORY = 4 << 30
-_FUSED = "SDPA over pair keys"
 # Degrees whose rank 8, 16 and 32 channels can pay.
 _DEGREES = {8: (2, 4, 7), 16: (2, 3, 4, 5), 32: (2, 3, 4), 64: ()}
 _METHODS = (
     "dense einsum",
     "einsum by default",
     "scores stored, gradient by hand",
-    _FUSED,
+    FUSED,
     "naive_two_simplicial_attend",
     "nth_order_attend",
     "exact",
@@ -50,9 +49,8 @@ def test_rivals(
     if dim == 64 and not 128 <= n <= 1024:
         pytest.skip("a comparison of exact methods alone")
     key = method, dim, gradient
-    judged = (
-        library.name == "torch" and not quick and dim in (16, 64) and 128 <= n <= 1024 and method in ("exact", _FUSED)
-    )
+    asked = {rival: dims for rival, _, dims in SPEEDUPS["torch"]}[FUSED]
+    judged = library.name == "torch" and not quick and dim in asked and 128 <= n <= 1024 and method in ("exact", FUSED)
     longest = (0.05 if method.startswith("polynomial") else 0.6) if quick else LONGEST
     _skip_if_long(key, n, LONGEST_JUDGED if judged else longest)
     problem = draw(n, dim, dim)
@@ -65,7 +63,7 @@ def test_rivals(
     run = _run(library, method, problem, gradient, plan)
     if judged and method == "exact":
         # These two are close: they take turns.
-        fused = _run(library, _FUSED, problem, gradient, None)
+        fused = _run(library, FUSED, problem, gradient, None)
         measure.timed(fused)
         took = measure("rivals", method, problem, run, beside=lambda: measure.timed(fused), rounds=4)
     else:
