@@ -266,9 +266,9 @@ class Backend:
         """Values of several floating arrays on the host, in one copy."""
         with self.on_device_of(arrays[0]):
             flat = self.xp.concat([self.xp.reshape(a, (-1,)) for a in arrays])
-        ends = accumulate(prod(a.shape) for a in arrays)
-        parts = np.split(self.to_numpy(flat), list(ends)[:-1])
-        return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
+        numbers = self.to_numpy(flat)
+        ends = list(accumulate((prod(a.shape) for a in arrays), initial=0))
+        return [numbers[start:end].reshape(a.shape) for a, (start, end) in zip(arrays, pairwise(ends), strict=True)]
 
     def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
         """A context for operations outside of `run`, where the library has a current device that they run on."""

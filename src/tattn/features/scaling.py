@@ -205,11 +205,11 @@ def channel_tops(x: Array, mask: Array | None, backend: Backend, finite: bool = 
         largest = over_rows(xp.max, rows, backend)
         return (largest if top is None else xp.maximum(top, largest)), ()
 
-    start = None
     # So many are one block.
-    if not 0 < x.shape[-2] <= _FEWEST:
-        shape = (*broadcast_leading(x, mask), 1, x.shape[-1] // (1 + paired))
-        start = xp.zeros(shape, dtype=dtype, device=backend.device(x))
+    if 0 < x.shape[-2] <= _FEWEST:
+        return for_parts(body(None, x, mask)[0], paired, backend)
+    shape = (*broadcast_leading(x, mask), 1, x.shape[-1] // (1 + paired))
+    start = xp.zeros(shape, dtype=dtype, device=backend.device(x))
     return for_parts(over_blocks(body, start, (x, mask), backend), paired, backend)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..approximation.exponential import MAX_DEGREE
 from ..backends import Array
+from ..backends.tables import memoized
 from ..bounds.score_range import RangeCall, Ranges, largest_entries, ranges, united
 from ..checks import (
     MAX_ORDER,
@@ -302,7 +303,13 @@ def exact_plan(inputs: Inputs, scale: float) -> Plan:
     """A plan for the exact method that states no error. It checks that all values are finite, and looks at nothing else."""
     call = RangeCall(scale, inputs.views, channels=inputs.channels)
     checked_finite(largest_entries(call, inputs.backend, inputs.backend.values_of(inputs.arrays)), inputs.views)
-    return choose(inputs.problem(scale), _ANY, Wish(inf, "exact"))
+    return _exact_of(inputs.problem(scale))
+
+
+@memoized
+def _exact_of(problem: Problem) -> Plan:
+    """The exact method's plan for scores of any size: the same for calls of the same shapes."""
+    return choose(problem, _ANY, Wish(inf, "exact"))
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
