@@ -181,6 +181,9 @@ def over_blocks(body: Any, start: Any, rows: Sequence[Array | None], backend: Ba
     x: Array = rows[0]
     if x.shape[-2] == 0:
         return start
+    # Programs make no copies of rows that they reduce, and a loop would be one program more.
+    if backend.compiles:
+        return body(start, *rows)[0]
     row = backend.itemsize(x.dtype) * x.shape[-1] * prod(broadcast_leading(*rows))
     return backend.scan_rows(body, start, rows, int(max(_FEWEST, backend.cache // row)))[0]
 
