@@ -922,7 +922,7 @@ def test_tokens_that_differ_from_the_one_before_are_checked(steps):
         ((query, keys[:1], values), ValueError, "keys should have one entry"),
         ((query, keys, [values[0], values[1][:, :1]]), ValueError, "values.1. should have"),
         ((query, keys, [values[0], None]), TypeError, "values.1. should be an array"),
-        ((call["query"], call["keys"], call["values"]), ValueError, "one row for the token"),
+        ((call["query"], keys, values), ValueError, "keys.0. should have as many rows as query, 2"),
     ):
         with pytest.raises(error, match=message):
             state.step(*wrong)

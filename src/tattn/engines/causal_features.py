@@ -69,12 +69,14 @@ _COMPILED = 1.5
 class Start(NamedTuple):
     """Rows before a call's own, which all of its query rows see: their sums (..., r, dv + 1) of every view, in `units`.
 
-    Units and shares are then not for the call to choose: sums are multiplied by shares, which stand for 1/n_μ.
+    Units and shares are then not for the call to choose: sums are multiplied by shares, which stand for 1/n_μ. `chunks`: those of
+    a block, at most, whose sums are added up without compensation.
     """
 
     units: Sequence[Any]
     shares: Sequence[Any]
     sums: Sequence[Array]
+    chunks: int = CHAIN
 
 
 def forward(operands: Operands, expansion: Expansion) -> Attended:
@@ -363,7 +365,7 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     tile = max(1, backend.workspace // (2 * in_tile * chunk))
     # With windows two or three times as many rows of keys.
     in_block = row * (2 * (m + 1) + 2 * m * columns // chunk) * (1 + windowed)
-    most = MOST_CHUNKS if windowed else CHAIN
+    most = MOST_CHUNKS if windowed else start.chunks if start else CHAIN
     chunks = max(1, min(2 * backend.workspace // (in_block * chunk), most, -(-n // chunk)))
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     seen = windows_of(operands.order.window, operands.lengths[1:], chunk)

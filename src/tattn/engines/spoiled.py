@@ -94,13 +94,18 @@ def backward_apart(
     return grads, tuple(_nan_where(some, x, backend) for x in behind)
 
 
-def sees_some(operands: Operands) -> Array:
-    """Which query rows see a row of every view that is not masked, (..., n, 1)."""
+def sees_some(operands: Operands, before: Sequence[Array] = ()) -> Array:
+    """Which query rows see a row of every view that is not masked, (..., n, 1).
+
+    `before`: whether there are such rows before the first ones of each view, (..., 1, 1).
+    """
     backend, n, found = operands.backend, operands.query.shape[-2], True
     for number, mask in enumerate(operands.masks):
         if mask is not None:
             there = present(mask, backend)
             seen = _any_of(there, *_seen(operands, number, n, there), backend)
+            if before:
+                seen = seen | before[number]
             if operands.decays:
                 # A factor of 0 leaves a row its own key.
                 seen = backend.xp.where(operands.decays[number] == 0, there[..., there.shape[-2] - n :, :], seen)

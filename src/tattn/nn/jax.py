@@ -24,7 +24,7 @@ from ..state.summary import summarize
 from .checks import check_offsets, check_served, checked_layer_call, checked_parameters
 from .config import AttentionConfig, plan_of_call, plans_of
 from .heads import Counted, Learned, attend
-from .jax_state import ServingState, check_state, decoded, extended, kept, last
+from .jax_state import ServingState, check_state, extended, kept, last
 
 Params = dict[str, jax.Array]
 # A learned bound starts at the logistic function of this, 88 % of the bound: close to it, and with a slope left.
@@ -209,7 +209,7 @@ def step(
     params : dict of arrays
         Those that the state was made with.
     x : array (..., n, embed_dim)
-        One row, or several. The batch of the state.
+        One row or several, such as drafted tokens or the next part of a prompt. The batch of the state.
     state : ServingState, optional
         From `prefill` or `step`; the rows are the first if not given.
     config : AttentionConfig
@@ -238,7 +238,7 @@ def step(
             out, rows = extended(config, state.rows, (query, keys, values, counted), x.shape[:-2])
             new = replace(state, rows=rows)
         else:
-            out, decoding = decoded(state.decoding, (query, keys, values, counted))
+            out, decoding = state.decoding.step(query, keys, values, **counted.options())
             new = replace(state, decoding=decoding)
         after.append(replace(new, length=state.length + x.shape[-2]))
         return out

@@ -40,24 +40,6 @@ class ServingState:
     rows: tuple[jax.Array, ...] = field(default=(), repr=False)
 
 
-def decoded(decoding: DecodingState, rows: tuple[Any, Any, Any, Counted]) -> tuple[jax.Array, DecodingState]:
-    """The output of the rows that follow, one after another, and the state with them."""
-
-    def one(decoding: DecodingState, rows: Any) -> tuple[DecodingState, jax.Array]:
-        query, keys, values, here = rows
-        out, decoding = decoding.step(query, keys, values, **here._replace(decays=counted.decays).options())
-        return decoding, out
-
-    *arrays, counted = rows
-    if rows[0].shape[-2] == 1:
-        decoding, out = one(decoding, rows)
-        return out, decoding
-    apart = [jax.tree.map(lambda a: jnp.moveaxis(a, -2, 0)[..., None, :], a) for a in arrays]
-    of_rows = counted.each(lambda a: jnp.moveaxis(a, -1, 0)[..., None])
-    decoding, outs = jax.lax.scan(one, decoding, (*apart, of_rows._replace(decays=None)))
-    return jnp.moveaxis(outs[..., 0, :], 0, -2), decoding
-
-
 def kept(keys: Any, values: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Keys, values, and masks or weights (*batch, 1, 1, n) of rows that later ones see."""
     seen = []

@@ -1,4 +1,4 @@
-"""What a causal layer keeps of the rows so far, to go on from there one row at a time."""
+"""What a causal layer keeps of the rows so far, to go on from there."""
 
 from __future__ import annotations
 

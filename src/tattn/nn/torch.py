@@ -354,7 +354,7 @@ class TensorAttention(nn.Module):
         Parameters
         ----------
         x : Tensor (..., n, embed_dim)
-            One row, or several that are taken one after another. The batch of the state.
+            One row or several, such as drafted tokens or the next part of a prompt. The batch of the state.
         state : ServingState, optional
             From `prefill`, `step` or `restored` of this layer; the rows are the first if not given.
         key_masks, key_weights
@@ -377,17 +377,12 @@ class TensorAttention(nn.Module):
         given = x, None, key_masks, key_weights
         contexts, counted = checked_layer_call(given, self.config, weight, BACKEND, _served(weight))
         check_state(state, self.config, self._owner, x, _tensor_dtype(weight.dtype))
-        after = [state]
+        after: list[ServingState] = []
 
         def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
-            outs = []
-            for row in range(x.shape[-2]):
-                one = slice(row, row + 1)
-                rows = q[..., one, :], _rows(ks, one), _rows(vs, one), counted.each(lambda m, one=one: m[..., one])
-                out, new = self._stepped(plan, after[0], *rows)
-                after[0] = new
-                outs.append(out)
-            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
+            out, new = self._stepped(plan, state, q, ks, vs, counted)
+            after.append(replace(new, length=state.length + x.shape[-2]))
+            return out
 
         return self._attend(attention, (x, contexts, counted), False, state.length)[0], after[0]
 
@@ -424,11 +419,11 @@ class TensorAttention(nn.Module):
     def _stepped(
         self, plan: Plan | None, state: ServingState, query: Tensor, keys: Any, values: Any, counted: Counted
     ) -> tuple[Tensor, ServingState]:
-        """The output of one row of all heads, and the state with it."""
+        """The output of rows of all heads, and the state with them but for its length."""
         if plan is not None:
             assert state.decoding is not None
             out, decoding = state.decoding.step(query, keys, values, **counted.options())
-            return out, replace(state, length=state.length + 1, decoding=decoding)
+            return out, replace(state, decoding=decoding)
         config, views = self.config, self.config.views
         new = self._kept(keys, values, counted, state.batch)
         pairs = zip(state.rows, new, strict=True)
@@ -442,7 +437,7 @@ class TensorAttention(nn.Module):
             query, ks, vs, **of_step(config, plans), causal=True, window=config.window, channels=config.channels,
             **counted.options(),
         )  # fmt: skip
-        return out, replace(state, length=state.length + 1, rows=self._kept(ks, vs, counted, state.batch))
+        return out, replace(state, rows=self._kept(ks, vs, counted, state.batch))
 
     def _attend(
         self, attention: Any, given: tuple[Tensor, Sequence[Tensor], Any], return_error: bool, before: int = 0
@@ -539,11 +534,6 @@ def _tensor_dtype(dtype: torch.dtype) -> torch.dtype:
 def _in_one(mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
     """Weights (..., n), 0 where masked; the mask where there are none."""
     return weights if mask is None else mask if weights is None else torch.where(mask, weights, 0.0)
-
-
-def _rows(arrays: Sequence[Tensor], some: slice) -> list[Tensor]:
-    """Some rows of each."""
-    return [a[..., some, :] for a in arrays]
 
 
 def _weight(projection: nn.Module) -> Tensor:

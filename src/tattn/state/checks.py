@@ -174,14 +174,18 @@ def checked_reader(query: Any, sums: Sequence[Array], dim: int, dtype: str) -> B
     return backend
 
 
-def checked_token(query: Any, keys: Any) -> None:
-    """One row in query and in every view."""
-    for name, a in (("query", query), *((f"keys[{i}]", k) for i, k in enumerate(checked_sequence("keys", keys)))):
-        checked_array(name, a)
-        if a.ndim < 2 or a.shape[-2] != 1:
-            raise ValueError(
-                f"{name} should have shape (..., 1, channels), one row for the token, got {tuple(a.shape)}"
-            )
+def checked_rows(query: Any, keys: Any) -> int:
+    """How many rows there are in query and in every view, at least one."""
+    checked_array("query", query)
+    check_shape("query", query)
+    n: int = query.shape[-2]
+    for i, k in enumerate(checked_sequence("keys", keys)):
+        name = f"keys[{i}]"
+        checked_array(name, k)
+        check_shape(name, k)
+        if k.shape[-2] != n:
+            raise ValueError(f"{name} should have as many rows as query, {n}, got shape {tuple(k.shape)}")
+    return n
 
 
 def checked_sums(name: str, sums: Any, *, views: int, rank: int, dtype: str, like: Sequence[Array] = ()) -> Backend:

@@ -1,4 +1,4 @@
-"""Causal attention one token at a time, in constant time and memory."""
+"""Causal attention as tokens come, one or some at a time, in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..checks import checked_flags, checked_kind
 from ..decay import factors_of, passed
 from ..features.pairs import Pairs
 from ..plans import Plan
-from .checks import check_same_plan, check_streams, checked_token
-from .summary import Summary, call_of, summarize, summary_of
+from .checks import check_same_plan, check_streams, checked_rows
+from .summary import Summary, attend_next, call_of, summarize, summary_of
 from .sums import token_of
 
 
@@ -72,16 +72,19 @@ class DecodingState:
         decay: Sequence[Array | float | None] | None = None,
         return_lse: bool = False,
     ) -> tuple[Any, DecodingState]:
-        """Add one token; return the output of its query, which sees the token itself, and the new state.
+        """Add tokens, one or more; return the outputs of their queries, and the new state.
+
+        Each query sees its own token and those before it, so that n tokens in one call are n calls of one token each.
 
         Parameters
         ----------
-        query : array (..., 1, d)
-        keys : sequence of m arrays (..., 1, d)
-        values : sequence of m arrays (..., 1, dv)
-        key_masks : boolean array (..., 1), or sequence of m of them or None, optional
+        query : array (..., n, d)
+            Of n ≥ 1 tokens.
+        keys : sequence of m arrays (..., n, d)
+        values : sequence of m arrays (..., n, dv)
+        key_masks : boolean array (..., n), or sequence of m of them or None, optional
             False for streams of a batch that have ended, or for padding. Their summaries do not change.
-        key_weights : array (..., 1), or sequence of m of them or None, optional
+        key_weights : array (..., n), or sequence of m of them or None, optional
             As in `summarize`.
         decay : sequence of m arrays (...), numbers or None, optional
             As in `tensor_attention`, the same for all tokens, those of `summary` as well. Masked tokens count as rows.
@@ -90,18 +93,20 @@ class DecodingState:
 
         Returns
         -------
-        out : array (..., 1, dv), or a tuple of it and lse
+        out : array (..., n, dv), or a tuple of it and lse
         state : DecodingState
 
         Raises
         ------
         PlanError, TypeError, ValueError
-            As from `summarize` and `Summary.attend`; also for more than one row.
+            As from `summarize` and `Summary.attend`; also for keys of another number of rows than the query's.
 
         Notes
         -----
-        O(m r dv) time and memory, whatever the number of tokens before. Tokens like the one before are computed by
-        compiled code where there is some, for two views at most.
+        O(n m r dv) time and O(m r dv) memory beyond the output, whatever the number of tokens before. Single tokens like the one
+        before are computed by compiled code where there is some, for two views at most. Where a call takes many tokens, each
+        takes a fraction of the time. A row of such a call is NaN if what it sees weighs too little beside all that the call has, as
+        in `tensor_attention` with weights or decay.
         """
         checked_flags(return_lse=return_lse)
         known: _Known | None = vars(self).get("_known")
@@ -111,16 +116,25 @@ class DecodingState:
                 out, lse, state = stepped
                 return ((out, lse) if return_lse else out), state
         check_streams(self.plan)
-        checked_token(query, keys)
-        if self.summary is None:
-            summary = summarize(keys, values, self.plan, key_masks=key_masks, key_weights=key_weights, decay=decay)
+        n, before = checked_rows(query, keys), self.summary
+        if before is not None:
+            checked_kind("summary", before, Summary, "a tattn.Summary or None")
+            check_same_plan(self.plan, before.plan)
+        found: Any
+        if n > 1:
+            out, lse, summary = attend_next(self.plan, before, query, (keys, values, key_masks, key_weights), decay)
+            found = (out, lse) if return_lse else out
         else:
-            checked_kind("summary", self.summary, Summary, "a tattn.Summary or None")
-            check_same_plan(self.plan, self.summary.plan)
-            summary = self.summary.update(keys, values, key_masks, key_weights=key_weights, decay=decay)
+            weighing: Any = {"key_masks": key_masks, "key_weights": key_weights, "decay": decay}
+            summary = (
+                summarize(keys, values, self.plan, **weighing)
+                if before is None
+                else before.update(keys, values, **weighing)
+            )
+            found = summary.attend(query, return_lse=return_lse)
         state = DecodingState(self.plan, summary)
-        found = summary.attend(query, return_lse=return_lse)
-        known = _Known.of(self.plan, summary, query, keys, values)
+        one, *of_keys = (x[..., :1, :] for x in (query, *keys))
+        known = _Known.of(self.plan, summary, one, of_keys, [v[..., :1, :] for v in values])
         if known is not None:
             # Not a field: nothing of it is part of the state.
             object.__setattr__(state, "_known", known)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..arrays import are_weights, with_leading
 from ..backends import Array, Backend, backend_of
+from ..backends.operations import CHAIN
 from ..backends.progress import Progress, finish, reporter
 from ..bounds.rounding import computed_in
 from ..checks import (
@@ -15,10 +17,12 @@ from ..checks import (
     checked_gradients,
 )
 from ..decay import passed
+from ..engines.chunks import SPANS
 from ..features.monomials import Expansion
 from ..files import Path
+from ..operands import View
 from ..plans import Plan
-from ..weights import as_given
+from ..weights import as_given, weights_of_view
 from . import saved
 from . import sums as summaries
 from .checks import (
@@ -141,7 +145,11 @@ class Summary:
             For arrays that do not fit the plan or the summary, by name.
         """
         self._checked()
-        views = checked_views((keys, values, key_masks, key_weights), self.plan.problem, self.sums).fading(decay)
+        views = checked_views((keys, values, key_masks, key_weights), self.plan.problem, self.sums)
+        return self._with(views.fading(decay), progress)
+
+    def _with(self, views: Views, progress: Any = None) -> Summary:
+        """The summary with rows that were checked, and that weigh what they do for the last of them."""
         new, backend = _summed(views, self.plan, progress), views.backend
         pairs: list[tuple[Array, Array]] = []
         for i, (own, more) in enumerate(zip(zip(self.sums, self.rests, strict=True), new, strict=True)):
@@ -290,6 +298,48 @@ class Summary:
         self._checked()
         backend = checked_reader(query, self.sums, self.plan.dim, self.plan.dtype)
         return backend, call_of(self.plan), (query, *self.sums)
+
+
+def attend_next(
+    plan: Plan, summary: Summary | None, query: Array, given: tuple[Any, Any, Any, Any], decay: Any
+) -> tuple[Array, Array, Summary]:
+    """Output (..., n, dv), lse (..., n) and the summary after n rows that follow one, each of which sees those up to its own.
+
+    Of (keys, values, key_masks, key_weights), n rows in every view, and what `update` takes for decay.
+    """
+    if summary is not None:
+        summary._checked()
+    views = checked_views(given, plan.problem, () if summary is None else summary.sums)
+    if summary is None:
+        none = [view.rows(0, 0) for view in views.views if view is not None]
+        summary = summarize([view.keys for view in none], [view.values for view in none], plan)
+    backend, faded = views.backend, views.fading(decay)
+    after = summary._with(faded)
+    checked_reader(query, after.sums, plan.dim, plan.dtype)
+    rows: list[View] = [view for view in views.views if view is not None]
+    if faded.decays or any(are_weights(view.mask, backend) for view in rows):
+        # Those of all views have weights, or none.
+        rows = [
+            view
+            if are_weights(view.mask, backend)
+            else view._replace(mask=backend.run(weights_of_view, None, (view.keys, view.mask, None))[0])
+            for view in rows
+        ]
+    sums = []
+    for i, (view, own, new) in enumerate(zip(rows, summary.sums, after.sums, strict=True)):
+        # A sum that rows are added to has all of its leading dimensions from the first.
+        leading = tuple(new.shape[:-2])
+        mask = with_leading(view.mask, leading, backend) if faded.decays else view.mask
+        rows[i] = View(with_leading(view.keys, leading, backend), view.values, mask)
+        sums.append(with_leading(own, leading, backend))
+    # Plans for rows that all see count with no second chain.
+    few = CHAIN if plan.causal else CHAIN // (2 * max(SPANS))
+    call = call_of(plan)._replace(decays=bool(faded.decays), chunks=few)
+    of_rows = (*(v.keys for v in rows), *(v.values for v in rows), *sums, *(v.mask for v in rows), *faded.decays)
+    out, lse, _ = backend.differentiable(summaries.read_next, summaries.read_causal_backward, call, (query, *of_rows))
+    with backend.on_device_of(out):
+        out = backend.cast(out, query.dtype)
+    return out, lse[..., 0], after
 
 
 def summarize(

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import log, log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,21 +44,28 @@ from ..engines.features import (
     weight_table,
     weights,
 )
+from ..engines.spoiled import sees_some
+from ..features.balance import least_sum
 from ..features.basis import Basis
 from ..features.complex_channels import Turn, as_factors, product
 from ..features.monomials import Expansion, run_table
 from ..features.pairs import Pairs, pair_weights
-from ..operands import COMPLEX, REAL, Attended, Operands, Upstream, View
+from ..operands import COMPLEX, EVERY_ROW, REAL, Attended, Operands, Upstream, View
 
 
 class SumCall(NamedTuple):
-    """What sums depend on besides arrays: the polynomial and its monomials, the factor of the scores, and views; hashable."""
+    """What sums depend on besides arrays: the polynomial and its monomials, the factor of the scores, and views; hashable.
+
+    Of rows that follow: whether keys decay, and chunks that are summed up without compensation, at most.
+    """
 
     expansion: Expansion
     scale: float
     views: int
     chain: int = CHAIN
     channels: str = REAL
+    decays: bool = False
+    chunks: int = CHAIN
 
     def turn(self, dim: int) -> Turn | None:
         """What turns the monomials of complex channels; None for real ones."""
@@ -122,7 +129,8 @@ def read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None
 def read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     """`read` of rows that come after those of the sums, aligned at the end: each sees these, and keys up to its own row.
 
-    From query, keys, values, sums and masks (..., n_μ, 1); no fewer keys than queries.
+    From query, keys, values, sums, masks or weights (..., n_μ, 1) and, if keys decay, factors (..., 1, 1); no fewer keys than
+    queries.
     """
     operands, _ = _continued(call, backend, arrays)
     if not operands.query.shape[-2]:
@@ -131,14 +139,30 @@ def read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None])
     return in_parts(partial(_read_causal, call, backend), limit, (None,) * 3, backend, arrays)
 
 
+def read_next(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
+    """`read_causal` of as many keys as queries, NaN where a row sees too little of what the call has for arithmetic."""
+    found = read_causal(call, backend, arrays)
+    operands, _ = _continued(call, backend, arrays)
+    xp = backend.xp
+    # As in calls with weights: what underflows would be taken for rows that are masked.
+    seen = sees_some(operands, [s[..., :1, -1:] > 0 for s in operands.extra])
+    vanishing = (found[2] < least_sum(found[2].dtype, backend)) & seen
+    out, lse, normaliser = (xp.where(vanishing, xp.nan, x) for x in found)
+    return out, lse, normaliser
+
+
 def read_causal_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Gradients of query, keys, values and sums, each in its own shape: the exact derivative of `read_causal`."""
+    """Gradients of query, keys, values, sums and, if there are, weights and factors, each in its own shape.
+
+    The exact derivative of `read_causal`.
+    """
     operands, columns = _continued(call, backend, arrays)
     query, sums, others = operands.query, operands.extra, (*operands.keys, *operands.values)
+    weights = (*operands.weights, *operands.decays)
     if not query.shape[-2]:
         dq, *d_sums = read_backward(call, backend, (query, *sums, *columns))
-        return dq, *(backend.xp.zeros_like(x) for x in others), *d_sums
-    inputs = (query, *others, *sums)
+        return dq, *map(backend.xp.zeros_like, others), *d_sums, *map(backend.xp.zeros_like, weights)
+    inputs = (query, *others, *sums, *weights)
     limit = causal_features.at_a_time(operands, call.expansion)
     found = in_parts(partial(_read_causal_backward, call, backend), limit, inputs, backend, arrays)
     grads = [
@@ -206,7 +230,7 @@ def _read_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | Non
 
 def _read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
     operands, _ = _continued(call, backend, arrays)
-    start, powers = _start(call, operands.keys, operands.extra, backend)
+    start, powers = _start(call, operands)
     dtype = operands.dtype
     q, *keys = (
         _in_range(call, backend.cast(x, dtype) * unit, backend)
@@ -220,32 +244,36 @@ def _read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None]
 
 def _read_causal_backward(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
     operands, (out, normaliser, *upstream) = _continued(call, backend, arrays)
-    start, _ = _start(call, operands.keys, operands.extra, backend)
+    start, _ = _start(call, operands)
     attended = Attended(out, None, (normaliser,))
     grads, d_sums = causal_features.backward(operands, call.expansion, attended, Upstream(*upstream), start)
-    return *grads.flat(), *d_sums
+    return grads.query, *grads.keys, *grads.values, *d_sums, *grads.weights, *grads.decays
 
 
 def _continued(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Operands, tuple[Array, ...]]:
     """Operands with the sums besides, which come before the masks as all that has gradients does; and what follows."""
     m = call.views
     rows, sums, behind = arrays[: 1 + 2 * m], arrays[1 + 2 * m : 1 + 3 * m], arrays[1 + 3 * m :]
-    flat = (*rows, *behind[:m], *sums, *behind[m:])
-    found, columns = Operands.of(backend.within(call.chain), flat, m, call.scale, extra=m)
+    of_rows = m * (1 + call.decays)
+    flat = (*rows, *behind[:of_rows], *sums, *behind[of_rows:])
+    order = EVERY_ROW._replace(decays=call.decays)
+    found, columns = Operands.of(backend.within(call.chain), flat, m, call.scale, order, extra=m)
     return found._replace(channels=call.channels), columns
 
 
-def _start(
-    call: SumCall, keys: Sequence[Array], sums: Sequence[Array], backend: Backend
-) -> tuple[causal_features.Start, list[Array]]:
+def _start(call: SumCall, operands: Operands) -> tuple[causal_features.Start, list[Array]]:
     """The sums as what further rows start from, and log2 of what sums of every view are divided by, (..., 1, 1)."""
+    backend, sums = operands.backend, operands.extra
     of_query, of_keys = units(call)
-    powers = _powers(sums, backend, [k.shape[-2] for k in keys])
+    more: Sequence[Any] = [k.shape[-2] for k in operands.keys]
+    if operands.weights:
+        more = [backend.xp.sum(w, axis=-2, keepdims=True) for w in backend.values_of(operands.weights)]
+    powers = _powers(backend.values_of(sums), backend, more)
     shares = [_times_power(backend.xp.ones_like(p), -p, backend) for p in powers]
-    return causal_features.Start((of_query, *[of_keys] * call.views), shares, sums), powers
+    return causal_features.Start((of_query, *[of_keys] * call.views), shares, sums, call.chunks), powers
 
 
-def _powers(sums: Sequence[Array], backend: Backend, more: Sequence[int] | None = None) -> list[Array]:
+def _powers(sums: Sequence[Array], backend: Backend, more: Sequence[Any] | None = None) -> list[Array]:
     """log2 of the number of rows of every view, `more` to come, to the nearest whole number, (..., 1, 1); 0 for none."""
     xp = backend.xp
     counts = [s[..., :1, -1:] + n for s, n in zip(sums, more or [0] * len(sums), strict=True)]
