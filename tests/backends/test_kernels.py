@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -875,6 +875,73 @@ def test_tokens_are_what_array_operations_compute(dtype, views, leading, channel
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
     for x, y in zip(state.summary.rests, other.summary.rests, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("leading", ["one", "heads"])
+@channels
+def test_a_few_tokens_with_decay_are_what_single_ones_are(dtype, leading, channels, steps, monkeypatch):
+    """To the last digit, however many there are; factors on either side of a half, 0, 1 and none."""
+    n = 140
+    call = drawn(n, 2, dtype, leading, dim=4, value_dim=5)
+    call["keys"], call["values"] = ([x[..., -n:, :] for x in call[name]] for name in ("keys", "values"))
+    plan = plan_of(call, channels=channels)
+    heads = call["query"].shape[:-2]
+    factors = np.random.default_rng(0).uniform(0.1, 1, heads).astype(dtype)
+    for decay in (None, [0.99, None], [factors, 0.3], [np.float32(0.75), 0]):
+        steps.clear()
+        singles, state = stream(tattn.DecodingState(plan), call, decay=decay)
+        assert len(steps) == n - 1
+        whole = tattn.tensor_attention(
+            call["query"], call["keys"], call["values"], plan=plan, causal=True, decay=decay, return_lse=True
+        )
+        tolerance = 2e-5 if dtype == "float32" else 1e-12
+        for found, like, axis in zip((singles[::2], singles[1::2]), whole, (-2, -1), strict=True):
+            np.testing.assert_allclose(np.concatenate(found, axis=axis), like, rtol=tolerance, atol=tolerance)
+        # Sums of complex monomials are made anew at other places, or a call takes as many as that.
+        exactly = {"rtol": 0, "atol": 0} if channels == "real" else {"rtol": tolerance, "atol": tolerance}
+        steps.clear()
+        after = tattn.DecodingState(plan)
+        places = (0, 1, 2, 4, 9, 10, 42, 105, n)
+        for start, stop in pairwise(places):
+            rows = (
+                call["query"][..., start:stop, :],
+                *([x[..., start:stop, :] for x in call[of]] for of in ("keys", "values")),
+            )
+            (out, lse), after = after.step(*rows, decay=decay, return_lse=True)
+            for found, like, axis in ((out, singles[::2], -2), (lse, singles[1::2], -1)):
+                like = np.concatenate(like[start:stop], axis=axis)
+                assert (found.shape, found.dtype) == (like.shape, like.dtype)
+                np.testing.assert_allclose(found, like, **exactly)
+        assert len(steps) == len(places) - 2
+        for name in ("sums", "rests"):
+            for x, y in zip(getattr(after.summary, name), getattr(state.summary, name), strict=True):
+                np.testing.assert_array_equal(x, y)
+        if decay is None:
+            # Arrays that are not like those before are checked.
+            rows = (
+                call["query"][..., :3, :],
+                [k[..., :3, :] for k in call["keys"]],
+                [v[..., :3, :] for v in call["values"]],
+            )
+            for wrong, error, message in (
+                ([1.5, 1], ValueError, r"^decay\[0\] should be from 0 to 1, a factor for each row, got 1.5"),
+                ([0.5], ValueError, r"^decay should have one factor for each of the 2 views, got 1"),
+                (0.5, TypeError, r"^decay should be a list or tuple of 2 factors"),
+                ([True, 1], TypeError, r"^decay\[0\] should be"),
+                ([np.ones(1, "float16"), 1], TypeError, r"^decay\[0\] should have"),
+                ([np.ones((7, *heads), dtype), 1], None, ""),
+            ):
+                steps.clear()
+                if error is None:
+                    assert after.step(*rows, decay=wrong)[0].shape == (7, *rows[0].shape[:-1], 5)
+                else:
+                    with pytest.raises(error, match=message):
+                        after.step(*rows, decay=wrong)
+                assert steps == []
+            out, after = after.step(*rows, decay=[np.full(heads, 1.5, dtype), 1])
+            assert np.isnan(out).all()
+            assert len(steps) == 1
 
 
 @pytest.mark.parametrize("views", [1, 2])

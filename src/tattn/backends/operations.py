@@ -14,9 +14,10 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
-step           ``(token, query, keys, values, sums, rests)``, a `Token`, rows (..., 1, ·) of a token, and what two views at most
-               have been summed up to, (..., r, dv + 1), all with the same leading dimensions → output (..., 1, dv), lse
-               (..., 1), sums and rests with the token
+step           ``(token, query, keys, values, sums, rests, decays)``, a `Token`, rows (..., n, ·) of n tokens, what two views at
+               most have been summed up to, (..., r, dv + 1), all with the same leading dimensions, and by what sums are
+               multiplied before every token, for each view an array that broadcasts to these or a number, () if by nothing →
+               output (..., n, dv), lse (..., n), sums and rests with the tokens
 =============  =====================================================================================================
 
 Where channels are complex, a name begins with "complex": there monomials, sums of prefixes and weights are those of
@@ -73,7 +74,7 @@ class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 
     ``takes`` gets what `moments` does; a `Rows` and the arrays of a pass, its rows first; or query, keys and values, of a causal
-    call or of a token.
+    call or of tokens, and the arrays by which these decay.
     """
 
     operation: str

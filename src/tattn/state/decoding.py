@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from numbers import Real
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..backends import Array, Backend, backend_of
 from ..backends.operations import CHAIN, Token
 from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_kind
-from ..decay import factors_of, passed
 from ..features.pairs import Pairs
 from ..plans import Plan
 from .checks import check_same_plan, check_streams, checked_rows
-from .summary import Summary, attend_next, call_of, summarize, summary_of
+from .summary import Summary, attend_next, call_of, summarize
 from .sums import token_of
+
+# Numbers that sums after each of some tokens have: with more of them, loops that share work among rows are faster.
+_MOST_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +144,16 @@ class DecodingState:
 
 
 class _Known(NamedTuple):
-    """What is known of a stream by a token that was checked: what its arrays are like, and what a kernel computes the next with."""
+    """What is known of a stream by a token that was checked: what its arrays are like, and what a kernel computes the next with.
+
+    `most`: how many of these at once.
+    """
 
     token: Token
     chain: int
     kind: tuple[Any, ...]
     pairs: Pairs | None
+    most: int
 
     @classmethod
     def of(
@@ -160,51 +166,81 @@ class _Known(NamedTuple):
         leading = tuple(query.shape[:-2])
         if any(tuple(x.shape[:-2]) != leading for x in (*keys, *values, *summary.sums, *summary.rests)):
             return None
-        token = token_of(call, plan.dim, values[0].shape[-1] + 1, dtype)
+        columns = values[0].shape[-1] + 1
+        token = token_of(call, plan.dim, columns, dtype)
         turn = call.turn(plan.dim)
-        return cls(token, call.chain, _kind(query, keys, values), None if turn is None else Pairs(turn))
+        pairs = None if turn is None else Pairs(turn)
+        # Sums of complex monomials take no more additions and products together than a chain has. A single token is computed so
+        # in any case.
+        longest = CHAIN if pairs is None else CHAIN // 2
+        most = max(1, min(_MOST_NUMBERS // (prod(leading) * plan.rank * columns), longest))
+        return cls(token, call.chain, _kind(query, keys, values), pairs, most)
 
     def step(
         self, state: DecodingState, query: Array, keys: Sequence[Array], values: Sequence[Array], decay: Any
     ) -> tuple[Array, Array, DecodingState] | None:
-        """Output, lse and the state after a token like the one before; None for another."""
+        """Output, lse and the state after tokens like the one before; None for others, and for many."""
         summary = state.summary
         if summary is None or not isinstance(keys, (list, tuple)) or not isinstance(values, (list, tuple)):
             return None
         backend = backend_of(query)
-        if backend is None or _kind(query, keys, values) != self.kind:
+        if backend is None or len(query.shape) < 2:
             return None
-        backend = backend.for_arrays((query, *keys, *values, *summary.sums)).within(self.chain)
-        kernel = backend.kernel("step" if self.pairs is None else "complex_step", query, *keys, *values)
+        n, kind = query.shape[-2], self.kind
+        if n != 1:
+            kind = kind[0], *((cls, dtype, (*shape[:-2], n, shape[-1])) for cls, dtype, shape in kind[1:])
+        if not 0 < n <= self.most or _kind(query, keys, values) != kind:
+            return None
+        factors = () if decay is None else self._factors(decay, query)
+        if factors is None:
+            return None
+        arrays = [x for x in factors if not isinstance(x, float)]
+        backend = backend.for_arrays((query, *keys, *values, *arrays, *summary.sums)).within(self.chain)
+        operation = "step" if self.pairs is None else "complex_step"
+        kernel = backend.kernel(operation, query, *keys, *values, *arrays)
         if kernel is None:
             return None
-        before = summary
-        if decay is not None:
-            leading = tuple(query.shape[:-2])
-            factors = factors_of(decay, len(keys), query, leading, backend)
-            if any(np.broadcast_shapes(x.shape[:-2], leading) != leading for x in factors):
-                return None
-            pairs = zip(summary.sums, summary.rests, factors, strict=True)
-            before = summary_of(state.plan, [passed(1, both, factor, backend) for *both, factor in pairs])
-            # Complex monomials are made anew: their own sums would lose a unit with each token.
-            state = DecodingState(state.plan, before)
-        turned, age = self._turned(state, backend)
-        out, lse, sums, rests, *new = kernel(self.token, query, keys, values, before.sums, before.rests, *turned)
+        # A product is rounded as a sum is.
+        added = n if decay is None else 2 * n
+        turned, age = self._turned(state, backend, added)
+        out, lse, sums, rests, *new = kernel(
+            self.token, query, keys, values, summary.sums, summary.rests, factors, *turned
+        )
         after = DecodingState(state.plan, Summary(summary.plan, tuple(sums), tuple(rests)))
         object.__setattr__(after, "_known", self)
-        object.__setattr__(after, "_turned", (new, age + 1))
+        object.__setattr__(after, "_turned", (new, age + added))
         return out, lse, after
 
-    def _turned(self, state: DecodingState, backend: Backend) -> tuple[Sequence[Any], int]:
-        """The sums of complex monomials, if channels are complex, and how many tokens were added since they were made."""
+    def _factors(self, decay: Any, query: Array) -> list[Any] | None:
+        """What keys decay by as kernels take it, numbers or arrays like the query that broadcast; None if that is not so."""
+        if not isinstance(decay, (list, tuple)) or len(decay) != self.kind[0]:
+            return None
+        found = [1.0 if x is None else float(x) if isinstance(x, Real) else x for x in decay]
+        for given, x in zip(decay, found, strict=True):
+            if isinstance(x, float):
+                fits = 0 <= x <= 1 and not isinstance(given, bool)
+            else:
+                fits = type(x) is type(query) and x.dtype == query.dtype and _broadcasts(x.shape, query.shape[:-2])
+            if not fits:
+                return None
+        return found
+
+    def _turned(self, state: DecodingState, backend: Backend, added: int) -> tuple[Sequence[Any], int]:
+        """The sums of complex monomials, if channels are complex, and how much was added to them since they were made."""
         if self.pairs is None:
             return (), 0
         kept: tuple[Sequence[Any], int] | None = vars(state).get("_turned")
-        # One more is not added to them than a chain of additions has; then they are made anew of the real ones.
-        if kept is not None and kept[1] < CHAIN:
+        # No more is added to them than a chain of additions has; then they are made anew of the real ones.
+        if kept is not None and kept[1] + added <= CHAIN:
             return kept
         sums = state.summary.sums  # type: ignore[union-attr]
         return [[backend.xp.matrix_transpose(self.pairs.turned(x, backend)) for x in sums]], 0
+
+
+def _broadcasts(shape: Sequence[int], leading: Sequence[int]) -> bool:
+    """Whether an array of this shape has these leading dimensions together with another."""
+    aligned = zip(reversed(shape), reversed(leading), strict=False)
+    return len(shape) <= len(leading) and all(size in (1, whole) for size, whole in aligned)
 
 
 def _kind(query: Array, keys: Sequence[Array], values: Sequence[Array]) -> tuple[Any, ...]:

@@ -197,7 +197,7 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
     if operation == "complex_step":
         token = Token(w, np.asarray([[0, 1, 2, 0], [1, 2, 3, 0]], np.int64), 1.0, 1.0, 1.0, runs)
         real, turned = [np.zeros((1, 3, 2), dtype)] * 2, [np.zeros((1, 2, 4), dtype)] * 2
-        out, lse, *_ = complex_step(token, q, [q, b], [ones, ones], real, real, turned)
+        out, lse, *_ = complex_step(token, q, [q, b], [ones, ones], real, real, (), turned)
         return out + lse
     block = Prefix(w, runs, q, [q, b], [ones, ones], 2)
     zeros = [np.zeros((1, 1, 4), dtype)] * 2
@@ -263,8 +263,11 @@ def kernels_for(
         rows = Prefix(w, block.runs, q, keys, shares, block.half, decays)
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
-    def run_step(operation: Callable[..., Any], token: Token, *given: Any) -> Any:
-        return back(operation(token, *as_numpy(given)))
+    def run_step(operation: Callable[..., Any], token: Token, query: Array, *given: Any) -> Any:
+        # No deeper than this, and quickly: numbers stay as they are.
+        lists = [[x if isinstance(x, float) else values(x) for x in each] for each in given]
+        out, lse, *found = operation(token, values(query), *lists)
+        return wrapped(out), wrapped(lse), *([wrapped(x) for x in each] for each in found)
 
     def takes_rows(operation: str, rows: Rows, *arrays: Array) -> bool:
         itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
@@ -426,12 +429,14 @@ def step(
     values: Sequence[np.ndarray],
     sums: Sequence[np.ndarray],
     rests: Sequence[np.ndarray],
+    decays: Sequence[Any] = (),
 ) -> Any:
     """The operation `step` for NumPy arrays."""
-    problems, size, dtype = prod(query.shape[:-2]), prod(sums[0].shape[-2:]), query.dtype
-    combined, powers = np.empty((problems, size), dtype), np.zeros(problems)
+    problems, size, n, dtype = prod(query.shape[:-2]), prod(sums[0].shape[-2:]), query.shape[-2], query.dtype
+    combined, powers = np.empty((problems, n, size), dtype), np.zeros((problems, n))
     combined[...] = token.w
-    found = _taken_in(token, _rows(keys, values, problems), (sums, rests), combined, powers)
+    rows = _rows(keys, values, _factors(decays, query, len(keys)))
+    found = _taken_in(token, rows, (sums, rests), combined, powers)
     return *_read_token(token, query, values[0], combined, powers), *found
 
 
@@ -442,45 +447,61 @@ def complex_step(
     values: Sequence[np.ndarray],
     sums: Sequence[np.ndarray],
     rests: Sequence[np.ndarray],
+    decays: Sequence[Any],
     turned: Sequence[np.ndarray],
 ) -> Any:
     """The operation `complex_step` for NumPy arrays."""
-    loops, dtype = _loaded()[0].decoding, query.dtype
+    loops, n, dtype = _loaded()[0].decoding, query.shape[-2], query.dtype
     problems, shape = prod(query.shape[:-2]), turned[0].shape[-2:]
-    rows = _rows(keys, values, problems)
-    found = _taken_in(token, rows, (sums, rests), None, np.zeros(problems))
-    combined, powers, phi = np.zeros((problems, *shape), dtype), np.zeros(problems), np.empty(shape[1], dtype)
+    rows = _rows(keys, values, _factors(decays, query, len(keys)))
+    powers = np.zeros((problems, n))
+    found = _taken_in(token, rows, (sums, rests), None, powers)
+    combined, phi, room = np.zeros((problems, n, *shape), dtype), np.empty(shape[1], dtype), np.empty(shape, dtype)
     combined[..., : shape[1] // 2] = 1
     unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
     new = [np.empty(x.shape, dtype) for x in turned]
     for row, old, after in zip(rows, turned, new, strict=True):
-        both = _writable(old).reshape(combined.shape), after.reshape(combined.shape)
-        loops.take_in_complex(*row, unit, most, token.pairs, phi, *both, combined, powers)
+        both = (x.reshape(problems, *shape) for x in (_writable(old), after))
+        loops.take_in_complex(*row, unit, most, token.pairs, phi, room, *both, combined, powers)
     return *_read_token(token, query, values[0], combined, powers), *found, new
 
 
+def _factors(decays: Sequence[Any], query: np.ndarray, views: int) -> list[np.ndarray]:
+    """What the sums of every view are multiplied by with each token, (P,), 1 where keys do not decay."""
+    leading = query.shape[:-2]
+    if not decays:
+        return [np.ones(prod(leading), query.dtype)] * views
+    found = np.empty((views, *leading), query.dtype)
+    for view, given in enumerate(decays):
+        found[view, ...] = given
+    return list(found.reshape(views, -1))
+
+
 def _rows(
-    keys: Sequence[np.ndarray], values: Sequence[np.ndarray], problems: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Key (P, d) and value (P, dv) of every view: copies, since compiled code tells apart arrays that may not be written to."""
+    keys: Sequence[np.ndarray], values: Sequence[np.ndarray], factors: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Keys (P, n, d), values (P, n, dv) and factors (P,) of every view: copies, since compiled code tells apart arrays that may not
+    be written to.
+    """
+    n = keys[0].shape[-2]
     return [
-        (np.array(k).reshape(problems, -1), np.array(v).reshape(problems, -1))
-        for k, v in zip(keys, values, strict=True)
+        (np.array(k).reshape(-1, n, k.shape[-1]), np.array(v).reshape(-1, n, v.shape[-1]), f)
+        for k, v, f in zip(keys, values, factors, strict=True)
     ]
 
 
 def _taken_in(
     token: Token, rows: Sequence[Any], before: Sequence[Any], combined: np.ndarray | None, powers: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Sums and rests of real monomials with keys and values, and in `combined` (P, r c), if it is given, products of the sums."""
+    """Sums and rests of real monomials with keys and values; and in `combined` (P, n, r c), if given, products of the sums."""
     loops = _loaded()[0].decoding
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for row, total, rest in zip(rows, *before, strict=True):
         problems, (r, columns), dtype = len(powers), total.shape[-2:], total.dtype
-        phi, term, new = np.empty(r, dtype), np.empty(r * columns, dtype), np.empty((2, problems, r * columns), dtype)
+        phi, room, new = (np.empty(shape, dtype) for shape in (r, (3, r * columns), (2, problems, r * columns)))
         given = _writable(total).reshape(problems, -1), _writable(rest).reshape(problems, -1)
         unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
-        loops.take_in(*row, unit, most, token.runs, phi, term, *given, new[0], new[1], combined, powers)
+        loops.take_in(*row, unit, most, token.runs, phi, room, *given, new[0], new[1], combined, powers)
         for of_kind, x in zip(found, new, strict=True):
             of_kind.append(x.reshape(total.shape))
     return found
@@ -489,18 +510,18 @@ def _taken_in(
 def _read_token(
     token: Token, query: np.ndarray, like: np.ndarray, combined: np.ndarray, powers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output (..., 1, dv), of as many columns as in `like`, and lse (..., 1)."""
+    """Output (..., n, dv), of as many columns as in `like`, and lse (..., n)."""
     loops, dtype = _loaded()[0].decoding, query.dtype
-    *leading, _, dim = query.shape
+    *leading, n, dim = query.shape
     problems, columns = len(powers), like.shape[-1] + 1
-    out, lse = np.empty((problems, columns - 1), dtype), np.empty((problems, 1), dtype)
-    phi, (part, found) = np.empty(combined[0].size // columns, dtype), np.empty((2, columns), dtype)
-    given = np.array(query).reshape(problems, dim), dtype.type(token.of_query), dtype.type(token.largest)
+    out, lse = np.empty((problems, n, columns - 1), dtype), np.empty((problems, n), dtype)
+    phi, (part, found) = np.empty(combined[0, 0].size // columns, dtype), np.empty((2, columns), dtype)
+    given = np.array(query).reshape(problems, n, dim), dtype.type(token.of_query), dtype.type(token.largest)
     if token.pairs is None:
         loops.read(*given, token.runs, phi, combined, powers, part, found, out, lse)
     else:
         loops.read_complex(*given, token.pairs, token.w, phi, combined, powers, found, out, lse)
-    return out.reshape(*leading, 1, columns - 1), lse.reshape(*leading, 1)
+    return out.reshape(*leading, n, columns - 1), lse.reshape(*leading, n)
 
 
 def _writable(x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""One token of a stream, compiled: what `state.decoding` computes of its key rows and its query.
+"""A few tokens of a stream, compiled: what `state.decoding` computes of their key rows and their queries, one after another.
 
-For each of P streams: rows (P, d) and values (P, dv), sums and rests (P, r, c) with c = dv + 1. Sums are added as
+For each of P streams: rows (P, n, d) and values (P, n, dv) of n tokens, sums and rests (P, r, c) with c = dv + 1. Sums are added as
 `state.sums.add_up` adds, without reordering; a read-out has `CHAIN` terms in any order, and then one for each of these.
 
 Complex channels are read out of sums of complex monomials, (P, c, 2 h) for h of these, real parts first, which are kept beside.
+
+Where keys decay, all sums are multiplied by a factor of their stream before a token joins them; it is 1 where they do not.
 """
 
 from __future__ import annotations
@@ -79,26 +81,63 @@ def _multiply(factor: Any, x: Any, product: Any) -> None:
 
 
 @compiled()
+def _factor(factors: Any, p: Any) -> Any:
+    """That of a stream, in the dtype of all (P,); NaN for what is no factor."""
+    return factors[p] if 0 <= factors[p] <= 1 else factors.dtype.type(nan)
+
+
+@compiled()
+def _fade(factor: Any, sums: Any, rests: Any, new_sums: Any, new_rests: Any) -> None:
+    """Sums and rests times a factor."""
+    if factor > 0.5:
+        # Close to 1 what is taken away is what is rounded: many tokens would lose a unit each otherwise. The difference is exact.
+        less = factor - sums.dtype.type(1)
+        for i in range(sums.shape[0]):
+            term = sums[i] * less
+            plain = sums[i] + term
+            part = plain - sums[i]
+            rest = ((sums[i] - (plain - part)) + (term - part)) + rests[i] * factor
+            total = plain + rest
+            new_sums[i] = total
+            new_rests[i] = rest - (total - plain)
+    else:
+        _scale(factor, sums, new_sums)
+        _scale(factor, rests, new_rests)
+
+
+@compiled()
 def take_in(
-    k: Any, v: Any, unit: Any, most: Any, runs: Any, phi: Any, term: Any, sums: Any, rests: Any, new_sums: Any,
+    k: Any, v: Any, factors: Any, unit: Any, most: Any, runs: Any, phi: Any, room: Any, sums: Any, rests: Any, new_sums: Any,
     new_rests: Any, combined: Any, powers: Any,
 ) -> None:  # fmt: skip
-    """The sums of a view with a row more. They multiply `combined` (P, r c), over powers of two whose logarithms join `powers`.
+    """The sums of a view with more rows. Those after each row multiply `combined` (P, n, r c), over powers of two whose logarithms
+    join `powers` (P, n).
 
-    Unless that is None.
+    Unless that is None. Sums fade by `factors` (P,) with every row. `room` is (3, r c).
     """
-    columns = v.shape[1] + 1
+    n, columns = v.shape[1], v.shape[2] + 1
+    term = room[0]
     for p in range(k.shape[0]):
-        _monomials(k[p], unit, most, runs, phi)
-        for a in range(phi.shape[0]):
-            for e in range(columns - 1):
-                term[a * columns + e] = phi[a] * v[p, e]
-            term[a * columns + columns - 1] = phi[a]
-        _add(term, sums[p], rests[p], new_sums[p], new_rests[p])
-        if combined is not None:
-            power = _power(new_sums[p, columns - 1])
-            powers[p] += power
-            _multiply(new_sums.dtype.type(ldexp(1.0, -power)), new_sums[p], combined[p])
+        before, lost = sums[p], rests[p]
+        for t in range(n):
+            _monomials(k[p, t], unit, most, runs, phi)
+            for a in range(phi.shape[0]):
+                for e in range(columns - 1):
+                    term[a * columns + e] = phi[a] * v[p, t, e]
+                term[a * columns + columns - 1] = phi[a]
+            # Never from an array into itself: that would be compiled for one number at a time.
+            new, rest = new_sums[p], new_rests[p]
+            if factors[p] != 1:
+                _fade(_factor(factors, p), before, lost, room[1], room[2])
+                before, lost = room[1], room[2]
+            elif (n - t) % 2 == 0:
+                new, rest = room[1], room[2]
+            _add(term, before, lost, new, rest)
+            before, lost = new, rest
+            if combined is not None:
+                power = _power(new[columns - 1])
+                powers[p, t] += power
+                _multiply(new.dtype.type(ldexp(1.0, -power)), new, combined[p, t])
 
 
 @compiled()
@@ -108,9 +147,9 @@ def _power(count: Any) -> int:
 
 
 @compiled(FAST)
-def _add_product(factor: Any, phi: Any, sums: Any, new: Any) -> None:
+def _add_product(factor: Any, phi: Any, decay: Any, sums: Any, new: Any) -> None:
     for a in range(phi.shape[0]):
-        new[a] = sums[a] + factor * phi[a]
+        new[a] = decay * sums[a] + factor * phi[a]
 
 
 @compiled(FAST)
@@ -124,19 +163,28 @@ def _complex_multiply(factor: Any, x: Any, product: Any) -> None:
 
 @compiled()
 def take_in_complex(
-    k: Any, v: Any, unit: Any, most: Any, runs: Any, phi: Any, sums: Any, new: Any, combined: Any, powers: Any
-) -> None:
-    """The sums (P, c, 2 h) of complex monomials of a view with a row more, and their products in `combined`, as in `take_in`."""
-    last = v.shape[1]
+    k: Any, v: Any, factors: Any, unit: Any, most: Any, runs: Any, phi: Any, room: Any, sums: Any, new_sums: Any, combined: Any,
+    powers: Any,
+) -> None:  # fmt: skip
+    """The sums (P, c, 2 h) of complex monomials of a view with more rows, and their products in `combined`, as in `take_in`.
+
+    `room` is (c, 2 h).
+    """
+    n, last = v.shape[1], v.shape[2]
     for p in range(k.shape[0]):
-        _complex_monomials(k[p], unit, most, runs, phi)
-        for e in range(last + 1):
-            _add_product(v[p, e] if e < last else v.dtype.type(1), phi, sums[p, e], new[p, e])
-        # The first monomial of the last column counts rows.
-        power = _power(new[p, last, 0])
-        powers[p] += power
-        for e in range(last + 1):
-            _complex_multiply(new.dtype.type(ldexp(1.0, -power)), new[p, e], combined[p, e])
+        before = sums[p]
+        for t in range(n):
+            new = room if (n - t) % 2 == 0 else new_sums[p]
+            _complex_monomials(k[p, t], unit, most, runs, phi)
+            for e in range(last + 1):
+                value = v[p, t, e] if e < last else v.dtype.type(1)
+                _add_product(value, phi, _factor(factors, p), before[e], new[e])
+            before = new
+            # The first monomial of the last column counts rows.
+            power = _power(new[last, 0])
+            powers[p, t] += power
+            for e in range(last + 1):
+                _complex_multiply(new.dtype.type(ldexp(1.0, -power)), new[e], combined[p, t, e])
 
 
 @compiled(FAST)
@@ -161,18 +209,19 @@ def read(
     out: Any,
     lse: Any,
 ) -> None:
-    """Output (P, dv) and log-sum-exp (P, 1) of queries, with room (c,) for parts of sums and sums."""
+    """Output (P, n, dv) and log-sum-exp (P, n) of queries, with room (c,) for parts of sums and sums."""
     columns = found.shape[0]
     for p in range(q.shape[0]):
-        _monomials(q[p], unit, most, runs, phi)
-        found[:] = 0
-        for low in range(0, phi.shape[0], CHAIN):
-            high = min(low + CHAIN, phi.shape[0])
-            part[:] = 0
-            _contract(phi[low:high], combined[p, low * columns : high * columns], part)
-            for e in range(columns):
-                found[e] += part[e]
-        _divide(found, powers[p], out[p], lse[p])
+        for t in range(q.shape[1]):
+            _monomials(q[p, t], unit, most, runs, phi)
+            found[:] = 0
+            for low in range(0, phi.shape[0], CHAIN):
+                high = min(low + CHAIN, phi.shape[0])
+                part[:] = 0
+                _contract(phi[low:high], combined[p, t, low * columns : high * columns], part)
+                for e in range(columns):
+                    found[e] += part[e]
+            _divide(found, powers[p, t], out[p, t], lse[p, t : t + 1])
 
 
 @compiled(FAST)
@@ -199,14 +248,15 @@ def read_complex(
 ) -> None:
     """`read` of complex monomials, with their weights (2 h,)."""
     for p in range(q.shape[0]):
-        _complex_monomials(q[p], unit, most, runs, phi)
-        for a in range(phi.shape[0]):
-            phi[a] *= w[a]
-        found[:] = 0
-        for e in range(found.shape[0]):
-            for low in range(0, phi.shape[0], CHAIN):
-                found[e] += _contract_column(phi[low : low + CHAIN], combined[p, e, low : low + CHAIN])
-        _divide(found, powers[p], out[p], lse[p])
+        for t in range(q.shape[1]):
+            _complex_monomials(q[p, t], unit, most, runs, phi)
+            for a in range(phi.shape[0]):
+                phi[a] *= w[a]
+            found[:] = 0
+            for e in range(found.shape[0]):
+                for low in range(0, phi.shape[0], CHAIN):
+                    found[e] += _contract_column(phi[low : low + CHAIN], combined[p, t, e, low : low + CHAIN])
+            _divide(found, powers[p, t], out[p, t], lse[p, t : t + 1])
 
 
 @compiled()
