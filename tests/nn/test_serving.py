@@ -102,6 +102,22 @@ def test_streams_that_end_and_padding(case: str) -> None:
         same(out, expected[:, i : i + 1])
 
 
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"auto"}))
+def test_a_prompt_in_parts(case: str) -> None:
+    """Also parts that are longer than a window, with padding and weights, and from nothing."""
+    layer, x = layer_of(**CASES[case]), rows_of(2, 12)
+    masks, weights = torch.ones(2, 12, dtype=torch.bool), torch.rand(2, 12, dtype=torch.float64) + 0.5
+    masks[0, :2] = masks[1, 9:] = False
+    expected = layer(x, key_masks=masks, key_weights=weights)
+    state, start = None, 0
+    for stop in (2, 3, 9, 12):
+        rows = slice(start, stop)
+        out, state = layer.step(x[:, rows], state, key_masks=masks[:, rows], key_weights=weights[:, rows])
+        same(out, expected[:, rows])
+        assert state.length == stop
+        start = stop
+
+
 @pytest.mark.parametrize("case", ["default", "exact", "window", "decay", "decay, window"])
 def test_beams(case: str) -> None:
     layer, x = layer_of(**CASES[case]), rows_of(3, 6)

@@ -333,7 +333,7 @@ class TensorAttention(nn.Module):
         def attention(q: Any, ks: Any, vs: Any, counted: Any) -> Any:
             state = ServingState(self.config, length, batch, owner=self._owner)
             if plan is None:
-                begun.append(replace(state, rows=self._kept(ks, vs, counted, batch)))
+                begun.append(replace(state, rows=self._last(self._kept(ks, vs, counted, batch))))
             else:
                 summary = summarize(ks, vs, plan, **counted.options())
                 begun.append(replace(state, decoding=DecodingState(plan, summary)))
@@ -403,18 +403,26 @@ class TensorAttention(nn.Module):
         return None if self.config.window else plans[0]
 
     def _kept(self, ks: Any, vs: Any, counted: Counted, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Keys, values, and masks or weights of the rows that later ones see."""
+        """Keys, values, and masks or weights of rows."""
         masks = [_in_one(*counted.of_view(view)) for view in range(len(ks))]
-        windows = self.config.window or (None,) * len(ks)
-        starts = [0 if w is None else max(0, k.shape[-2] - w) for w, k in zip(windows, ks, strict=True)]
-        kept = [
+        kept = (
             k.new_ones((*batch, 1, 1, k.shape[-2]), dtype=torch.bool)
             if m is None
             else m.expand(*batch, 1, 1, k.shape[-2])
             for m, k in zip(masks, ks, strict=True)
+        )
+        return *ks, *vs, *kept
+
+    def _last(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What later rows see of those that `_kept` returns: all, or as many as the window."""
+        views, windows = self.config.views, self.config.window
+        if windows is None:
+            return tuple(rows)
+        keys_and_values, kept = rows[: 2 * views], rows[2 * views :]
+        found = [
+            x[..., max(0, x.shape[-2] - w) :, :] for x, w in zip(keys_and_values, (*windows, *windows), strict=True)
         ]
-        rows = [[x[..., start:, :] for x, start in zip(xs, starts, strict=True)] for xs in (ks, vs)]
-        return *rows[0], *rows[1], *(m[..., start:] for m, start in zip(kept, starts, strict=True))
+        return *found, *(m[..., max(0, m.shape[-1] - w) :] for m, w in zip(kept, windows, strict=True))
 
     def _stepped(
         self, plan: Plan | None, state: ServingState, query: Tensor, keys: Any, values: Any, counted: Counted
@@ -437,7 +445,7 @@ class TensorAttention(nn.Module):
             query, ks, vs, **of_step(config, plans), causal=True, window=config.window, channels=config.channels,
             **counted.options(),
         )  # fmt: skip
-        return out, replace(state, rows=self._kept(ks, vs, counted, state.batch))
+        return out, replace(state, rows=self._last(grown))
 
     def _attend(
         self, attention: Any, given: tuple[Tensor, Sequence[Tensor], Any], return_error: bool, before: int = 0
