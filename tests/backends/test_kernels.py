@@ -1000,6 +1000,13 @@ def test_tokens_that_differ_from_the_one_before_are_checked(steps):
     assert steps == []
     np.testing.assert_allclose(wide, np.stack([state.step(query, keys, values)[0]] * 3), rtol=1e-13)
     assert len(steps) == 1
+    # Where the first call takes several, as many as that and one are like them.
+    steps.clear()
+    rows = call["query"], [k[-2:] for k in call["keys"]], [v[-2:] for v in call["values"]]
+    _, many = tattn.DecodingState(plan_of(call)).step(*rows)
+    assert steps == []
+    many.step(query, keys, values)[1].step(*rows)
+    assert len(steps) == 2
 
 
 @channels

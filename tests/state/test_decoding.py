@@ -151,24 +151,25 @@ def test_the_error_of_many_rows_in_float32(
             close(got.astype(float) + rest, like, rtol=1e-6, atol=1e-6 * np.abs(like).max())
 
 
-def test_rows_and_states_of_other_batches() -> None:
+@pytest.mark.parametrize("case", ["narrow, wide", "wide, narrow", "narrow, query wide"])
+def test_rows_and_states_of_other_batches(library: Any, case: str) -> None:
     """The state has the batch that its rows have had together."""
     plan = plan_of(2)
     call, _ = drawn(2, "plain", (3,))
-    narrow = part_of([call[0][0], [k[0] for k in call[1]], [v[0] for v in call[2]]], {}, 0, 5)[0]
+    narrow = part_of([call[0][0], [k[0] for k in call[1]], [v[0] for v in call[2]]], {}, 0, 4)[0]
     wide = part_of(call, {}, 5, 9)[0]
-    for first, then in ((narrow, wide), (wide, narrow), (narrow, (wide[0], *part_of(narrow, {}, 0, 4)[0][1:]))):
-        state = tattn.DecodingState(plan).step(*first)[1]
-        out, after = state.step(*then)
-        rows = range(then[0].shape[-2])
-        one_by_one, single = [], state
-        for i in rows:
-            token, single = single.step(*part_of(then, {}, i, i + 1)[0])
-            one_by_one.append(token)
-        close(out, np.concatenate(one_by_one, axis=-2))
-        for got, like in zip(after.summary.sums, single.summary.sums, strict=True):
-            assert got.shape == like.shape
-            close(got, like)
+    first, then = (wide, narrow) if case == "wide, narrow" else (narrow, wide)
+    if "query" in case:
+        then = (wide[0], *narrow[1:])
+    single, expected = tattn.DecodingState(plan).step(*first)[1], []
+    for i in range(4):
+        token, single = single.step(*part_of(then, {}, i, i + 1)[0])
+        expected.append(token)
+    out, after = tattn.DecodingState(plan).step(*library.arrays(*first))[1].step(*library.arrays(*then))
+    close(library.numpy(out), np.concatenate(expected, axis=-2))
+    for got, like in zip(after.summary.sums, single.summary.sums, strict=True):
+        assert tuple(got.shape) == like.shape
+        close(library.numpy(got), like)
 
 
 def test_rows_that_see_too_little_of_what_a_call_has_are_not_numbers() -> None:
@@ -191,6 +192,14 @@ def test_rows_that_see_too_little_of_what_a_call_has_are_not_numbers() -> None:
         assert np.isnan(out[: 3 - start]).all()
         assert np.isnan(lse[: 3 - start]).all()
         close(out[3 - start :], 1, rtol=1e-5)
+    # Rows that are masked see those before the call.
+    given, options = rows(0, 2)
+    state = tattn.DecodingState(plan, tattn.summarize(*given[1:], plan, **options))
+    given, options = rows(2, 4)
+    (out, lse), _ = state.step(*given, return_lse=True, key_masks=np.arange(2) > 0, **options)
+    assert np.isnan(out[0]).all()
+    assert np.isnan(lse[0])
+    close(out[1], 1, rtol=1e-5)
     # One unit for all, however small, is no trouble; nor are rows that see nothing.
     given, options = part_of((query, keys, values), {"key_weights": [weights[:1].repeat(6)] * 2}, 0, 6)
     close(tattn.DecodingState(plan).step(*given, **options)[0], 1, rtol=1e-5)
