@@ -153,16 +153,15 @@ def test_the_error_of_many_rows_in_float32(
 
 @pytest.mark.parametrize("case", ["narrow, wide", "wide, narrow", "narrow, query wide"])
 def test_rows_and_states_of_other_batches(library: Any, case: str) -> None:
-    """The state has the batch that its rows have had together."""
-    plan = plan_of(2)
-    call, _ = drawn(2, "plain", (3,))
-    narrow = part_of([call[0][0], [k[0] for k in call[1]], [v[0] for v in call[2]]], {}, 0, 4)[0]
-    wide = part_of(call, {}, 5, 9)[0]
+    """The state has the batch that its rows have had together, from the first of several blocks on."""
+    plan = plan_of(2, causal=False)
+    wide, _ = drawn(2, "plain", (3,), 80)
+    narrow = wide[0][0], [k[0] for k in wide[1]], [v[0] for v in wide[2]]
     first, then = (wide, narrow) if case == "wide, narrow" else (narrow, wide)
     if "query" in case:
         then = (wide[0], *narrow[1:])
     single, expected = tattn.DecodingState(plan).step(*first)[1], []
-    for i in range(4):
+    for i in range(80):
         token, single = single.step(*part_of(then, {}, i, i + 1)[0])
         expected.append(token)
     out, after = tattn.DecodingState(plan).step(*library.arrays(*first))[1].step(*library.arrays(*then))
