@@ -23,7 +23,7 @@ from watching import Seen, calls_of, code_within
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, OF_ROWS, Kernel, rows_together
+from tattn.backends.operations import CHAIN, OF_ROWS, OF_WINDOWS, Kernel, rows_together
 from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
@@ -535,6 +535,76 @@ def test_code_for_passes_serves_arrays_of_all_layouts_and_flags(passes):
     assert len(compiled._loaded()[0].rows.compute.signatures) == 2
 
 
+@pytest.fixture
+def in_windows(loops: Any) -> Iterator[Names]:
+    """Tells of every time that compiled loops take rows in windows."""
+    assert tattn.warm_up(("float32", "float64"))
+    with calls_of(code_within(compiled.window_read, "read_windows")) as seen:
+        yield Names(seen)
+
+
+def windows_are_the_same(
+    call: dict[str, Any], window: tuple[int, ...], seen: Names, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """With kernels, with room for few rows and for many, and without: the same numbers, to rounding."""
+    plan = plan_of(call, window=window, **options)
+    seen.clear()
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = computed(call, plan=plan, window=window)
+    assert seen == []
+    monkeypatch.delenv(compiled.SWITCH)
+    tolerance = 2e-4 if plan.dtype == "float32" else 1e-12
+    for workspace in (BACKEND.workspace, 1 << 14):
+        seen.clear()
+        with BACKEND.using(workspace=workspace):
+            got = computed(call, plan=plan, window=window)
+        assert set(seen) == OF_A_WINDOW
+        for x, y in zip(got, expected, strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+            finite = np.isfinite(y)
+            np.testing.assert_array_equal(x[~finite], y[~finite])
+            largest = np.max(np.abs(y[finite]), initial=0.0)
+            np.testing.assert_allclose(x[finite], y[finite], rtol=tolerance, atol=tolerance * max(largest, 1e-3))
+
+
+OF_A_WINDOW = {"read_windows"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_are_what_array_operations_compute(dtype, views, leading, masked, in_windows, monkeypatch):
+    call = drawn(90, views, dtype, leading, masked)
+    windows_are_the_same(call, (20, 35, 70)[:views], in_windows, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("n", "window"),
+    [(1, (1, 2)), (5, (1, 1)), (70, (64, 64)), (65, (66, 64)), (200, (64, 150)), (300, (129, 64)), (300, (70, 303)),
+     (400, (390, 31)), (700, (130, 260)), (700, (700, 40))],
+)  # fmt: skip
+def test_windows_of_all_lengths(n, window, in_windows, monkeypatch):
+    """Of one block and of many, longer than the rows and shorter than a chunk; a view of which rows see all before them."""
+    windows_are_the_same(drawn(n, 2, "float64", masked=n > 5), window, in_windows, monkeypatch, degree=2)
+
+
+def test_windows_drawn_at_random(in_windows, monkeypatch):
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        views, n = int(rng.integers(1, 4)), int(rng.integers(2, 400))
+        window = tuple(int(w) for w in np.exp(rng.uniform(0, np.log(n), views)))
+        call = drawn(
+            n,
+            views,
+            "float64",
+            str(rng.choice(list(LEADING))),
+            bool(rng.integers(2)),
+            value_dim=int(rng.integers(1, 25)),
+        )
+        windows_are_the_same(call, window, in_windows, monkeypatch, degree=int(rng.integers(1, 4)))
+
+
 @pytest.mark.parametrize("layout", ["strided", "reversed", "transposed", "broadcast", "read-only"])
 def test_inputs_of_all_layouts(layout, used):
     call = drawn(40, 2, "float32", "heads")
@@ -758,7 +828,7 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     found = kernels()
     assert found.on
     names = "prefix_read", "prefix_pull", "step"
-    assert found.operations == (*OF_ROWS, *names, *(f"complex_{name}" for name in names))
+    assert found.operations == (*OF_ROWS, *names, *OF_WINDOWS, *(f"complex_{name}" for name in names))
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on
