@@ -17,6 +17,8 @@ prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) 
 window_read    ``(block, starts)``, a `Prefix` of blocks of rows with the keys and shares of every view, and then as many others,
                and the sums (..., dv + 1, r) of every view that all rows of a block see, or none → numerators (..., n, dv + 1)
                of rows that see those of their view up to their own, and the others from this on
+window_pull    ``(block, starts, upstream)``, gradients (..., n, dv + 1) of these → gradients of q, all keys, all shares and, if
+               there are some, the starts, each for every block
 step           ``(token, query, keys, values, sums, rests)``, a `Token`, rows (..., 1, ·) of a token, and what two views at most
                have been summed up to, (..., r, dv + 1), all with the same leading dimensions → output (..., 1, dv), lse
                (..., 1), sums and rests with the token
@@ -39,7 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
-OF_WINDOWS = ("window_read",)
+OF_WINDOWS = ("window_read", "window_pull")
 OPERATIONS = (
     "moments",
     *OF_ROWS,

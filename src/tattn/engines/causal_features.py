@@ -36,7 +36,7 @@ from ..features.pairs import Pairs, pair_weights
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
-from . import features, windows
+from . import features, window_blocks, windows
 from .chunks import Chunks, Setting, adjoint, chunk_of, numerator, windows_of
 from .fading import at_its_end, faded, numbers, powers, slopes
 from .features import (
@@ -361,7 +361,7 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
         setting = Setting(degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, windows=seen)
         numbers = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
         block = _rows_to_pull(setting, q.shape[-2], numbers)
-        if windows.fits(setting, block, operands):
+        if window_blocks.fits(setting, block, operands):
             return setting, block
         kernel = None
     row, columns = w.shape[0] * itemsize * prod(leading), values[0].shape[-1] + 1

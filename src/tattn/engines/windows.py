@@ -25,16 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from math import prod
 
 import numpy as np
 
 from ..arrays import clean, sum_to_leading, unweighed
 from ..backends import Array, Backend
-from ..backends.operations import Prefix
 from ..backends.tables import memoized
 from ..features.basis import read
-from ..features.monomials import features, run_table
+from ..features.monomials import features
 from ..operands import Gradients, Operands
 from .chunks import (
     Chunks,
@@ -52,8 +50,8 @@ from .chunks import (
 from .features import divided, scaled_gradient
 from .pieces import in_pieces, padded
 from .spoiled import Columns
+from .window_blocks import adjoint_by, numerators_by, together
 from .window_sums import (
-    MOST_BLOCKS,
     Cut,
     Line,
     Rows,
@@ -66,19 +64,15 @@ from .window_sums import (
     starts_of,
 )
 
-# Rows that a kernel takes at once.
-_MOST_ROWS = 1 << 13
-
 
 def read_rows(setting: Setting, block: int, operands: Operands) -> tuple[Array, Array]:
     """Output (..., n, dv) and the normaliser times all shares (..., n, 1)."""
-    if setting.kernel is not None:
-        return _read_by(setting, block, operands)
     backend, n = setting.backend, operands.query.shape[-2]
     cut, q, lines, middles = _prepared(setting, block, operands)
 
     def of_segment(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
-        q, streams, middles = _taken(setting, cut, given, cut.segment)[:3]
+        count = given[-1].shape[-2]
+        q, streams, middles = _taken(setting, cut, given, count * cut.segment)[:3]
         starts = starts_of(setting, cut, streams, middles)
 
         def of_block(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
@@ -87,79 +81,16 @@ def read_rows(setting: Setting, block: int, operands: Operands) -> tuple[Array, 
             found = divided(backend.xp.matrix_transpose(numerator(setting, chunks)), setting.leading, backend)
             return None, tuple(as_one(x, backend) for x in found)
 
-        found = backend.scan_rows(of_block, None, _given(cut.blocks, q, streams, starts, backend), 1)[1]
-        return None, tuple(as_one(x, backend) for x in found)
-
-    streams = _streams(setting, cut, lines)
-    found = backend.scan_rows(of_segment, None, _given(cut.segments, q, streams, middles, backend), 1)[1]
-    out, normaliser = (backend.xp.reshape(x, (*x.shape[:-2], cut.rows, -1))[..., :n, :] for x in found)
-    return out, normaliser
-
-
-def fits(setting: Setting, block: int, operands: Operands) -> bool:
-    """Whether sums over what is between segments are few numbers, where blocks are those of compiled loops."""
-    cut, columns = Cut.of_rows(operands.query.shape[-2], block, setting), [v.shape[-1] + 1 for v in operands.values]
-    long = sum(c for c, window in zip(columns, setting.windows, strict=True) if cut.is_long(window))
-    of_rows = sum(prod(x.shape) for x in (operands.query, *operands.keys, *operands.values))
-    numbers = cut.segments * long * setting.w.shape[0] * prod(setting.leading)
-    return bool(numbers <= max(4 * of_rows, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)))
-
-
-def _read_by(setting: Setting, block: int, operands: Operands) -> tuple[Array, Array]:
-    """`read_rows` by a kernel, which takes each block as a problem of its own."""
-    backend, n = setting.backend, operands.query.shape[-2]
-    cut, q, lines, middles = _prepared(setting, block, operands)
-
-    def of_segments(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
-        count = given[-1].shape[-2]
-        q, streams, middles = _taken(setting, cut, given, count * cut.segment)[:3]
-        starts = starts_of(setting, cut, streams, middles)
-        found = setting.kernel(*_blocks(setting, cut, q, streams, starts))  # type: ignore[misc]
-        found = backend.xp.reshape(found, (*found.shape[:-3], -1, found.shape[-1]))
-        return None, tuple(in_pieces(x, count, backend) for x in divided(found, setting.leading, backend))
+        if setting.kernel is not None:
+            found = divided(numerators_by(setting, cut, q, streams, starts), setting.leading, backend)
+        else:
+            found = backend.scan_rows(of_block, None, _given(cut.blocks, q, streams, starts, backend), 1)[1]
+        return None, tuple(in_pieces(x, count, backend) for x in found)
 
     given = _given(cut.segments, q, _streams(setting, cut, lines), middles, backend)
-    found = backend.scan_rows(of_segments, None, given, _together(setting, cut, lines))[1]
+    found = backend.scan_rows(of_segment, None, given, together(setting, cut, lines))[1]
     out, normaliser = (backend.xp.reshape(x, (*x.shape[:-2], cut.rows, -1))[..., :n, :] for x in found)
     return out, normaliser
-
-
-def _together(setting: Setting, cut: Cut, lines: Sequence[Line]) -> int:
-    """How many segments a kernel takes at once: some thousand rows, which fit in the workspace."""
-    if cut.blocks > 1:
-        return 1
-    row = sum(2 * (x.shape[-1]) for line in lines for x in line.rows) * prod(setting.leading)
-    rows = min(_MOST_ROWS, setting.backend.workspace // (2 * row * setting.backend.itemsize(setting.w.dtype)))
-    most = MOST_BLOCKS if any(map(cut.is_long, setting.windows)) else rows
-    return int(max(1, min(most, rows // cut.segment)))
-
-
-def _blocks(
-    setting: Setting, cut: Cut, q: Array, streams: Streams, starts: Sequence[Array]
-) -> tuple[Prefix, list[Array]]:
-    """Blocks as a kernel takes them, (..., blocks, rows, k), and what all rows of each see (..., blocks, dv + 1, r), if anything.
-
-    The rows that leave the window are those of h chunks before, but the first: row i sees those behind its own.
-    """
-    backend, r = setting.backend, setting.w.shape[0]
-
-    def apart(x: Array) -> Array:
-        return backend.xp.reshape(x, (*x.shape[:-2], -1, cut.block, x.shape[-1]))
-
-    own = [Rows(*map(apart, view[0])) for view in streams]
-    leaving = [Rows(*(placed(apart(x), -1, cut.block, backend) for x in view[1])) for view in streams]
-    rows = [*own, *leaving]
-    table = run_table(q.shape[-1], setting.degree, setting.grading)
-    block = Prefix(setting.w[:, 0], table, apart(q), [x.x for x in rows], [x.z for x in rows])
-    following, of_all = iter(starts), []
-    for window, view in zip(setting.windows, own, strict=True):
-        shape = (view.z.shape[-1], r)
-        if cut.is_long(window):
-            found = next(following)
-            of_all.append(backend.xp.reshape(found, (*found.shape[:-1], *shape)))
-        else:
-            of_all.append(backend.xp.zeros(shape, dtype=setting.w.dtype, device=backend.device(q)))
-    return block, of_all if starts else []
 
 
 def backward(setting: Setting, block: int, operands: Operands, columns: Columns) -> tuple[Gradients, tuple[()]]:
@@ -168,22 +99,26 @@ def backward(setting: Setting, block: int, operands: Operands, columns: Columns)
     cut, q, lines, middles = _prepared(setting, block, operands)
 
     def of_segment(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
-        q, streams, middles, columns = _taken(setting, cut, given, cut.segment)
+        count = given[-1].shape[-2]
+        q, streams, middles, columns = _taken(setting, cut, given, count * cut.segment)
         starts = starts_of(setting, cut, streams, middles)
 
         def of_block(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
             dq, grads, of_starts = _adjoint(setting, cut, *_taken(setting, cut, given, cut.block))
             return None, tuple(_given(1, dq, grads, [as_one(g, backend) for g in of_starts], backend))
 
-        rows = _given(cut.blocks, q, streams, starts, backend, columns)
-        found = backend.scan_rows(of_block, None, rows, 1)[1]
-        dq, grads, of_starts = _taken(setting, cut, found, cut.segment)[:3]
+        if setting.kernel is not None:
+            dq, grads, of_starts = adjoint_by(setting, cut, q, streams, starts, columns)
+        else:
+            rows = _given(cut.blocks, q, streams, starts, backend, columns)
+            found = backend.scan_rows(of_block, None, rows, 1)[1]
+            dq, grads, of_starts = _taken(setting, cut, found, cut.segment)[:3]
         grads, of_middles = pulled_starts(setting, cut, streams, grads, of_starts)
-        return None, tuple(_given(1, dq, grads, of_middles, backend))
+        return None, tuple(_given(count, dq, grads, of_middles, backend))
 
     columns = tuple(padded(backend.cast(c, setting.w.dtype), cut.rows, backend) for c in columns)
     given = _given(cut.segments, q, _streams(setting, cut, lines), middles, backend, columns)
-    found = backend.scan_rows(of_segment, None, given, 1)[1]
+    found = backend.scan_rows(of_segment, None, given, together(setting, cut, lines))[1]
     dq, grads, of_middles = _taken(setting, cut, found, cut.rows)[:3]
     flat = [[sum_to_leading(dq[..., :n, :] * setting.units[0], operands.query.shape[:-2], backend)]]
     following = iter(of_middles)

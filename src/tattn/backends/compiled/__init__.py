@@ -213,7 +213,9 @@ def _of_windows(operation: str, block: Prefix) -> Any:
     """What an operation computes of a window with one row, 1, and nothing else."""
     nothing = [np.zeros_like(block.q)]
     block = block._replace(keys=[*block.keys, *nothing], shares=[*block.shares, *nothing])
-    return window_read(block, [], _alone)
+    if operation == "window_read":
+        return window_read(block, [], _alone)
+    return window_pull(block, [], block.q, _alone)[2][0]
 
 
 def _of_one_row(operation: str, ones: np.ndarray) -> Any:
@@ -288,7 +290,7 @@ def kernels_for(
     }
     functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
     functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
-    functions["window_read"] = partial(run, window_read)
+    functions |= {"window_read": partial(run, window_read), "window_pull": partial(run, window_pull)}
     functions |= {operation: partial(run_rows, function) for operation, function in _ROW_OPERATIONS.items()}
     return tuple(
         Kernel(operation, functions[operation], partial(takes_rows if operation in OF_ROWS else taken, operation))
@@ -445,6 +447,32 @@ def window_read(block: Prefix, starts: Sequence[np.ndarray], spread: Callable[..
 
     spread(read_windows, problems.work(total, _TO_READ))
     return problems.whole(out)
+
+
+def window_pull(
+    block: Prefix, starts: Sequence[np.ndarray], upstream: np.ndarray, spread: Callable[..., list[Any]]
+) -> Any:
+    """The operation `window_pull` for NumPy arrays."""
+    loops = _loaded()[0]
+    problems = _Problems(block, starts, upstream)
+    total, g = _seen_by_all(problems, starts, block), problems.together(upstream)
+    q, k, z = problems.q, problems.k, problems.z
+    w, m = _padded(block, loops.causal), total.shape[1]
+    dq, dk, dz, of_total = (np.empty_like(x) for x in (q, k, z, total))
+
+    def pull_windows(p: slice, _: slice) -> None:
+        rows = w, block.runs, total[p]
+        of_others = np.empty_like(k[p, m:]), np.empty_like(z[p, m:])
+        loops.windows.pull(q[p], k[p], z[p], g[p], *rows, dq[p], *of_others, of_total[p])
+        dk[p, m:], dz[p, m:] = of_others
+        # Their own rows are the others of rows in reverse order.
+        turned = (np.flip(x, axis=-2) for x in (q[p], *(np.roll(x[p], m, axis=1) for x in (k, z)), g[p]))
+        loops.windows.pull(*map(np.ascontiguousarray, turned), *rows, dq[:0], *of_others, total[:0])
+        dk[p, :m], dz[p, :m] = (np.flip(x, axis=-2) for x in of_others)
+
+    spread(pull_windows, problems.work(total, dz.shape[-1] + 1))
+    views = (problems.whole_views(x) for x in (dk, dz, of_total if starts else total[:, :0]))
+    return problems.whole(dq), *views
 
 
 def _seen_by_all(problems: _Problems, starts: Sequence[np.ndarray], block: Prefix) -> np.ndarray:
