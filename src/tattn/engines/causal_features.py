@@ -306,8 +306,15 @@ def cost(problem: Problem, rank: float) -> Cost:
     rank = features.as_float(rank)
     if problem.compiled:
         # Four multiply-adds where all rows take three, and some more for the sums; windows are read from two sums each.
-        several = _WINDOWED if windows_of(problem.order.window, problem.lengths[1:], 1) else 1
-        return Cost(several * _COMPILED * flops, memory + (16 << 20))
+        factor = _COMPILED
+        seen = windows_of(problem.order.window, problem.lengths[1:], 1)
+        if seen:
+            # Copies of the rows, and sums between segments where windows are not of one length.
+            factor *= _WINDOWED
+            copies = problem.rows * problem.itemsize * (problem.dim + problem.value_dim + 1.0)
+            segments = max(problem.lengths) / min(w.whole for w in seen) if len(set(seen)) > 1 else 0
+            memory += 2 * copies + min(4 * copies, features.bytes_of_sums(problem, rank) * segments)
+        return Cost(factor * flops, memory + (16 << 20))
     # Every row multiplies with the rows of its chunk, for every channel of the values where there are several views.
     chunk, several, columns = chunk_of(problem.views), problem.views > 1, problem.value_dim + 1
     one = features.bytes_of_sums(problem, rank)

@@ -21,12 +21,16 @@ from .window_sums import MOST_BLOCKS, Cut, Line, Rows, Streams, as_one, placed
 
 # Rows that a kernel takes at once.
 _MOST_ROWS = 1 << 13
+# Rows of a block, where what a row sees is more than rows of two blocks.
+_FEWEST_ROWS = 16
 
 
 def fits(setting: Setting, block: int, operands: Operands) -> bool:
-    """Whether sums over what is between segments are few numbers, beside the inputs."""
+    """Whether blocks are long enough to be worth sums of their own, and sums between segments few numbers beside the inputs."""
     cut, columns = Cut.of_rows(operands.query.shape[-2], block, setting), [v.shape[-1] + 1 for v in operands.values]
     long = sum(c for c, window in zip(columns, setting.windows, strict=True) if cut.is_long(window))
+    if long and cut.block < _FEWEST_ROWS:
+        return False
     inputs = sum(prod(x.shape) for x in (operands.query, *operands.keys, *operands.values))
     numbers = cut.segments * long * setting.w.shape[0] * prod(setting.leading)
     return bool(numbers <= max(4 * inputs, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)))

@@ -69,9 +69,12 @@ class Cut(NamedTuple):
     @classmethod
     def of_rows(cls, n: int, block: int, setting: Setting) -> Cut:
         """For chunks of one row and blocks no longer than any window, which compiled loops take."""
-        shortest = min(block, *(w.whole for w in setting.windows))
-        rows = -(-n // -(-n // shortest))
+        rows = min(block, *(w.whole for w in setting.windows))
         count = -(-n // rows)
+        if count * rows - n > n // 8:
+            # Too many rows would stand behind the last.
+            rows = -(-n // count)
+            count = -(-n // rows)
         # Sums over a few segments are few numbers, and then no rows are summed up twice.
         most = (
             min((w.whole // rows for w in setting.windows if w.whole > rows), default=1) if count > MOST_CHUNKS else 1
