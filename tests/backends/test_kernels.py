@@ -603,6 +603,24 @@ def test_windows_drawn_at_random(in_windows, monkeypatch):
         windows_are_the_same(call, window, in_windows, monkeypatch, degree=int(rng.integers(1, 4)))
 
 
+def test_plans_price_windows_by_what_computes_them(loops, monkeypatch):
+    """Those of which compiled loops know, and copies of the rows."""
+    call = drawn(300, 2, "float32", dim=8, value_dim=8)
+    given = call["query"], call["keys"], call["values"]
+    whole = tattn.plan(*given, method="polynomial")
+    window, uneven, complex_window = (
+        tattn.plan(*given, method="polynomial", window=w, channels=channels)
+        for w, channels in (((64, 64), "real"), ((64, 90), "real"), ((64, 64), "complex"))
+    )
+    assert window.flops_polynomial == uneven.flops_polynomial == 4.5 * whole.flops_polynomial
+    assert whole.bytes_polynomial < window.bytes_polynomial < uneven.bytes_polynomial
+    assert complex_window.flops_polynomial > 2 * window.flops_polynomial
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    without = tattn.plan(*given, method="polynomial", window=(64, 64))
+    assert without.flops_polynomial > 5 * window.flops_polynomial
+    assert without.problem == window.problem
+
+
 def test_windows_are_spread_over_threads(in_windows):
     """Blocks are problems of their own, also of one head."""
     call = drawn(900, 2, "float64", masked=True, dim=4, value_dim=8)

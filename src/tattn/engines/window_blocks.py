@@ -27,12 +27,14 @@ _FEWEST_ROWS = 16
 
 def fits(setting: Setting, block: int, operands: Operands) -> bool:
     """Whether blocks are long enough to be worth sums of their own, and sums between segments few numbers beside the inputs."""
-    cut, columns = Cut.of_rows(operands.query.shape[-2], block, setting), [v.shape[-1] + 1 for v in operands.values]
-    long = sum(c for c, window in zip(columns, setting.windows, strict=True) if cut.is_long(window))
+    cut = Cut.of_rows(operands.query.shape[-2], block, setting)
+    long = [v for v, window in zip(operands.values, setting.windows, strict=True) if cut.is_long(window)]
     if long and cut.block < _FEWEST_ROWS:
         return False
     inputs = sum(prod(x.shape) for x in (operands.query, *operands.keys, *operands.values))
-    numbers = cut.segments * long * setting.w.shape[0] * prod(setting.leading)
+    # Of all rows, those before the first query row included.
+    sums = sum(-(-v.shape[-2] // cut.segment) * (v.shape[-1] + 1) for v in long)
+    numbers = sums * setting.w.shape[0] * prod(setting.leading)
     return bool(numbers <= max(4 * inputs, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)))
 
 

@@ -16,7 +16,10 @@ A window of at most M chunks is in the first line. Sums of H − 1 segments one 
 sum has a row that is not seen, and each is one of about 2 log₂ H + G + M parts.
 
 Adjoint: what a row begins with is linear in the sums of chunks, blocks and segments, and so their gradients are the same sums from
-the other side: a chunk is seen by those from c + 1 to c + h − 1. O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
+the other side: a chunk is seen by those from c + 1 to c + h − 1. Compiled loops take blocks as `window_blocks` has them, in which
+nothing is paired: h is then w, and a chunk one row.
+
+O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
 of 2 m b for the rows of a chunk; memory for copies of the inputs, and for long windows r (dv + 1) numbers for every segment and for
 every block of one.
 """
