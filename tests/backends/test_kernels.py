@@ -623,14 +623,16 @@ def test_plans_price_windows_by_what_computes_them(loops, monkeypatch):
 
 def test_windows_are_spread_over_threads(in_windows):
     """Blocks are problems of their own, also of one head."""
-    call = drawn(900, 2, "float64", masked=True, dim=4, value_dim=8)
+    call = drawn(900, 2, "float64", masked=True, dim=8, value_dim=8)
     plan = plan_of(call, window=(64, 80))
     options = {"plan": plan, "window": plan.window}
     expected = computed(call, **options)
-    alone = len(in_windows)
+    alone = list(in_windows)
+    in_windows.clear()
     with BACKEND.using(threads=lambda: 2):
         shared = computed(call, **options)
-    assert len(in_windows) > alone
+    for name in ("read_windows", "pull_windows"):
+        assert list(in_windows).count(name) == 2 * alone.count(name) > 0
     for x, y in zip(shared, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 
