@@ -62,12 +62,13 @@ class Inputs(NamedTuple):
 
     def _compiled(self) -> bool:
         """Whether compiled loops are there for a causal call that is long enough to ask: they are loaded for the answer."""
-        if self.traced or not self.order.causal or self.order.window:
+        if self.traced or not self.order.causal:
             return False
         if prod([float(n) for n in (*self.lengths, *self.leading)]) < _LONG:
             return False
         rows = [a for a in self.arrays[: 2 * self.views + 1] if a is not None]
-        operation = of_channels("prefix_read", self.channels == COMPLEX, self.views)
+        operation = "window_read" if self.order.window else "prefix_read"
+        operation = of_channels(operation, self.channels == COMPLEX, self.views)
         return self.backend.kernel(operation, *rows) is not None
 
     def operands(self, scale: float = 1.0) -> Operands:

@@ -23,7 +23,7 @@ from watching import Seen, calls_of, code_within
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, OF_ROWS, Kernel, rows_together
+from tattn.backends.operations import CHAIN, OF_ROWS, OF_WINDOWS, Kernel, rows_together
 from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
@@ -535,6 +535,198 @@ def test_code_for_passes_serves_arrays_of_all_layouts_and_flags(passes):
     assert len(compiled._loaded()[0].rows.compute.signatures) == 2
 
 
+@pytest.fixture
+def in_windows(loops: Any) -> Iterator[Names]:
+    """Tells of every time that compiled loops take rows in windows."""
+    assert tattn.warm_up(("float32", "float64"))
+    both = code_within(compiled.window_read, "read_windows"), code_within(compiled.window_pull, "pull_windows")
+    with calls_of(*both) as seen:
+        yield Names(seen)
+
+
+def windows_are_the_same(
+    call: dict[str, Any], window: tuple[int, ...], seen: Names, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """With kernels, with room for few rows and for many, and without: the same numbers, to rounding."""
+    plan = plan_of(call, window=window, **options)
+    seen.clear()
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = computed(call, plan=plan, window=window)
+    assert seen == []
+    monkeypatch.delenv(compiled.SWITCH)
+    tolerance = 2e-4 if plan.dtype == "float32" else 1e-12
+    for workspace in (BACKEND.workspace, 1 << 14):
+        seen.clear()
+        with BACKEND.using(workspace=workspace):
+            got = computed(call, plan=plan, window=window)
+        assert set(seen) == {"read_windows", "pull_windows"}
+        for x, y in zip(got, expected, strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+            finite = np.isfinite(y)
+            np.testing.assert_array_equal(x[~finite], y[~finite])
+            largest = np.max(np.abs(y[finite]), initial=0.0)
+            np.testing.assert_allclose(x[finite], y[finite], rtol=tolerance, atol=tolerance * max(largest, 1e-3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_are_what_array_operations_compute(dtype, views, leading, masked, in_windows, monkeypatch):
+    call = drawn(90, views, dtype, leading, masked)
+    windows_are_the_same(call, (20, 35, 70)[:views], in_windows, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("n", "window"),
+    [(2, (1, 1)), (4, (2, 2)), (70, (64, 64)), (65, (66, 64)), (200, (64, 150)), (300, (129, 64)), (300, (70, 303)),
+     (400, (390, 31)), (700, (130, 260)), (700, (700, 40))],
+)  # fmt: skip
+def test_windows_of_all_lengths(n, window, in_windows, monkeypatch):
+    """Of one block and of many, longer than the rows and shorter than a chunk; a view of which rows see all before them."""
+    windows_are_the_same(drawn(n, 2, "float64", masked=n > 5), window, in_windows, monkeypatch, degree=2)
+
+
+def test_windows_drawn_at_random(in_windows, monkeypatch):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        views, n = int(rng.integers(1, 4)), int(rng.integers(40, 200))
+        window = tuple(int(w) for w in np.exp(rng.uniform(np.log(20), np.log(n), views)))
+        call = drawn(
+            n,
+            views,
+            "float64",
+            str(rng.choice(list(LEADING))),
+            bool(rng.integers(2)),
+            value_dim=int(rng.integers(1, 25)),
+        )
+        windows_are_the_same(call, window, in_windows, monkeypatch, degree=int(rng.integers(1, 4)))
+
+
+def test_plans_price_windows_by_what_computes_them(loops, monkeypatch):
+    """Those of which compiled loops know, and copies of the rows."""
+    call = drawn(300, 2, "float32", dim=8, value_dim=8)
+    given = call["query"], call["keys"], call["values"]
+    whole = tattn.plan(*given, method="polynomial")
+    window, uneven, complex_window = (
+        tattn.plan(*given, method="polynomial", window=w, channels=channels)
+        for w, channels in (((64, 64), "real"), ((64, 90), "real"), ((64, 64), "complex"))
+    )
+    assert window.flops_polynomial == uneven.flops_polynomial == 4.5 * whole.flops_polynomial
+    assert whole.bytes_polynomial < window.bytes_polynomial < uneven.bytes_polynomial
+    assert complex_window.flops_polynomial > 2 * window.flops_polynomial
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    without = tattn.plan(*given, method="polynomial", window=(64, 64))
+    assert without.flops_polynomial > 5 * window.flops_polynomial
+    assert without.problem == window.problem
+
+
+def test_windows_are_spread_over_threads(in_windows):
+    """Blocks are problems of their own, also of one head."""
+    call = drawn(900, 2, "float64", masked=True, dim=8, value_dim=8)
+    plan = plan_of(call, window=(64, 80))
+    options = {"plan": plan, "window": plan.window}
+    expected = computed(call, **options)
+    alone = list(in_windows)
+    in_windows.clear()
+    with BACKEND.using(threads=lambda: 2):
+        shared = computed(call, **options)
+    for name in ("read_windows", "pull_windows"):
+        assert list(in_windows).count(name) == 2 * alone.count(name) > 0
+    for x, y in zip(shared, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_windows_that_loops_leave_to_array_operations(in_windows, monkeypatch):
+    """Complex channels of several views, a window of few rows beside a long one, and more sums between segments than inputs."""
+    call = drawn(60, 2, "float64", dim=4)
+    computed(call, plan=plan_of(call, window=(20, 33), channels="complex"), window=(20, 33))
+    with BACKEND.using(workspace=1 << 10):
+        computed(call, plan=plan_of(call, window=(17, 33)), window=(17, 33))
+    computed(call, plan=plan_of(call, window=(2, 33)), window=(2, 33))
+    assert in_windows == []
+    windows_are_the_same(drawn(60, 1, "float64", dim=4), (20,), in_windows, monkeypatch, channels="complex")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_error_of_windows_exceeds_the_plan(dtype, in_windows):
+    """As for causal calls, by loops for windows of all lengths."""
+    exact = np.float64 if dtype == "float32" else np.longdouble
+    worst = 0.0
+    for seed in range(100 if dtype == "float32" else 30):
+        rng = np.random.default_rng(seed)
+        views, degree, bound = (
+            int(rng.integers(1, 4)),
+            int(rng.integers(2, 10)),
+            float(rng.choice([0.1, 0.5, 1.0, 2.0])),
+        )
+        n, dim, value_dim = int(rng.integers(2, (300, 60, 24)[views - 1])), int(rng.integers(1, 5)), 3
+        arrays = [entries(rng, (n + int(rng.integers(0, 4)) * (i > 0), dim)) for i in range(views + 1)]
+        query, *keys = [(x * 10.0 ** rng.uniform(-6, 6)).astype(dtype) for x in arrays]
+        tops = np.prod([np.abs(x.astype(float)).max(0) for x in (query, *keys)], 0)
+        scale = bound / tops.sum()
+        values = [(entries(rng, (len(k), value_dim)) * 10.0 ** rng.uniform(-4, 4)).astype(dtype) for k in keys]
+        grad = rng.normal(size=(n, value_dim)).astype(dtype)
+        window = tuple(int(w) for w in rng.integers(1, n, views))
+        plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
+                              window=window, dtype=dtype, scale=scale)  # fmt: skip
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=window)
+        dquery, dkeys, dvalues = pullback(grad)
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, window=window, precision=exact)
+        found = Dense(out, out, dquery, list(dkeys), list(dvalues))
+        ratio = largest_ratio(plan, keys, values, grad, found, truth)
+        assert ratio <= 1, (seed, ratio, str(plan))
+        worst = max(worst, ratio)
+    assert set(in_windows) == {"read_windows", "pull_windows"}
+    assert worst > 0.1
+
+
+@pytest.mark.parametrize("window", [(64, 64), (5_000, 64), (40_000, 50_000)])
+def test_sums_of_windows_over_long_sequences_do_not_drift(window, in_windows):
+    """Equal rows, which round alike, in blocks, in sums over these, and in the sums of the gradients."""
+    n = 100_000
+    query, key, value = (np.full((n, 1), x, np.float32) for x in (0.1, 0.3, 0.7))
+    plan = tattn.plan_for(n=n, dim=1, bound=0.1, degree=4, window=window)
+    (out, lse), pullback = tattn.tensor_attention_vjp(
+        query, [key] * 2, [value] * 2, plan=plan, window=window, return_lse=True
+    )
+    exact = float(np.float32(0.7)) ** 2
+    assert np.max(np.abs(out / exact - 1)) <= plan.error < 2e-5
+    seen = [np.minimum(np.arange(1, n + 1.0), w) for w in window]
+    score = float(np.float32(0.1)) * float(np.float32(0.3)) ** 2
+    assert np.max(np.abs(np.exp(lse.astype(float) - score) / (seen[0] * seen[1]) - 1)) < 3e-6
+    _, _, dvalues = pullback(np.ones_like(out), np.zeros_like(lse))
+    for dv, rows, w in zip(dvalues, seen, window, strict=True):
+        # Row j has 1 / (number of rows seen) of every row that sees it.
+        before = np.concatenate([[0.0], np.cumsum(1 / rows)])
+        wanted = (before[np.minimum(np.arange(n) + w, n)] - before[:n]) * exact / float(np.float32(0.7))
+        assert np.max(np.abs(dv[:, 0] / wanted - 1)) <= plan.error
+    assert set(in_windows) == {"read_windows", "pull_windows"}
+
+
+def test_windows_in_float32_stay_with_those_in_float64(in_windows):
+    """Over a long sequence, output and gradients."""
+    rng = np.random.default_rng(0)
+    n, window = 30_000, (700, 90)
+    call = {
+        "query": rng.uniform(-1, 1, (n, 4)), "keys": list(rng.uniform(-1, 1, (2, n, 4))), "key_masks": None,
+        "values": list(rng.normal(size=(2, n, 2))), "grad_out": rng.normal(size=(n, 2)), "grad_lse": rng.normal(size=n),
+    }  # fmt: skip
+    found = []
+    for dtype in ("float32", "float64"):
+        # The same numbers in either.
+        same = {
+            name: [a.astype("float32").astype(dtype) for a in x] if isinstance(x, list)
+            else None if x is None else x.astype("float32").astype(dtype)
+            for name, x in call.items()
+        }  # fmt: skip
+        plan = plan_of(same, window=window)
+        found.append(computed(same, plan=plan, window=window))
+    assert set(in_windows) == {"read_windows", "pull_windows"}
+    for x, y in zip(*found, strict=True):
+        assert np.max(np.abs(x - y)) < 2e-6 * np.max(np.abs(y))
+
+
 @pytest.mark.parametrize("layout", ["strided", "reversed", "transposed", "broadcast", "read-only"])
 def test_inputs_of_all_layouts(layout, used):
     call = drawn(40, 2, "float32", "heads")
@@ -730,10 +922,16 @@ def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):
             # Views of what broadcasts may not be written to.
             keys = [k[None] for k in call["keys"]]
             tattn.tensor_attention(call["query"], keys, call["values"], plan=plan, causal=True)
+            # And windows, with sums that all rows of a block see and without.
+            for window in ((2, 2), (2, 4)):
+                computed(call, plan=plan_of(call, window=window), window=window)
     for loop in (loops.read, loops.pull):
         of_real = [types for types in loop.signatures if "none" in map(str, types)]
         assert len(of_real) <= 2
         assert len(loop.signatures) - len(of_real) <= 2
+    of_windows = compiled._loaded()[0].windows
+    assert len(of_windows.read.signatures) <= 2
+    assert len(of_windows.pull.signatures) <= 2
 
 
 def test_code_for_complex_channels_is_compiled_by_those_who_use_them(loops):
@@ -758,7 +956,7 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     found = kernels()
     assert found.on
     names = "prefix_read", "prefix_pull", "step"
-    assert found.operations == (*OF_ROWS, *names, *(f"complex_{name}" for name in names))
+    assert found.operations == (*OF_ROWS, *names, *OF_WINDOWS, *(f"complex_{name}" for name in names))
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on

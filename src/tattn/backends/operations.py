@@ -14,6 +14,11 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
+window_read    ``(block, starts)``, a `Prefix` of blocks of rows with the keys and shares of every view, and then as many others,
+               and the sums (..., dv + 1, r) of every view that all rows of a block see, or none → numerators (..., n, dv + 1)
+               of rows that see those of their view up to their own, and the others from this on
+window_pull    ``(block, starts, upstream)``, gradients (..., n, dv + 1) of these → gradients of q, all keys, all shares and, if
+               there are some, the starts, each for every block
 step           ``(token, query, keys, values, sums, rests, decays)``, a `Token`, rows (..., n, ·) of n tokens, what two views at
                most have been summed up to, (..., r, dv + 1), all with the same leading dimensions, and by what sums are
                multiplied before every token, for each view an array that broadcasts to these or a number, () if by nothing →
@@ -37,9 +42,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
+OF_WINDOWS = ("window_read", "window_pull")
 OPERATIONS = (
     "moments",
     *OF_ROWS,
+    *OF_WINDOWS,
     *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")),
 )
 # Terms in a chain of additions of the array form.

@@ -36,7 +36,7 @@ from ..features.pairs import Pairs, pair_weights
 from ..features.scaling import shared_units
 from ..operands import Attended, Gradients, Operands, Upstream, View
 from ..problem import Cost, Problem
-from . import features, windows
+from . import features, window_blocks, windows
 from .chunks import Chunks, Setting, adjoint, chunk_of, numerator, windows_of
 from .fading import at_its_end, faded, numbers, powers, slopes
 from .features import (
@@ -64,6 +64,8 @@ _KERNEL_ROWS = 1 << 13
 _FEW_BLOCKS = 64
 # Time of compiled loops over that of products with all rows.
 _COMPILED = 1.5
+# And of those for windows over the others.
+_WINDOWED = 3
 
 
 class Start(NamedTuple):
@@ -88,7 +90,7 @@ def forward(operands: Operands, expansion: Expansion) -> Attended:
 def read_rows(operands: Operands, expansion: Expansion, start: Start | None = None) -> tuple[Array, Array]:
     """Output (..., n, dv), and the normaliser times all shares (..., n, 1)."""
     operands, start, _ = _balanced(operands, start)
-    setting, block = _setting("prefix_read", operands, expansion, start)
+    setting, block = _setting("read", operands, expansion, start)
     compute = partial(_read_rows, setting, block, start)
     if setting.windows:
         compute = partial(windows.read_rows, setting, block)
@@ -125,7 +127,8 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
 
 
 def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
-    """What takes the place of the loops over chunks, if anything does for these arrays."""
+    """What takes the place of the loops over chunks to `read` or `pull`, if anything does for these arrays."""
+    operation = f"{'window' if is_windowed(operands) else 'prefix'}_{operation}"
     operation = of_channels(operation, operands.paired, len(operands.keys))
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
@@ -175,7 +178,7 @@ def backward(
 ) -> tuple[Gradients, tuple[Array, ...]]:
     """Gradients of query, keys and values, and of the sums of `start` if there are, each in its shape, as they are computed."""
     operands, start, powers = _balanced(operands, start)
-    setting, block = _setting("prefix_pull", operands, expansion, start)
+    setting, block = _setting("pull", operands, expansion, start)
     columns = (attended.out, *attended.kept, *upstream)
     compute = partial(_backward, setting, block, start)
     if setting.windows:
@@ -304,8 +307,16 @@ def cost(problem: Problem, rank: float) -> Cost:
     flops, memory = features.cost(problem, rank)
     rank = features.as_float(rank)
     if problem.compiled:
-        # Four multiply-adds where all rows take three, and some more for the sums.
-        return Cost(_COMPILED * flops, memory + (16 << 20))
+        # Four multiply-adds where all rows take three, and some more for the sums; windows are read from two sums each.
+        factor = _COMPILED
+        seen = windows_of(problem.order.window, problem.lengths[1:], 1)
+        if seen:
+            # Copies of the rows, and sums between segments where windows are not of one length.
+            factor *= _WINDOWED
+            copies = problem.rows * problem.itemsize * (problem.dim + problem.value_dim + 1.0)
+            segments = max(problem.lengths) / min(w.whole for w in seen) if len(set(seen)) > 1 else 0
+            memory += 2 * copies + min(4 * copies, features.bytes_of_sums(problem, rank) * segments)
+        return Cost(factor * flops, memory + (16 << 20))
     # Every row multiplies with the rows of its chunk, for every channel of the values where there are several views.
     chunk, several, columns = chunk_of(problem.views), problem.views > 1, problem.value_dim + 1
     one = features.bytes_of_sums(problem, rank)
@@ -336,8 +347,7 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
     windowed = is_windowed(operands)
-    # Compiled loops know of no windows.
-    kernel = None if windowed else _kernel(operation, operands)
+    kernel = _kernel(operation, operands)
     if kernel is not None and operands.decays and not _slow(operands):
         kernel = None
     forms: Forms | Pairs | None = None
@@ -354,6 +364,15 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
         w = backend.table(form_weights, expansion.coefficients, q.shape[-1], grading, m + 1, like=q, dtype=w.dtype)
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
+    shares = start.shares if start else [1 / k.shape[-2] for k in keys]
+    if windowed and kernel is not None:
+        seen = windows_of(operands.order.window, operands.lengths[1:], 1)
+        setting = Setting(degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, windows=seen)
+        numbers = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
+        block = _rows_to_pull(setting, q.shape[-2], numbers)
+        if window_blocks.fits(setting, block, operands):
+            return setting, block
+        kernel = None
     row, columns = w.shape[0] * itemsize * prod(leading), values[0].shape[-1] + 1
     # What a row of a tile takes, and of a block.
     in_tile = row * (1 if m == 1 else columns)
@@ -367,7 +386,6 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     in_block = row * (2 * (m + 1) + 2 * m * columns // chunk) * (1 + windowed)
     most = MOST_CHUNKS if windowed else start.chunks if start else CHAIN
     chunks = max(1, min(2 * backend.workspace // (in_block * chunk), most, -(-n // chunk)))
-    shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     seen = windows_of(operands.order.window, operands.lengths[1:], chunk)
     return Setting(
         degree, grading, w, units, shares, chunk, tile, leading, backend, forms, kernel, operands.decays, seen

@@ -6,19 +6,21 @@ Symbols and the cut of rows are those of `windows`. Nothing is subtracted: a sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import broadcast_leading, clean, sum_to_leading
 from ..backends import Array, Backend
+from ..backends.operations import CHAIN
 from ..backends.tables import memoized
-from ..features.basis import FEW_COLUMNS, Basis
+from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..operands import Operands
 from .chunks import Setting, Window
-from .features import add, block_of, with_ones, zero_sum
+from .features import Sum, add, block_of, rows_of, with_ones, zero_sum
 from .pieces import in_pieces
 
 # Chunks of a block and blocks of a segment, at most: together fewer additions than there are in a chain.
@@ -63,6 +65,23 @@ class Cut(NamedTuple):
         blocks = max(1, min(most, MOST_BLOCKS, isqrt(count - 1) + 1))
         segments = -(-count // blocks)
         return cls(segments, -(-count // segments), chunks, setting.chunk)
+
+    @classmethod
+    def of_rows(cls, n: int, block: int, setting: Setting) -> Cut:
+        """For chunks of one row and blocks no longer than any window, which compiled loops take."""
+        rows = min(block, *(w.whole for w in setting.windows))
+        count = -(-n // rows)
+        if count * rows - n > n // 8:
+            # Too many rows would stand behind the last.
+            rows = -(-n // count)
+            count = -(-n // rows)
+        # Sums over a few segments are few numbers, and then no rows are summed up twice.
+        most = (
+            min((w.whole // rows for w in setting.windows if w.whole > rows), default=1) if count > MOST_CHUNKS else 1
+        )
+        blocks = max(1, min(most, MOST_BLOCKS, isqrt(count - 1) + 1))
+        segments = -(-count // blocks)
+        return cls(segments, -(-count // segments), rows, 1)
 
     @property
     def block(self) -> int:
@@ -242,6 +261,15 @@ def _sums(setting: Setting, rows: Rows, pieces: int) -> Array:
     """Sums of Φ(x) ⊗ z over the rows of each piece, (..., pieces, (dv + 1) r)."""
     backend, columns = setting.backend, rows.z.shape[-1]
     xp, dtype = backend.xp, setting.w.dtype
+    kernel, apart = _kernel("sum_rows", setting, rows, pieces)
+    if kernel is not None:
+
+        def with_block(carry: Sum, x: Array, z: Array) -> tuple[Sum, tuple[()]]:
+            return add(carry, kernel(x, z)), ()
+
+        start = zero_sum((*apart.leading, setting.w.shape[0], columns), dtype, rows.x, backend)
+        (total, _), _ = backend.scan_rows(with_block, start, apart, FEW_CHAINS * CHAIN)
+        return as_one(xp.matrix_transpose(total), backend)[..., 0, :]
     basis = Basis.of(rows.x.shape[-1], setting.degree, columns, setting.grading, backend.compiles)
     monomials = basis.features(backend)
     block = block_of(basis, columns, dtype, setting.leading, backend)
@@ -260,10 +288,33 @@ def _sums(setting: Setting, rows: Rows, pieces: int) -> Array:
     return found
 
 
+def _kernel(operation: str, setting: Setting, rows: Rows, pieces: int) -> tuple[Callable[..., Any] | None, Rows]:
+    """What computes an operation of the rows of all pieces (..., pieces, rows, k), if anything does, and these."""
+
+    def apart(x: Array) -> Array:
+        return setting.backend.xp.reshape(x, (*x.shape[:-2], pieces, -1, x.shape[-1]))
+
+    x, z = of_pieces = Rows(*map(apart, rows))
+    columns = z.shape[-1]
+    whole = rows_of(x, setting.monomials, columns, of_pieces.leading)._replace(read=columns)
+    found = setting.backend.kernel(operation, whole, x, z) if setting.forms is None else None
+    return None if found is None else partial(found, whole), of_pieces
+
+
 def _pulled_sums(setting: Setting, rows: Rows, gradient: Array, pieces: int) -> Rows:
     """Gradients of rows from that of `_sums`."""
     backend, columns = setting.backend, rows.z.shape[-1]
     xp, dtype = backend.xp, setting.w.dtype
+    kernel, apart = _kernel("read_and_pull", setting, rows, pieces)
+    if kernel is not None:
+        own = xp.reshape(gradient, (*gradient.shape[:-1], columns, setting.w.shape[0]))
+        dz, dx = kernel(*apart, xp.matrix_transpose(own))
+        return Rows(
+            *(
+                xp.reshape(sum_to_leading(g, a.shape[:-2], backend), x.shape)
+                for g, a, x in zip((dx, dz), apart, rows, strict=True)
+            )
+        )
     # With derivatives, these give the values' share of the highest degree as well.
     lean = setting.degree >= 2 and (columns <= FEW_COLUMNS or not backend.writable)
     lean = lean and not setting.grading and not backend.compiles

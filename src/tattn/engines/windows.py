@@ -16,7 +16,10 @@ A window of at most M chunks is in the first line. Sums of H − 1 segments one 
 sum has a row that is not seen, and each is one of about 2 log₂ H + G + M parts.
 
 Adjoint: what a row begins with is linear in the sums of chunks, blocks and segments, and so their gradients are the same sums from
-the other side: a chunk is seen by those from c + 1 to c + h − 1. O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
+the other side: a chunk is seen by those from c + 1 to c + h − 1. Compiled loops take blocks as `window_blocks` has them, in which
+nothing is paired: h is then w, and a chunk one row.
+
+O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
 of 2 m b for the rows of a chunk; memory for copies of the inputs, and for long windows r (dv + 1) numbers for every segment and for
 every block of one.
 """
@@ -50,6 +53,7 @@ from .chunks import (
 from .features import divided, scaled_gradient
 from .pieces import in_pieces, padded
 from .spoiled import Columns
+from .window_blocks import adjoint_by, numerators_by, together
 from .window_sums import (
     Cut,
     Line,
@@ -70,7 +74,8 @@ def read_rows(setting: Setting, block: int, operands: Operands) -> tuple[Array, 
     cut, q, lines, middles = _prepared(setting, block, operands)
 
     def of_segment(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
-        q, streams, middles = _taken(setting, cut, given, cut.segment)[:3]
+        count = given[-1].shape[-2]
+        q, streams, middles = _taken(setting, cut, given, count * cut.segment)[:3]
         starts = starts_of(setting, cut, streams, middles)
 
         def of_block(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
@@ -79,11 +84,14 @@ def read_rows(setting: Setting, block: int, operands: Operands) -> tuple[Array, 
             found = divided(backend.xp.matrix_transpose(numerator(setting, chunks)), setting.leading, backend)
             return None, tuple(as_one(x, backend) for x in found)
 
-        found = backend.scan_rows(of_block, None, _given(cut.blocks, q, streams, starts, backend), 1)[1]
-        return None, tuple(as_one(x, backend) for x in found)
+        if setting.kernel is not None:
+            found = divided(numerators_by(setting, cut, q, streams, starts), setting.leading, backend)
+        else:
+            found = backend.scan_rows(of_block, None, _given(cut.blocks, q, streams, starts, backend), 1)[1]
+        return None, tuple(in_pieces(x, count, backend) for x in found)
 
-    streams = _streams(setting, cut, lines)
-    found = backend.scan_rows(of_segment, None, _given(cut.segments, q, streams, middles, backend), 1)[1]
+    given = _given(cut.segments, q, _streams(setting, cut, lines), middles, backend)
+    found = backend.scan_rows(of_segment, None, given, together(setting, cut, lines))[1]
     out, normaliser = (backend.xp.reshape(x, (*x.shape[:-2], cut.rows, -1))[..., :n, :] for x in found)
     return out, normaliser
 
@@ -94,22 +102,26 @@ def backward(setting: Setting, block: int, operands: Operands, columns: Columns)
     cut, q, lines, middles = _prepared(setting, block, operands)
 
     def of_segment(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
-        q, streams, middles, columns = _taken(setting, cut, given, cut.segment)
+        count = given[-1].shape[-2]
+        q, streams, middles, columns = _taken(setting, cut, given, count * cut.segment)
         starts = starts_of(setting, cut, streams, middles)
 
         def of_block(_: None, *given: Array) -> tuple[None, tuple[Array, ...]]:
             dq, grads, of_starts = _adjoint(setting, cut, *_taken(setting, cut, given, cut.block))
             return None, tuple(_given(1, dq, grads, [as_one(g, backend) for g in of_starts], backend))
 
-        rows = _given(cut.blocks, q, streams, starts, backend, columns)
-        found = backend.scan_rows(of_block, None, rows, 1)[1]
-        dq, grads, of_starts = _taken(setting, cut, found, cut.segment)[:3]
+        if setting.kernel is not None:
+            dq, grads, of_starts = adjoint_by(setting, cut, q, streams, starts, columns)
+        else:
+            rows = _given(cut.blocks, q, streams, starts, backend, columns)
+            found = backend.scan_rows(of_block, None, rows, 1)[1]
+            dq, grads, of_starts = _taken(setting, cut, found, cut.segment)[:3]
         grads, of_middles = pulled_starts(setting, cut, streams, grads, of_starts)
-        return None, tuple(_given(1, dq, grads, of_middles, backend))
+        return None, tuple(_given(count, dq, grads, of_middles, backend))
 
     columns = tuple(padded(backend.cast(c, setting.w.dtype), cut.rows, backend) for c in columns)
     given = _given(cut.segments, q, _streams(setting, cut, lines), middles, backend, columns)
-    found = backend.scan_rows(of_segment, None, given, 1)[1]
+    found = backend.scan_rows(of_segment, None, given, together(setting, cut, lines))[1]
     dq, grads, of_middles = _taken(setting, cut, found, cut.rows)[:3]
     flat = [[sum_to_leading(dq[..., :n, :] * setting.units[0], operands.query.shape[:-2], backend)]]
     following = iter(of_middles)
@@ -129,7 +141,7 @@ def backward(setting: Setting, block: int, operands: Operands, columns: Columns)
 def _prepared(setting: Setting, block: int, operands: Operands) -> tuple[Cut, Array, list[Line], list[Array]]:
     """How rows are cut, the query in units (..., rows, d), all views, and for long windows what is between segments."""
     backend, q = setting.backend, operands.query
-    cut = Cut.of(q.shape[-2], block, setting)
+    cut = (Cut.of if setting.kernel is None else Cut.of_rows)(q.shape[-2], block, setting)
     x = padded(backend.cast(q, setting.w.dtype) * setting.units[0], cut.rows, backend)
     lines = [Line.of(setting, cut, operands, number) for number in range(len(operands.views))]
     middles = [

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..operations import CHAIN, OF_ROWS, ROWS, Kernel, Prefix, Rows, Token, rows_together
+from ..operations import CHAIN, OF_ROWS, OF_WINDOWS, ROWS, Kernel, Prefix, Rows, Token, rows_together
 from ..threads import MOST_THREADS
 
 Array = Any
 # By the channels that they are for.
 OF_CHANNELS = {
-    "real": ("prefix_read", "prefix_pull", "step"),
+    "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
     "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
 }
 OPERATIONS = (*OF_ROWS, *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind))
@@ -138,13 +138,13 @@ def _loaded() -> tuple[Any, str]:
         version = str(numba.__version__)
         if tuple(map(int, version.split(".")[:2])) < _OLDEST:
             return None, f"numba should be {'.'.join(map(str, _OLDEST))} or newer, got {version}"
-        from . import causal, decoding, rows
+        from . import causal, decoding, rows, windows
     except ModuleNotFoundError as error:
         return None, "numba is not installed" if error.name == "numba" else _told(error)
     except Exception as error:
         # A library that cannot be used may raise anything.
         return None, _told(error)
-    return SimpleNamespace(causal=causal, decoding=decoding, rows=rows, version=version), ""
+    return SimpleNamespace(causal=causal, decoding=decoding, rows=rows, windows=windows, version=version), ""
 
 
 def _too_little_room() -> str:
@@ -174,6 +174,8 @@ def _fails(operation: str, dtype: str) -> bool:
             found = _of_complex_numbers(operation, dtype)
         elif operation in OF_ROWS:
             found = _of_one_row(operation, ones)
+        elif operation in OF_WINDOWS:
+            found = _of_windows(operation, block)
         elif operation == "prefix_read":
             found = prefix_read(block, zero, _alone)[1]
         elif operation == "step":
@@ -205,6 +207,15 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
         return prefix_read(block, [zeros, zeros], _alone)[1]
     of_a = prefix_pull(block, zeros, [zeros, zeros], ones, _alone)[1][1][0]
     return of_a[..., 1] - of_a[..., 0]
+
+
+def _of_windows(operation: str, block: Prefix) -> Any:
+    """What an operation computes of a window with one row, 1, and nothing else."""
+    nothing = [np.zeros_like(block.q)]
+    block = block._replace(keys=[*block.keys, *nothing], shares=[*block.shares, *nothing])
+    if operation == "window_read":
+        return window_read(block, [], _alone)
+    return window_pull(block, [], block.q, _alone)[2][0]
 
 
 def _of_one_row(operation: str, ones: np.ndarray) -> Any:
@@ -282,6 +293,7 @@ def kernels_for(
     }
     functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
     functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
+    functions |= {"window_read": partial(run, window_read), "window_pull": partial(run, window_pull)}
     functions |= {operation: partial(run_rows, function) for operation, function in _ROW_OPERATIONS.items()}
     return tuple(
         Kernel(operation, functions[operation], partial(takes_rows if operation in OF_ROWS else taken, operation))
@@ -420,6 +432,56 @@ def prefix_pull(
     of_decays = (d_logs / problems.decays[:, : d_logs.shape[1]]).astype(q.dtype)[..., None, None]
     gradients = problems.whole(dq), *map(problems.whole_views, (dk, dz, of_decays))
     return problems.of_views(after, missed, [s for s, _ in behind]), gradients
+
+
+def window_read(block: Prefix, starts: Sequence[np.ndarray], spread: Callable[..., list[Any]]) -> Any:
+    """The operation `window_read` for NumPy arrays."""
+    loops = _loaded()[0]
+    problems = _Problems(block, starts)
+    total = _seen_by_all(problems, starts, block)
+    out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
+    w = _padded(block, loops.causal)
+
+    def read_windows(p: slice, e: slice) -> None:
+        cut = out[p, ..., e]
+        own, z, of_all = (_writable(x) for x in (cut, problems.z[p, ..., e], total[p, :, e]))
+        loops.windows.read(problems.q[p], problems.k[p], z, w, block.runs, of_all, own)
+        _put_back([own], [cut])
+
+    spread(read_windows, problems.work(total, _TO_READ))
+    return problems.whole(out)
+
+
+def window_pull(
+    block: Prefix, starts: Sequence[np.ndarray], upstream: np.ndarray, spread: Callable[..., list[Any]]
+) -> Any:
+    """The operation `window_pull` for NumPy arrays."""
+    loops = _loaded()[0]
+    problems = _Problems(block, starts, upstream)
+    total, g = _seen_by_all(problems, starts, block), problems.together(upstream)
+    q, k, z = problems.q, problems.k, problems.z
+    w, m = _padded(block, loops.causal), total.shape[1]
+    dq, dk, dz, of_total = (np.empty_like(x) for x in (q, k, z, total))
+
+    def pull_windows(p: slice, _: slice) -> None:
+        rows = w, block.runs, total[p]
+        of_others = np.empty_like(k[p, m:]), np.empty_like(z[p, m:])
+        loops.windows.pull(q[p], k[p], z[p], g[p], *rows, dq[p], *of_others, of_total[p])
+        dk[p, m:], dz[p, m:] = of_others
+        # Their own rows are the others of rows in reverse order.
+        turned = (np.flip(x, axis=-2) for x in (q[p], *(np.roll(x[p], m, axis=1) for x in (k, z)), g[p]))
+        loops.windows.pull(*map(np.ascontiguousarray, turned), *rows, dq[:0], *of_others, total[:0])
+        dk[p, :m], dz[p, :m] = (np.flip(x, axis=-2) for x in of_others)
+
+    spread(pull_windows, problems.work(total, dz.shape[-1] + 1))
+    views = (problems.whole_views(x) for x in (dk, dz, of_total if starts else total[:, :0]))
+    return problems.whole(dq), *views
+
+
+def _seen_by_all(problems: _Problems, starts: Sequence[np.ndarray], block: Prefix) -> np.ndarray:
+    """`starts` of every problem (P, m, dv + 1, r), or (0, …) if there are none."""
+    _, both, _, columns = problems.z.shape
+    return problems.views(starts) if starts else np.zeros((0, both // 2, columns, len(block.w)), problems.q.dtype)
 
 
 def step(

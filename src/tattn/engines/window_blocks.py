@@ -1,0 +1,115 @@
+"""Blocks of rows in windows as compiled loops take them: each a problem of its own, forward and adjoint.
+
+Symbols and the cut of rows are those of `windows`, with chunks of one row, and blocks no longer than any window. So row i of a
+block sees its own rows up to i, of those h rows before these the ones behind the i-th, and all in between, which `window_sums`
+puts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from ..arrays import sum_to_leading
+from ..backends import Array
+from ..backends.operations import Prefix
+from ..features.monomials import run_table
+from ..operands import Operands
+from .chunks import Setting
+from .features import scaled_gradient
+from .window_sums import MOST_BLOCKS, Cut, Line, Rows, Streams, as_one, placed
+
+# Rows that a kernel takes at once.
+_MOST_ROWS = 1 << 13
+# Rows of a block, where what a row sees is more than rows of two blocks.
+_FEWEST_ROWS = 16
+
+
+def fits(setting: Setting, block: int, operands: Operands) -> bool:
+    """Whether blocks are long enough to be worth sums of their own, and sums between segments few numbers beside the inputs."""
+    cut = Cut.of_rows(operands.query.shape[-2], block, setting)
+    long = [v for v, window in zip(operands.values, setting.windows, strict=True) if cut.is_long(window)]
+    if long and cut.block < _FEWEST_ROWS:
+        return False
+    inputs = sum(prod(x.shape) for x in (operands.query, *operands.keys, *operands.values))
+    # Of all rows, those before the first query row included.
+    sums = sum(-(-v.shape[-2] // cut.segment) * (v.shape[-1] + 1) for v in long)
+    numbers = sums * setting.w.shape[0] * prod(setting.leading)
+    return bool(numbers <= max(4 * inputs, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)))
+
+
+def together(setting: Setting, cut: Cut, lines: Sequence[Line]) -> int:
+    """How many segments to take at once: some thousand rows, which fit in the workspace."""
+    if setting.kernel is None or cut.blocks > 1:
+        return 1
+    row = 2 * sum(x.shape[-1] for line in lines for x in line.rows) * prod(setting.leading)
+    rows = min(_MOST_ROWS, setting.backend.workspace // (2 * row * setting.backend.itemsize(setting.w.dtype)))
+    most = MOST_BLOCKS if any(map(cut.is_long, setting.windows)) else rows
+    return int(max(1, min(most, rows // cut.segment)))
+
+
+def numerators_by(setting: Setting, cut: Cut, q: Array, streams: Streams, starts: Sequence[Array]) -> Array:
+    """N of the rows of some blocks (..., rows, dv + 1), from these and what blocks begin with, for long windows."""
+    found = setting.kernel(*_blocks(setting, cut, q, streams, starts))  # type: ignore[misc]
+    return _joined(setting, found)
+
+
+def adjoint_by(
+    setting: Setting, cut: Cut, q: Array, streams: Streams, starts: Sequence[Array], columns: Sequence[Array]
+) -> tuple[Array, Streams, list[Array]]:
+    """Gradients of q, of all streams, and of `starts` (..., blocks, (dv + 1) r), from the columns (o, l, g, g_lse) of blocks."""
+    backend, m = setting.backend, len(streams)
+    g_hat = _apart(setting, cut, scaled_gradient(*columns, backend))  # type: ignore[call-arg]
+    block, of_all = _blocks(setting, cut, q, streams, starts)
+    dq, d_keys, d_shares, of_starts = setting.kernel(block, of_all, g_hat)  # type: ignore[misc]
+
+    def summed(g: Array, like: Array) -> Array:
+        return sum_to_leading(_joined(setting, g), like.shape[:-2], backend)
+
+    grads: Streams = []
+    for view, (own, leaving) in enumerate(streams):
+        behind = [placed(g[m + view], 1, cut.block, backend) for g in (d_keys, d_shares)]
+        grads.append(
+            [
+                Rows(summed(d_keys[view], own.x), summed(d_shares[view], own.z)),
+                Rows(summed(behind[0], leaving.x), summed(behind[1], leaving.z)),
+            ]
+        )
+    long = [
+        sum_to_leading(as_one(g, backend)[..., 0, :], view[0].leading, backend)
+        for g, view, window in zip(of_starts, streams, setting.windows, strict=False)
+        if cut.is_long(window)
+    ]
+    return summed(dq, q), grads, long
+
+
+def _apart(setting: Setting, cut: Cut, x: Array) -> Array:
+    """(..., rows, k) → (..., blocks, rows of a block, k)."""
+    return setting.backend.xp.reshape(x, (*x.shape[:-2], -1, cut.block, x.shape[-1]))
+
+
+def _joined(setting: Setting, x: Array) -> Array:
+    """The reverse of `_apart`."""
+    return setting.backend.xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+
+
+def _blocks(
+    setting: Setting, cut: Cut, q: Array, streams: Streams, starts: Sequence[Array]
+) -> tuple[Prefix, list[Array]]:
+    """The blocks, (..., blocks, rows, k), and what all rows of each see (..., blocks, dv + 1, r), if that is anything."""
+    backend = setting.backend
+    own = [Rows(*(_apart(setting, cut, x) for x in view[0])) for view in streams]
+    # Row i sees those of h rows before from the one behind its own on.
+    leaving = [Rows(*(placed(_apart(setting, cut, x), -1, cut.block, backend) for x in view[1])) for view in streams]
+    rows = [*own, *leaving]
+    table = run_table(q.shape[-1], setting.degree, setting.grading)
+    block = Prefix(setting.w[:, 0], table, _apart(setting, cut, q), [x.x for x in rows], [x.z for x in rows])
+    following, of_all = iter(starts), []
+    for window, view in zip(setting.windows, own if starts else [], strict=bool(starts)):
+        shape = view.z.shape[-1], setting.w.shape[0]
+        if cut.is_long(window):
+            found = next(following)
+            of_all.append(backend.xp.reshape(found, (*found.shape[:-1], *shape)))
+        else:
+            of_all.append(backend.xp.zeros(shape, dtype=setting.w.dtype, device=backend.device(q)))
+    return block, of_all
