@@ -30,6 +30,7 @@ from ..arrays import are_weights, broadcast_leading, clean, present, sum_to_lead
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.operations import CHAIN, Rows
+from ..backends.threads import MOST_THREADS
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.complex_channels import Turn, as_factors, complex_weights, product
@@ -321,7 +322,7 @@ def _compiled(operation: str, rows: Rows, arrays: Sequence[Array], backend: Back
     together = max(1, min(FEW_CHAINS, backend.workspace // max(1, row * CHAIN))) * CHAIN
     multiplications = rows.problems * rows.rank * rows.columns
     # Of many short problems the kernel gives each thread some, in whole tiles.
-    fewest = 4 * CHAIN if rows.problems > 1 else CHAIN
+    fewest = 4 * CHAIN if rows.problems >= MOST_THREADS else CHAIN
     return Pass(partial(kernel, rows), together, max(fewest, _FEWEST // max(1, multiplications)))
 
 
