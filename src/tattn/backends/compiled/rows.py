@@ -3,9 +3,9 @@
 Symbols, for each of P problems: x (n, d) in units, z (n, c), Φ (n, r) the monomials of x, M (c, r). `runs` (count, 4) of
 `features.monomials.Run`. All arrays are contiguous, and of one dtype.
 
-Rows are taken `ROWS` at a time, channel by channel, and their monomials stay in the second cache until all that needs them is
-done. A product takes `FEW` monomials and `COLUMNS` columns at a time: so many numbers fit in the registers of every processor.
-Monomials and columns are filled up with zeros, and rows with zeros, too.
+Rows are taken `ROWS` at a time, or as many whole `STEP` as a problem has left, channel by channel, and their monomials stay in the
+second cache until all that needs them is done. A product takes `FEW` monomials and `COLUMNS` columns at a time: so many numbers fit
+in the registers of every processor. Monomials and columns are filled up with zeros, and rows with zeros, too.
 
 A sum over rows has a chain of `ROWS` terms at most, and then one for each of these. A read-out has `WIDTH` terms in any order, and
 then one for every `WIDTH` monomials; so has a gradient.
