@@ -51,7 +51,7 @@ def present(mask: Array, backend: Backend) -> Array:
 
 def clean(rows: Array, mask: Array | None, backend: Backend) -> Array:
     """Rows (..., n, k) with those that the mask (..., n, 1) leaves out set to 0, whatever they held."""
-    return rows if mask is None else backend.xp.where(present(mask, backend), rows, 0.0)
+    return rows if mask is None else backend.cleared(rows, present(mask, backend))
 
 
 def weighed(rows: Array, mask: Array | None, backend: Backend) -> Array:

@@ -189,6 +189,16 @@ class Piece:
             clean(found, self._real(of), self._backend) if are_weights(mask, self._backend) else found & self._real(of)
         )
 
+    def places(self, of: int, problems: int, n: int) -> Array:
+        """Where the rows stand in so many problems of n rows one after another, or behind all of these where they are not there."""
+        xp, (index, real) = self._backend.xp, self._rows[self._sides[of]]
+        if self.group.padded[of]:
+            index = xp.where(real, index, problems * n)
+        if problems > 1:
+            starts = n * xp.arange(problems, dtype=index.dtype, device=self._backend.device(index))
+            index = xp.minimum(index + starts[:, None, None], xp.full_like(index, problems * n))
+        return xp.reshape(index, (-1,))
+
     def arrays(self, arrays: Sequence[Array | None]) -> list[Array | None]:
         """Query, keys, values (or None) and masks of all rows as those of the group."""
         query, *rest = arrays
@@ -226,19 +236,49 @@ def together(x: Array, backend: Backend) -> Array:
     return backend.xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
 
 
-def returned(found: Sequence[Array], layout: Layout, places: Places, of: int, backend: Backend) -> Array:
-    """Rows of all groups (..., documents, L, k) as the rows of the query, or of view `of` − 1; 0 for those in no group."""
-    xp, side = backend.xp, layout.sides[of]
-    flat = [together(x, backend) for x in found]
-    if layout.missing[side]:
-        flat.append(xp.zeros_like(flat[0][..., :1, :]))
-    ends = [0, *accumulate(layout.rows)]
-    return xp.take(xp.concat(flat, axis=-2), places.places[ends[side] : ends[side + 1], 0], axis=-2)
+class Returned:
+    """Rows of all groups, put back where those of the query are, or of view `of` − 1: (..., n, k), 0 for rows in no group.
+
+    Where arrays are writable each group's are written as it comes: all groups' results beside the whole would be twice the memory.
+    """
+
+    def __init__(self, layout: Layout, places: Places, of: int, backend: Backend) -> None:
+        self._layout, self._places, self._of, self._backend = layout, places, of, backend
+        self._side = layout.sides[of]
+        self._found: list[Array] = []
+        self._whole: Array = None
+
+    def add(self, piece: Piece, x: Array) -> None:
+        """Rows of the next group (..., documents, L, k)."""
+        if not self._backend.writable:
+            self._found.append(together(x, self._backend))
+            return
+        xp, n, k = self._backend.xp, self._layout.rows[self._side], x.shape[-1]
+        problems = prod(x.shape[:-3])
+        if self._whole is None:
+            make = xp.zeros if self._layout.missing[self._side] else xp.empty
+            # The last is for rows that are not there.
+            self._whole = make((problems * n + 1, k), dtype=x.dtype, device=self._backend.device(x))
+            self._leading = x.shape[:-3]
+        places = piece.places(self._of, problems, n)
+        self._backend.write_rows(self._whole, places, xp.reshape(x, (-1, k)))
+
+    def rows(self) -> Array:
+        """Those of all groups."""
+        xp = self._backend.xp
+        n = self._layout.rows[self._side]
+        if self._whole is not None:
+            return xp.reshape(self._whole[:-1, :], (*self._leading, n, self._whole.shape[-1]))
+        if self._layout.missing[self._side]:
+            self._found.append(xp.zeros_like(self._found[0][..., :1, :]))
+        ends = [0, *accumulate(self._layout.rows)]
+        own = self._places.places[ends[self._side] : ends[self._side + 1], 0]
+        return xp.take(xp.concat(self._found, axis=-2), own, axis=-2)
 
 
-def rows_at_once(numbers: int, leading: Sequence[int], dtype: object, backend: Backend) -> int | None:
-    """Rows of a group where each of them, in every problem of a batch, has so many `numbers` at a time."""
+def rows_at_once(numbers: int, leading: Sequence[int], dtype: object, backend: Backend, blocks: int = 1) -> int | None:
+    """Rows of a group where each of them, in every problem of a batch, has so many `numbers` at a time; of some blocks at most."""
     if backend.compiles:
         return None
     fitting = 2 * backend.workspace // (backend.itemsize(dtype) * max(1, numbers))
-    return max(1, min(backend.most_rows, fitting) // prod(leading))
+    return max(1, min(blocks * backend.most_rows, fitting) // prod(leading))

@@ -457,6 +457,95 @@ def test_passes_are_spread_over_threads(passes):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * np.abs(y).max())
 
 
+# Rows of documents: none, one, fewer than scores are cheaper for, and all about tiles of 128 and the steps of 16 in them.
+DOCUMENTS = (0, 1, 5, 15, 16, 17, 64, 127, 128, 129, 145, 300, 0, 64, 9, 2)
+
+
+def packed(dtype: str, leading: str, masked: bool, more: Sequence[int] = (0, 0)) -> tuple[dict[str, Any], list[Any]]:
+    """A call of `DOCUMENTS`, which have so many more rows in every view; and offsets."""
+    offsets = [np.concatenate([[0], np.cumsum([n + extra for n in DOCUMENTS])]) for extra in (0, *more)]
+    call = drawn(int(offsets[-1][-1]), 2, dtype, leading, masked, dim=4)
+    counts = [int(own[-1]) for own in offsets]
+    call |= {name: call[name][..., : counts[0], :] for name in ("query", "grad_out")}
+    call["grad_lse"] = call["grad_lse"][..., : counts[0]]
+    for name in ("keys", "values"):
+        call[name] = [x[..., :n, :] for x, n in zip(call[name], counts[1:], strict=True)]
+    if masked:
+        call["key_masks"] = [call["key_masks"][0][..., : counts[1]], None]
+    return call, offsets
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("leading", "masked", "more"), [("one", False, (0, 0)), ("one", True, (1, 7)), ("heads", True, (0, 3))]
+)
+def test_passes_over_packed_documents_compute_what_the_array_form_does(
+    dtype, leading, masked, more, passes, monkeypatch
+):
+    call, own = packed(dtype, leading, masked, more)
+    plan = through_features(plan_of(call, 5, causal=False))
+    for given in (plan, plan_of(call, 5, causal=False)):
+        passes.clear()
+        found = computed(call, causal=False, plan=given, offsets=own)
+        assert set(passes) == {"_over_rows"}
+        monkeypatch.setenv(compiled.SWITCH, "0")
+        assert_documents(found, call, own, given)
+        monkeypatch.delenv(compiled.SWITCH)
+
+
+def assert_documents(found: list[Any], call: dict[str, Any], offsets: Sequence[Any], plan: tattn.Plan) -> None:
+    """The numbers of a packed call are those of a call for every document."""
+    tolerance = 2e-4 if plan.dtype == "float32" else 1e-11
+    for number in range(len(DOCUMENTS)):
+        cuts = [slice(own[number], own[number + 1]) for own in offsets]
+        if cuts[0].start == cuts[0].stop:
+            continue
+        one = {name: call[name][..., cuts[0], :] for name in ("query", "grad_out")}
+        one["grad_lse"] = call["grad_lse"][..., cuts[0]]
+        for name in ("keys", "values"):
+            one[name] = [x[..., cut, :] for x, cut in zip(call[name], cuts[1:], strict=True)]
+        masks = call["key_masks"] or [None, None]
+        one["key_masks"] = [m if m is None else m[..., cut] for m, cut in zip(masks, cuts[1:], strict=True)]
+        sides = (cuts[0], cuts[0], cuts[0], *cuts[1:], *cuts[1:])
+        for i, (x, y, cut) in enumerate(zip(found, computed(one, causal=False, plan=plan), sides, strict=True)):
+            got = x[..., cut] if i == 1 else x[..., cut, :]
+            finite = np.isfinite(y)
+            np.testing.assert_array_equal(got[~finite], y[~finite])
+            np.testing.assert_allclose(
+                got[finite], y[finite], rtol=tolerance, atol=tolerance * np.max(np.abs(y[finite]), initial=0.0)
+            )
+
+
+def test_threads_share_documents(passes):
+    """Each document is one thread's: every number is what it is on one thread."""
+    call, offsets = packed("float64", "one", False)
+    call = {name: x if x is None else _each(lambda x: np.concatenate([x] * 12, axis=-1 - (x.ndim > 1)), x)
+            for name, x in call.items()}  # fmt: skip
+    own = np.concatenate([offsets[0], *(offsets[0][1:] + i * offsets[0][-1] for i in range(1, 12))])
+    plan = through_features(plan_of(call, 6, causal=False))
+    tasks = code_within(compiled._over_rows, "compute")
+    with calls_of(tasks) as alone:
+        expected = computed(call, causal=False, plan=plan, offsets=own)
+    with BACKEND.using(threads=lambda: 2), calls_of(tasks) as shared:
+        found = computed(call, causal=False, plan=plan, offsets=own)
+    assert len(shared) > len(alone)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_sums_of_long_documents_are_kept_for_the_gradient(passes):
+    """Beside documents whose sums are larger than their rows, or that have none: these make no others forget theirs."""
+    counts = [3, 40, 300, 310]
+    call, offsets = drawn(sum(counts), 1, "float64", dim=3), np.concatenate([[0], np.cumsum(counts)])
+    plan, upstream = plan_of(call, 5, causal=False), (call["grad_out"], call["grad_lse"])
+    given = call["query"], call["keys"], call["values"]
+    _, pullback = tattn.tensor_attention_vjp(*given, plan=plan, offsets=offsets, return_lse=True)
+    forward = len(passes)
+    pullback(*upstream)
+    # Of query and of keys and values; none again for the sums.
+    assert forward and len(passes) - forward == forward
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_no_error_of_passes_exceeds_the_plan(dtype, passes):
     """Output and gradients of all kinds of rows, as `tests/bounds` has them, every key forty times: that changes no sum."""
@@ -497,24 +586,30 @@ def test_sums_of_passes_over_long_sequences_do_not_drift(passes):
 
 
 def test_passes_take_the_sizes_that_they_are_faster_for(loops):
-    """Few monomials are not worth loading numba for, and many take memory; of few rows a tile is not full, or not worth it."""
+    """Few monomials are not worth loading numba for, and many take memory; few rows are not worth turning many columns for."""
 
-    def taken(*shape: int, dim: int = 8, degree: int = 4, dtype: str = "float32", columns: int = 9) -> bool:
+    def taken(
+        *shape: int, dim: int = 8, degree: int = 4, dtype: str = "float32", columns: int = 9, in_all: int = 0
+    ) -> bool:
         x = np.ones((*shape, dim), dtype)
-        rows = rows_of(x, Monomials(degree), columns, shape[:-1])
+        rows = rows_of(x, Monomials(degree), columns, shape[:-1])._replace(in_all=in_all)
         return BACKEND.kernel("sum_rows", rows, x, x) is not None
 
     assert taken(8192)
     assert taken(65536, dtype="float64")
     assert taken(64, 128)
     assert not taken(2048)
-    assert not taken(64, 130)
+    assert taken(64, 130)
+    assert taken(1024, 5)
+    assert not taken(7, 130)
+    assert taken(7, 130, in_all=8192)
     assert taken(4096, dim=16)
     assert not taken(4096, dim=16, degree=5)
     assert taken(65536, degree=2)
     assert taken(8192, columns=65)
     assert not taken(65536, degree=2, columns=65)
-    assert not taken(64, 128, columns=65)
+    assert taken(64, 128, columns=65)
+    assert not taken(256, 32, columns=65)
 
 
 def test_code_for_passes_serves_arrays_of_all_layouts_and_flags(passes):

@@ -72,6 +72,8 @@ class Backend:
         Whether values can be read at once: they are on the host, and nothing records or traces the call.
     kernels : tuple of Kernel
         Compiled code for named operations (`tattn.backends.operations`).
+    rows_in_all : int
+        Rows of a call that is several computations one after another, as packed documents are; 0 where it is one.
     """
 
     name = "array API"
@@ -86,6 +88,7 @@ class Backend:
     groups = 32
     reads = False
     kernels: tuple[Kernel, ...] = ()
+    rows_in_all = 0
 
     def __init__(self, xp: ModuleType | None = None) -> None:
         self._xp = xp
@@ -129,6 +132,14 @@ class Backend:
         limited = copy(self)
         limited.kernels = tuple(k for k in self.kernels if k.chain <= chain)
         return limited
+
+    def among(self, rows: int) -> Backend:
+        """The same backend for a computation that is one of several, of so many `rows` in all."""
+        if not self.kernels:
+            return self
+        found = copy(self)
+        found.rows_in_all = rows
+        return found
 
     def kernel(self, operation: str, *given: Any) -> Callable[..., Any] | None:
         """The kernel for an operation on what is given, or None."""
@@ -320,6 +331,10 @@ class Backend:
     def times(self, weights: Array, x: Array) -> Array:
         """Weights · x; what x held is lost where arrays are writable."""
         return weights * x
+
+    def cleared(self, rows: Array, there: Array) -> Array:
+        """Rows (..., n, k), 0 where `there` (..., n, 1) is False."""
+        return self.xp.where(there, rows, 0.0)
 
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         """Write rows (m, k) at places (m,) of `target` (n, k); only called if `writable`."""

@@ -105,6 +105,14 @@ class NumpyBackend(Backend):
         finally:
             self._limited = 0
 
+    def cleared(self, rows: Array, there: Array) -> Array:
+        if rows.shape[:-1] != there.shape[:-1]:
+            return super().cleared(rows, there)
+        # Whole rows at once, in a third of the time.
+        found = np.array(rows)
+        found[~there[..., 0]] = 0
+        return found
+
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         # A row that is one element is written twice as fast.
         row = np.dtype((np.void, rows.itemsize * rows.shape[1]))

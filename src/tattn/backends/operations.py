@@ -94,7 +94,8 @@ class Rows(NamedTuple):
     """What a pass over all rows multiplies with, whose block has at most 4,096 of them.
 
     How many monomials there are, and columns of the sums or of the matrix; runs as in `Prefix`, of NumPy; how many problems there
-    are side by side, and how many of the columns are read beside a gradient.
+    are side by side, and how many of the columns are read beside a gradient; and how many rows the whole call has, if it is more
+    than one computation.
     """
 
     rank: int
@@ -102,6 +103,7 @@ class Rows(NamedTuple):
     runs: Any
     problems: int = 1
     read: int = 0
+    in_all: int = 0
 
 
 class Token(NamedTuple):

@@ -133,6 +133,11 @@ def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
     return operands.backend.kernel(operation, operands.query, *operands.keys, *operands.values)
 
 
+def compiled(operands: Operands) -> bool:
+    """Whether compiled loops take the place of those over chunks, as far as that does not depend on windows and decays."""
+    return _kernel("prefix_read", operands) is not None
+
+
 def _slow(operands: Operands) -> bool:
     """Whether keys decay as slowly in all problems as kernels need it."""
     backend = operands.backend

@@ -30,6 +30,7 @@ from ..arrays import are_weights, broadcast_leading, clean, present, sum_to_lead
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE, block_rows
 from ..backends.operations import CHAIN, Rows
+from ..backends.threads import MOST_THREADS
 from ..features.balance import balanced_values, with_powers
 from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..features.complex_channels import Turn, as_factors, complex_weights, product
@@ -135,10 +136,12 @@ def summed_rows(in_units: Callable[[Array], Array], view: View, basis: Basis, ba
     if found is None:
         return summed_products(prepare, products, shapes, view, basis, backend)[0]
 
-    def body(carry: Sum, *rows: Any) -> tuple[Sum, tuple[()]]:
-        return add(carry, found.compute(*prepare(*rows))), ()
+    def body(carry: Sum | None, *rows: Any) -> tuple[Sum, tuple[()]]:
+        return added(carry, found.compute(*prepare(*rows)), backend), ()
 
-    start = zero_sum((*view.leading, *shapes[0]), dtype, view.keys, backend)
+    start = None
+    if view.keys.shape[-2] > found.together:
+        start = zero_sum((*view.leading, *shapes[0]), dtype, view.keys, backend)
     return joined(backend.share_rows(body, start, view, found.together, found.fewest)[0])
 
 
@@ -220,12 +223,12 @@ def query_adjoint(
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
     pull, together, fewest = _pulling_queries(q, combined, monomials, backend)
 
-    def body(carry: Sum, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
+    def body(carry: Sum | None, rows: Array, *blocks: Array) -> tuple[Sum, tuple[Array]]:
         o, l, g, g_lse = (backend.cast(b, dtype) for b in blocks)
         sums, dq = pull(backend.cast(rows, dtype) * unit, scaled_gradient(o, l, g, g_lse, backend))
-        return add(carry, sums), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
+        return added(carry, sums, backend), (sum_to_leading(dq * unit, q.shape[:-2], backend),)
 
-    start = zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
+    start = None if q.shape[-2] <= together else zero_sum((*leading, *combined.shape[-2:]), dtype, q, backend)
     carries, (dq,) = backend.share_rows(body, start, (q, *columns), together, fewest)
     return joined(carries)[0], dq
 
@@ -310,6 +313,7 @@ def rows_of(x: Array, monomials: Monomials, columns: int, leading: tuple[int, ..
 
 def _compiled(operation: str, rows: Rows, arrays: Sequence[Array], backend: Backend) -> Pass | None:
     """A pass over these arrays, the rows first, by a kernel, where there is one."""
+    rows = rows._replace(in_all=backend.rows_in_all)
     kernel = backend.kernel(operation, rows, *arrays)
     if kernel is None:
         return None
@@ -317,7 +321,18 @@ def _compiled(operation: str, rows: Rows, arrays: Sequence[Array], backend: Back
     row = (arrays[0].shape[-1] + 2 * rows.columns) * rows.problems * backend.itemsize(arrays[0].dtype)
     together = max(1, min(FEW_CHAINS, backend.workspace // max(1, row * CHAIN))) * CHAIN
     multiplications = rows.problems * rows.rank * rows.columns
-    return Pass(partial(kernel, rows), together, max(CHAIN, _FEWEST // max(1, multiplications)))
+    # Of many short problems the kernel gives each thread some, in whole tiles.
+    fewest = 4 * CHAIN if rows.problems >= MOST_THREADS else CHAIN
+    return Pass(partial(kernel, rows), together, max(fewest, _FEWEST // max(1, multiplications)))
+
+
+def compiled(operands: Operands, expansion: Expansion) -> bool:
+    """Whether compiled loops pass over the rows of the query."""
+    q, columns = operands.query, operands.values[0].shape[-1] + 1
+    return (
+        _compiled("sum_rows", rows_of(q, expansion.monomials, columns, operands.leading), (q,), operands.backend)
+        is not None
+    )
 
 
 def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend) -> Array:
@@ -381,6 +396,11 @@ def add(carry: Sum, term: Array) -> Sum:
     term = term - lost
     new = total + term
     return new, (new - total) - term
+
+
+def added(carry: Sum | None, term: Array, backend: Backend) -> Sum:
+    """`add`, and to nothing the term itself: of many short sequences sums are as large as what they are sums of."""
+    return (term, backend.xp.zeros_like(term)) if carry is None else add(carry, term)
 
 
 def joined(sums: Sequence[Sum]) -> Sum:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 from typing import ClassVar
 
 from ..arrays import sum_of, times_power
-from ..backends import Array
-from ..documents import Layout, Piece, Places, pieces, returned, together
+from ..backends import Array, Backend
+from ..documents import Layout, Piece, Places, Returned, pieces, together
 from ..features.balance import over_largest, raised
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
@@ -35,8 +35,8 @@ class Packed:
         """Output, lse, and kept: what `inner` keeps of every row, with the error stated for it behind if it is to `certify`; and
         what it keeps besides of every group, one after another.
         """
-        backend, found, rests = operands.backend, [], []
-        call = self._call(operands, certify)
+        backend, rests = self._backend(operands), []
+        call, found = self._call(operands, certify), [self._returned(operands, 0) for _ in range(3)]
         for piece in self._pieces(operands):
             arrays, powers = self._arrays(piece, operands)
             out, lse, first, *rest = method.forward(call, backend, arrays)
@@ -44,11 +44,14 @@ class Packed:
             if certify and self.inner.row_errors(first) is None:
                 told = told_error(call.operands(backend, arrays)[0], self.stated[0])
                 first = backend.xp.concat([first, backend.xp.broadcast_to(told, tuple(first.shape))], axis=-1)
-            found.append((out, lse, first))
+            for whole, x in zip(found, (out, lse, first), strict=True):
+                whole.add(piece, x)
             rests.append([together(x, backend) for x in rest])
-        out, lse, first = (self._returned(x, operands, 0) for x in zip(*found, strict=True))
-        kept = [x for rest in rests for x in rest] if all(rests) else []
-        return Attended(out, lse, (first, *kept))
+        out, lse, first = (whole.rows() for whole in found)
+        # As many arrays of every group: without rows of the groups that keep nothing.
+        full = next(filter(None, rests), [])
+        rests = [rest or [x[..., :0, :] for x in full] for rest in rests]
+        return Attended(out, lse, (first, *(x for rest in rests for x in rest)))
 
     def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
         """The exact derivative of `forward`."""
@@ -56,30 +59,36 @@ class Packed:
         if first.shape[-1] > 1 and self.inner.row_errors(first) is None:
             # Behind what `inner` keeps stands the error that is stated.
             first = first[..., :1]
-        count, found = len(rest) // len(self.layout.groups), []
-        for number, piece in enumerate(self._pieces(operands)):
-            # Rows that are not there repeat one that is, and add nothing to gradients.
-            of_rows = [*(piece.taken(x, 0) for x in (attended.out, first)), *(piece.cleaned(x) for x in upstream)]
-            own = [self._apart(x, piece, operands) for x in rest[number * count : (number + 1) * count]]
-            given, powers = self._arrays(piece, operands)
-            arrays = (*given, *of_rows[:2], *own, *of_rows[2:])
-            found.append(
-                self._of_weights(method.backward(self._call(operands), operands.backend, arrays), powers, operands)
-            )
-        return self._gradients(found, operands)
+        backend, count = self._backend(operands), len(rest) // len(self.layout.groups)
+
+        def of_groups() -> Iterator[tuple[Piece, tuple[Array, ...]]]:
+            for number, piece in enumerate(self._pieces(operands)):
+                # Rows that are not there repeat one that is, and add nothing to gradients.
+                of_rows = [*(piece.taken(x, 0) for x in (attended.out, first)), *(piece.cleaned(x) for x in upstream)]
+                kept = [x for x in rest[number * count : (number + 1) * count] if x.shape[-2]]
+                own = [self._apart(x, piece, operands) for x in kept]
+                given, powers = self._arrays(piece, operands)
+                arrays = (*given, *of_rows[:2], *own, *of_rows[2:])
+                flat = method.backward(self._call(operands), backend, arrays)
+                yield piece, self._of_weights(flat, powers, operands)
+
+        return self._gradients(of_groups(), operands)
 
     def gradient_bounds(
         self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
     ) -> Gradients:
         """Those of `inner` in every document."""
-        call, found = self._call(operands, certify=True)._replace(stated=stated), []
-        for piece in self._pieces(operands):
-            rows = (attended.out, attended.kept[0])
-            of_rows = [*(piece.taken(x, 0) for x in rows), *(piece.cleaned(x) for x in upstream)]
-            given, powers = self._arrays(piece, operands)
-            bounds = method.gradient_bounds(call, operands.backend, (*given, *of_rows))
-            found.append(self._of_weights(bounds, powers, operands))
-        return self._gradients(found, operands)
+        call = self._call(operands, certify=True)._replace(stated=stated)
+
+        def of_groups() -> Iterator[tuple[Piece, tuple[Array, ...]]]:
+            for piece in self._pieces(operands):
+                rows = (attended.out, attended.kept[0])
+                of_rows = [*(piece.taken(x, 0) for x in rows), *(piece.cleaned(x) for x in upstream)]
+                given, powers = self._arrays(piece, operands)
+                bounds = method.gradient_bounds(call, operands.backend, (*given, *of_rows))
+                yield piece, self._of_weights(bounds, powers, operands)
+
+        return self._gradients(of_groups(), operands)
 
     def row_errors(self, kept: Array) -> Array | None:
         """The bound of the error of every row (..., n)."""
@@ -96,6 +105,10 @@ class Packed:
     def at_a_time(self, operands: Operands) -> int:
         """How many packings to compute at a time: documents in them are what is computed at a time."""
         return 1 << 62
+
+    def _backend(self, operands: Operands) -> Backend:
+        """The backend for one group of all."""
+        return operands.backend.among(max(operands.lengths) * prod(operands.leading))
 
     def _call(self, operands: Operands, certify: bool = False) -> method.Call:
         """What `inner` computes of a group."""
@@ -126,20 +139,25 @@ class Packed:
     def _pieces(self, operands: Operands) -> Iterator[Piece]:
         return pieces(self.layout, Places(*operands.extra), operands.backend)
 
-    def _returned(self, found: tuple[Array, ...], operands: Operands, of: int) -> Array:
-        return returned(found, self.layout, Places(*operands.extra), of, operands.backend)
+    def _returned(self, operands: Operands, of: int) -> Returned:
+        return Returned(self.layout, Places(*operands.extra), of, operands.backend)
 
     def _apart(self, x: Array, piece: Piece, operands: Operands) -> Array:
         """What `together` put one after another, of every document of a group."""
         count = piece.group.documents
         return operands.backend.xp.reshape(x, (*x.shape[:-2], count, x.shape[-2] // count, x.shape[-1]))
 
-    def _gradients(self, found: list[tuple[Array, ...]], operands: Operands) -> Gradients:
+    def _gradients(self, of_groups: Iterator[tuple[Piece, tuple[Array, ...]]], operands: Operands) -> Gradients:
         """Gradients of all rows, or bounds of these, from those of the groups."""
         m = len(operands.views)
-        each = list(zip(*found, strict=True))
-        of_rows = len(each) - len(operands.decays)
-        sides = (0, *(1 + i % m for i in range(of_rows - 1)))
-        flat = [self._returned(x, operands, of) for x, of in zip(each[:of_rows], sides, strict=True)]
+        wholes: list[Returned] = []
+        of_decays = []
+        for piece, flat in of_groups:
+            of_rows = len(flat) - len(operands.decays)
+            wholes = wholes or [self._returned(operands, 1 + (i - 1) % m if i else 0) for i in range(of_rows)]
+            for whole, x in zip(wholes, flat, strict=False):
+                whole.add(piece, x)
+            of_decays.append([x[..., 0, :, :] for x in flat[of_rows:]])
         # Documents share the factors by which keys decay.
-        return Gradients.of([*flat, *(sum_of([x[..., 0, :, :] for x in of_all]) for of_all in each[of_rows:])], m)
+        decays = (sum_of(of_all) for of_all in zip(*of_decays, strict=True))
+        return Gradients.of([*(whole.rows() for whole in wholes), *decays], m)

@@ -154,6 +154,12 @@ class Polynomial(OneError):
             return scorewise.at_a_time(operands)
         return features.at_a_time(operands, self.expansion)
 
+    def compiled(self, operands: Operands) -> bool:
+        """Whether compiled loops compute most of it."""
+        if operands.order.causal:
+            return causal_features.compiled(operands)
+        return features.compiled(operands, self.expansion)
+
     def _by_scores(self, operands: Operands) -> bool:
         return self.by_scores(operands.lengths, operands.query.shape[-1], operands.values[0].shape[-1])
 

@@ -13,7 +13,7 @@ from ..backends import Array
 from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite
 from ..documents import rows_at_once
-from ..methods import Banded, Call, Exact, Packed, Recomputed, forward
+from ..methods import Banded, Call, Exact, Packed, Polynomial, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
 from ..operands import Upstream
 from ..plans import Plan, at_most
@@ -24,6 +24,9 @@ from .limits import check_cost, flops_of
 from .sampling import sampled_errors
 from .selection import Wish, why_overflows
 from .settings import settings
+
+# Blocks of rows that documents are taken out of their places for at once, for compiled loops.
+_BLOCKS = 4
 
 
 class Work(NamedTuple):
@@ -231,7 +234,11 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
         return Work(call, inputs.arrays, plan)
     # What is computed at a time are whole documents.
     like, backend = inputs.arrays[0], inputs.backend
-    rows = rows_at_once(max(1, plan.rank), inputs.leading, like.dtype, backend)  # type: ignore[union-attr]
+    numbers, blocks = max(1, plan.rank), 1
+    if isinstance(call.method, Polynomial) and call.method.compiled(call.operands(backend, inputs.arrays)[0]):
+        # Compiled loops hold no features.
+        numbers, blocks = (inputs.views + 1) * (inputs.dim + plan.problem.value_dim + 1), _BLOCKS
+    rows = rows_at_once(numbers, inputs.leading, like.dtype, backend, blocks)  # type: ignore[union-attr]
     layout, places = inputs.documents.laid_out(like, rows, backend, least=max(1, plan.bands))
     stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
     method = Packed(call.method, layout, stated)

@@ -21,6 +21,8 @@ from ..operations import CHAIN, OF_ROWS, OF_WINDOWS, ROWS, Kernel, Prefix, Rows,
 from ..threads import MOST_THREADS
 
 Array = Any
+# Runs a task for parts of the problems and columns of a `Work`, in threads or here.
+Spread = Callable[..., list[Any]]
 # By the channels that they are for.
 OF_CHANNELS = {
     "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
@@ -41,10 +43,8 @@ _TO_READ, _TO_PULL = 4, 24
 _MANY = 1 << 21
 # Bytes of the monomials of a row, of which a tile of the loops has 128.
 _MOST_BYTES = 1 << 16
-# Rows that the loops compute, most of which should be there.
-_FILLED = 0.8
 # Columns that are few; where they are more, so many monomials and rows are worth turning columns for.
-_NARROW, _WIDE_RANK, _WIDE_ROWS = 12, 128, 512
+_NARROW, _WIDE_RANK, _WIDE_ROWS = 12, 128, 64
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _of_one_row(operation: str, ones: np.ndarray) -> Any:
     """What an operation computes of 1 and x = 1: their mean, or their sum, 2, less its derivative, 1."""
     rows, both = Rows(2, 1, np.asarray([[0, 1, 2, 0]], np.int64), read=1), np.repeat(ones, 2, axis=-2)
     given = {"sum_rows": (ones,), "read_rows": (both / 2,)}.get(operation, (ones, both))
-    found = _ROW_OPERATIONS[operation](rows, ones, *given)
+    found = _ROW_OPERATIONS[operation](rows, ones, *given, _alone)
     return np.sum(found[0]) - np.sum(found[1]) if isinstance(found, tuple) else np.mean(found)
 
 
@@ -285,7 +285,7 @@ def kernels_for(
         return worth(rows, arrays[0].shape[-2], itemsize) and taken(operation, *arrays)
 
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
-        return back(operation(rows, *as_numpy(given)))
+        return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     functions: dict[str, Callable[..., Any]] = {
         "step": partial(run_step, step),
@@ -303,32 +303,34 @@ def kernels_for(
 
 def _pays(rows: Rows, n: int, itemsize: int) -> bool:
     """Whether the loops are faster than array operations for n rows of every problem, by more than it takes to load them."""
-    if rows.problems * n * rows.rank < _MANY or rows.rank * itemsize > _MOST_BYTES:
+    if max(rows.problems * n, rows.in_all) * rows.rank < _MANY or rows.rank * itemsize > _MOST_BYTES:
         return False
-    if rows.columns > _NARROW and (rows.rank < _WIDE_RANK or n < _WIDE_ROWS):
-        return False
-    return n >= _FILLED * (-(-n // CHAIN) * CHAIN)
+    return rows.columns <= _NARROW or (rows.rank >= _WIDE_RANK and n >= _WIDE_ROWS)
 
 
-def sum_rows(rows: Rows, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+def sum_rows(rows: Rows, x: np.ndarray, z: np.ndarray, spread: Spread) -> np.ndarray:
     """The operation `sum_rows` for NumPy arrays."""
-    return _over_rows(rows._replace(read=0), x, z, None)[0]
+    return _over_rows(rows._replace(read=0), (x, z, None), spread)[0]
 
 
-def read_rows(rows: Rows, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def read_rows(rows: Rows, x: np.ndarray, matrix: np.ndarray, spread: Spread) -> np.ndarray:
     """The operation `read_rows` for NumPy arrays."""
-    return _over_rows(rows._replace(read=rows.columns), x, None, matrix)[1]
+    return _over_rows(rows._replace(read=rows.columns), (x, None, matrix), spread)[1]
 
 
-def sum_and_pull(rows: Rows, x: np.ndarray, z: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sum_and_pull(
+    rows: Rows, x: np.ndarray, z: np.ndarray, matrix: np.ndarray, spread: Spread
+) -> tuple[np.ndarray, np.ndarray]:
     """The operation `sum_and_pull` for NumPy arrays."""
-    sums, _, gradient = _over_rows(rows._replace(read=0), x, z, matrix)
+    sums, _, gradient = _over_rows(rows._replace(read=0), (x, z, matrix), spread)
     return sums, gradient
 
 
-def read_and_pull(rows: Rows, x: np.ndarray, z: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def read_and_pull(
+    rows: Rows, x: np.ndarray, z: np.ndarray, matrix: np.ndarray, spread: Spread
+) -> tuple[np.ndarray, np.ndarray]:
     """The operation `read_and_pull` for NumPy arrays."""
-    _, found, gradient = _over_rows(rows, x, z, matrix)
+    _, found, gradient = _over_rows(rows, (x, z, matrix), spread)
     return found, gradient
 
 
@@ -338,10 +340,10 @@ _ROW_OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def _over_rows(
-    rows: Rows, x: np.ndarray, z: np.ndarray | None, matrix: np.ndarray | None
+    rows: Rows, arrays: tuple[np.ndarray, np.ndarray | None, np.ndarray | None], spread: Spread
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Φ(x)ᵀ z, unless columns are read, these of Φ(x) M, and the gradient where there are both z and M."""
-    loops = _loaded()[0].rows
+    """Of (x, z, M): Φ(x)ᵀ z, unless columns are read, these of Φ(x) M, and the gradient where there are both z and M."""
+    loops, (x, z, matrix) = _loaded()[0].rows, arrays
     *_, n, dim = x.shape
     leading = np.broadcast_shapes(*(a.shape[:-2] for a in (x, z, matrix) if a is not None))
     problems, dtype = prod(leading), x.dtype
@@ -353,7 +355,12 @@ def _over_rows(
     given = np.empty((problems, n, 0), dtype) if z is None else _together(z, leading)
     sums = np.zeros((problems, *whole) if summed else (problems, 0, 0), dtype)
     out, gradient = np.empty((problems, n, rows.read), dtype), np.empty((problems, n, dim if pulled else 0), dtype)
-    loops.compute(_together(x, leading), given, m, rows.runs, sums, out, gradient)
+    own = _together(x, leading)
+
+    def compute(p: slice, _: slice) -> None:
+        loops.compute(own[p], given[p], m[p], rows.runs, sums[p], out[p], gradient[p])
+
+    spread(compute, Work(problems, 1, 0, float(n * prod(whole))))
     sums = np.swapaxes(sums[:, : rows.columns, : rows.rank], -1, -2)
     found, read, pulled_back = (a.reshape(*leading, *a.shape[1:]) for a in (sums, out, gradient))
     return found, read, pulled_back

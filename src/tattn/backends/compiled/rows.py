@@ -3,9 +3,9 @@
 Symbols, for each of P problems: x (n, d) in units, z (n, c), Φ (n, r) the monomials of x, M (c, r). `runs` (count, 4) of
 `features.monomials.Run`. All arrays are contiguous, and of one dtype.
 
-Rows are taken `ROWS` at a time, channel by channel, and their monomials stay in the second cache until all that needs them is
-done. A product takes `FEW` monomials and `COLUMNS` columns at a time: so many numbers fit in the registers of every processor.
-Monomials and columns are filled up with zeros, and rows with zeros, too.
+Rows are taken `ROWS` at a time, or as many whole `STEP` as a problem has left, channel by channel, and their monomials stay in the
+second cache until all that needs them is done. A product takes `FEW` monomials and `COLUMNS` columns at a time: so many numbers fit
+in the registers of every processor. Monomials and columns are filled up with zeros, and rows with zeros, too.
 
 A sum over rows has a chain of `ROWS` terms at most, and then one for each of these. A read-out has `WIDTH` terms in any order, and
 then one for every `WIDTH` monomials; so has a gradient.
@@ -25,16 +25,16 @@ FEW, COLUMNS = 4, 3
 # Monomials that a read-out sums up before it adds further, a whole number of `FEW`.
 WIDTH = CHAIN
 FAST = {"reassoc", "contract"}
-# Rows that are turned at a time.
-_TURNED = 16
+# Rows that are turned at a time; a tile has a whole number of them, which is what compilers have to know to be fast.
+STEP = 16
 
 
 @compiled()
 def _turn_some(x: Any, columns: int, turned: Any) -> None:
-    """`_TURNED` rows (_TURNED columns,) into their places of (columns, ROWS), of which `turned` begins with the first."""
+    """`STEP` rows (STEP columns,) into their places of (columns, ROWS), of which `turned` begins with the first."""
     for e in range(columns):
-        own, to = x[e:], turned[e * ROWS : e * ROWS + _TURNED]
-        for i in range(_TURNED):
+        own, to = x[e:], turned[e * ROWS : e * ROWS + STEP]
+        for i in range(STEP):
             to[i] = own[i * columns]
 
 
@@ -42,57 +42,57 @@ def _turn_some(x: Any, columns: int, turned: Any) -> None:
 def _turn_some_back(turned: Any, columns: int, x: Any) -> None:
     """The reverse of `_turn_some`."""
     for e in range(columns):
-        own, of = x[e:], turned[e * ROWS : e * ROWS + _TURNED]
-        for i in range(_TURNED):
+        own, of = x[e:], turned[e * ROWS : e * ROWS + STEP]
+        for i in range(STEP):
             own[i * columns] = of[i]
 
 
 @compiled()
-def _turn(x: Any, begin: int, rows: int, turned: Any) -> None:
-    """Rows of (n, c) as (c, ROWS), with zeros behind."""
-    columns, flat, whole = x.shape[1], x.reshape(x.size), rows // _TURNED * _TURNED
-    for low in range(0, whole, _TURNED):
+def _turn(x: Any, begin: int, there: int, turned: Any, steps: int) -> None:
+    """Those rows of (n, c) that are there as (c, ROWS), with zeros behind them up to so many `steps`."""
+    columns, flat, whole = x.shape[1], x.reshape(x.size), there // STEP * STEP
+    for low in range(0, whole, STEP):
         _turn_some(flat[(begin + low) * columns :], columns, turned[low:])
-    for e in range(columns if whole < ROWS else 0):
-        for i in range(whole, ROWS):
-            turned[e * ROWS + i] = x[begin + i, e] if i < rows else 0
+    for e in range(columns if whole < STEP * steps else 0):
+        for i in range(whole, STEP * steps):
+            turned[e * ROWS + i] = x[begin + i, e] if i < there else 0
 
 
 @compiled()
-def _turn_back(turned: Any, begin: int, rows: int, x: Any) -> None:
+def _turn_back(turned: Any, begin: int, there: int, x: Any) -> None:
     """The reverse of `_turn`."""
-    columns, flat, whole = x.shape[1], x.reshape(x.size), rows // _TURNED * _TURNED
-    for low in range(0, whole, _TURNED):
+    columns, flat, whole = x.shape[1], x.reshape(x.size), there // STEP * STEP
+    for low in range(0, whole, STEP):
         _turn_some_back(turned[low:], columns, flat[(begin + low) * columns :])
     for e in range(columns):
-        for i in range(whole, rows):
+        for i in range(whole, there):
             x[begin + i, e] = turned[e * ROWS + i]
 
 
 @compiled(FAST)
-def _scale(x: Any, source: Any, target: Any) -> None:
-    for i in range(ROWS):
+def _scale(x: Any, source: Any, target: Any, steps: int) -> None:
+    for i in range(STEP * steps):
         target[i] = x[i] * source[i]
 
 
 @compiled()
-def _features(x: Any, runs: Any, phi: Any) -> None:
+def _features(x: Any, runs: Any, phi: Any, steps: int) -> None:
     """All monomials of rows (d ROWS,), (r ROWS,)."""
-    for i in range(ROWS):
+    for i in range(STEP * steps):
         phi[i] = 1
     for run in range(runs.shape[0]):
         channel, start, stop, source = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
         own = x[channel * ROWS : (channel + 1) * ROWS]
         for j in range(stop - start):
             of, to = (source + j) * ROWS, (start + j) * ROWS
-            _scale(own, phi[of : of + ROWS], phi[to : to + ROWS])
+            _scale(own, phi[of : of + ROWS], phi[to : to + ROWS], steps)
 
 
 @compiled(FAST)
-def _dot(f: Any, z: Any) -> Any:
+def _dot(f: Any, z: Any, steps: int) -> Any:
     """Sums over rows of the products of four monomials and three columns."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = f.dtype.type(0)
-    for i in range(ROWS):
+    for i in range(STEP * steps):
         x, y, w = z[i], z[ROWS + i], z[2 * ROWS + i]
         p = f[i]
         a0 += p * x
@@ -122,24 +122,24 @@ def _add_four(sums: Any, a: int, four: Any) -> None:
 
 
 @compiled()
-def _sum(phi: Any, z: Any, sums: Any) -> None:
+def _sum(phi: Any, z: Any, sums: Any, steps: int) -> None:
     """Φᵀ z joins the sums (c, r)."""
     for a in range(0, sums.shape[1], FEW):
         f = phi[a * ROWS : (a + FEW) * ROWS]
         for e in range(0, sums.shape[0], COLUMNS):
-            x, y, w = _dot(f, z[e * ROWS : (e + COLUMNS) * ROWS])
+            x, y, w = _dot(f, z[e * ROWS : (e + COLUMNS) * ROWS], steps)
             _add_four(sums[e], a, x)
             _add_four(sums[e + 1], a, y)
             _add_four(sums[e + 2], a, w)
 
 
 @compiled(FAST)
-def _combine(m: Any, e: int, a: int, f: Any, part: Any) -> None:
+def _combine(m: Any, e: int, a: int, f: Any, part: Any, steps: int) -> None:
     """Four monomials times their factors join three columns."""
     x0, x1, x2, x3 = m[e, a], m[e, a + 1], m[e, a + 2], m[e, a + 3]
     y0, y1, y2, y3 = m[e + 1, a], m[e + 1, a + 1], m[e + 1, a + 2], m[e + 1, a + 3]
     w0, w1, w2, w3 = m[e + 2, a], m[e + 2, a + 1], m[e + 2, a + 2], m[e + 2, a + 3]
-    for i in range(ROWS):
+    for i in range(STEP * steps):
         f0, f1, f2, f3 = f[i], f[ROWS + i], f[2 * ROWS + i], f[3 * ROWS + i]
         part[i] += (x0 * f0 + x1 * f1) + (x2 * f2 + x3 * f3)
         part[ROWS + i] += (y0 * f0 + y1 * f1) + (y2 * f2 + y3 * f3)
@@ -147,32 +147,36 @@ def _combine(m: Any, e: int, a: int, f: Any, part: Any) -> None:
 
 
 @compiled(FAST)
-def _join(part: Any, found: Any) -> None:
+def _join(part: Any, found: Any, steps: int) -> None:
     """A part of sums joins them, and is 0 from then on."""
-    for i in range(COLUMNS * ROWS):
+    for i in range(STEP * steps):
         found[i] += part[i]
+        found[ROWS + i] += part[ROWS + i]
+        found[2 * ROWS + i] += part[2 * ROWS + i]
         part[i] = 0
+        part[ROWS + i] = 0
+        part[2 * ROWS + i] = 0
 
 
 @compiled()
-def _read(phi: Any, m: Any, part: Any, found: Any) -> None:
+def _read(phi: Any, m: Any, part: Any, found: Any, steps: int) -> None:
     """M Φ for the first columns of M, as many as `found` (c' ROWS,) has; `part` (COLUMNS ROWS,) is 0."""
     found[:] = 0
     for low in range(0, m.shape[1], WIDTH):
         high = min(low + WIDTH, m.shape[1])
         for e in range(0, found.shape[0] // ROWS, COLUMNS):
             for a in range(low, high, FEW):
-                _combine(m, e, a, phi[a * ROWS : (a + FEW) * ROWS], part)
-            _join(part, found[e * ROWS : (e + COLUMNS) * ROWS])
+                _combine(m, e, a, phi[a * ROWS : (a + FEW) * ROWS], part, steps)
+            _join(part, found[e * ROWS : (e + COLUMNS) * ROWS], steps)
 
 
 @compiled(FAST)
-def _slope(m: Any, e: int, a: int, z: Any, slopes: Any) -> None:
+def _slope(m: Any, e: int, a: int, z: Any, slopes: Any, steps: int) -> None:
     """Three columns times their factors join the gradients of four monomials."""
     x0, x1, x2, x3 = m[e, a], m[e, a + 1], m[e, a + 2], m[e, a + 3]
     y0, y1, y2, y3 = m[e + 1, a], m[e + 1, a + 1], m[e + 1, a + 2], m[e + 1, a + 3]
     w0, w1, w2, w3 = m[e + 2, a], m[e + 2, a + 1], m[e + 2, a + 2], m[e + 2, a + 3]
-    for i in range(ROWS):
+    for i in range(STEP * steps):
         x, y, w = z[i], z[ROWS + i], z[2 * ROWS + i]
         slopes[i] += x0 * x + y0 * y + w0 * w
         slopes[ROWS + i] += x1 * x + y1 * y + w1 * w
@@ -181,25 +185,28 @@ def _slope(m: Any, e: int, a: int, z: Any, slopes: Any) -> None:
 
 
 @compiled(FAST)
-def _nothing(slopes: Any) -> None:
-    for i in range(FEW * ROWS):
+def _nothing(slopes: Any, steps: int) -> None:
+    for i in range(STEP * steps):
         slopes[i] = 0
+        slopes[ROWS + i] = 0
+        slopes[2 * ROWS + i] = 0
+        slopes[3 * ROWS + i] = 0
 
 
 @compiled()
-def _slopes(m: Any, z: Any, slopes: Any) -> None:
+def _slopes(m: Any, z: Any, slopes: Any, steps: int) -> None:
     """Gradients of all monomials, Mᵀ z, (r ROWS,)."""
     for a in range(0, m.shape[1], FEW):
         own = slopes[a * ROWS : (a + FEW) * ROWS]
-        _nothing(own)
+        _nothing(own, steps)
         for e in range(0, m.shape[0], COLUMNS):
-            _slope(m, e, a, z[e * ROWS : (e + COLUMNS) * ROWS], own)
+            _slope(m, e, a, z[e * ROWS : (e + COLUMNS) * ROWS], own, steps)
 
 
 @compiled(FAST)
-def _pull_four(x: Any, slopes: Any, phi: Any, back: Any, found: Any) -> None:
+def _pull_four(x: Any, slopes: Any, phi: Any, back: Any, found: Any, steps: int) -> None:
     """Gradients of four products with a channel: they join those of its factors, and those of the channel."""
-    for i in range(ROWS):
+    for i in range(STEP * steps):
         s0, s1, s2, s3 = slopes[i], slopes[ROWS + i], slopes[2 * ROWS + i], slopes[3 * ROWS + i]
         found[i] += (s0 * phi[i] + s1 * phi[ROWS + i]) + (s2 * phi[2 * ROWS + i] + s3 * phi[3 * ROWS + i])
         back[i] += x[i] * s0
@@ -209,21 +216,21 @@ def _pull_four(x: Any, slopes: Any, phi: Any, back: Any, found: Any) -> None:
 
 
 @compiled(FAST)
-def _pull_one(x: Any, slopes: Any, phi: Any, back: Any, found: Any) -> None:
-    for i in range(ROWS):
+def _pull_one(x: Any, slopes: Any, phi: Any, back: Any, found: Any, steps: int) -> None:
+    for i in range(STEP * steps):
         found[i] += slopes[i] * phi[i]
         back[i] += x[i] * slopes[i]
 
 
 @compiled(FAST)
-def _end(part: Any, found: Any) -> None:
-    for i in range(ROWS):
+def _end(part: Any, found: Any, steps: int) -> None:
+    for i in range(STEP * steps):
         found[i] += part[i]
         part[i] = 0
 
 
 @compiled()
-def _pull(x: Any, runs: Any, phi: Any, slopes: Any, part: Any, dx: Any) -> None:
+def _pull(x: Any, runs: Any, phi: Any, slopes: Any, part: Any, dx: Any, steps: int) -> None:
     """Gradients of rows (d ROWS,) from those of their monomials, which are lost; `part` begins with `ROWS` zeros."""
     dx[:] = 0
     part = part[:ROWS]
@@ -237,13 +244,13 @@ def _pull(x: Any, runs: Any, phi: Any, slopes: Any, part: Any, dx: Any) -> None:
                 step = FEW if j + FEW <= high else 1
                 at, of = (start + j) * ROWS, (source + j) * ROWS
                 size = step * ROWS
-                of_these = own, slopes[at : at + size], phi[of : of + size], slopes[of : of + size], part
+                of_these = own, slopes[at : at + size], phi[of : of + size], slopes[of : of + size], part, steps
                 if step == FEW:
                     _pull_four(*of_these)
                 else:
                     _pull_one(*of_these)
                 j += step
-            _end(part, found)
+            _end(part, found, steps)
 
 
 @compiled(leaf=False)
@@ -260,16 +267,17 @@ def compute(x: Any, z: Any, m: Any, runs: Any, sums: Any, out: Any, dx: Any) -> 
     slopes = _room(r * ROWS if dx.shape[2] else 0, x)
     for p in range(problems):
         for begin in range(0, n, ROWS):
-            rows = min(ROWS, n - begin)
-            _turn(x[p], begin, rows, own)
-            _features(own, runs, phi)
-            _turn(z[p], begin, rows, given)
+            there = min(ROWS, n - begin)
+            steps = -(-there // STEP)
+            _turn(x[p], begin, there, own, steps)
+            _features(own, runs, phi, steps)
+            _turn(z[p], begin, there, given, steps)
             if sums.shape[2]:
-                _sum(phi, given, sums[p])
+                _sum(phi, given, sums[p], steps)
             if of_out:
-                _read(phi, m[p], part, found[: of_out * ROWS])
-                _turn_back(found, begin, rows, out[p])
+                _read(phi, m[p], part, found[: of_out * ROWS], steps)
+                _turn_back(found, begin, there, out[p])
             if dx.shape[2]:
-                _slopes(m[p], given, slopes)
-                _pull(own, runs, phi, slopes, part, found[: dim * ROWS])
-                _turn_back(found, begin, rows, dx[p])
+                _slopes(m[p], given, slopes, steps)
+                _pull(own, runs, phi, slopes, part, found[: dim * ROWS], steps)
+                _turn_back(found, begin, there, dx[p])
