@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..operations import CHAIN, OF_ROWS, OF_WINDOWS, ROWS, Kernel, Prefix, Rows, Token, rows_together
+from ..operations import OF_ROWS, OF_WINDOWS, ROWS, Kernel, Prefix, Rows, Token, rows_together
 from ..threads import MOST_THREADS
 
 Array = Any
