@@ -597,6 +597,17 @@ def test_tuples_of_channels_of_all_numbers(dim, value_dim, channels, scores, mon
     assert_exact_alike(call, scores, monkeypatch, scale=0.2, channels=channels)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tuples_that_are_hidden_have_no_scores(dtype, scores, monkeypatch):
+    """Beside a score of 0, which masked keys would have, those of all others vanish."""
+    call = drawn(40, 2, dtype, masked=True)
+    call["query"], call["keys"] = 1 + np.abs(call["query"]), [1 + np.abs(k) for k in call["keys"]]
+    call["keys"][0] = -call["keys"][0]
+    found = assert_exact_alike(call, scores, monkeypatch, scale=300.0)
+    assert np.max(found[1]) < -800
+    assert all(np.all(np.isfinite(x)) for x in found)
+
+
 @pytest.mark.parametrize("scale", [0.3, 40.0])
 def test_tuples_of_weighted_keys(scale, scores, monkeypatch):
     """Gradients of weights come with them, and a weight of 0 hides its key."""
@@ -662,6 +673,29 @@ def test_tuples_are_spread_over_threads(scores):
     assert set(scores) == {"attend_tuples", "pull_tuples"}
     for x, y in zip(shared, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * np.abs(y).max())
+
+
+@pytest.mark.libraries("torch")
+def test_tuples_of_tensors_with_gradients(loops, monkeypatch):
+    import torch
+
+    call = drawn(128, 2, "float32", "heads", masked=True)
+    given = [torch.tensor(x, requires_grad=True) for x in (call["query"], *call["keys"], *call["values"])]
+    masks = [torch.tensor(call["key_masks"][0]), None]
+
+    def numbers() -> list[np.ndarray]:
+        out, lse = tattn.tensor_attention(
+            given[0], given[1:3], given[3:], key_masks=masks, method="exact", scale=3.0, return_lse=True
+        )
+        gradients = torch.autograd.grad((out * torch.tensor(call["grad_out"])).sum() + lse.sum(), given)
+        return [x.detach().numpy() for x in (out, lse, *gradients)]
+
+    with calls_of(compiled.attend_tuples, compiled.pull_tuples) as seen:
+        found = numbers()
+        assert set(Names(seen)) == {"attend_tuples", "pull_tuples"}
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for x, y in zip(found, numbers(), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5 * np.abs(y).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
