@@ -23,7 +23,7 @@ from watching import Seen, calls_of, code_within
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, OF_ROWS, OF_WINDOWS, Kernel, rows_together
+from tattn.backends.operations import CHAIN, OF_ROWS, OF_TUPLES, OF_WINDOWS, Kernel, Tuples, rows_together
 from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
@@ -631,6 +631,212 @@ def test_code_for_passes_serves_arrays_of_all_layouts_and_flags(passes):
 
 
 @pytest.fixture
+def scores(loops: Any) -> Iterator[Names]:
+    """Tells of every time that a loop over tuples runs, which calls of all sizes use."""
+    assert tattn.warm_up(("float32", "float64"))
+    every = compiled.kernels_for(BACKEND, lambda *arrays: True, tuples_pay=lambda call: True)
+    with BACKEND.using(kernels=every), calls_of(compiled.attend_tuples, compiled.pull_tuples) as seen:
+        yield Names(seen)
+
+
+def assert_exact_alike(
+    call: dict[str, Any], scores: Names, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[Any]:
+    """The exact method with kernels and without: a call's numbers, to rounding."""
+    scores.clear()
+    if "plan" not in options:
+        options["method"] = "exact"
+    got = computed(call, causal=False, **options)
+    assert set(scores) == {"attend_tuples", "pull_tuples"}
+    scores.clear()
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = computed(call, causal=False, **options)
+    monkeypatch.delenv(compiled.SWITCH)
+    assert scores == []
+    tolerance = 2e-5 if call["query"].dtype == np.float32 else 1e-13
+    for x, y in zip(got, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        finite = np.isfinite(y)
+        np.testing.assert_array_equal(x[~finite], y[~finite])
+        largest = np.max(np.abs(y[finite]), initial=0.0)
+        np.testing.assert_allclose(x[finite], y[finite], rtol=tolerance, atol=tolerance * largest)
+    return got
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 40.0])
+def test_scores_of_tuples_are_what_array_operations_compute(dtype, views, leading, masked, scale, scores, monkeypatch):
+    """Where they are known to be small, and where the largest is subtracted."""
+    call = drawn(21 if views == 3 else 40, views, dtype, leading, masked)
+    assert_exact_alike(call, scores, monkeypatch, scale=scale)
+
+
+@pytest.mark.parametrize("n", [1, 15, 127, 128, 129, 256, 257, 300])
+@pytest.mark.parametrize("scale", [0.3, 40.0])
+def test_tuples_of_rows_of_all_numbers(n, scale, scores, monkeypatch):
+    """In one block and in several; the last query rows and tuples of each leave room in their tiles."""
+    call = drawn(n, 1, "float64", masked=n > 1)
+    assert_exact_alike(call, scores, monkeypatch, scale=scale)
+    with BACKEND.using(cache=1 << 12):
+        assert_exact_alike(call, scores, monkeypatch, scale=scale)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (7, 6), (8, 7), (9, 8), (17, 3), (24, 40)])
+@pytest.mark.parametrize("channels", ["real", "complex"])
+def test_tuples_of_channels_of_all_numbers(dim, value_dim, channels, scores, monkeypatch):
+    dim += dim % 2 if channels == "complex" else 0
+    call = drawn(40, 2, "float64", dim=dim, value_dim=value_dim)
+    assert_exact_alike(call, scores, monkeypatch, scale=0.2, channels=channels)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tuples_that_are_hidden_have_no_scores(dtype, scores, monkeypatch):
+    """Beside a score of 0, which masked keys would have, those of all others vanish."""
+    call = drawn(40, 2, dtype, masked=True)
+    call["query"], call["keys"] = 1 + np.abs(call["query"]), [1 + np.abs(k) for k in call["keys"]]
+    call["keys"][0] = -call["keys"][0]
+    found = assert_exact_alike(call, scores, monkeypatch, scale=300.0)
+    assert np.max(found[1]) < -800
+    assert all(np.all(np.isfinite(x)) for x in found)
+
+
+@pytest.mark.parametrize("scale", [0.3, 40.0])
+def test_tuples_of_weighted_keys(scale, scores, monkeypatch):
+    """Gradients of weights come with them, and a weight of 0 hides its key."""
+    call = drawn(40, 2, "float64", "heads")
+    weights = [np.random.default_rng(i).uniform(0, 2, k.shape[:-1]) for i, k in enumerate(call["keys"])]
+    weights[0][:, 3] = 0
+
+    def weighted() -> list[Any]:
+        inputs = {name: x for name, x in call.items() if name in ("query", "keys", "values")}
+        out, pullback = tattn.tensor_attention_vjp(**inputs, key_weights=weights, method="exact", scale=scale)
+        dquery, *of_views = pullback(call["grad_out"])
+        return [out, dquery, *(x for of_kind in of_views for x in of_kind)]
+
+    found = weighted()
+    assert set(scores) == {"attend_tuples", "pull_tuples"}
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for x, y in zip(found, weighted(), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exponentials_of_all_numbers(dtype, loops):
+    """Two units of rounding at most; what vanishes is 0, what is too large infinite, and no number stays none."""
+    code, (low, high) = compiled._loops_over_tuples(), (-86.5, 88.7) if dtype == "float32" else (-707.9, 709.7)
+    x = np.random.default_rng(0).uniform(low, high, 40 * code.LANES).astype(dtype)
+    x[:9] = [0.0, -0.0, 1e-30, -1e-30, low, high, 1.0, -1.0, 0.5]
+    shift = np.zeros(code.LANES, dtype)
+    with np.errstate(all="ignore"):
+        truth = np.exp(x.astype(np.longdouble))
+    numbers = code.exponents(dtype)
+    code._weights(x, shift, code.ONCE, numbers)
+    unit = 2.0**-24 if dtype == "float32" else 2.0**-53
+    worst = np.max(np.abs(x / truth - 1)) / unit
+    assert 0.5 < worst < 1.5
+    some = np.resize([np.nan, np.inf, -np.inf, 1e30, -1e30, low - 1, high + 1, 0.0], code.LANES).astype(dtype)
+    code._weights(some, shift, code.ONCE, numbers)
+    np.testing.assert_array_equal(some[:8], [np.nan, np.inf, 0.0, np.inf, 0.0, 0.0, np.inf, 1.0])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_tuples_of_scores_of_all_sizes(size, scores, monkeypatch):
+    call = drawn(40, 2, "float32")
+    call["keys"] = [k * np.float32(size) for k in call["keys"]]
+    call["query"] = call["query"] / np.float32(size)
+    assert_exact_alike(call, scores, monkeypatch, scale=min(1.0, 1 / size))
+
+
+def test_rows_without_numbers_spoil_tuples_as_array_operations_do(scores, monkeypatch):
+    call = drawn(40, 2, "float64", "heads")
+    plan = tattn.plan_for(n=[40, 40, 43], dim=3, bound=1.0, order=3, dtype="float64", method="exact")
+    for name, value in (("query", np.nan), ("query", np.inf), ("keys", np.nan), ("values", np.inf)):
+        spoiled = {key: _each(np.copy, x) for key, x in call.items()}
+        rows = spoiled[name] if name == "query" else spoiled[name][1]
+        rows[1, 20, 1] = value
+        assert not np.all(np.isfinite(assert_exact_alike(spoiled, scores, monkeypatch, plan=plan)[0]))
+
+
+def test_tuples_are_spread_over_threads(scores):
+    call = drawn(600, 1, "float64", "heads", dim=8, value_dim=8)
+    expected = computed(call, causal=False, method="exact")
+    with BACKEND.using(threads=lambda: 2, shared_scores=1 << 10):
+        shared = computed(call, causal=False, method="exact")
+    assert set(scores) == {"attend_tuples", "pull_tuples"}
+    for x, y in zip(shared, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * np.abs(y).max())
+
+
+@pytest.mark.libraries("torch")
+def test_tuples_of_tensors_with_gradients(loops, monkeypatch):
+    import torch
+
+    call = drawn(128, 2, "float32", "heads", masked=True)
+    given = [torch.tensor(x, requires_grad=True) for x in (call["query"], *call["keys"], *call["values"])]
+    masks = [torch.tensor(call["key_masks"][0]), None]
+
+    def numbers() -> list[np.ndarray]:
+        out, lse = tattn.tensor_attention(
+            given[0], given[1:3], given[3:], key_masks=masks, method="exact", scale=3.0, return_lse=True
+        )
+        gradients = torch.autograd.grad((out * torch.tensor(call["grad_out"])).sum() + lse.sum(), given)
+        return [x.detach().numpy() for x in (out, lse, *gradients)]
+
+    with calls_of(compiled.attend_tuples, compiled.pull_tuples) as seen:
+        found = numbers()
+        assert set(Names(seen)) == {"attend_tuples", "pull_tuples"}
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for x, y in zip(found, numbers(), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_error_of_tuples_exceeds_the_plan(dtype, scores):
+    """Output and gradients of all kinds of rows, as `tests/bounds` has them, every key some times: that changes no sum."""
+    worst = 0.0
+    for seed in range(24):
+        for kind in KINDS:
+            views, bound = 1 + seed % 3, (0.1, 1.0, 3.0, 10.0)[seed % 4]
+            call, scale = sample(kind, seed, views, bound, dtype)
+            times = (40, 8, 3)[views - 1]
+            plan = tattn.plan(call.query, call.keys, call.values, scale=scale, method="exact")
+            keys, values = ([np.repeat(x, times, axis=0) for x in of_views] for of_views in (call.keys, call.values))
+            out, pullback = tattn.tensor_attention_vjp(call.query, keys, values, scale=scale, method="exact")
+            dquery, *of_views = pullback(call.grad)
+            dkeys, dvalues = ([x.reshape(-1, times, x.shape[1]).sum(1) for x in of_kind] for of_kind in of_views)
+            wide = np.float64 if dtype == "float32" else np.longdouble
+            truth = dense(call.query, call.keys, call.values, scale=scale, grad_out=call.grad, precision=wide)
+            found = ratios(plan, call, Dense(out, out, dquery, dkeys, dvalues), truth)
+            assert max(found) <= 1, (seed, kind, found, str(plan))
+            worst = max(worst, *found)
+    assert set(scores) == {"attend_tuples", "pull_tuples"}
+    assert worst > 0.001
+
+
+def test_loops_take_tuples_where_they_are_faster(loops):
+    """Few scores are not worth loading numba for; of few query rows a tile is not full."""
+    rows = np.ones((4, 8), np.float32)
+
+    def taken(n: int, scores: int) -> bool:
+        return BACKEND.kernel("attend_tuples", Tuples(n, scores, 8, True), rows, rows) is not None
+
+    assert taken(128, 128**3)
+    assert not taken(128, 127 * 128**2)
+    assert not taken(150, 1 << 30)
+    assert taken(220, 1 << 30)
+
+
+def test_causal_calls_and_keys_that_decay_are_left_to_array_operations(scores):
+    call = drawn(20, 2, "float64")
+    computed(call, causal=True, method="exact")
+    computed(with_decay(call, 0.9), causal=True, method="exact")
+    assert scores == []
+
+
+@pytest.fixture
 def in_windows(loops: Any) -> Iterator[Names]:
     """Tells of every time that compiled loops take rows in windows."""
     assert tattn.warm_up(("float32", "float64"))
@@ -1051,7 +1257,7 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     found = kernels()
     assert found.on
     names = "prefix_read", "prefix_pull", "step"
-    assert found.operations == (*OF_ROWS, *names, *OF_WINDOWS, *(f"complex_{name}" for name in names))
+    assert found.operations == (*OF_ROWS, *OF_TUPLES, *names, *OF_WINDOWS, *(f"complex_{name}" for name in names))
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on

@@ -14,6 +14,12 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
+attend_tuples  ``(tuples, s, keys, values, seen)``, a `Tuples`, query rows (..., d, n), keys (..., d, N) and values and ones
+               (..., c, N) of tuples, which of them are seen (..., 1, N) or None for all → Σ w v over tuples, (..., c, n), for
+               weights w = e^(kᵀ s − top), and top (..., 1, n), the largest score, or None where that is not subtracted
+pull_tuples    ``(tuples, s, h, shift, keys, values, seen)``, h (..., c, n), and what scores are less (..., 1, n) or None → with
+               f = e^(kᵀ s − shift) and p = f ∘ vᵀ h the sums k p, (..., d, n), s pᵀ, (..., d, N), and of the first columns
+               h fᵀ, (..., c', N)
 window_read    ``(block, starts)``, a `Prefix` of blocks of rows with the keys and shares of every view, and then as many others,
                and the sums (..., dv + 1, r) of every view that all rows of a block see, or none → numerators (..., n, dv + 1)
                of rows that see those of their view up to their own, and the others from this on
@@ -31,7 +37,8 @@ Where channels are complex, a name begins with "complex": there monomials, sums 
 
 A backend offers a kernel in `Backend.kernels`. It says for which arrays it is there, and how long its chains of additions are: a
 plan states the rounding of those, so a plan for arrays of that backend counts with them, and a call whose plan counts with
-shorter ones does without the kernel.
+shorter ones does without the kernel. Those of tuples count with chains of `bounds.rounding.EXACT_CHAIN` whatever computes them, and
+with an exponential that loses two units at most: a kernel of theirs should have neither longer ones nor a worse one.
 """
 
 from __future__ import annotations
@@ -42,10 +49,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
+OF_TUPLES = ("attend_tuples", "pull_tuples")
 OF_WINDOWS = ("window_read", "window_pull")
 OPERATIONS = (
     "moments",
     *OF_ROWS,
+    *OF_TUPLES,
     *OF_WINDOWS,
     *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")),
 )
@@ -80,8 +89,8 @@ def rows_together(factors: Any, dtype: str) -> np.ndarray:
 class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 
-    ``takes`` gets what `moments` does; a `Rows` and the arrays of a pass, its rows first; or query, keys and values, of a causal
-    call or of tokens, and the arrays by which these decay.
+    ``takes`` gets what `moments` does; a `Rows` and the arrays of a pass, its rows first; a `Tuples`, query and keys; or query,
+    keys and values, of a causal call or of tokens, and the arrays by which these decay.
     """
 
     operation: str
@@ -104,6 +113,19 @@ class Rows(NamedTuple):
     problems: int = 1
     read: int = 0
     in_all: int = 0
+
+
+class Tuples(NamedTuple):
+    """A call of the exact method where every query row sees all tuples of keys that are seen at all.
+
+    How many query rows and scores there are; how many columns of the values need gradients; and whether scores are known to be so
+    small that nothing has to be subtracted from them.
+    """
+
+    rows: int
+    scores: int
+    columns: int
+    bounded: bool
 
 
 class Token(NamedTuple):

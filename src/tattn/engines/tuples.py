@@ -21,6 +21,7 @@ rows, so that sums over pairs are means, chains are those of `features`, and blo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from operator import add, mul, sub
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from ..arrays import (
 )
 from ..backends import Array, Backend
 from ..backends.base import LARGEST_WORKSPACE
-from ..backends.operations import CHAIN
+from ..backends.operations import CHAIN, OF_TUPLES, Tuples
 from ..backends.tables import memoized
 from ..backends.threads import Memory
 from ..bounds.rounding import EXACT_CHAIN
@@ -54,6 +55,8 @@ from ..problem import Cost, Problem
 _REACH, _LARGE = 16.0, 2.0**24
 # Blocks of scores for which tuples are made together.
 _TOGETHER = 8
+# Tuples of a block for which compiled code is worth a call, at least.
+_LEAST = 256
 # Chains that take fewer operations one after the other than as one product of several matrices.
 _FEW = 4
 # A place after all others.
@@ -97,6 +100,7 @@ class Pass(NamedTuple):
 
     `bounded`: scores are known to be small; `fewest`: rows of the query that are worth a thread; `memory`: that of the scores;
     `paired`: channels are complex; `columns`: those of values and ones that need gradients, of ones only where there are weights.
+    `attend`, `pull`: compiled code for the tuples of some blocks, if any (`backends.operations`).
     `decays`: log λ of every view (..., 1, 1), if a key t rows before counts λ^t. `coefficients`: those of P, () for exp.
     """
 
@@ -111,6 +115,8 @@ class Pass(NamedTuple):
     columns: int
     decays: tuple[Array, ...] = ()
     coefficients: tuple[float, ...] = ()
+    attend: Callable[..., State] | None = None
+    pull: Callable[..., tuple[Array, Array, Array]] | None = None
 
 
 class QueryRows(NamedTuple):
@@ -263,19 +269,24 @@ def at_a_time(operands: Operands) -> int:
 
 
 def block_sizes(
-    leading: tuple[int, ...], lengths: Sequence[int], dtype: object, backend: Backend, chain: int = EXACT_CHAIN
+    leading: tuple[int, ...],
+    lengths: Sequence[int],
+    dtype: object,
+    backend: Backend,
+    chain: int = EXACT_CHAIN,
+    apart: bool = False,
 ) -> tuple[int, ...]:
     """Rows of the query in a block, tuples in a block, and rows of each view that tuples are made of: powers of two, or all.
 
     The scores of a block stay in the cache; what is made of some rows of the views serves several blocks. No sum has more than
-    `FEW_CHAINS` chains.
+    `FEW_CHAINS` chains. `apart`: a block has as many rows of the query as if there were no other problems.
     """
     itemsize = backend.itemsize(dtype)
     scores = max(1, int(backend.cache // (itemsize * prod(leading))))
     query, *views = lengths
-    rows = min(query, _power(scores**0.5), chain)
-    tuples = min(_power(scores / rows), FEW_CHAINS * chain)
-    room = tuples * (_TOGETHER if backend.parts else 1)
+    rows = min(query, _power((scores * prod(leading) if apart else scores) ** 0.5), chain)
+    tuples = min(_power(max(1, scores / rows)), FEW_CHAINS * chain)
+    room = max(tuples * (_TOGETHER if backend.parts else 1), _LEAST if apart else 1)
     sizes = [0] * len(views)
     for taken, i in enumerate(sorted(range(len(views)), key=lambda i: views[i])):
         sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))), FEW_CHAINS * chain)
@@ -303,15 +314,23 @@ def prepared(
         # Re(q k) is the product of the conjugate of q with k, as real rows.
         units[0] = units[0] * backend.table(conjugating, q.shape[-1], like=q, dtype=dtype)
     scaled = scaled_keys(keys, units[1:], masks, backend)
-    blocks = block_sizes(leading, operands.lengths, dtype, backend, CHAIN if coefficients else EXACT_CHAIN)
-    fewest = max(blocks[0], backend.shared_scores // max(1, prod(leading) * prod(operands.lengths[1:])))
     columns = operands.values[0].shape[-1] + bool(operands.weights)
+    plain = limits.offsets is None and not coefficients and not operands.decays
+    call = Tuples(operands.lengths[0], prod(leading) * prod(operands.lengths), columns, bounded)
+    kernels = [backend.kernel(name, call, q, *keys) if plain else None for name in OF_TUPLES]
+    blocks = block_sizes(
+        leading, operands.lengths, dtype, backend, CHAIN if coefficients else EXACT_CHAIN, kernels[0] is not None
+    )
+    fewest = max(blocks[0], backend.shared_scores // max(1, prod(leading) * prod(operands.lengths[1:])))
     # Of a factor of 0 a row sees nothing but its own key.
     logs = tuple(xp.log(xp.where(decay > 0, decay, 1.0)) for decay in operands.decays)
     # Short calls lose time by keeping the scores of the only block.
     single = bool(coefficients) and operands.lengths[0] <= blocks[0] and prod(operands.lengths[1:]) <= blocks[1]
     memory = None if single else backend.memory()
-    run = Pass(backend, leading, blocks, units, bounded, fewest, memory, operands.paired, columns, logs, coefficients)
+    run = Pass(
+        backend, leading, blocks, units, bounded, fewest, memory, operands.paired, columns, logs, coefficients,
+        *(None if kernel is None else partial(kernel, call) for kernel in kernels),
+    )  # fmt: skip
 
     def places(x: Array, offset: int) -> Array:
         return (xp.arange(x.shape[-2], dtype=xp.int32, device=device) - offset)[:, None]
@@ -416,6 +435,11 @@ def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | 
     return seen if last is None or at is None else seen & (last > at)
 
 
+def _hidden(run: Pass, pairs: Pairs) -> Array | None:
+    """Which tuples are seen (..., 1, tuples), alike for all rows of the query; None for all, or where 0 stands for the others."""
+    return None if run.bounded else _seen(None, pairs.first, None)
+
+
 def _sees_some(run: Pass, at: Array | None, view: Rows, block: int) -> Array:
     """1 where a query row (n, 1) sees some row of a view, else 0: (..., n, 1), or alike for all rows (..., 1, 1)."""
     backend, xp = run.backend, run.backend.xp
@@ -439,6 +463,8 @@ def attend(run: Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Se
     """
     backend, xp = run.backend, run.backend.xp
     if pairs is not None and not views:
+        if run.attend is not None:
+            return run.attend(s, pairs.keys, pairs.values, _hidden(run, pairs))
         state: State | None = None
         for cut in _cuts(run, pairs):
             state = _merge(run, state, _sums(run, s, at, cut))
@@ -513,6 +539,11 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
     backend, xp, columns = run.backend, run.backend.xp, run.columns
     s, h = rows.s, rows.h
     if pairs is not None and not views:
+        if run.pull is not None:
+            shift = None if rows.shift is None else xp.matrix_transpose(rows.shift)
+            of_query = backend.transposed(s), backend.transposed(h), shift
+            of_rows, *of_tuples = run.pull(*of_query, pairs.keys, pairs.values, _hidden(run, pairs))
+            return (backend.transposed(of_rows),), tuple(of_tuples), ()
         by_columns = backend.transposed(s), backend.transposed(h[..., :columns])
         ds: Any = None
         of_pairs = []

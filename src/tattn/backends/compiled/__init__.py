@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..operations import OF_ROWS, OF_WINDOWS, ROWS, Kernel, Prefix, Rows, Token, rows_together
+from ..operations import CHAIN, OF_ROWS, OF_TUPLES, OF_WINDOWS, ROWS, Kernel, Prefix, Rows, Token, Tuples, rows_together
 from ..threads import MOST_THREADS
 
 Array = Any
@@ -28,7 +28,7 @@ OF_CHANNELS = {
     "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
     "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
 }
-OPERATIONS = (*OF_ROWS, *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind))
+OPERATIONS = (*OF_ROWS, *OF_TUPLES, *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind))
 # Switches kernels off where it is "0".
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
@@ -43,6 +43,10 @@ _TO_READ, _TO_PULL = 4, 24
 _MANY = 1 << 21
 # Bytes of the monomials of a row, of which a tile of the loops has 128.
 _MOST_BYTES = 1 << 16
+# Scores that are worth it.
+_MANY_SCORES = 1 << 21
+# Rows that the loops compute, most of which should be there.
+_FILLED = 0.8
 # Columns that are few; where they are more, so many monomials and rows are worth turning columns for.
 _NARROW, _WIDE_RANK, _WIDE_ROWS = 12, 128, 64
 
@@ -115,7 +119,7 @@ def warm_up(dtypes: Sequence[str] = ("float32",), channels: Sequence[str] = ("re
     for kind in channels:
         if kind not in tuple(OF_CHANNELS):
             raise ValueError(f"channels should be 'real' or 'complex', got {kind!r}")
-    wanted = [*OF_ROWS, *(operation for kind in channels for operation in OF_CHANNELS[kind])]
+    wanted = [*OF_ROWS, *OF_TUPLES, *(operation for kind in channels for operation in OF_CHANNELS[kind])]
     return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in wanted)
 
 
@@ -147,6 +151,13 @@ def _loaded() -> tuple[Any, str]:
     return SimpleNamespace(causal=causal, decoding=decoding, rows=rows, windows=windows, version=version), ""
 
 
+def _loops_over_tuples() -> Any:
+    """Those, which take more of numba than the others do."""
+    from . import tuples
+
+    return tuples
+
+
 def _too_little_room() -> str:
     """Why numba should not be imported: where too little address space is allowed, libraries that it loads ask for it for ever."""
     try:
@@ -176,6 +187,8 @@ def _fails(operation: str, dtype: str) -> bool:
             found = _of_one_row(operation, ones)
         elif operation in OF_WINDOWS:
             found = _of_windows(operation, block)
+        elif operation in OF_TUPLES:
+            found = _of_two_tuples(operation, ones)
         elif operation == "prefix_read":
             found = prefix_read(block, zero, _alone)[1]
         elif operation == "step":
@@ -226,6 +239,16 @@ def _of_one_row(operation: str, ones: np.ndarray) -> Any:
     return np.sum(found[0]) - np.sum(found[1]) if isinstance(found, tuple) else np.mean(found)
 
 
+def _of_two_tuples(operation: str, ones: np.ndarray) -> Any:
+    """What an operation computes of scores 1 and 2: e^−1 and 1 of the first tuple and the second, less e^−1."""
+    tuples, keys, both = Tuples(1, 2, 1, False), np.concatenate([ones, 2 * ones], axis=-1), np.repeat(ones, 2, axis=-1)
+    if operation == "attend_tuples":
+        total, top = attend_tuples(tuples, ones, keys, both, None)
+        return np.round(total - np.exp(-1) + top - 2, 5)
+    ds, dk, dv = pull_tuples(tuples, ones, ones, 2 * ones, keys, both, None)
+    return np.round((ds - 2 + np.sum(dk + dv, axis=-1) - 2) / 3 - np.exp(-1) + 1, 5)
+
+
 def _told(error: Exception) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -242,6 +265,7 @@ def kernels_for(
     values: Callable[[Array], np.ndarray] = np.asarray,
     wrapped: Callable[[np.ndarray], Array] = np.asarray,
     pays: Callable[[Rows, int, int], bool] | None = None,
+    tuples_pay: Callable[[Tuples], bool] | None = None,
 ) -> tuple[Kernel, ...]:
     """The kernels of a backend whose arrays are, by their `values`, NumPy arrays on the same memory.
 
@@ -255,8 +279,10 @@ def kernels_for(
         From an array to NumPy's, and back.
     pays : callable
         Whether loops over all rows, so many with numbers of so many bytes, are worth it; as measured, if not given.
+    tuples_pay : callable
+        The same for loops over tuples of keys.
     """
-    worth = pays or _pays
+    worth, tuples_worth = pays or _pays, tuples_pay or _tuples_pay
 
     def taken(operation: str, *arrays: Array) -> bool:
         if not takes(*arrays) or why_not():
@@ -264,9 +290,13 @@ def kernels_for(
         return not _fails(operation, "float64" if str(arrays[0].dtype).endswith("float64") else "float32")
 
     def as_numpy(x: Any) -> Any:
+        if x is None:
+            return None
         return [as_numpy(a) for a in x] if isinstance(x, (list, tuple)) else values(x)
 
     def back(x: Any) -> Any:
+        if x is None:
+            return None
         return tuple(back(a) for a in x) if isinstance(x, (list, tuple)) else wrapped(x)
 
     def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
@@ -287,7 +317,16 @@ def kernels_for(
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
+    def takes_tuples(operation: str, tuples: Tuples, *arrays: Array) -> bool:
+        return tuples_worth(tuples) and taken(operation, *arrays)
+
+    def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Array | None) -> Any:
+        return back(operation(tuples, *as_numpy(given)))
+
+    chosen = dict.fromkeys(OF_ROWS, takes_rows) | dict.fromkeys(OF_TUPLES, takes_tuples)
     functions: dict[str, Callable[..., Any]] = {
+        "attend_tuples": partial(run_tuples, attend_tuples),
+        "pull_tuples": partial(run_tuples, pull_tuples),
         "step": partial(run_step, step),
         "complex_step": partial(run_step, complex_step),
     }
@@ -296,7 +335,7 @@ def kernels_for(
     functions |= {"window_read": partial(run, window_read), "window_pull": partial(run, window_pull)}
     functions |= {operation: partial(run_rows, function) for operation, function in _ROW_OPERATIONS.items()}
     return tuple(
-        Kernel(operation, functions[operation], partial(takes_rows if operation in OF_ROWS else taken, operation))
+        Kernel(operation, functions[operation], partial(chosen.get(operation, taken), operation))
         for operation in OPERATIONS
     )
 
@@ -306,6 +345,13 @@ def _pays(rows: Rows, n: int, itemsize: int) -> bool:
     if max(rows.problems * n, rows.in_all) * rows.rank < _MANY or rows.rank * itemsize > _MOST_BYTES:
         return False
     return rows.columns <= _NARROW or (rows.rank >= _WIDE_RANK and n >= _WIDE_ROWS)
+
+
+def _tuples_pay(tuples: Tuples) -> bool:
+    """Whether the loops are faster than array operations, by more than it takes to load them."""
+    if tuples.scores < _MANY_SCORES:
+        return False
+    return tuples.rows >= _FILLED * (-(-tuples.rows // CHAIN) * CHAIN)
 
 
 def sum_rows(rows: Rows, x: np.ndarray, z: np.ndarray, spread: Spread) -> np.ndarray:
@@ -364,6 +410,44 @@ def _over_rows(
     sums = np.swapaxes(sums[:, : rows.columns, : rows.rank], -1, -2)
     found, read, pulled_back = (a.reshape(*leading, *a.shape[1:]) for a in (sums, out, gradient))
     return found, read, pulled_back
+
+
+def attend_tuples(
+    tuples: Tuples, s: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The operation `attend_tuples` for NumPy arrays."""
+    loops, (arrays, hidden, settings, leading) = _loops_over_tuples(), _of_tuples(s, keys, values, seen)
+    s, keys, values = arrays
+    problems, _, n = s.shape
+    total = np.empty((problems, values.shape[1], n), s.dtype)
+    top = np.empty((problems, 0 if tuples.bounded else 1, n), s.dtype)
+    loops.attend(s, keys, values, hidden, *settings, total, top)
+    return total.reshape(*leading, *total.shape[1:]), None if tuples.bounded else top.reshape(*leading, 1, n)
+
+
+def pull_tuples(
+    tuples: Tuples, s: np.ndarray, h: np.ndarray, shift: np.ndarray | None, *of_tuples: np.ndarray | None
+) -> tuple[np.ndarray, ...]:
+    """The operation `pull_tuples` for NumPy arrays."""
+    loops, rows = _loops_over_tuples(), [s, h] if shift is None else [s, h, shift]
+    keys, values, seen = of_tuples
+    (*found, keys, values), hidden, settings, leading = _of_tuples(*rows, keys, values, seen)
+    s, h, less = found if shift is not None else (*found, np.empty((len(found[0]), 0, s.shape[-1]), s.dtype))
+    ds, dk = np.empty_like(s), np.zeros_like(keys)
+    dv = np.zeros((len(dk), tuples.columns, dk.shape[-1]), s.dtype)
+    loops.pull(s, h, less, keys, values, hidden, *settings, ds, dk, dv)
+    return tuple(x.reshape(*leading, *x.shape[1:]) for x in (ds, dk, dv))
+
+
+def _of_tuples(*given: Any) -> tuple[list[np.ndarray], np.ndarray, tuple[Any, Any], tuple[int, ...]]:
+    """Arrays (..., k, n) as (P, k, n), the last, what is seen, as (P, N) or (P, 0); settings of the loops; leading shape."""
+    *arrays, seen = given
+    loops, dtype = _loops_over_tuples(), arrays[0].dtype
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in given if a is not None))
+    together = [_together(a, leading) for a in arrays]
+    hidden = np.empty((prod(leading), 0), np.bool_) if seen is None else _together(seen, leading)[:, 0]
+    lanes = loops.ONCE if arrays[0].shape[-1] <= loops.LANES else loops.TWICE
+    return together, hidden, (lanes, loops.exponents(dtype)), leading
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:

@@ -1,0 +1,407 @@
+"""Loops over tuples of keys, compiled: what `engines.tuples` computes of a block of scores, for the exact method.
+
+Symbols, for each of P problems: s (d, n) query rows, k (d, N) keys and v (c, N) values and ones of tuples, h (c, n), weights
+f = e^(kᵀ s − shift) (N, n). All arrays are contiguous, and of one dtype.
+
+Query rows are taken `LANES` or twice as many at a time, and tuples `TUPLES` at a time, so that their scores stay in the caches
+until all that needs them is done. Loops run over query rows, which lie next to each other. A product takes four rows of its result
+and eight terms at a time, or four and three where it sums over query rows.
+
+Sums over tuples have a chain of `TUPLES` terms, and then one for each of these; sums over query rows one of as many as are taken,
+and then one for each of these.
+"""
+
+from __future__ import annotations
+
+from math import factorial, log
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from .causal import _room
+from .jit import compiled
+
+# Query rows are taken in so many at a time, or twice as many; and tuples, which are filled up to a whole number of the last.
+LANES, TUPLES, _WHOLE_TUPLES = 128, 64, 8
+# Loops over a number of rows that is known when they are compiled take two thirds of the time. The length of a tuple is known.
+ONCE, TWICE = (0,), (0, 0)
+# The same for products: whether they begin sums or join them.
+_NEW, _FURTHER = (), (0,)
+FAST = {"reassoc", "contract"}
+
+# e^x = 2^n e^r with n the whole number next to x / ln 2. The first part of ln 2 has few digits, so that n times it is exact.
+_PER_LN_2 = 1 / log(2)
+_LN_2 = {4: (0.693359375, -2.121944400546905827679e-4), 8: (6.93147180369123816490e-1, 1.90821492927058770002e-10)}
+# Added to a number and subtracted it leaves the next whole one, which the last bits hold in between.
+_WHOLE = {4: 1.5 * 2.0**23, 8: 1.5 * 2.0**52}
+# Below the first e^x counts as 0, above the last as infinite.
+_RANGE = {4: (-86.6, 88.7228317), 8: (-708.0, 709.782712893384)}
+_TAYLOR = [1 / factorial(t) for t in range(14)]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _half_power(context: Any, shifted: Any) -> Any:
+    """2^(n − 1) of n + `_WHOLE`, by its bits: the last ones hold n, which with an offset is an exponent in its place."""
+    integer, digits, offset = (types.int32, 23, 126) if shifted == types.float32 else (types.int64, 52, 1022)
+
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = context.get_value_type(integer)
+        exponent = builder.add(builder.bitcast(arguments[0], whole), whole(offset))
+        return builder.bitcast(builder.shl(exponent, whole(digits)), arguments[0].type)
+
+    return shifted(shifted), lower
+
+
+def exponents(dtype: Any) -> tuple[Any, ...]:
+    """Numbers of a dtype that the loops take exponentials with."""
+    size, number = np.dtype(dtype).itemsize, np.dtype(dtype).type
+    return tuple(number(x) for x in (_PER_LN_2, _WHOLE[size], *_LN_2[size], *_RANGE[size], *_TAYLOR[2:]))
+
+
+@compiled({"contract"})
+def _exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
+    """Replace x by e^(x − shift), for float32, where Taylor's sum up to r⁷ is off by a tenth of a unit of rounding."""
+    rows = LANES * len(lanes)
+    per, whole, high, low, lowest, most = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
+    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    zero, one, two, infinite = x.dtype.type(0), x.dtype.type(1), x.dtype.type(2), x.dtype.type(np.inf)
+    for i in range(rows):
+        y = x[i] - shift[i]
+        z = min(max(y, lowest), most)
+        shifted = z * per + whole
+        n = shifted - whole
+        r = (z - n * high) - n * low
+        p = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        p = ((p * (r * r) + r) + one) * _half_power(shifted) * two
+        p = infinite if y > most else p
+        p = zero if y < lowest else p
+        x[i] = p if y == y else y
+
+
+@compiled({"contract"})
+def _long_exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
+    """The same for float64, up to r¹³."""
+    rows = LANES * len(lanes)
+    per, whole, high, low, lowest, most = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
+    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    c8, c9, c10, c11, c12, c13 = numbers[12], numbers[13], numbers[14], numbers[15], numbers[16], numbers[17]
+    zero, one, two, infinite = x.dtype.type(0), x.dtype.type(1), x.dtype.type(2), x.dtype.type(np.inf)
+    for i in range(rows):
+        y = x[i] - shift[i]
+        z = min(max(y, lowest), most)
+        shifted = z * per + whole
+        n = shifted - whole
+        r = (z - n * high) - n * low
+        p = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
+        p = ((((p * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        p = ((p * (r * r) + r) + one) * _half_power(shifted) * two
+        p = infinite if y > most else p
+        p = zero if y < lowest else p
+        x[i] = p if y == y else y
+
+
+@compiled()
+def _weights(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
+    """Replace x (tuples rows,) by e^(x − shift), one row after another."""
+    rows = LANES * len(lanes)
+    for t in range(0, x.shape[0], rows):
+        if x.itemsize == 4:
+            _exponential(x[t : t + rows], shift, lanes, numbers)
+        else:
+            _long_exponential(x[t : t + rows], shift, lanes, numbers)
+
+
+@compiled(FAST)
+def _eight(m: Any, down: int, along: int, x: Any, lanes: Any, sums: Any, further: Any) -> None:
+    """Eight rows of x times their factors join four sums, or are those; factors lie `down` apart for sums, `along` for rows."""
+    rows = LANES * len(lanes)
+    a0, a1, a2, a3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    b0, b1, b2, b3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    c0, c1, c2, c3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    d0, d1, d2, d3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    e0, e1, e2, e3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    f0, f1, f2, f3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    g0, g1, g2, g3 = m[0], m[down], m[2 * down], m[3 * down]
+    m = m[along:]
+    h0, h1, h2, h3 = m[0], m[down], m[2 * down], m[3 * down]
+    for i in range(rows):
+        a, b, c, d = x[i], x[rows + i], x[2 * rows + i], x[3 * rows + i]
+        e, f, g, h = x[4 * rows + i], x[5 * rows + i], x[6 * rows + i], x[7 * rows + i]
+        w0 = a0 * a + b0 * b + c0 * c + d0 * d + e0 * e + f0 * f + g0 * g + h0 * h
+        w1 = a1 * a + b1 * b + c1 * c + d1 * d + e1 * e + f1 * f + g1 * g + h1 * h
+        w2 = a2 * a + b2 * b + c2 * c + d2 * d + e2 * e + f2 * f + g2 * g + h2 * h
+        w3 = a3 * a + b3 * b + c3 * c + d3 * d + e3 * e + f3 * f + g3 * g + h3 * h
+        if len(further):
+            sums[i] += w0
+            sums[rows + i] += w1
+            sums[2 * rows + i] += w2
+            sums[3 * rows + i] += w3
+        else:
+            sums[i], sums[rows + i], sums[2 * rows + i], sums[3 * rows + i] = w0, w1, w2, w3
+
+
+@compiled(FAST)
+def _one(m: Any, down: int, x: Any, lanes: Any, sums: Any, further: Any) -> None:
+    """One row of x times its factors joins four sums, or is those."""
+    rows = LANES * len(lanes)
+    a0, a1, a2, a3 = m[0], m[down], m[2 * down], m[3 * down]
+    for i in range(rows):
+        a = x[i]
+        if len(further):
+            sums[i] += a0 * a
+            sums[rows + i] += a1 * a
+            sums[2 * rows + i] += a2 * a
+            sums[3 * rows + i] += a3 * a
+        else:
+            sums[i], sums[rows + i], sums[2 * rows + i], sums[3 * rows + i] = a0 * a, a1 * a, a2 * a, a3 * a
+
+
+@compiled(FAST)
+def _into_one(m: Any, x: Any, lanes: Any, sums: Any) -> None:
+    """Eight rows of x times their factors, next to each other, join one sum."""
+    rows = LANES * len(lanes)
+    a, b, c, d, e, f, g, h = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]
+    for i in range(rows):
+        low = a * x[i] + b * x[rows + i] + c * x[2 * rows + i] + d * x[3 * rows + i]
+        high = e * x[4 * rows + i] + f * x[5 * rows + i] + g * x[6 * rows + i] + h * x[7 * rows + i]
+        sums[i] += low + high
+
+
+@compiled()
+def _scores(m: Any, terms: int, x: Any, lanes: Any, found: Any) -> None:
+    """mᵀ x for factors (terms, TUPLES): a row for each tuple, as many as `found` (tuples rows,) has."""
+    rows = LANES * len(lanes)
+    for t in range(0, found.shape[0] // rows, 4):
+        own, done = found[t * rows : (t + 4) * rows], 1
+        if terms < 8:
+            _one(m[t:], 1, x, lanes, own, _NEW)
+        else:
+            _eight(m[t:], 1, TUPLES, x, lanes, own, _NEW)
+            done = 8
+        for j in range(done, terms - 7, 8):
+            _eight(m[j * TUPLES + t :], 1, TUPLES, x[j * rows :], lanes, own, _FURTHER)
+        for j in range(done + (terms - done) // 8 * 8, terms):
+            _one(m[j * TUPLES + t :], 1, x[j * rows :], lanes, own, _FURTHER)
+
+
+@compiled(FAST)
+def _join(part: Any, found: Any) -> None:
+    """A part of sums joins them, and is 0 from then on."""
+    for i in range(part.shape[0]):
+        found[i] += part[i]
+        part[i] = 0
+
+
+@compiled()
+def _sums(m: Any, terms: int, x: Any, lanes: Any, part: Any, found: Any) -> None:
+    """The product m x joins `found` (terms rows,), for factors (terms, TUPLES) and x (tuples rows,); `part` (4 rows,) is 0."""
+    rows = LANES * len(lanes)
+    tuples, whole = x.shape[0] // rows, terms // 4 * 4
+    for e in range(0, whole, 4):
+        for t in range(0, tuples, 8):
+            _eight(m[e * TUPLES + t :], TUPLES, 1, x[t * rows :], lanes, part, _FURTHER)
+        _join(part, found[e * rows : (e + 4) * rows])
+    for e in range(whole, terms):
+        for t in range(0, tuples, 8):
+            _into_one(m[e * TUPLES + t :], x[t * rows :], lanes, part)
+        _join(part[:rows], found[e * rows :])
+
+
+@compiled(FAST)
+def _dot(f: Any, z: Any, lanes: Any) -> Any:
+    """Sums over query rows of the products of four tuples and three columns."""
+    rows = LANES * len(lanes)
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = f.dtype.type(0)
+    for i in range(rows):
+        x, y, w = z[i], z[rows + i], z[2 * rows + i]
+        p = f[i]
+        a0 += p * x
+        b0 += p * y
+        c0 += p * w
+        p = f[rows + i]
+        a1 += p * x
+        b1 += p * y
+        c1 += p * w
+        p = f[2 * rows + i]
+        a2 += p * x
+        b2 += p * y
+        c2 += p * w
+        p = f[3 * rows + i]
+        a3 += p * x
+        b3 += p * y
+        c3 += p * w
+    return (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3)
+
+
+@compiled()
+def _put_four(found: Any, four: Any) -> None:
+    found[0], found[1], found[2], found[3] = four
+
+
+@compiled()
+def _of_tuples(f: Any, z: Any, lanes: Any, begin: int, found: Any, own: Any) -> None:
+    """The product z fᵀ of z (c rows,) and f (tuples rows,) joins `found` (c, N) from `begin`; `own` (3 TUPLES,) is room."""
+    rows = LANES * len(lanes)
+    columns, tuples = found.shape[0], f.shape[0] // rows
+    there = min(tuples, found.shape[1] - begin)
+    for e in range(0, columns, 3):
+        for t in range(0, tuples, 4):
+            x, y, w = _dot(f[t * rows : (t + 4) * rows], z[e * rows : (e + 3) * rows], lanes)
+            _put_four(own[t:], x)
+            _put_four(own[TUPLES + t :], y)
+            _put_four(own[2 * TUPLES + t :], w)
+        for j in range(min(3, columns - e)):
+            _join(own[j * TUPLES : j * TUPLES + there], found[e + j, begin : begin + there])
+
+
+@compiled()
+def _copy(x: Any, target: Any) -> None:
+    for i in range(x.shape[0]):
+        target[i] = x[i]
+
+
+@compiled()
+def _tile(x: Any, begin: int, count: int, size: int, tile: Any) -> None:
+    """Columns of (c, n) as rows (c size,), with zeros behind."""
+    for e in range(x.shape[0]):
+        own = tile[e * size : (e + 1) * size]
+        _copy(x[e, begin : begin + count], own)
+        own[count:] = 0
+
+
+@compiled()
+def _tile_alike(x: Any, begin: int, count: int, size: int, tile: Any) -> None:
+    """Columns of (c, n) as rows (c size,), with the last one behind: what is infinite stays where it is."""
+    for e in range(x.shape[0]):
+        own = tile[e * size : (e + 1) * size]
+        _copy(x[e, begin : begin + count], own)
+        own[count:] = own[count - 1]
+
+
+@compiled()
+def _hide(seen: Any, begin: int, count: int, lanes: Any, x: Any) -> None:
+    """Scores −∞ of tuples that are not seen, and of those that are not there."""
+    rows = LANES * len(lanes)
+    for t in range(x.shape[0] // rows):
+        if t >= count or (seen.shape[0] and not seen[begin + t]):
+            x[t * rows : (t + 1) * rows] = -np.inf
+
+
+@compiled()
+def _raise(x: Any, lanes: Any, top: Any) -> None:
+    rows = LANES * len(lanes)
+    for i in range(rows):
+        top[i] = max(top[i], x[i])
+
+
+@compiled()
+def _finite(x: Any, lanes: Any, found: Any) -> None:
+    rows = LANES * len(lanes)
+    for i in range(rows):
+        found[i] = 0 if x[i] == -np.inf else x[i]
+
+
+@compiled()
+def _times(x: Any, lanes: Any, found: Any) -> None:
+    rows = LANES * len(lanes)
+    for i in range(rows):
+        found[i] *= x[i]
+
+
+@compiled()
+def _to_top(x: Any, lanes: Any, top: Any, before: Any, shift: Any, found: Any, numbers: Any) -> None:
+    """The largest scores with those of x, what to subtract, and `found` (c rows,), less the same."""
+    rows = LANES * len(lanes)
+    _copy(top, before)
+    for t in range(0, x.shape[0], rows):
+        _raise(x[t:], lanes, top)
+    _finite(top, lanes, shift)
+    _weights(before, shift, lanes, numbers)
+    for e in range(0, found.shape[0], rows):
+        _times(before, lanes, found[e:])
+
+
+@compiled(leaf=False)
+def attend(s: Any, k: Any, v: Any, seen: Any, lanes: Any, numbers: Any, total: Any, top: Any) -> None:
+    """The product v f goes to total (P, c, n), with `top` (P, 1, n), the largest score, as the shift, or none if it has no rows.
+
+    Tuples are seen where `seen` (P, N) is not 0; all if it has none.
+    """
+    problems, dim, n = s.shape
+    columns, tuples, rows = v.shape[1], v.shape[2], LANES * len(lanes)
+    q, x = _room(dim * rows, s), _room(TUPLES * rows, s)
+    keys, values = _room(dim * TUPLES, s), _room(columns * TUPLES, s)
+    found, part = _room(columns * rows, s), _room(4 * rows, s)
+    best, before, shift = _room(rows, s), _room(rows, s), _room(rows, s)
+    for p in range(problems):
+        for low in range(0, n, rows):
+            count = min(rows, n - low)
+            _tile_alike(s[p], low, count, rows, q)
+            found[:] = 0
+            best[:] = -np.inf
+            for begin in range(0, tuples, TUPLES):
+                there = min(TUPLES, tuples - begin)
+                _tile_alike(k[p], begin, there, TUPLES, keys)
+                _tile(v[p], begin, there, TUPLES, values)
+                own = x[: -(-there // _WHOLE_TUPLES) * _WHOLE_TUPLES * rows]
+                _scores(keys, dim, q, lanes, own)
+                if top.shape[1]:
+                    _hide(seen[p], begin, there, lanes, own)
+                    _to_top(own, lanes, best, before, shift, found, numbers)
+                _weights(own, shift, lanes, numbers)
+                _sums(values, columns, own, lanes, part, found)
+            for e in range(columns):
+                _copy(found[e * rows : e * rows + count], total[p, e, low:])
+            if top.shape[1]:
+                _copy(best[:count], top[p, 0, low:])
+
+
+@compiled(leaf=False)
+def pull(
+    s: Any, h: Any, shift: Any, k: Any, v: Any, seen: Any, lanes: Any, numbers: Any, ds: Any, dk: Any, dv: Any
+) -> None:
+    """With slopes p = f ∘ vᵀ h, k p goes to ds (P, d, n), s pᵀ joins dk (P, d, N) and h fᵀ dv (P, columns, N).
+
+    `shift` (P, 1, n) may have no rows; `seen` as in `attend`.
+    """
+    problems, dim, n = s.shape
+    columns, tuples, rows = v.shape[1], v.shape[2], LANES * len(lanes)
+    # Columns in threes: what is behind the last ones is multiplied, and not used.
+    q, g = _room((dim + 2) * rows, s), _room((columns + 2) * rows, s)
+    x, slopes, less = _room(TUPLES * rows, s), _room(TUPLES * rows, s), _room(rows, s)
+    keys, values = _room(dim * TUPLES, s), _room(columns * TUPLES, s)
+    found, part, three = _room(dim * rows, s), _room(4 * rows, s), _room(3 * TUPLES, s)
+    for p in range(problems):
+        for low in range(0, n, rows):
+            count = min(rows, n - low)
+            _tile_alike(s[p], low, count, rows, q)
+            _tile(h[p], low, count, rows, g)
+            if shift.shape[1]:
+                _tile_alike(shift[p], low, count, rows, less)
+            found[:] = 0
+            for begin in range(0, tuples, TUPLES):
+                there = min(TUPLES, tuples - begin)
+                _tile_alike(k[p], begin, there, TUPLES, keys)
+                _tile(v[p], begin, there, TUPLES, values)
+                whole = -(-there // _WHOLE_TUPLES) * _WHOLE_TUPLES * rows
+                own, of_own = x[:whole], slopes[:whole]
+                _scores(keys, dim, q, lanes, own)
+                if shift.shape[1]:
+                    _hide(seen[p], begin, there, lanes, own)
+                _weights(own, less, lanes, numbers)
+                _of_tuples(own, g, lanes, begin, dv[p], three)
+                _scores(values, columns, g, lanes, of_own)
+                for t in range(0, whole, rows):
+                    _times(own[t:], lanes, of_own[t:])
+                _of_tuples(of_own, q, lanes, begin, dk[p], three)
+                _sums(keys, dim, of_own, lanes, part, found)
+            for e in range(dim):
+                _copy(found[e * rows : e * rows + count], ds[p, e, low:])
