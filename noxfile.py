@@ -139,6 +139,7 @@ def thorough(session: nox.Session) -> None:
     """What all of these leave out for its time: further draws, further cases of compiled calls, half an hour and more."""
     for library in ("numpy", "strict", "torch", "jax"):
         run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
+    run(session, "pytest", *SPREAD, "--rest", "--library=numpy", "tests/backends/test_kernels.py")
     run(session, "pytest", *SPREAD, "--library=torch", *COMPILED, env={"TATTN_KERNELS": "0"})
     run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
     run(session, "pytest", *SPREAD, "--rest", "tests/distributed")
