@@ -961,21 +961,22 @@ def test_no_error_of_windows_exceeds_the_plan(dtype, in_windows, draws):
     """As for causal calls, by loops for windows of all lengths."""
     exact = np.float64 if dtype == "float32" else np.longdouble
     worst = 0.0
-    for seed in draws(100):
+    for seed in draws(300 if dtype == "float32" else 100):
         rng = np.random.default_rng(seed)
         views, degree, bound = (
             int(rng.integers(1, 4)),
             int(rng.integers(2, 10)),
             float(rng.choice([0.1, 0.5, 1.0, 2.0])),
         )
-        n, dim, value_dim = int(rng.integers(2, (300, 60, 24)[views - 1])), int(rng.integers(1, 5)), 3
+        n, dim, value_dim = int(rng.integers(20, (300, 60, 32)[views - 1])), int(rng.integers(1, 5)), 3
         arrays = [entries(rng, (n + int(rng.integers(0, 4)) * (i > 0), dim)) for i in range(views + 1)]
         query, *keys = [(x * 10.0 ** rng.uniform(-6, 6)).astype(dtype) for x in arrays]
         tops = np.prod([np.abs(x.astype(float)).max(0) for x in (query, *keys)], 0)
         scale = bound / tops.sum()
         values = [(entries(rng, (len(k), value_dim)) * 10.0 ** rng.uniform(-4, 4)).astype(dtype) for k in keys]
         grad = rng.normal(size=(n, value_dim)).astype(dtype)
-        window = tuple(int(w) for w in rng.integers(1, n, views))
+        # Shorter ones are left to array operations.
+        window = tuple(int(w) for w in rng.integers(16, n, views))
         plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
                               window=window, dtype=dtype, scale=scale)  # fmt: skip
         out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=window)
