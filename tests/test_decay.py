@@ -284,7 +284,8 @@ def test_sums_with_factors_that_are_none() -> None:
     assert np.isfinite(summary.sums[0][0]).all() and np.isnan(summary.sums[0][1]).all()
 
 
-@pytest.mark.parametrize("how", ["polynomial", pytest.param("exact", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("how", ["polynomial", "exact"])
 @pytest.mark.libraries("torch")
 def test_torch_compiles_it(library: Any, how: str) -> None:
     """As one graph, with the gradients of a call that is not compiled."""

@@ -180,6 +180,7 @@ def test_text_to_judge_by_is_none_that_was_learned() -> None:
     assert not learned & judge
 
 
+@pytest.mark.thorough
 @pytest.mark.libraries("torch")
 def test_language_models_see_no_later_byte_and_have_as_many_weights() -> None:
     torch = pytest.importorskip("torch")

@@ -353,7 +353,7 @@ def test_documents_do_not_spoil_each_other(library: Library, method: str, causal
 
 
 @pytest.mark.libraries("torch")
-@pytest.mark.grid
+@pytest.mark.thorough
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_of_torch(causal: bool) -> None:
     torch = pytest.importorskip("torch")

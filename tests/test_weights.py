@@ -570,7 +570,11 @@ def test_summaries_refuse_by_name(error: type, message: str, weights: Any) -> No
 
 
 @pytest.mark.libraries("torch")
-@pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"bound": None, "degree": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(x, marks=pytest.mark.thorough) for x in ({"method": "exact"}, {"bound": None, "degree": 2}))],
+    ids=str,
+)
 def test_layers(options: dict[str, Any]) -> None:
     """A row of weight 2 is a row twice; weights of 1 change nothing; and they have gradients, compiled as well."""
     torch = pytest.importorskip("torch")

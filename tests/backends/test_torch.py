@@ -278,7 +278,7 @@ def test_compile_without_a_plan(called: Callable[..., Any], tensors: list[Any]) 
     ],
     indirect=["called"],
 )
-@pytest.mark.grid("torch")
+@pytest.mark.thorough
 def test_compiled_checkpoints(called: Callable[..., Any], tensors: list[Any], outside: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 

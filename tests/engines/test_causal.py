@@ -108,7 +108,8 @@ def test_polynomial_is_the_definition_with_its_polynomial(
     assert_close(run(library, call, plan=plan, causal=True), expected(call, **polynomial_of(plan)), 1e-12)
 
 
-@pytest.mark.grid("numpy", "strict", "torch", "jax")
+@pytest.mark.thorough("strict")
+@pytest.mark.grid("numpy", "torch", "jax")
 @pytest.mark.parametrize("views", [1, 2, 3])
 @pytest.mark.parametrize(
     "leading", [((4,), (), (), ()), ((4,), (1,), (), ()), ((2, 2), (2, 1), (1, 1), ()), ((), (3,), (), ())]

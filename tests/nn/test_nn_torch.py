@@ -293,6 +293,7 @@ def test_derivatives_score_by_score() -> None:
             torch.testing.assert_close(each[name][i], p.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_compile_score_by_score() -> None:
     layer = module(torch.float64, degree=3)
     assert layer.plan_for(3).by_scores((3, 3, 3), 3)

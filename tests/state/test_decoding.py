@@ -283,6 +283,7 @@ def test_narrow_rows_in_torch() -> None:
     torch.testing.assert_close(out.float(), whole.float(), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.thorough
 @pytest.mark.libraries("jax")
 def test_parts_in_a_scan() -> None:
     """Compiled once for parts of one length, forward and backward."""
