@@ -469,3 +469,20 @@ def test_scores_are_those_within_documents() -> None:
     options = {"method": "polynomial", "offsets": offsets, "return_plan": True}
     _, plan = tattn.tensor_attention(query, [first, second], [query, query], **options)
     assert -0.52 < plan.lowest_mean <= -0.5 and plan.bound < 0.6
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize(
+    "options", [{"offsets": [0, 20, 50]}, {"window": (7,), "causal": True}], ids=["packed", "windows"]
+)
+def test_outputs_of_torch_may_be_changed_in_place(options: dict[str, Any]) -> None:
+    """As those of other calls: none is a view of what the call held."""
+    import torch
+
+    query, key = torch.rand(50, 3, requires_grad=True), torch.rand(50, 3)
+    if "offsets" in options:
+        options = {"offsets": torch.tensor(options["offsets"])}
+    plan = tattn.plan_for(n=50, dim=3, order=2, bound=3.0, degree=3, window=options.get("window"))
+    out = tattn.tensor_attention(query, [key], [key], plan=plan, **options)
+    expected = out.detach() + 1
+    torch.testing.assert_close(out.add_(1).detach_(), expected)

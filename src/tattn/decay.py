@@ -92,7 +92,7 @@ def _checked_factors(
     columns = []
     for i, x in enumerate(decay):
         name = f"decay[{i}]"
-        if x is None or (isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)):
+        if is_number(x):
             number = 1.0 if x is None else float(x)
             check_factor(name, number)
             with backend.on_device_of(like):
@@ -103,6 +103,12 @@ def _checked_factors(
         named.append((name, tuple(x.shape)))
         columns.append(x)
     return columns, checked_broadcast(named)
+
+
+def is_number(factor: Any) -> bool:
+    """Whether it is one factor for all problems, or None, and no array."""
+    numbers = (int, float, np.integer, np.floating)
+    return factor is None or (isinstance(factor, numbers) and not isinstance(factor, bool))
 
 
 def check_factor(name: str, number: float) -> None:

@@ -268,7 +268,7 @@ class Returned:
         xp = self._backend.xp
         n = self._layout.rows[self._side]
         if self._whole is not None:
-            return xp.reshape(self._whole[:-1, :], (*self._leading, n, self._whole.shape[-1]))
+            return self._backend.first_rows(self._whole, (*self._leading, n, self._whole.shape[-1]))
         if self._layout.missing[self._side]:
             self._found.append(xp.zeros_like(self._found[0][..., :1, :]))
         ends = [0, *accumulate(self._layout.rows)]

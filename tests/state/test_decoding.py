@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -313,3 +314,33 @@ def test_parts_in_a_scan() -> None:
     close(stream(rows), whole(rows))
     gradients = (jax.grad(lambda x, f=f: jax.numpy.sin(f(x)).sum())(rows) for f in (stream, whole))
     close(*gradients, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.libraries("numpy")
+def test_a_factor_that_is_none_is_refused_at_every_token(library: Any) -> None:
+    """A fraction is no number of the kind that calls take, neither for the first token nor for those that are like it."""
+    plan = tattn.plan_for(n=9, dim=2, bound=1.0, degree=3, causal=True)
+    row = np.ones((1, 2), np.float32)
+    state = tattn.DecodingState(plan)
+    for _ in range(3):
+        with pytest.raises(TypeError, match=r"decay\[0\] should be"):
+            state.step(row, [row, row], [row, row], decay=[Fraction(1, 2), None])
+        _, state = state.step(row, [row, row], [row, row])
+
+
+@pytest.mark.libraries("torch")
+def test_tensors_whose_signs_are_to_be_changed(library: Any) -> None:
+    """torch keeps the imaginary part of a conjugate as it was, with a bit that says what is to be done."""
+    import torch
+
+    drawn = torch.randn(2, 6, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)) / 4
+    rows = drawn.conj().imag
+    assert rows.is_neg()
+    plan = tattn.plan_for(n=6, dim=4, bound=4.0, degree=3, causal=True)
+    expected = tattn.tensor_attention(rows, [rows, rows], [rows, rows], plan=plan, causal=True)
+    state, found = tattn.DecodingState(plan), []
+    for i in range(6):
+        row = rows[:, i : i + 1]
+        out, state = state.step(row, [row, row], [row, row])
+        found.append(out)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-5, atol=1e-6)

@@ -336,6 +336,10 @@ class Backend:
         """Rows (..., n, k), 0 where `there` (..., n, 1) is False."""
         return self.xp.where(there, rows, 0.0)
 
+    def first_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """The first rows of an array (n, k) that nobody else holds, as an array of this shape."""
+        return self.xp.reshape(rows[: prod(shape[:-1]), :], shape)
+
     def write_rows(self, target: Array, places: Array, rows: Array) -> None:
         """Write rows (m, k) at places (m,) of `target` (n, k); only called if `writable`."""
         target[places] = rows

@@ -92,6 +92,10 @@ class TorchBackend(Backend):
         # On the host there is nothing to wait for.
         return [self.to_numpy(a) for a in arrays] if arrays[0].device.type == "cpu" else super().read(arrays)
 
+    def first_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        # No view, which autograd would not let its owner change in place.
+        return rows.resize_(shape)
+
     def integers(self, array: Array) -> np.ndarray:
         # Of no transformation, which would wrap what is copied.
         with torch._C._DisableFuncTorch():
@@ -436,7 +440,8 @@ class _Attention(_Adjoint):
 
     @staticmethod
     def forward(method: Any, *arrays: Array | None) -> tuple[Array, ...]:
-        return _compute(method, arrays)
+        # Autograd lets nobody change a view in place that a function returned beside others.
+        return tuple(x.clone() if x._is_view() else x for x in _compute(method, arrays))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Array | None) -> tuple[Array | None, ...]:
@@ -544,4 +549,4 @@ _TABLES = Tables()
 _VARIANTS = {(w, a): TorchBackend(writable=w, accelerator=a) for w in (True, False) for a in (True, False)}
 BACKEND = _VARIANTS[True, False]
 # Where nothing records the call, and arrays are on the host.
-BACKEND.kernels = compiled.kernels_for(BACKEND, _plain, lambda t: t.detach().numpy(), torch.from_numpy)
+BACKEND.kernels = compiled.kernels_for(BACKEND, _plain, lambda t: t.detach().resolve_neg().numpy(), torch.from_numpy)

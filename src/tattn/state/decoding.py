@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from numbers import Real
 from typing import Any, NamedTuple
 
 from ..backends import Array, Backend, backend_of
 from ..backends.operations import CHAIN, Token
 from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_kind
+from ..decay import is_number
 from ..features.pairs import Pairs
 from ..plans import Plan
 from .checks import check_same_plan, check_streams, checked_rows
@@ -76,7 +76,8 @@ class DecodingState:
     ) -> tuple[Any, DecodingState]:
         """Add tokens, one or more; return the outputs of their queries, and the new state.
 
-        Each query sees its own token and those before it, so that n tokens in one call are n calls of one token each.
+        Each query sees its own token and those before it, so that n tokens in one call are n calls of one token each,
+        but for rounding, and for rows that see too little (Notes).
 
         Parameters
         ----------
@@ -105,9 +106,9 @@ class DecodingState:
 
         Notes
         -----
-        O(n m r dv) time and O(m r dv) memory beyond the output, whatever the number of tokens before. Single tokens like the one
-        before are computed by compiled code where there is some, for two views at most. Where a call takes many tokens, each
-        takes a fraction of the time. A row of such a call is NaN if what it sees weighs too little beside all that the call has, as
+        O(n m r dv) time and O(m r dv) memory beyond the output, whatever the number of tokens before. Tokens like those before
+        are computed by compiled code where there is some, for two views at most. Where a call takes many tokens, each takes a
+        fraction of the time. A row of such a call is NaN if what it sees weighs too little beside all that the call has, as
         in `tensor_attention` with weights or decay.
         """
         checked_flags(return_lse=return_lse)
@@ -191,7 +192,7 @@ class _Known(NamedTuple):
             kind = kind[0], *((cls, dtype, (*shape[:-2], n, shape[-1])) for cls, dtype, shape in kind[1:])
         if not 0 < n <= self.most or _kind(query, keys, values) != kind:
             return None
-        factors = () if decay is None else self._factors(decay, query)
+        factors = () if decay is None else self._factors(decay, query, backend)
         if factors is None:
             return None
         arrays = [x for x in factors if not isinstance(x, float)]
@@ -211,16 +212,23 @@ class _Known(NamedTuple):
         object.__setattr__(after, "_turned", (new, age + added))
         return out, lse, after
 
-    def _factors(self, decay: Any, query: Array) -> list[Any] | None:
+    def _factors(self, decay: Any, query: Array, backend: Backend) -> list[Any] | None:
         """What keys decay by as kernels take it, numbers or arrays like the query that broadcast; None if that is not so."""
         if not isinstance(decay, (list, tuple)) or len(decay) != self.kind[0]:
             return None
-        found = [1.0 if x is None else float(x) if isinstance(x, Real) else x for x in decay]
-        for given, x in zip(decay, found, strict=True):
-            if isinstance(x, float):
-                fits = 0 <= x <= 1 and not isinstance(given, bool)
+        found: list[Any] = []
+        for x in decay:
+            if is_number(x):
+                found.append(1.0 if x is None else float(x))
+                fits = 0 <= found[-1] <= 1
             else:
-                fits = type(x) is type(query) and x.dtype == query.dtype and _broadcasts(x.shape, query.shape[:-2])
+                found.append(x)
+                fits = (
+                    type(x) is type(query)
+                    and x.dtype == query.dtype
+                    and backend.device(x) == backend.device(query)
+                    and _broadcasts(x.shape, query.shape[:-2])
+                )
             if not fits:
                 return None
         return found

@@ -36,7 +36,8 @@ _PER_LN_2 = 1 / log(2)
 _LN_2 = {4: (0.693359375, -2.121944400546905827679e-4), 8: (6.93147180369123816490e-1, 1.90821492927058770002e-10)}
 # Added to a number and subtracted it leaves the next whole one, which the last bits hold in between.
 _WHOLE = {4: 1.5 * 2.0**23, 8: 1.5 * 2.0**52}
-# Below the first e^x counts as 0, above the last as infinite.
+# Below the first e^x counts as 0, above the last as infinite. The first is at twice the smallest normal number, so that the least
+# sum that `features.balance` takes for right is so to a unit in the last place, and not to half of one.
 _RANGE = {4: (-86.6, 88.7228317), 8: (-708.0, 709.782712893384)}
 _TAYLOR = [1 / factorial(t) for t in range(14)]
 
