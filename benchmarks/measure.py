@@ -57,16 +57,17 @@ class Measure:
         checked: bool = True,
         beside: Callable[[], float] | None = None,
         rounds: int = 2,
+        rounding: float = 1e-5,
     ) -> float:
         """Least seconds of a call.
 
         `checked`: whether the error has a bound that it must keep. `beside`, of seconds, runs before every round: what
-        the call is compared with takes turns with it. `rounds`: at least so many.
+        the call is compared with takes turns with it. `rounds`: at least so many. `rounding`: as of `Problem.errors`.
         """
         library = self.library
         result, first = self._timed(run)
         values = [library.numpy(x) for x in result]
-        errors = problem.errors(values, plan, checked)
+        errors = problem.errors(values, plan, checked, rounding)
         outputs = sum(x.nbytes for x in values)
         result, values = [], []
         # The first call of all loads and compiles. Memory is that of a second one, with nothing beside it, or of all rounds

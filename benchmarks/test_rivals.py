@@ -67,7 +67,9 @@ def test_rivals(
         measure.timed(fused)
         took = measure("rivals", method, problem, run, beside=lambda: measure.timed(fused), rounds=4)
     else:
-        took = measure("rivals", method, problem, run, plan=plan)
+        # Gradients of fused attention over a million pairs are off by a few 1e-4 on some processors.
+        ours = plan is not None or method == "exact"
+        took = measure("rivals", method, problem, run, plan=plan, rounding=1e-5 if ours else 1e-4)
     _took[key] = n, took
 
 
