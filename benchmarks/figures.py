@@ -39,7 +39,7 @@ def _goals(rows: Table) -> Any:
         places, [max(share, 0.05) for share in shares], color=[COLOURS[2] if row["met"] else COLOURS[1] for row in rows]
     )
     axis.axvline(1, color="black", linewidth=1)
-    axis.set(xscale="log", xlim=(0.05, max(4, 1.1 * max(shares))), ylim=(len(rows) - 0.4, -0.6))
+    axis.set(xscale="log", xlim=(0.04, max(4, 1.1 * max(shares))), ylim=(len(rows) - 0.4, -0.6))
     axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
     axis.minorticks_off()
     axis.set_yticks(places, [f"{row['goal']}: {row['case']}" for row in rows], fontsize="x-small")
