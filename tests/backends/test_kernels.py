@@ -556,6 +556,17 @@ def test_sums_of_long_documents_are_kept_for_the_gradient(passes):
     assert forward and len(passes) - forward == forward
 
 
+def ratios_of_repeated(call: Any, plan: tattn.Plan, times: int, scale: float, options: dict[str, Any]) -> Any:
+    """Errors of a call in parts of what the plan states, every key so many times; against the definition in a wider dtype."""
+    keys, values = ([np.repeat(x, times, axis=0) for x in of_views] for of_views in (call.keys, call.values))
+    out, pullback = tattn.tensor_attention_vjp(call.query, keys, values, **options)
+    dquery, *of_views = pullback(call.grad)
+    dkeys, dvalues = ([x.reshape(-1, times, x.shape[1]).sum(1) for x in of_kind] for of_kind in of_views)
+    wide = np.float64 if call.query.dtype == np.float32 else np.longdouble
+    truth = dense(call.query, call.keys, call.values, scale=scale, grad_out=call.grad, precision=wide)
+    return ratios(plan, call, Dense(out, out, dquery, dkeys, dvalues), truth)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_no_error_of_passes_exceeds_the_plan(dtype, passes):
     """Output and gradients of all kinds of rows, as `tests/bounds` has them, every key forty times: that changes no sum."""
@@ -570,13 +581,7 @@ def test_no_error_of_passes_exceeds_the_plan(dtype, passes):
             )
             if not np.isfinite(plan.error):
                 continue
-            keys, values = ([np.repeat(x, 40, axis=0) for x in of_views] for of_views in (call.keys, call.values))
-            out, pullback = tattn.tensor_attention_vjp(call.query, keys, values, plan=plan)
-            dquery, *of_views = pullback(call.grad)
-            dkeys, dvalues = ([x.reshape(-1, 40, x.shape[1]).sum(1) for x in of_kind] for of_kind in of_views)
-            wide = np.float64 if dtype == "float32" else np.longdouble
-            truth = dense(call.query, call.keys, call.values, scale=scale, grad_out=call.grad, precision=wide)
-            found = ratios(plan, call, Dense(out, out, dquery, dkeys, dvalues), truth)
+            found = ratios_of_repeated(call, plan, 40, scale, {"plan": plan})
             assert max(found) <= 1, (seed, kind, found, str(plan))
             worst = max(worst, *found)
     assert set(passes) == {"_over_rows"}
@@ -812,15 +817,8 @@ def test_no_error_of_tuples_exceeds_the_plan(dtype, scores):
         for kind in KINDS:
             views, bound = 1 + seed % 3, (0.1, 1.0, 3.0, 10.0)[seed % 4]
             call, scale = sample(kind, seed, views, bound, dtype)
-            times = (40, 8, 3)[views - 1]
             plan = tattn.plan(call.query, call.keys, call.values, scale=scale, method="exact")
-            keys, values = ([np.repeat(x, times, axis=0) for x in of_views] for of_views in (call.keys, call.values))
-            out, pullback = tattn.tensor_attention_vjp(call.query, keys, values, scale=scale, method="exact")
-            dquery, *of_views = pullback(call.grad)
-            dkeys, dvalues = ([x.reshape(-1, times, x.shape[1]).sum(1) for x in of_kind] for of_kind in of_views)
-            wide = np.float64 if dtype == "float32" else np.longdouble
-            truth = dense(call.query, call.keys, call.values, scale=scale, grad_out=call.grad, precision=wide)
-            found = ratios(plan, call, Dense(out, out, dquery, dkeys, dvalues), truth)
+            found = ratios_of_repeated(call, plan, (40, 8, 3)[views - 1], scale, {"scale": scale, "method": "exact"})
             assert max(found) <= 1, (seed, kind, found, str(plan))
             worst = max(worst, *found)
     assert set(scores) == {"attend_tuples", "pull_tuples"}
