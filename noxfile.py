@@ -141,6 +141,17 @@ def thorough(session: nox.Session) -> None:
         run(session, "pytest", *SPREAD, "--rest", f"--library={library}", *ELSEWHERE, env=COMPILE_FAST)
     run(session, "pytest", *SPREAD, "--rest", "--library=numpy", "tests/backends/test_kernels.py")
     run(session, "pytest", *SPREAD, "--library=torch", *COMPILED, env={"TATTN_KERNELS": "0"})
+    without = COMPILE_FAST | {"TATTN_KERNELS": "0"}
+    run(
+        session,
+        "pytest",
+        *SPREAD,
+        "--library=jax",
+        *COMPILED,
+        "tests/backends/test_jax.py",
+        "tests/test_decay.py",
+        env=without,
+    )
     run(session, "pytest", *SPREAD, "--rest", "tests/test_conformance.py")
     run(session, "pytest", *SPREAD, "--rest", "tests/distributed")
 

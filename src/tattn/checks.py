@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
         rows = [a for a in self.arrays[: 2 * self.views + 1] if a is not None]
         operation = "window_read" if self.order.window else "prefix_read"
         operation = of_channels(operation, self.channels == COMPLEX, self.views)
-        return self.backend.kernel(operation, *rows) is not None
+        return self.backend.for_arrays(rows).loops.kernel(operation, *rows) is not None
 
     def operands(self, scale: float = 1.0) -> Operands:
         """The arrays by their names."""

@@ -11,6 +11,7 @@ from cases import CALLS, arguments
 from reference import score_by_score, through_features
 
 import tattn
+from tattn.backends.compiled import SWITCH
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
@@ -268,8 +269,9 @@ def test_transformations_score_by_score() -> None:
         np.testing.assert_allclose((got * step).sum(), slope, rtol=1e-6)
 
 
-def test_rows_are_cut_into_blocks_without_a_rest() -> None:
+def test_rows_are_cut_into_blocks_without_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each loop stands in a program once; a prime number of rows leaves a rest, which takes the same operations again."""
+    monkeypatch.setenv(SWITCH, "0")
 
     def products(n: int) -> int:
         plan = tattn.plan_for(n=n, dim=8, value_dim=8, bound=1.0, degree=4, method="polynomial")

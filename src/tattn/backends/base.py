@@ -145,6 +145,11 @@ class Backend:
         """The kernel for an operation on what is given, or None."""
         return next((k.function for k in self.kernels if k.operation == operation and k.takes(*given)), None)
 
+    @property
+    def loops(self) -> Backend:
+        """The backend whose kernels compute calls of this one."""
+        return self
+
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         """The backend to compute on these arrays with; gradients or devices may ask for another."""
         return self

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import jax_host
 from .base import Array, Backend, Body
 from .operations import CHAIN
 
@@ -31,6 +32,10 @@ class JaxBackend(Backend):
 
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         return _ON_GPU if _accelerated(arrays) else BACKEND
+
+    @property
+    def loops(self) -> Backend:
+        return jax_host.LOOPS if self is BACKEND else self
 
     def is_array(self, array: Any) -> bool:
         return isinstance(array, jax.Array)
@@ -122,8 +127,12 @@ class JaxBackend(Backend):
         return carry, outputs
 
     def run(self, function: Callable[..., Any], call: Any, arrays: Sequence[Array | None]) -> Any:
+        accelerated = _accelerated(arrays)
+        found = None if accelerated else jax_host.computed(function, call, arrays, _by_operations)
+        if found is not None:
+            return found
         shapes = tuple(None if a is None else (a.shape, a.dtype) for a in arrays)
-        return _compiled(function, call, _accelerated(arrays), shapes)(tuple(arrays))
+        return _compiled(function, call, accelerated, shapes)(tuple(arrays))
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, arrays: Sequence[Array | None]
@@ -216,11 +225,18 @@ def _compiled(function: Callable[..., Any], call: Any, accelerated: bool, _: Any
 
     @jax.jit
     def compiled(arrays: tuple[Array | None, ...]) -> Any:
-        # Rounding bounds assume full products; on a GPU JAX's default would be TF32. Arrays broadcast as the standard says.
-        with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
-            return function(call, _ON_GPU if accelerated else BACKEND, arrays)
+        return _by_operations(function, call, arrays, _ON_GPU if accelerated else BACKEND)
 
     return compiled
+
+
+def _by_operations(
+    function: Callable[..., Any], call: Any, arrays: Sequence[Array | None], backend: JaxBackend | None = None
+) -> Any:
+    """What a function returns, as XLA computes it."""
+    # Rounding bounds assume full products; on a GPU JAX's default would be TF32. Arrays broadcast as the standard says.
+    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+        return function(call, backend or BACKEND, tuple(arrays))
 
 
 @cache

@@ -179,3 +179,18 @@ class Program(NamedTuple):
 
 # By name: modules that compute put theirs here, and exported programs of a library find them again.
 PROGRAMS: dict[str, Program] = {}
+
+
+class Hosted(NamedTuple):
+    """How a function ``(call, backend, arrays)`` may run by the compiled loops of another backend, on the same processor.
+
+    `compiled`, of the same, says whether these compute most of it, and `outputs` gives shape and dtype of what comes out first,
+    None for that of the computation. Both look at shapes and dtypes alone.
+    """
+
+    compiled: Callable[..., bool]
+    outputs: Callable[..., Sequence[tuple[tuple[int, ...], Any]]]
+
+
+# By function: modules that compute put theirs here.
+HOSTED: dict[Callable[..., Any], Hosted] = {}

@@ -135,7 +135,7 @@ def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
 
 def compiled(operands: Operands) -> bool:
     """Whether compiled loops take the place of those over chunks, as far as that does not depend on windows and decays."""
-    return _kernel("prefix_read", operands) is not None
+    return _kernel("read", operands) is not None
 
 
 def _slow(operands: Operands) -> bool:

@@ -299,6 +299,17 @@ def _power(number: float) -> int:
     return 1 << max(0, int(number * (1 + 1e-9)).bit_length() - 1)
 
 
+def _call(operands: Operands, columns: int, bounded: bool = False) -> Tuples:
+    return Tuples(operands.lengths[0], prod(operands.leading) * prod(operands.lengths), columns, bounded)
+
+
+def compiled(operands: Operands) -> bool:
+    """Whether compiled loops pass over the tuples, where every row sees all."""
+    call = _call(operands, operands.values[0].shape[-1])
+    rows = operands.query, *operands.keys
+    return not operands.decays and operands.backend.kernel("attend_tuples", call, *rows) is not None
+
+
 def prepared(
     operands: Operands, limits: Limits, coefficients: tuple[float, ...] = ()
 ) -> tuple[Array | None, list[Rows], Pass]:
@@ -316,7 +327,7 @@ def prepared(
     scaled = scaled_keys(keys, units[1:], masks, backend)
     columns = operands.values[0].shape[-1] + bool(operands.weights)
     plain = limits.offsets is None and not coefficients and not operands.decays
-    call = Tuples(operands.lengths[0], prod(leading) * prod(operands.lengths), columns, bounded)
+    call = _call(operands, columns, bounded)
     kernels = [backend.kernel(name, call, q, *keys) if plain else None for name in OF_TUPLES]
     blocks = block_sizes(
         leading, operands.lengths, dtype, backend, CHAIN if coefficients else EXACT_CHAIN, kernels[0] is not None

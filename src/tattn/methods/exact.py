@@ -46,3 +46,7 @@ class Exact(OneError):
     def at_a_time(self, operands: Operands) -> int:
         """How many problems to compute at a time."""
         return tuples.at_a_time(operands)
+
+    def compiled(self, operands: Operands) -> bool:
+        """Whether compiled loops compute most of it."""
+        return not operands.order.causal and tuples.compiled(operands)

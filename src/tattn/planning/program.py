@@ -1,15 +1,16 @@
-"""Attention with a plan as a program that compilers take whole: what it is written down as, and the shapes that come out."""
+"""Attention as compilers take it: with a plan as a program that is one operator, and by the compiled loops of another library."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from ..arrays import broadcast_leading
 from ..backends import Array, Backend
-from ..backends.operations import PROGRAMS, Program
-from ..methods import Banded, Call, backward, forward, told_error
+from ..backends.operations import HOSTED, PROGRAMS, Hosted, Program
+from ..methods import Banded, Call, Exact, Polynomial, backward, forward, told_error
 from ..methods.certificate import COLUMNS, ERROR
 from ..plans import Plan
 from ..stored import plan_of_facts
@@ -74,3 +75,19 @@ def _shapes(call: Call, arrays: Sequence[Array | None]) -> Sequence[tuple[int, .
 
 
 PROGRAMS[ATTENTION] = Program(written, read, _forward, _backward, _shapes)
+
+
+def _compiled(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> bool:
+    """Whether compiled loops compute most of it."""
+    return isinstance(call.method, (Exact, Polynomial)) and call.method.compiled(call.operands(backend, arrays)[0])
+
+
+def _outputs(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[tuple[int, ...], Any]]:
+    return [(shape, None) for shape in _shapes(call._replace(certify=False), arrays)]
+
+
+def _gradients(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[tuple[int, ...], Any]]:
+    return [(tuple(x.shape), x.dtype) for x in call.operands(backend, arrays)[0].targets]
+
+
+HOSTED[forward], HOSTED[backward] = Hosted(_compiled, _outputs), Hosted(_compiled, _gradients)

@@ -58,7 +58,7 @@ class Kernels:
     Attributes
     ----------
     operations : tuple of str
-        Which operations are computed by it, for NumPy arrays and for torch tensors on the processor.
+        Which operations are computed by it, for NumPy arrays, torch tensors and JAX arrays on the processor; JAX has no tokens.
     version : str
         Of numba; empty if it cannot be used.
     problem : str
