@@ -47,7 +47,7 @@ import numpy as np
 
 # The loops below are written for four rows at a time.
 from ..operations import FEW, ROWS
-from .jit import compiled
+from .jit import compiled, fused
 
 WIDTH = 128
 # Complex monomials in as many numbers.
@@ -293,24 +293,29 @@ def _pull_made(
         _complex_pull_features(x, runs, w, phi, slopes, slot, blocks, dx, found)
 
 
-@compiled(FAST)
+@compiled(inline=True)
+def _ahead(z: Any, f: Any, s: Any) -> Any:
+    """Sums s with the products z f of four rows, up to each of these."""
+    s0 = fused(z[0], f[0], s)
+    s1 = fused(z[1], f[1], s0)
+    s2 = fused(z[2], f[2], s1)
+    return s0, s1, s2, fused(z[3], f[3], s2)
+
+
+@compiled(FAST, inline=True)
 def _multiply(s: Any, f: Any, z: Any, x: Any, y: Any) -> None:
     """y_i = x_i ∘ S_i for four rows, whose monomials f join the part of the sums s (2 WIDTH,): totals and parts."""
     for a in range(WIDTH):
-        t0, t1, t2, t3 = z[0] * f[a], z[1] * f[WIDTH + a], z[2] * f[2 * WIDTH + a], z[3] * f[3 * WIDTH + a]
-        part = s[WIDTH + a]
-        s0 = s[a] + part + t0
-        s1 = s0 + t1
-        s2 = s1 + t2
-        s3 = s2 + t3
+        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
+        s0, s1, s2, s3 = _ahead(z, four, s[a] + part)
         y[a] = x[a] * s0
         y[WIDTH + a] = x[WIDTH + a] * s1
         y[2 * WIDTH + a] = x[2 * WIDTH + a] * s2
         y[3 * WIDTH + a] = x[3 * WIDTH + a] * s3
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(z, four, part)[3]
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _complex_multiply(s: Any, f: Any, z: Any, x: Any, y: Any) -> None:
     """`_multiply` of complex numbers, of x by the conjugates of sums; parts of these row by row, as in `_complex_contract_two`."""
     for a in range(HALF):
@@ -331,49 +336,40 @@ def _complex_multiply(s: Any, f: Any, z: Any, x: Any, y: Any) -> None:
         s[WIDTH + a], s[WIDTH + b] = t, u
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _contract(s: Any, f: Any, z: Any, x: Any) -> Any:
     """Σ x_i ∘ S_i over monomials for four rows, otherwise as `_multiply`."""
     n0 = n1 = n2 = n3 = s.dtype.type(0)
     for a in range(WIDTH):
-        t0, t1, t2, t3 = z[0] * f[a], z[1] * f[WIDTH + a], z[2] * f[2 * WIDTH + a], z[3] * f[3 * WIDTH + a]
-        part = s[WIDTH + a]
-        s0 = s[a] + part + t0
-        s1 = s0 + t1
-        s2 = s1 + t2
-        s3 = s2 + t3
+        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
+        s0, s1, s2, s3 = _ahead(z, four, s[a] + part)
         n0 += x[a] * s0
         n1 += x[WIDTH + a] * s1
         n2 += x[2 * WIDTH + a] * s2
         n3 += x[3 * WIDTH + a] * s3
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(z, four, part)[3]
     return n0, n1, n2, n3
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _contract_two(s: Any, f: Any, y: Any, z: Any) -> Any:
     """`_multiply` and `_contract` in one for two views with shares y and z; f has all three slots."""
     n0 = n1 = n2 = n3 = s.dtype.type(0)
     for a in range(WIDTH):
-        t0, t1 = y[0] * f[SLOT + a], y[1] * f[SLOT + WIDTH + a]
-        t2, t3 = y[2] * f[SLOT + 2 * WIDTH + a], y[3] * f[SLOT + 3 * WIDTH + a]
-        u0, u1 = z[0] * f[2 * SLOT + a], z[1] * f[2 * SLOT + WIDTH + a]
-        u2, u3 = z[2] * f[2 * SLOT + 2 * WIDTH + a], z[3] * f[2 * SLOT + 3 * WIDTH + a]
-        t_part, u_part = s[WIDTH + a], s[3 * WIDTH + a]
-        s0, v0 = s[a] + t_part + t0, s[2 * WIDTH + a] + u_part + u0
-        s1, v1 = s0 + t1, v0 + u1
-        s2, v2 = s1 + t2, v1 + u2
-        s3, v3 = s2 + t3, v2 + u3
+        j = f[SLOT + a], f[SLOT + WIDTH + a], f[SLOT + 2 * WIDTH + a], f[SLOT + 3 * WIDTH + a]
+        k = f[2 * SLOT + a], f[2 * SLOT + WIDTH + a], f[2 * SLOT + 2 * WIDTH + a], f[2 * SLOT + 3 * WIDTH + a]
+        t, u = s[WIDTH + a], s[3 * WIDTH + a]
+        s0, s1, s2, s3 = _ahead(y, j, s[a] + t)
+        v0, v1, v2, v3 = _ahead(z, k, s[2 * WIDTH + a] + u)
         n0 += f[a] * s0 * v0
         n1 += f[WIDTH + a] * s1 * v1
         n2 += f[2 * WIDTH + a] * s2 * v2
         n3 += f[3 * WIDTH + a] * s3 * v3
-        s[WIDTH + a] = t_part + ((t0 + t1) + (t2 + t3))
-        s[3 * WIDTH + a] = u_part + ((u0 + u1) + (u2 + u3))
+        s[WIDTH + a], s[3 * WIDTH + a] = _ahead(y, j, t)[3], _ahead(z, k, u)[3]
     return n0, n1, n2, n3
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _complex_contract_two(s: Any, f: Any, y: Any, z: Any) -> Any:
     """`_contract_two` of complex numbers, with the parts of the sums row by row: that takes one addition less."""
     n0 = n1 = n2 = n3 = s.dtype.type(0)
@@ -583,12 +579,12 @@ def _turn_back(turned: Any, begin: int, rows: int, x: Any) -> None:
         turned[e] = 0
 
 
-@compiled()
+@compiled(inline=True)
 def _four(x: Any, i: int) -> Any:
     return x[i], x[i + 1], x[i + 2], x[i + 3]
 
 
-@compiled()
+@compiled(inline=True)
 def _get_in(x: Any, i: int, four: Any) -> None:
     x[i] += four[0]
     x[i + 1] += four[1]
@@ -596,7 +592,7 @@ def _get_in(x: Any, i: int, four: Any) -> None:
     x[i + 3] += four[3]
 
 
-@compiled()
+@compiled(inline=True)
 def _read_few(sums: Any, f: Any, half: Any, shares: Any, e: int, i: int, product: Any) -> Any:
     """Numerators of four rows in column e from the sums (m 2 WIDTH,) of it, and a part of all monomials, f."""
     views = shares.shape[0]
@@ -684,17 +680,16 @@ def _read(
         _turn_back(found, begin, rows, out)
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _add(s: Any, f: Any, z: Any, before: Any) -> None:
     """The monomials f of four rows join the part of the sums s; `before` gets the sums without them."""
     for a in range(WIDTH):
-        t0, t1, t2, t3 = z[0] * f[a], z[1] * f[WIDTH + a], z[2] * f[2 * WIDTH + a], z[3] * f[3 * WIDTH + a]
-        part = s[WIDTH + a]
+        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
         before[a] = s[a] + part
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(z, four, part)[3]
 
 
-@compiled()
+@compiled(inline=True)
 def _add_few(sums: Any, f: Any, shares: Any, e: int, i: int, before: Any) -> None:
     """`_add` for all views, in column e of which are the sums (m 2 WIDTH,); `before` is (m WIDTH,)."""
     for v in range(shares.shape[0]):
@@ -703,17 +698,12 @@ def _add_few(sums: Any, f: Any, shares: Any, e: int, i: int, before: Any) -> Non
         _add(sums[2 * low : 2 * (low + WIDTH)], few, _four(shares[v, e], i), before[low : low + WIDTH])
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _run(before: Any, f: Any, z: Any, y: Any) -> None:
     """The sums S_i of four rows, from those before them."""
     for a in range(WIDTH):
-        s0 = before[a] + z[0] * f[a]
-        s1 = s0 + z[1] * f[WIDTH + a]
-        s2 = s1 + z[2] * f[2 * WIDTH + a]
-        y[a] = s0
-        y[WIDTH + a] = s1
-        y[2 * WIDTH + a] = s2
-        y[3 * WIDTH + a] = s2 + z[3] * f[3 * WIDTH + a]
+        four = f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]
+        y[a], y[WIDTH + a], y[2 * WIDTH + a], y[3 * WIDTH + a] = _ahead(z, four, before[a])
 
 
 @compiled(FAST)
@@ -745,7 +735,7 @@ def _complex_slope(g: Any, x: Any, y: Any, slopes: Any) -> None:
             target[HALF + a] += g[i] * (own[a] * other[HALF + a] + own[HALF + a] * other[a])
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _slope(g: Any, x: Any, y: Any, slopes: Any) -> None:
     """Slopes of four rows get g x ∘ y."""
     for a in range(WIDTH):
@@ -755,22 +745,18 @@ def _slope(g: Any, x: Any, y: Any, slopes: Any) -> None:
         slopes[3 * WIDTH + a] += g[3] * (x[3 * WIDTH + a] * y[3 * WIDTH + a])
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _behind(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) -> Any:
     """With G_i the sums of g q ∘ others over the rows from i on, of which s has those behind four rows: slopes get z G, and back
     comes Σ f ∘ G.
     """
     n0 = n1 = n2 = n3 = s.dtype.type(0)
     for a in range(WIDTH):
-        t0 = g[0] * q[a] * others[a]
-        t1 = g[1] * q[WIDTH + a] * others[WIDTH + a]
-        t2 = g[2] * q[2 * WIDTH + a] * others[2 * WIDTH + a]
-        t3 = g[3] * q[3 * WIDTH + a] * others[3 * WIDTH + a]
+        # From the last row to the first.
+        h = g[3] * q[3 * WIDTH + a], g[2] * q[2 * WIDTH + a], g[1] * q[WIDTH + a], g[0] * q[a]
+        four = others[3 * WIDTH + a], others[2 * WIDTH + a], others[WIDTH + a], others[a]
         part = s[WIDTH + a]
-        s3 = s[a] + part + t3
-        s2 = s3 + t2
-        s1 = s2 + t1
-        s0 = s1 + t0
+        s3, s2, s1, s0 = _ahead(h, four, s[a] + part)
         slopes[a] += z[0] * s0
         slopes[WIDTH + a] += z[1] * s1
         slopes[2 * WIDTH + a] += z[2] * s2
@@ -779,11 +765,11 @@ def _behind(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) ->
         n1 += f[WIDTH + a] * s1
         n2 += f[2 * WIDTH + a] * s2
         n3 += f[3 * WIDTH + a] * s3
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(h, four, part)[3]
     return n0, n1, n2, n3
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _complex_behind(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) -> Any:
     """`_behind` of complex numbers, with q times the conjugates of others."""
     n0 = n1 = n2 = n3 = s.dtype.type(0)
@@ -843,31 +829,25 @@ def _others(own: int, half: Any, running: Any, product: Any) -> None:
                 _complex_times(product, running[v])
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
     """`_run`, `_slope` and `_behind` in one for two views with shares y and z; f and slopes have all three slots."""
     n0 = n1 = n2 = n3 = m0 = m1 = m2 = m3 = s.dtype.type(0)
     for a in range(WIDTH):
-        j0, j1 = f[SLOT + a], f[SLOT + WIDTH + a]
-        j2, j3 = f[SLOT + 2 * WIDTH + a], f[SLOT + 3 * WIDTH + a]
-        k0, k1 = f[2 * SLOT + a], f[2 * SLOT + WIDTH + a]
-        k2, k3 = f[2 * SLOT + 2 * WIDTH + a], f[2 * SLOT + 3 * WIDTH + a]
-        s0, v0 = before[a] + y[0] * j0, before[WIDTH + a] + z[0] * k0
-        s1, v1 = s0 + y[1] * j1, v0 + z[1] * k1
-        s2, v2 = s1 + y[2] * j2, v1 + z[2] * k2
-        s3, v3 = s2 + y[3] * j3, v2 + z[3] * k3
+        j = f[SLOT + a], f[SLOT + WIDTH + a], f[SLOT + 2 * WIDTH + a], f[SLOT + 3 * WIDTH + a]
+        k = f[2 * SLOT + a], f[2 * SLOT + WIDTH + a], f[2 * SLOT + 2 * WIDTH + a], f[2 * SLOT + 3 * WIDTH + a]
+        s0, s1, s2, s3 = _ahead(y, j, before[a])
+        v0, v1, v2, v3 = _ahead(z, k, before[WIDTH + a])
         slopes[a] += g[0] * (s0 * v0)
         slopes[WIDTH + a] += g[1] * (s1 * v1)
         slopes[2 * WIDTH + a] += g[2] * (s2 * v2)
         slopes[3 * WIDTH + a] += g[3] * (s3 * v3)
-        q0, q1, q2, q3 = g[0] * f[a], g[1] * f[WIDTH + a], g[2] * f[2 * WIDTH + a], g[3] * f[3 * WIDTH + a]
-        t0, t1, t2, t3 = q0 * v0, q1 * v1, q2 * v2, q3 * v3
-        u0, u1, u2, u3 = q0 * s0, q1 * s1, q2 * s2, q3 * s3
-        t_part, u_part = s[WIDTH + a], s[3 * WIDTH + a]
-        s3, v3 = s[a] + t_part + t3, s[2 * WIDTH + a] + u_part + u3
-        s2, v2 = s3 + t2, v3 + u2
-        s1, v1 = s2 + t1, v2 + u1
-        s0, v0 = s1 + t0, v1 + u0
+        # From the last row to the first.
+        h = g[3] * f[3 * WIDTH + a], g[2] * f[2 * WIDTH + a], g[1] * f[WIDTH + a], g[0] * f[a]
+        t, u, of_t, of_u = s[WIDTH + a], s[3 * WIDTH + a], (v3, v2, v1, v0), (s3, s2, s1, s0)
+        s[WIDTH + a], s[3 * WIDTH + a] = _ahead(h, of_t, t)[3], _ahead(h, of_u, u)[3]
+        s3, s2, s1, s0 = _ahead(h, of_t, s[a] + t)
+        v3, v2, v1, v0 = _ahead(h, of_u, s[2 * WIDTH + a] + u)
         slopes[SLOT + a] += y[0] * s0
         slopes[SLOT + WIDTH + a] += y[1] * s1
         slopes[SLOT + 2 * WIDTH + a] += y[2] * s2
@@ -876,20 +856,18 @@ def _behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slopes: Any
         slopes[2 * SLOT + WIDTH + a] += z[1] * v1
         slopes[2 * SLOT + 2 * WIDTH + a] += z[2] * v2
         slopes[2 * SLOT + 3 * WIDTH + a] += z[3] * v3
-        n0 += j0 * s0
-        n1 += j1 * s1
-        n2 += j2 * s2
-        n3 += j3 * s3
-        m0 += k0 * v0
-        m1 += k1 * v1
-        m2 += k2 * v2
-        m3 += k3 * v3
-        s[WIDTH + a] = t_part + ((t0 + t1) + (t2 + t3))
-        s[3 * WIDTH + a] = u_part + ((u0 + u1) + (u2 + u3))
+        n0 += j[0] * s0
+        n1 += j[1] * s1
+        n2 += j[2] * s2
+        n3 += j[3] * s3
+        m0 += k[0] * v0
+        m1 += k[1] * v1
+        m2 += k[2] * v2
+        m3 += k[3] * v3
     return (n0, n1, n2, n3), (m0, m1, m2, m3)
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _complex_behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
     """`_behind_two` of complex numbers."""
     n0 = n1 = n2 = n3 = m0 = m1 = m2 = m3 = s.dtype.type(0)
@@ -962,7 +940,7 @@ def _complex_behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slo
     return (n0, n1, n2, n3), (m0, m1, m2, m3)
 
 
-@compiled()
+@compiled(inline=True)
 def _pull_two(before: Any, after: Any, f: Any, half: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
     """`_behind_two` of either kind."""
     if half is None:
@@ -970,7 +948,7 @@ def _pull_two(before: Any, after: Any, f: Any, half: Any, g: Any, y: Any, z: Any
     return _complex_behind_two(before, after, f, g, y, z, slopes)
 
 
-@compiled()
+@compiled(inline=True)
 def _pull_few(
     before: Any, after: Any, f: Any, half: Any, slope: Any, shares: Any, e: int, i: int, slopes: Any, of_shares: Any,
     running: Any, product: Any,
@@ -1054,7 +1032,7 @@ def pull(
         _unpack(rests, half, WIDTH, missed[p])
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _add_eight(part: Any, f: Any, z: Any) -> None:
     """The monomials f of eight rows join the part of a sum."""
     for a in range(WIDTH):

@@ -6,16 +6,36 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import numba
+from llvmlite import ir
+from numba.extending import intrinsic
 
 
-def compiled(fastmath: Set[str] = frozenset(), leaf: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+@intrinsic
+def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
+    """The sum x y + z with one rounding where the processor has an instruction for it, and two elsewhere.
+
+    A compiler makes one itself of a product that is added once, and not where it is added to two sums.
+    """
+
+    def generate(_: Any, builder: Any, __: Any, given: Any) -> Any:
+        kind = given[0].type
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [kind], ir.FunctionType(kind, [kind] * 3))
+        return builder.call(function, given)
+
+    return z(z, z, z), generate
+
+
+def compiled(
+    fastmath: Set[str] = frozenset(), leaf: bool = True, inline: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A function as machine code, compiled for the arrays of a call and kept on disk where there is a place for it.
 
     `leaf`: it makes no arrays. Slices then go uncounted: counting their references costs as much as loops over them.
+    `inline`: it becomes part of its callers, for short loops: an array is seven arguments.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: dict[str, Any] = {"nogil": True, "fastmath": set(fastmath)}
+        options: dict[str, Any] = {"nogil": True, "fastmath": set(fastmath), "forceinline": inline}
         try:
             return _kept(function, _nrt=not leaf, **options)
         except KeyError:

@@ -29,6 +29,7 @@ from .causal import (
     WIDTH,
     _add_eight,
     _add_few,
+    _ahead,
     _begin,
     _four,
     _get_in,
@@ -47,51 +48,39 @@ from .causal import (
 from .jit import compiled
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _totals(s: Any, e: Any, f: Any, z: Any, g: Any, y: Any, x: Any, found: Any) -> None:
     """x_i ∘ (S_i + E_i) of four rows, whose monomials f join the part of the sums s; e is behind these rows, of monomials g."""
     for a in range(WIDTH):
-        part = s[WIDTH + a]
-        t0, t1, t2, t3 = z[0] * f[a], z[1] * f[WIDTH + a], z[2] * f[2 * WIDTH + a], z[3] * f[3 * WIDTH + a]
-        s0 = s[a] + part + t0
-        s1 = s0 + t1
-        s2 = s1 + t2
-        s3 = s2 + t3
-        e3 = e[a] + y[3] * g[3 * WIDTH + a]
-        e2 = e3 + y[2] * g[2 * WIDTH + a]
-        e1 = e2 + y[1] * g[WIDTH + a]
-        e0 = e1 + y[0] * g[a]
+        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
+        back = g[3 * WIDTH + a], g[2 * WIDTH + a], g[WIDTH + a], g[a]
+        s0, s1, s2, s3 = _ahead(z, four, s[a] + part)
+        e3, e2, e1, e0 = _ahead((y[3], y[2], y[1], y[0]), back, e[a])
         found[a] = x[a] * (s0 + e0)
         found[WIDTH + a] = x[WIDTH + a] * (s1 + e1)
         found[2 * WIDTH + a] = x[2 * WIDTH + a] * (s2 + e2)
         found[3 * WIDTH + a] = x[3 * WIDTH + a] * (s3 + e3)
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(z, four, part)[3]
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _contract(s: Any, e: Any, f: Any, z: Any, g: Any, y: Any, x: Any) -> Any:
     """The sum of what `_totals` finds over monomials."""
     n0 = n1 = n2 = n3 = s.dtype.type(0)
     for a in range(WIDTH):
-        part = s[WIDTH + a]
-        t0, t1, t2, t3 = z[0] * f[a], z[1] * f[WIDTH + a], z[2] * f[2 * WIDTH + a], z[3] * f[3 * WIDTH + a]
-        s0 = s[a] + part + t0
-        s1 = s0 + t1
-        s2 = s1 + t2
-        s3 = s2 + t3
-        e3 = e[a] + y[3] * g[3 * WIDTH + a]
-        e2 = e3 + y[2] * g[2 * WIDTH + a]
-        e1 = e2 + y[1] * g[WIDTH + a]
-        e0 = e1 + y[0] * g[a]
+        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
+        back = g[3 * WIDTH + a], g[2 * WIDTH + a], g[WIDTH + a], g[a]
+        s0, s1, s2, s3 = _ahead(z, four, s[a] + part)
+        e3, e2, e1, e0 = _ahead((y[3], y[2], y[1], y[0]), back, e[a])
         n0 += x[a] * (s0 + e0)
         n1 += x[WIDTH + a] * (s1 + e1)
         n2 += x[2 * WIDTH + a] * (s2 + e2)
         n3 += x[3 * WIDTH + a] * (s3 + e3)
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(z, four, part)[3]
     return n0, n1, n2, n3
 
 
-@compiled()
+@compiled(inline=True)
 def _read_few(sums: Any, behind: Any, f: Any, shares: Any, e: int, i: int, product: Any) -> Any:
     """Numerators of four rows in column e, from the sums (m 2 WIDTH,) and those behind the rows (m WIDTH,)."""
     views, few = shares.shape[0] // 2, FEW * WIDTH
@@ -208,43 +197,32 @@ def _read(
         _turn_back(found, begin, rows, out)
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _running_totals(s: Any, e: Any, f: Any, z: Any, g: Any, y: Any, found: Any) -> None:
     """S_i + E_i of four rows, as in `_totals`."""
     for a in range(WIDTH):
-        part = s[WIDTH + a]
-        t0, t1, t2, t3 = z[0] * f[a], z[1] * f[WIDTH + a], z[2] * f[2 * WIDTH + a], z[3] * f[3 * WIDTH + a]
-        s0 = s[a] + part + t0
-        s1 = s0 + t1
-        s2 = s1 + t2
-        s3 = s2 + t3
-        e3 = e[a] + y[3] * g[3 * WIDTH + a]
-        e2 = e3 + y[2] * g[2 * WIDTH + a]
-        e1 = e2 + y[1] * g[WIDTH + a]
-        e0 = e1 + y[0] * g[a]
+        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
+        back = g[3 * WIDTH + a], g[2 * WIDTH + a], g[WIDTH + a], g[a]
+        s0, s1, s2, s3 = _ahead(z, four, s[a] + part)
+        e3, e2, e1, e0 = _ahead((y[3], y[2], y[1], y[0]), back, e[a])
         found[a] = s0 + e0
         found[WIDTH + a] = s1 + e1
         found[2 * WIDTH + a] = s2 + e2
         found[3 * WIDTH + a] = s3 + e3
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(z, four, part)[3]
 
 
-@compiled(FAST)
+@compiled(FAST, inline=True)
 def _up_to(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) -> Any:
     """With G_i the sums of g q ∘ others over the rows up to i, of which s has those before four rows: slopes get z G, and back
     comes Σ f ∘ G.
     """
     n0 = n1 = n2 = n3 = s.dtype.type(0)
     for a in range(WIDTH):
-        t0 = g[0] * q[a] * others[a]
-        t1 = g[1] * q[WIDTH + a] * others[WIDTH + a]
-        t2 = g[2] * q[2 * WIDTH + a] * others[2 * WIDTH + a]
-        t3 = g[3] * q[3 * WIDTH + a] * others[3 * WIDTH + a]
+        h = g[0] * q[a], g[1] * q[WIDTH + a], g[2] * q[2 * WIDTH + a], g[3] * q[3 * WIDTH + a]
+        four = others[a], others[WIDTH + a], others[2 * WIDTH + a], others[3 * WIDTH + a]
         part = s[WIDTH + a]
-        s0 = s[a] + part + t0
-        s1 = s0 + t1
-        s2 = s1 + t2
-        s3 = s2 + t3
+        s0, s1, s2, s3 = _ahead(h, four, s[a] + part)
         slopes[a] += z[0] * s0
         slopes[WIDTH + a] += z[1] * s1
         slopes[2 * WIDTH + a] += z[2] * s2
@@ -253,7 +231,7 @@ def _up_to(s: Any, g: Any, q: Any, others: Any, f: Any, z: Any, slopes: Any) -> 
         n1 += f[WIDTH + a] * s1
         n2 += f[2 * WIDTH + a] * s2
         n3 += f[3 * WIDTH + a] * s3
-        s[WIDTH + a] = part + ((t0 + t1) + (t2 + t3))
+        s[WIDTH + a] = _ahead(h, four, part)[3]
     return n0, n1, n2, n3
 
 
