@@ -55,8 +55,6 @@ from ..problem import Cost, Problem
 _REACH, _LARGE = 16.0, 2.0**24
 # Blocks of scores for which tuples are made together.
 _TOGETHER = 8
-# Tuples of a block for which compiled code is worth a call, at least.
-_LEAST = 256
 # Chains that take fewer operations one after the other than as one product of several matrices.
 _FEW = 4
 # A place after all others.
@@ -116,7 +114,7 @@ class Pass(NamedTuple):
     decays: tuple[Array, ...] = ()
     coefficients: tuple[float, ...] = ()
     attend: Callable[..., State] | None = None
-    pull: Callable[..., tuple[Array, Array, Array]] | None = None
+    pull: Callable[..., Any] | None = None
 
 
 class QueryRows(NamedTuple):
@@ -279,14 +277,15 @@ def block_sizes(
     """Rows of the query in a block, tuples in a block, and rows of each view that tuples are made of: powers of two, or all.
 
     The scores of a block stay in the cache; what is made of some rows of the views serves several blocks. No sum has more than
-    `FEW_CHAINS` chains. `apart`: a block has as many rows of the query as if there were no other problems.
+    `FEW_CHAINS` chains. `apart`: a block has as many rows of the query as if there were no other problems, and what is made of rows
+    of the views is not stored.
     """
     itemsize = backend.itemsize(dtype)
     scores = max(1, int(backend.cache // (itemsize * prod(leading))))
     query, *views = lengths
     rows = min(query, _power((scores * prod(leading) if apart else scores) ** 0.5), chain)
     tuples = min(_power(max(1, scores / rows)), FEW_CHAINS * chain)
-    room = max(tuples * (_TOGETHER if backend.parts else 1), _LEAST if apart else 1)
+    room = FEW_CHAINS * chain if apart else tuples * (_TOGETHER if backend.parts else 1)
     sizes = [0] * len(views)
     for taken, i in enumerate(sorted(range(len(views)), key=lambda i: views[i])):
         sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))), FEW_CHAINS * chain)
@@ -316,7 +315,8 @@ def prepared(
     scaled = scaled_keys(keys, units[1:], masks, backend)
     columns = operands.values[0].shape[-1] + bool(operands.weights)
     plain = limits.offsets is None and not coefficients and not operands.decays
-    call = Tuples(operands.lengths[0], prod(leading) * prod(operands.lengths), columns, bounded)
+    scores = prod(leading) * prod(operands.lengths)
+    call = Tuples(operands.lengths[0], scores, columns, bounded, operands.paired)
     kernels = [backend.kernel(name, call, q, *keys) if plain else None for name in OF_TUPLES]
     blocks = block_sizes(
         leading, operands.lengths, dtype, backend, CHAIN if coefficients else EXACT_CHAIN, kernels[0] is not None
@@ -435,9 +435,13 @@ def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | 
     return seen if last is None or at is None else seen & (last > at)
 
 
-def _hidden(run: Pass, pairs: Pairs) -> Array | None:
-    """Which tuples are seen (..., 1, tuples), alike for all rows of the query; None for all, or where 0 stands for the others."""
-    return None if run.bounded else _seen(None, pairs.first, None)
+def _sides(run: Pass, pairs: Pairs | None, rows: Rows) -> list[tuple[Array, Array, Array | None] | None]:
+    """Tuples of rows so far, None for none, and rows of the last view, as compiled code takes them."""
+    found: list[tuple[Array, Array, Array | None] | None] = []
+    for side in (pairs, _joined(run, None, rows)):
+        # Where scores are small, 0 stands for those that are hidden.
+        found.append(None if side is None else (side.keys, side.values, None if run.bounded else _seen(None, side.first, None)))
+    return found
 
 
 def _sees_some(run: Pass, at: Array | None, view: Rows, block: int) -> Array:
@@ -463,15 +467,17 @@ def attend(run: Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Se
     """
     backend, xp = run.backend, run.backend.xp
     if pairs is not None and not views:
-        if run.attend is not None:
-            return run.attend(s, pairs.keys, pairs.values, _hidden(run, pairs))
         state: State | None = None
         for cut in _cuts(run, pairs):
             state = _merge(run, state, _sums(run, s, at, cut))
         return state  # type: ignore[return-value]
 
     def body(state: State | None, *rows: Any) -> tuple[State, tuple[()]]:
-        return _merge(run, state, attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:])), ()
+        if run.attend is not None and len(views) == 1:
+            part = run.attend(s, *_sides(run, pairs, Rows(*rows)))
+        else:
+            part = attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:])
+        return _merge(run, state, part), ()
 
     block = run.blocks[-len(views)]
     start: State | None = None
@@ -539,11 +545,6 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
     backend, xp, columns = run.backend, run.backend.xp, run.columns
     s, h = rows.s, rows.h
     if pairs is not None and not views:
-        if run.pull is not None:
-            shift = None if rows.shift is None else xp.matrix_transpose(rows.shift)
-            of_query = backend.transposed(s), backend.transposed(h), shift
-            of_rows, *of_tuples = run.pull(*of_query, pairs.keys, pairs.values, _hidden(run, pairs))
-            return (backend.transposed(of_rows),), tuple(of_tuples), ()
         by_columns = backend.transposed(s), backend.transposed(h[..., :columns])
         ds: Any = None
         of_pairs = []
@@ -555,9 +556,15 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
 
     def body(carry: Any, *view: Any) -> tuple[Any, tuple[Array, Array]]:
         k, v, *_ = view
-        ds, (dkeys, dvalues), inner = adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
         through: tuple[Array, ...] = ()
-        if pairs is not None:
+        if run.pull is not None and len(views) == 1:
+            shift = None if rows.shift is None else xp.matrix_transpose(rows.shift)
+            of_query = backend.transposed(s), backend.transposed(h), shift
+            of_rows, left, (dkeys, dvalues) = run.pull(*of_query, *_sides(run, pairs, Rows(*view)))
+            ds, inner, through = (backend.transposed(of_rows),), (), left or ()
+        else:
+            ds, (dkeys, dvalues), inner = adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
+        if pairs is not None and not through:
             split = _split_complex if run.paired else _split
             dkeys_in, dkeys = split(run, dkeys, pairs.keys, k)
             dvalues_in, dvalues = _split(run, dvalues, pairs.values[..., :columns, :], v[..., :columns])

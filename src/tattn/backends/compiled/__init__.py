@@ -243,9 +243,9 @@ def _of_two_tuples(operation: str, ones: np.ndarray) -> Any:
     """What an operation computes of scores 1 and 2: e^−1 and 1 of the first tuple and the second, less e^−1."""
     tuples, keys, both = Tuples(1, 2, 1, False), np.concatenate([ones, 2 * ones], axis=-1), np.repeat(ones, 2, axis=-1)
     if operation == "attend_tuples":
-        total, top = attend_tuples(tuples, ones, keys, both, None)
+        total, top = attend_tuples(tuples, ones, None, (keys, both, None))
         return np.round(total - np.exp(-1) + top - 2, 5)
-    ds, dk, dv = pull_tuples(tuples, ones, ones, 2 * ones, keys, both, None)
+    ds, _, (dk, dv) = pull_tuples(tuples, ones, ones, 2 * ones, None, (keys, both, None))
     return np.round((ds - 2 + np.sum(dk + dv, axis=-1) - 2) / 3 - np.exp(-1) + 1, 5)
 
 
@@ -320,7 +320,7 @@ def kernels_for(
     def takes_tuples(operation: str, tuples: Tuples, *arrays: Array) -> bool:
         return tuples_worth(tuples) and taken(operation, *arrays)
 
-    def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Array | None) -> Any:
+    def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Any) -> Any:
         return back(operation(tuples, *as_numpy(given)))
 
     chosen = dict.fromkeys(OF_ROWS, takes_rows) | dict.fromkeys(OF_TUPLES, takes_tuples)
@@ -413,41 +413,60 @@ def _over_rows(
 
 
 def attend_tuples(
-    tuples: Tuples, s: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: np.ndarray | None
+    tuples: Tuples, s: np.ndarray, left: Sequence[Any] | None, right: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The operation `attend_tuples` for NumPy arrays."""
-    loops, (arrays, hidden, settings, leading) = _loops_over_tuples(), _of_tuples(s, keys, values, seen)
-    s, keys, values = arrays
+    (s,), *sides, settings, leading = _of_sides(tuples, (s,), left, right)
     problems, _, n = s.shape
-    total = np.empty((problems, values.shape[1], n), s.dtype)
+    total = np.empty((problems, right[1].shape[-2], n), s.dtype)
     top = np.empty((problems, 0 if tuples.bounded else 1, n), s.dtype)
-    loops.attend(s, keys, values, hidden, *settings, total, top)
+    _loops_over_tuples().attend(s, *sides, *settings, total, top)
     return total.reshape(*leading, *total.shape[1:]), None if tuples.bounded else top.reshape(*leading, 1, n)
 
 
 def pull_tuples(
-    tuples: Tuples, s: np.ndarray, h: np.ndarray, shift: np.ndarray | None, *of_tuples: np.ndarray | None
-) -> tuple[np.ndarray, ...]:
+    tuples: Tuples,
+    s: np.ndarray,
+    h: np.ndarray,
+    shift: np.ndarray | None,
+    left: Sequence[Any] | None,
+    right: Sequence[Any],
+) -> tuple[Any, ...]:
     """The operation `pull_tuples` for NumPy arrays."""
-    loops, rows = _loops_over_tuples(), [s, h] if shift is None else [s, h, shift]
-    keys, values, seen = of_tuples
-    (*found, keys, values), hidden, settings, leading = _of_tuples(*rows, keys, values, seen)
-    s, h, less = found if shift is not None else (*found, np.empty((len(found[0]), 0, s.shape[-1]), s.dtype))
-    ds, dk = np.empty_like(s), np.zeros_like(keys)
-    dv = np.zeros((len(dk), tuples.columns, dk.shape[-1]), s.dtype)
-    loops.pull(s, h, less, keys, values, hidden, *settings, ds, dk, dv)
-    return tuple(x.reshape(*leading, *x.shape[1:]) for x in (ds, dk, dv))
+    rows = (s, h) if shift is None else (s, h, shift)
+    (s, h, *less), *sides, settings, leading = _of_sides(tuples, rows, left, right)
+    (shift,) = less or [np.empty((len(s), 0, s.shape[-1]), s.dtype)]
+    ds, of_sides = np.empty_like(s), []
+    for keys, values in sides[:2]:
+        of_values = np.zeros((len(s), tuples.columns, values.shape[-1]), s.dtype)
+        of_sides.append((np.zeros_like(keys), of_values))
+    _loops_over_tuples().pull(s, h, shift, *sides, *settings, ds, *of_sides)
+
+    def whole(*found: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(x.reshape(*leading, *x.shape[1:]) for x in found)
+
+    return *whole(ds), None if left is None else whole(*of_sides[0]), whole(*of_sides[1])
 
 
-def _of_tuples(*given: Any) -> tuple[list[np.ndarray], np.ndarray, tuple[Any, Any], tuple[int, ...]]:
-    """Arrays (..., k, n) as (P, k, n), the last, what is seen, as (P, N) or (P, 0); settings of the loops; leading shape."""
-    *arrays, seen = given
-    loops, dtype = _loops_over_tuples(), arrays[0].dtype
-    leading = np.broadcast_shapes(*(a.shape[:-2] for a in given if a is not None))
-    together = [_together(a, leading) for a in arrays]
-    hidden = np.empty((prod(leading), 0), np.bool_) if seen is None else _together(seen, leading)[:, 0]
-    lanes = loops.ONCE if arrays[0].shape[-1] <= loops.LANES else loops.TWICE
-    return together, hidden, (lanes, loops.exponents(dtype)), leading
+def _of_sides(tuples: Tuples, rows: Sequence[np.ndarray], left: Sequence[Any] | None, right: Sequence[Any]) -> Any:
+    """Rows (..., k, n) as (P, k, n); keys and values of both sides, the left a one if there is none; which are seen, (P, N) or
+    (P, 0); settings of the loops; and leading dimensions.
+    """
+    loops, dtype = _loops_over_tuples(), rows[0].dtype
+    leading = np.broadcast_shapes(*(x.shape[:-2] for x in (*rows, *(left or ()), *right) if x is not None))
+    problems = prod(leading)
+    of_sides, seen = [], []
+    for side in (left, right):
+        if side is None:
+            of_sides.append(tuple(np.ones((problems, x.shape[-2], 1), dtype) for x in right[:2]))
+        else:
+            of_sides.append(tuple(_together(x, leading) for x in side[:2]))
+        hidden = None if side is None else side[2]
+        seen.append(np.empty((problems, 0), np.bool_) if hidden is None else _together(hidden, leading)[:, 0])
+    half = rows[0].shape[-2] // 2 if tuples.paired and left is not None else 0
+    lanes = loops.ONCE if rows[0].shape[-1] <= loops.LANES else loops.TWICE
+    own = [_together(x, leading) for x in rows]
+    return own, *of_sides, (tuple(seen), half, lanes, loops.exponents(dtype)), leading
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:
