@@ -700,11 +700,13 @@ def test_tuples_of_rows_of_all_numbers(n, scale, scores, monkeypatch):
         assert_exact_alike(call, scores, monkeypatch, scale=scale)
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (7, 6), (8, 7), (9, 8), (17, 3), (24, 40)])
+@pytest.mark.parametrize(
+    ("views", "dim", "value_dim"), [(1, 5, 2), (2, 1, 1), (2, 7, 6), (2, 8, 7), (2, 9, 8), (2, 17, 3), (2, 24, 40), (3, 6, 4)]
+)
 @pytest.mark.parametrize("channels", ["real", "complex"])
-def test_tuples_of_channels_of_all_numbers(dim, value_dim, channels, scores, monkeypatch):
+def test_tuples_of_channels_of_all_numbers(views, dim, value_dim, channels, scores, monkeypatch):
     dim += dim % 2 if channels == "complex" else 0
-    call = drawn(40, 2, "float64", dim=dim, value_dim=value_dim)
+    call = drawn(40 if views < 3 else 15, views, "float64", dim=dim, value_dim=value_dim)
     assert_exact_alike(call, scores, monkeypatch, scale=0.2, channels=channels)
 
 
@@ -749,12 +751,16 @@ def test_exponentials_of_all_numbers(dtype, loops):
     with np.errstate(all="ignore"):
         truth = np.exp(x.astype(np.longdouble))
     numbers = code.exponents(dtype)
-    code._weights(x, shift, code.ONCE, numbers)
+    code._weights(x, shift, True, code.ONCE, numbers)
     unit = 2.0**-24 if dtype == "float32" else 2.0**-53
     worst = np.max(np.abs(x / truth - 1)) / unit
     assert 0.5 < worst < 1.5
+    small = np.random.default_rng(1).uniform(-16.5, 16.5, 40 * code.LANES).astype(dtype)
+    truth = np.exp(small.astype(np.longdouble))
+    code._weights(small, shift, False, code.ONCE, numbers)
+    assert 0.5 < np.max(np.abs(small / truth - 1)) / unit < 1.5
     some = np.resize([np.nan, np.inf, -np.inf, 1e30, -1e30, low - 1, high + 1, 0.0], code.LANES).astype(dtype)
-    code._weights(some, shift, code.ONCE, numbers)
+    code._weights(some, shift, True, code.ONCE, numbers)
     np.testing.assert_array_equal(some[:8], [np.nan, np.inf, 0.0, np.inf, 0.0, 0.0, np.inf, 1.0])
 
 
@@ -1362,7 +1368,7 @@ def stream(state: tattn.DecodingState, call: dict[str, Any], **options: Any) -> 
 def steps(loops: Any) -> Iterator[Names]:
     """Tells of every token that compiled code computes."""
     compile_for("step", "complex_step")
-    with calls_of(compiled._read_token) as seen:
+    with calls_of(compiled.step, compiled.complex_step) as seen:
         yield Names(seen)
 
 

@@ -57,6 +57,8 @@ _REACH, _LARGE = 16.0, 2.0**24
 _TOGETHER = 8
 # Chains that take fewer operations one after the other than as one product of several matrices.
 _FEW = 4
+# The unit of rows that are computed with as they are.
+_NO_UNIT = None
 # A place after all others.
 _NEVER = 1 << 30
 
@@ -180,18 +182,21 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
     xp = backend.xp
     columns = (out, lse, *upstream)
     at, views, run = prepared(operands, limits)
-    dtype = views[0].keys.dtype
+    dtype, masked = views[0].keys.dtype, any(mask is not None for mask in operands.masks)
 
     def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
         o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
         s = backend.cast(rows, dtype) * run.units[0]
         h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
         # Where all is masked lse is −inf: the weights are 0, whatever the row.
-        blind = lse == -xp.inf
         shift = None
-        if run.bounded:
+        if run.bounded and not masked:
+            h = h * xp.exp(-lse)
+        elif run.bounded:
+            blind = lse == -xp.inf
             h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
         else:
+            blind = lse == -xp.inf
             s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
         (ds, *ages), _, grads = adjoint(run, QueryRows(s, h, shift, at), None, views)
         return plus(run, carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend), *ages)
@@ -214,7 +219,7 @@ def of_views(run: Pass, carries: Sequence[Any], operands: Operands) -> list[list
     for (dk, dz), unit, view in zip(_sum(run, grads), run.units[1:], operands.views, strict=True):
         if run.coefficients:
             dz = dz * (1 / view.keys.shape[-2])
-        own = clean(dk * unit, view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
+        own = clean(_in_units(dk, unit), view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
         found.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
     return found
 
@@ -235,7 +240,13 @@ def scaled_keys(
 ) -> list[Array]:
     """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
     dtype = backend.compute_dtype(keys[0].dtype)
-    return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
+    cleaned = (backend.cast(clean(k, m, backend), dtype) for k, m in zip(keys, masks, strict=True))
+    return [_in_units(k, unit) for k, unit in zip(cleaned, units, strict=True)]
+
+
+def _in_units(rows: Array, unit: Any) -> Array:
+    """Rows (..., n, d) times factors of channels; without a factor as they are."""
+    return rows if unit is _NO_UNIT else rows * unit
 
 
 def cost(problem: Problem) -> Cost:
@@ -306,7 +317,7 @@ def prepared(
     xp = backend.xp
     dtype, device, leading = operands.dtype, backend.device(q), operands.leading
     bounded = bool(coefficients) or (backend.reads and not operands.decays and small(operands))
-    units: list[Any] = [operands.scale, *(1.0 for _ in keys)]
+    units: list[Any] = [operands.scale, *(_NO_UNIT for _ in keys)]
     if coefficients or not bounded:
         units = shared_units(operands)
     if operands.paired:
@@ -557,11 +568,13 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
     def body(carry: Any, *view: Any) -> tuple[Any, tuple[Array, Array]]:
         k, v, *_ = view
         through: tuple[Array, ...] = ()
+        turned = xp.matrix_transpose
         if run.pull is not None and len(views) == 1:
             shift = None if rows.shift is None else xp.matrix_transpose(rows.shift)
             of_query = backend.transposed(s), backend.transposed(h), shift
             of_rows, left, (dkeys, dvalues) = run.pull(*of_query, *_sides(run, pairs, Rows(*view)))
             ds, inner, through = (backend.transposed(of_rows),), (), left or ()
+            turned = backend.transposed
         else:
             ds, (dkeys, dvalues), inner = adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
         if pairs is not None and not through:
@@ -569,7 +582,7 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
             dkeys_in, dkeys = split(run, dkeys, pairs.keys, k)
             dvalues_in, dvalues = _split(run, dvalues, pairs.values[..., :columns, :], v[..., :columns])
             through = dkeys_in, dvalues_in
-        dk, dv = (sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
+        dk, dv = (sum_to_leading(turned(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
         return plus(run, carry, (ds, through, inner)), (dk, dv)
 
     block = run.blocks[-len(views)]

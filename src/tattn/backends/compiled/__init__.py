@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
@@ -287,7 +287,7 @@ def kernels_for(
     def taken(operation: str, *arrays: Array) -> bool:
         if not takes(*arrays) or why_not():
             return False
-        return not _fails(operation, "float64" if str(arrays[0].dtype).endswith("float64") else "float32")
+        return not _fails(operation, "float64" if arrays[0].dtype.itemsize == 8 else "float32")
 
     def as_numpy(x: Any) -> Any:
         if x is None:
@@ -305,13 +305,14 @@ def kernels_for(
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     def run_step(operation: Callable[..., Any], token: Token, query: Array, *given: Any) -> Any:
-        # No deeper than this, and quickly: numbers stay as they are.
-        lists = [[x if isinstance(x, float) else values(x) for x in each] for each in given]
-        out, lse, *found = operation(token, values(query), *lists)
-        return wrapped(out), wrapped(lse), *([wrapped(x) for x in each] for each in found)
+        # Microseconds count here, and nothing is deeper than this.
+        decays = [x if isinstance(x, float) else values(x) for x in given[4]]
+        rows, turned = ([[*map(values, each)] for each in some] for some in (given[:4], given[5:]))
+        out, lse, *found = operation(token, values(query), *rows, decays, *turned)
+        return wrapped(out), wrapped(lse), *([*map(wrapped, each)] for each in found)
 
     def takes_rows(operation: str, rows: Rows, *arrays: Array) -> bool:
-        itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
+        itemsize = max(4, arrays[0].dtype.itemsize)
         return worth(rows, arrays[0].shape[-2], itemsize) and taken(operation, *arrays)
 
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
@@ -453,7 +454,8 @@ def _of_sides(tuples: Tuples, rows: Sequence[np.ndarray], left: Sequence[Any] | 
     (P, 0); settings of the loops; and leading dimensions.
     """
     loops, dtype = _loops_over_tuples(), rows[0].dtype
-    leading = np.broadcast_shapes(*(x.shape[:-2] for x in (*rows, *(left or ()), *right) if x is not None))
+    shapes = {x.shape[:-2] for x in (*rows, *(left or ()), *right) if x is not None}
+    leading = np.broadcast_shapes(*shapes) if len(shapes) > 1 else shapes.pop()
     problems = prod(leading)
     of_sides, seen = [], []
     for side in (left, right):
@@ -604,12 +606,30 @@ def step(
     decays: Sequence[Any] = (),
 ) -> Any:
     """The operation `step` for NumPy arrays."""
-    problems, size, n, dtype = prod(query.shape[:-2]), prod(sums[0].shape[-2:]), query.shape[-2], query.dtype
-    combined, powers = np.empty((problems, n, size), dtype), np.zeros((problems, n))
-    combined[...] = token.w
-    rows = _rows(keys, values, _factors(decays, query, len(keys)))
-    found = _taken_in(token, rows, (sums, rests), combined, powers)
-    return *_read_token(token, query, values[0], combined, powers), *found
+    *leading, n, dim = query.shape
+    problems, views, value_dim, dtype = prod(leading), len(keys), values[0].shape[-1], query.dtype
+    new = np.empty((views, 2, problems, len(token.w)), dtype)
+    out, lse = np.empty((problems, n, value_dim), dtype), np.empty((problems, n), dtype)
+
+    def both(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        # Always two of each, so that one function is compiled for one view and for two.
+        first, last = arrays[0], arrays[-1]
+        first = _writable(first).reshape(shape)
+        return first, first if views == 1 else _writable(last).reshape(shape)
+
+    _loaded()[0].decoding.step(
+        _writable(query).reshape(problems, n, dim),
+        both(keys, (problems, n, dim)),
+        both(values, (problems, n, value_dim)),
+        both(_factors(decays, query, views), (problems,)),
+        token.of_query, token.of_keys, token.largest, token.w, token.runs,
+        both(sums, (problems, -1)),
+        both(rests, (problems, -1)),
+        new, out, lse,
+    )  # fmt: skip
+    shape = (views, 2, *sums[0].shape)
+    found = new.reshape(shape)
+    return out.reshape(*leading, n, value_dim), lse.reshape(*leading, n), found[:, 0], found[:, 1]
 
 
 def complex_step(
@@ -627,7 +647,7 @@ def complex_step(
     problems, shape = prod(query.shape[:-2]), turned[0].shape[-2:]
     rows = _rows(keys, values, _factors(decays, query, len(keys)))
     powers = np.zeros((problems, n))
-    found = _taken_in(token, rows, (sums, rests), None, powers)
+    found = _taken_in(token, rows, (sums, rests), powers)
     combined, phi, room = np.zeros((problems, n, *shape), dtype), np.empty(shape[1], dtype), np.empty(shape, dtype)
     combined[..., : shape[1] // 2] = 1
     unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
@@ -635,37 +655,45 @@ def complex_step(
     for row, old, after in zip(rows, turned, new, strict=True):
         both = (x.reshape(problems, *shape) for x in (_writable(old), after))
         loops.take_in_complex(*row, unit, most, token.pairs, phi, room, *both, combined, powers)
-    return *_read_token(token, query, values[0], combined, powers), *found, new
+    columns = shape[0]
+    out, lse, part = np.empty((problems, n, columns - 1), dtype), np.empty((problems, n), dtype), np.empty(columns, dtype)
+    q = _writable(query).reshape(problems, n, -1)
+    facts = dtype.type(token.of_query), most, token.pairs, token.w
+    loops.read_complex(q, *facts, phi, combined, powers, part, out, lse)
+    leading = query.shape[:-2]
+    return out.reshape(*leading, n, columns - 1), lse.reshape(*leading, n), *found, new
 
 
 def _factors(decays: Sequence[Any], query: np.ndarray, views: int) -> list[np.ndarray]:
     """What the sums of every view are multiplied by with each token, (P,), 1 where keys do not decay."""
     leading = query.shape[:-2]
     if not decays:
-        return [np.ones(prod(leading), query.dtype)] * views
+        return [_ones(prod(leading), query.dtype)] * views
     found = np.empty((views, *leading), query.dtype)
     for view, given in enumerate(decays):
         found[view, ...] = given
     return list(found.reshape(views, -1))
 
 
+@lru_cache(maxsize=64)
+def _ones(count: int, dtype: np.dtype) -> np.ndarray:
+    """Factors that change nothing."""
+    return np.ones(count, dtype)
+
+
 def _rows(
     keys: Sequence[np.ndarray], values: Sequence[np.ndarray], factors: Sequence[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Keys (P, n, d), values (P, n, dv) and factors (P,) of every view: copies, since compiled code tells apart arrays that may not
-    be written to.
-    """
-    n = keys[0].shape[-2]
-    return [
-        (np.array(k).reshape(-1, n, k.shape[-1]), np.array(v).reshape(-1, n, v.shape[-1]), f)
-        for k, v, f in zip(keys, values, factors, strict=True)
-    ]
+    """Keys (P, n, d), values (P, n, dv) and factors (P,) of every view."""
+    n, problems = keys[0].shape[-2], len(factors[0])
+    rows = ([_writable(x).reshape(problems, n, -1) for x in each] for each in (keys, values))
+    return list(zip(*rows, factors, strict=True))
 
 
 def _taken_in(
-    token: Token, rows: Sequence[Any], before: Sequence[Any], combined: np.ndarray | None, powers: np.ndarray
+    token: Token, rows: Sequence[Any], before: Sequence[Any], powers: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Sums and rests of real monomials with keys and values; and in `combined` (P, n, r c), if given, products of the sums."""
+    """Sums and rests of real monomials with keys and values."""
     loops = _loaded()[0].decoding
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for row, total, rest in zip(rows, *before, strict=True):
@@ -673,27 +701,10 @@ def _taken_in(
         phi, room, new = (np.empty(shape, dtype) for shape in (r, (3, r * columns), (2, problems, r * columns)))
         given = _writable(total).reshape(problems, -1), _writable(rest).reshape(problems, -1)
         unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
-        loops.take_in(*row, unit, most, token.runs, phi, room, *given, new[0], new[1], combined, powers)
+        loops.take_in(*row, unit, most, token.runs, phi, room, *given, new[0], new[1], None, powers)
         for of_kind, x in zip(found, new, strict=True):
             of_kind.append(x.reshape(total.shape))
     return found
-
-
-def _read_token(
-    token: Token, query: np.ndarray, like: np.ndarray, combined: np.ndarray, powers: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Output (..., n, dv), of as many columns as in `like`, and lse (..., n)."""
-    loops, dtype = _loaded()[0].decoding, query.dtype
-    *leading, n, dim = query.shape
-    problems, columns = len(powers), like.shape[-1] + 1
-    out, lse = np.empty((problems, n, columns - 1), dtype), np.empty((problems, n), dtype)
-    phi, (part, found) = np.empty(combined[0, 0].size // columns, dtype), np.empty((2, columns), dtype)
-    given = np.array(query).reshape(problems, n, dim), dtype.type(token.of_query), dtype.type(token.largest)
-    if token.pairs is None:
-        loops.read(*given, token.runs, phi, combined, powers, part, found, out, lse)
-    else:
-        loops.read_complex(*given, token.pairs, token.w, phi, combined, powers, found, out, lse)
-    return out.reshape(*leading, n, columns - 1), lse.reshape(*leading, n)
 
 
 def _writable(x: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ and then one for each of these.
 
 from __future__ import annotations
 
+from functools import cache
 from math import factorial, log
 from typing import Any
 
@@ -56,6 +57,7 @@ def _half_power(context: Any, shifted: Any) -> Any:
     return shifted(shifted), lower
 
 
+@cache
 def exponents(dtype: Any) -> tuple[Any, ...]:
     """Numbers of a dtype that the loops take exponentials with."""
     size, number = np.dtype(dtype).itemsize, np.dtype(dtype).type
@@ -104,15 +106,53 @@ def _long_exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
         x[i] = p if y == y else y
 
 
+@compiled({"contract"})
+def _of_small(x: Any, lanes: Any, numbers: Any) -> None:
+    """Replace x by e^x where nothing is large, for float32: half of the operations."""
+    rows = LANES * len(lanes)
+    per, whole, high, low = numbers[0], numbers[1], numbers[2], numbers[3]
+    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    one, two = x.dtype.type(1), x.dtype.type(2)
+    for i in range(rows):
+        shifted = x[i] * per + whole
+        n = shifted - whole
+        r = (x[i] - n * high) - n * low
+        p = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        x[i] = ((p * (r * r) + r) + one) * (_half_power(shifted) * two)
+
+
+@compiled({"contract"})
+def _long_of_small(x: Any, lanes: Any, numbers: Any) -> None:
+    """The same for float64."""
+    rows = LANES * len(lanes)
+    per, whole, high, low = numbers[0], numbers[1], numbers[2], numbers[3]
+    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    c8, c9, c10, c11, c12, c13 = numbers[12], numbers[13], numbers[14], numbers[15], numbers[16], numbers[17]
+    one, two = x.dtype.type(1), x.dtype.type(2)
+    for i in range(rows):
+        shifted = x[i] * per + whole
+        n = shifted - whole
+        r = (x[i] - n * high) - n * low
+        p = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
+        p = ((((p * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        x[i] = ((p * (r * r) + r) + one) * (_half_power(shifted) * two)
+
+
 @compiled()
-def _weights(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
-    """Replace x (tuples rows,) by e^(x − shift), one row after another."""
+def _weights(x: Any, shift: Any, less: Any, lanes: Any, numbers: Any) -> None:
+    """Replace x (tuples rows,) by e^(x − shift), one row after another; by e^x where nothing is large, unless it is `less`."""
     rows = LANES * len(lanes)
     for t in range(0, x.shape[0], rows):
+        own = x[t : t + rows]
         if x.itemsize == 4:
-            _exponential(x[t : t + rows], shift, lanes, numbers)
+            if less:
+                _exponential(own, shift, lanes, numbers)
+            else:
+                _of_small(own, lanes, numbers)
+        elif less:
+            _long_exponential(own, shift, lanes, numbers)
         else:
-            _long_exponential(x[t : t + rows], shift, lanes, numbers)
+            _long_of_small(own, lanes, numbers)
 
 
 @compiled(FAST)
@@ -398,7 +438,7 @@ def _to_top(x: Any, lanes: Any, top: Any, before: Any, shift: Any, found: Any, n
     for t in range(0, x.shape[0], rows):
         _raise(x[t:], lanes, top)
     _finite(top, lanes, shift)
-    _weights(before, shift, lanes, numbers)
+    _weights(before, shift, True, lanes, numbers)
     for e in range(0, found.shape[0], rows):
         _times(before, lanes, found[e:])
 
@@ -435,7 +475,7 @@ def attend(
                 if top.shape[1]:
                     _hide(seen[0][p], seen[1][p], right[0].shape[2], begin, there, lanes, own)
                     _to_top(own, lanes, best, before, shift, found, numbers)
-                _weights(own, shift, lanes, numbers)
+                _weights(own, shift, top.shape[1] > 0, lanes, numbers)
                 _sums(values, columns, own, lanes, part, found)
             for e in range(columns):
                 _copy(found[e * rows : e * rows + count], total[p, e, low:])
@@ -479,7 +519,7 @@ def pull(
                 _scores(keys, dim, q, lanes, own)
                 if shift.shape[1]:
                     _hide(seen[0][p], seen[1][p], right[0].shape[2], begin, there, lanes, own)
-                _weights(own, less, lanes, numbers)
+                _weights(own, less, shift.shape[1] > 0, lanes, numbers)
                 _of_tuples(own, g, lanes, pulled, of_pairs)
                 _of_pairs(of_pairs, left[1][p], right[1][p], 0, begin, there, of_left[1][p], of_right[1][p])
                 _scores(values, columns, g, lanes, of_own)
