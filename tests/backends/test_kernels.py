@@ -701,13 +701,34 @@ def test_tuples_of_rows_of_all_numbers(n, scale, scores, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("views", "dim", "value_dim"), [(1, 5, 2), (2, 1, 1), (2, 7, 6), (2, 8, 7), (2, 9, 8), (2, 17, 3), (2, 24, 40), (3, 6, 4)]
+    ("views", "dim", "value_dim"),
+    [(1, 5, 2), (2, 1, 1), (2, 7, 6), (2, 8, 7), (2, 9, 8), (2, 17, 3), (2, 24, 40), (3, 6, 4)],
 )
 @pytest.mark.parametrize("channels", ["real", "complex"])
 def test_tuples_of_channels_of_all_numbers(views, dim, value_dim, channels, scores, monkeypatch):
     dim += dim % 2 if channels == "complex" else 0
     call = drawn(40 if views < 3 else 15, views, "float64", dim=dim, value_dim=value_dim)
     assert_exact_alike(call, scores, monkeypatch, scale=0.2, channels=channels)
+
+
+@pytest.mark.parametrize("lengths", [(1, 70), (70, 1), (5, 200), (200, 5)])
+@pytest.mark.parametrize("channels", ["real", "complex"])
+def test_tuples_of_views_of_very_different_lengths(lengths, channels, scores, monkeypatch):
+    """In tiles of tuples of many rows of the one with few of the other, whichever comes first."""
+    rng = np.random.default_rng(2)
+    query, grad = rng.uniform(-1, 1, (2, 9, 4))
+    keys, values = ([rng.uniform(-1, 1, (n, 4)) for n in lengths] for _ in range(2))
+    masks = [np.arange(n) % 3 != 1 for n in lengths]
+    call = {
+        "query": query,
+        "keys": keys,
+        "values": values,
+        "key_masks": masks,
+        "grad_out": grad,
+        "grad_lse": grad[:, 0],
+    }
+    for scale in (0.3, 40.0):
+        assert_exact_alike(call, scores, monkeypatch, scale=scale, channels=channels)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -838,8 +859,8 @@ def test_loops_take_tuples_where_they_are_faster(loops):
     def taken(n: int, scores: int) -> bool:
         return BACKEND.kernel("attend_tuples", Tuples(n, scores, 8, True), rows, rows) is not None
 
-    assert taken(128, 128**3)
-    assert not taken(128, 127 * 128**2)
+    assert taken(128, 128 * 64**2)
+    assert not taken(128, 127 * 64**2)
     assert not taken(150, 1 << 30)
     assert taken(220, 1 << 30)
 

@@ -308,7 +308,8 @@ def _has_tangent(array: Array | None) -> bool:
     # Those of torch.func are traced.
     if array is None or not _forward_modes() or torch._C._functorch.is_functorch_wrapped_tensor(array):
         return False
-    return torch.autograd.forward_ad.unpack_dual(array).tangent is not None
+    forward_ad: Any = torch.autograd.forward_ad
+    return forward_ad.unpack_dual(array).tangent is not None
 
 
 # torch 2.9 and later have a setting for each library's products. The older one stands for all and cannot be read once one of

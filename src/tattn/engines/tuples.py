@@ -182,21 +182,22 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
     xp = backend.xp
     columns = (out, lse, *upstream)
     at, views, run = prepared(operands, limits)
-    dtype, masked = views[0].keys.dtype, any(mask is not None for mask in operands.masks)
+    dtype = views[0].keys.dtype
+    # Rows of a causal call may have been left out by a normaliser of 0.
+    all_see = limits.offsets is None and all(mask is None for mask in operands.masks)
 
     def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
         o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
         s = backend.cast(rows, dtype) * run.units[0]
         h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
         # Where all is masked lse is −inf: the weights are 0, whatever the row.
+        blind = None if run.bounded and all_see else lse == -xp.inf
         shift = None
-        if run.bounded and not masked:
+        if blind is None:
             h = h * xp.exp(-lse)
         elif run.bounded:
-            blind = lse == -xp.inf
             h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
         else:
-            blind = lse == -xp.inf
             s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
         (ds, *ages), _, grads = adjoint(run, QueryRows(s, h, shift, at), None, views)
         return plus(run, carry, grads), (sum_to_leading(ds * run.units[0], rows.shape[:-2], backend), *ages)
@@ -451,7 +452,9 @@ def _sides(run: Pass, pairs: Pairs | None, rows: Rows) -> list[tuple[Array, Arra
     found: list[tuple[Array, Array, Array | None] | None] = []
     for side in (pairs, _joined(run, None, rows)):
         # Where scores are small, 0 stands for those that are hidden.
-        found.append(None if side is None else (side.keys, side.values, None if run.bounded else _seen(None, side.first, None)))
+        found.append(
+            None if side is None else (side.keys, side.values, None if run.bounded else _seen(None, side.first, None))
+        )
     return found
 
 

@@ -39,12 +39,12 @@ _ROOM = 2 << 30
 _FEWEST = 1 << 20
 # Columns of the values that are worth a thread, which makes the monomials of all rows: to read, and to pull gradients back.
 _TO_READ, _TO_PULL = 4, 24
-# Monomials of all rows that are worth loading numba for.
-_MANY = 1 << 21
+# Monomials of all rows from which some hundred calls make up for loading numba; its loops are faster for any number.
+_MANY = 1 << 17
 # Bytes of the monomials of a row, of which a tile of the loops has 128.
 _MOST_BYTES = 1 << 16
 # Scores that are worth it.
-_MANY_SCORES = 1 << 21
+_MANY_SCORES = 1 << 19
 # Rows that the loops compute, most of which should be there.
 _FILLED = 0.8
 # Columns that are few; where they are more, so many monomials and rows are worth turning columns for.
@@ -342,7 +342,7 @@ def kernels_for(
 
 
 def _pays(rows: Rows, n: int, itemsize: int) -> bool:
-    """Whether the loops are faster than array operations for n rows of every problem, by more than it takes to load them."""
+    """Whether the loops are faster than array operations for n rows of every problem, by so much that loading them is worth it."""
     if max(rows.problems * n, rows.in_all) * rows.rank < _MANY or rows.rank * itemsize > _MOST_BYTES:
         return False
     return rows.columns <= _NARROW or (rows.rank >= _WIDE_RANK and n >= _WIDE_ROWS)
@@ -417,7 +417,7 @@ def attend_tuples(
     tuples: Tuples, s: np.ndarray, left: Sequence[Any] | None, right: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The operation `attend_tuples` for NumPy arrays."""
-    (s,), *sides, settings, leading = _of_sides(tuples, (s,), left, right)
+    (s,), sides, settings, leading = _of_sides(tuples, (s,), *_longer_behind(left, right))
     problems, _, n = s.shape
     total = np.empty((problems, right[1].shape[-2], n), s.dtype)
     top = np.empty((problems, 0 if tuples.bounded else 1, n), s.dtype)
@@ -435,18 +435,22 @@ def pull_tuples(
 ) -> tuple[Any, ...]:
     """The operation `pull_tuples` for NumPy arrays."""
     rows = (s, h) if shift is None else (s, h, shift)
-    (s, h, *less), *sides, settings, leading = _of_sides(tuples, rows, left, right)
+    first, last = _longer_behind(left, right)
+    (s, h, *less), sides, settings, leading = _of_sides(tuples, rows, first, last)
     (shift,) = less or [np.empty((len(s), 0, s.shape[-1]), s.dtype)]
     ds, of_sides = np.empty_like(s), []
-    for keys, values in sides[:2]:
+    for keys, values in sides:
         of_values = np.zeros((len(s), tuples.columns, values.shape[-1]), s.dtype)
         of_sides.append((np.zeros_like(keys), of_values))
     _loops_over_tuples().pull(s, h, shift, *sides, *settings, ds, *of_sides)
+    found = [tuple(x.reshape(*leading, *x.shape[1:]) for x in own) for own in ((ds,), *of_sides)]
+    of_left, of_right = found[1:] if last is right else found[:0:-1]
+    return *found[0], None if left is None else of_left, of_right
 
-    def whole(*found: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(x.reshape(*leading, *x.shape[1:]) for x in found)
 
-    return *whole(ds), None if left is None else whole(*of_sides[0]), whole(*of_sides[1])
+def _longer_behind(left: Sequence[Any] | None, right: Sequence[Any]) -> tuple[Sequence[Any] | None, Sequence[Any]]:
+    """Both sides, the longer one behind: loops run over that, and sums of its gradients have a term for each of the other."""
+    return (right, left) if left is not None and left[0].shape[-1] > right[0].shape[-1] else (left, right)
 
 
 def _of_sides(tuples: Tuples, rows: Sequence[np.ndarray], left: Sequence[Any] | None, right: Sequence[Any]) -> Any:
@@ -468,7 +472,7 @@ def _of_sides(tuples: Tuples, rows: Sequence[np.ndarray], left: Sequence[Any] | 
     half = rows[0].shape[-2] // 2 if tuples.paired and left is not None else 0
     lanes = loops.ONCE if rows[0].shape[-1] <= loops.LANES else loops.TWICE
     own = [_together(x, leading) for x in rows]
-    return own, *of_sides, (tuple(seen), half, lanes, loops.exponents(dtype)), leading
+    return own, of_sides, (tuple(seen), half, lanes, loops.exponents(dtype)), leading
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:
@@ -656,7 +660,11 @@ def complex_step(
         both = (x.reshape(problems, *shape) for x in (_writable(old), after))
         loops.take_in_complex(*row, unit, most, token.pairs, phi, room, *both, combined, powers)
     columns = shape[0]
-    out, lse, part = np.empty((problems, n, columns - 1), dtype), np.empty((problems, n), dtype), np.empty(columns, dtype)
+    out, lse, part = (
+        np.empty((problems, n, columns - 1), dtype),
+        np.empty((problems, n), dtype),
+        np.empty(columns, dtype),
+    )
     q = _writable(query).reshape(problems, n, -1)
     facts = dtype.type(token.of_query), most, token.pairs, token.w
     loops.read_complex(q, *facts, phi, combined, powers, part, out, lse)

@@ -362,9 +362,7 @@ def _fill(tile: Any, count: int, alike: Any) -> None:
 
 
 @compiled(FAST)
-def _from_one(
-    g: Any, left: Any, j: int, right: Any, k: int, stop: int, half: int, of_left: Any, of_right: Any
-) -> None:
+def _from_one(g: Any, left: Any, j: int, right: Any, k: int, stop: int, half: int, of_left: Any, of_right: Any) -> None:
     """Gradients g of what `_times_one` makes, a tile, join those of both sides: of complex numbers b̄ g and ā g."""
     zero = right.dtype.type(0)
     for e in range(half):
@@ -387,9 +385,7 @@ def _from_one(
 
 
 @compiled()
-def _of_pairs(
-    g: Any, left: Any, right: Any, half: int, begin: int, count: int, of_left: Any, of_right: Any
-) -> None:
+def _of_pairs(g: Any, left: Any, right: Any, half: int, begin: int, count: int, of_left: Any, of_right: Any) -> None:
     """The gradients g of so many pairs from `begin`, a tile, join those of both sides, of as many channels as these have."""
     n, at = right.shape[1], 0
     while at < count:
@@ -444,13 +440,11 @@ def _to_top(x: Any, lanes: Any, top: Any, before: Any, shift: Any, found: Any, n
 
 
 @compiled(leaf=False)
-def attend(
-    s: Any, left: Any, right: Any, seen: Any, half: int, lanes: Any, numbers: Any, total: Any, top: Any
-) -> None:
+def attend(s: Any, left: Any, right: Any, seen: Any, half: int, lanes: Any, numbers: Any, total: Any, top: Any) -> None:
     """The product v f goes to total (P, c, n), with `top` (P, 1, n), the largest score, as the shift, or none if it has no rows.
 
-    `left` and `right` are keys (P, d, N) and values (P, c, N), the keys `half` complex numbers if that is not 0. They are seen where
-    those of `seen`, (P, N) for both, are not 0; all if they have none.
+    `left` and `right` are keys (P, d, N) and values (P, c, N), the keys `half` complex numbers if that is not 0. They are seen
+    where those of `seen`, (P, N) for both, are not 0; all if they have none.
     """
     problems, dim, n = s.shape
     columns, tuples, rows = right[1].shape[1], left[0].shape[2] * right[0].shape[2], LANES * len(lanes)
@@ -485,13 +479,13 @@ def attend(
 
 @compiled(leaf=False)
 def pull(
-    s: Any, h: Any, shift: Any, left: Any, right: Any, seen: Any, half: int, lanes: Any, numbers: Any, ds: Any,
-    of_left: Any, of_right: Any,
-) -> None:
-    """With slopes p = f ∘ vᵀ h, k p goes to ds (P, d, n), and the gradients s pᵀ of keys and h fᵀ of values join those of both sides.
+    s: Any, h: Any, shift: Any, left: Any, right: Any, seen: Any, half: int, lanes: Any, numbers: Any, ds: Any, of_left: Any,
+    of_right: Any,
+) -> None:  # fmt: skip
+    """With slopes p = f ∘ vᵀ h, k p goes to ds (P, d, n), and gradients s pᵀ of keys and h fᵀ of values join those of both sides.
 
     `shift` (P, 1, n) may have no rows; others as in `attend`. Gradients of values are of as many columns as those of the left have.
-    """  # fmt: skip
+    """
     problems, dim, n = s.shape
     columns, tuples, rows = right[1].shape[1], left[0].shape[2] * right[0].shape[2], LANES * len(lanes)
     pulled = of_left[1].shape[1]
