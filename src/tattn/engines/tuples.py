@@ -295,7 +295,7 @@ def block_sizes(
     itemsize = backend.itemsize(dtype)
     scores = max(1, int(backend.cache // (itemsize * prod(leading))))
     query, *views = lengths
-    rows = min(query, _power((scores * prod(leading) if apart else scores) ** 0.5), chain)
+    rows = min(query, _power((scores * prod(leading) if apart else scores) ** 0.5), 2 * CHAIN if apart else chain)
     tuples = min(_power(max(1, scores / rows)), FEW_CHAINS * chain)
     room = FEW_CHAINS * chain if apart else tuples * (_TOGETHER if backend.parts else 1)
     sizes = [0] * len(views)
