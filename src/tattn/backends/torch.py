@@ -35,7 +35,7 @@ class TorchBackend(Backend):
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         tensors = [a for a in arrays if a is not None]
         # In-place writes would break the graph that autograd or the compiler records.
-        return _VARIANTS[not (self.is_traced(tensors) or self.records(tensors)), tensors[0].device.type != "cpu"]
+        return _VARIANTS[not (self.is_traced(tensors) or self.records(tensors)), not tensors[0].is_cpu]
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         if torch.compiler.is_compiling():
