@@ -386,14 +386,14 @@ def small(operands: Operands) -> bool:
     masked = zip((*operands.keys, *operands.values), (*operands.masks, *operands.masks), strict=True)
     rows = [q, *(clean(x, m, backend) for x, m in masked)]
     views = len(operands.views) + 1
-    rows[:views] = [sizes_of(x, operands.paired, backend) for x in rows[:views]]
-    sizes = [float(xp.max(xp.abs(x))) for x in rows]
+    rows = [sizes_of(x, operands.paired and i < views, backend) for i, x in enumerate(rows)]
+    sizes = [float(xp.max(x)) for x in rows]
     if not all(1 / _LARGE <= x <= _LARGE for x in (scale, *sizes[:views], prod(sizes[views:]))):
         return False
     if scale * rows[0].shape[-1] * prod(sizes[:views]) <= _REACH:
         return True
     dtype = backend.compute_dtype(q.dtype)
-    norms = [float(xp.max(xp.sum(prod_of([xp.abs(backend.cast(x, dtype))] * views), axis=-1))) for x in rows[:views]]
+    norms = [float(xp.max(xp.sum(prod_of([backend.cast(x, dtype)] * views), axis=-1))) for x in rows[:views]]
     return scale**views * prod(norms) <= _REACH**views
 
 
