@@ -14,12 +14,13 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
-attend_tuples  ``(tuples, s, keys, values, seen)``, a `Tuples`, query rows (..., d, n), keys (..., d, N) and values and ones
-               (..., c, N) of tuples, which of them are seen (..., 1, N) or None for all → Σ w v over tuples, (..., c, n), for
-               weights w = e^(kᵀ s − top), and top (..., 1, n), the largest score, or None where that is not subtracted
-pull_tuples    ``(tuples, s, h, shift, keys, values, seen)``, h (..., c, n), and what scores are less (..., 1, n) or None → with
-               f = e^(kᵀ s − shift) and p = f ∘ vᵀ h the sums k p, (..., d, n), s pᵀ, (..., d, N), and of the first columns
-               h fᵀ, (..., c', N)
+attend_tuples  ``(tuples, s, left, right)``, a `Tuples`, query rows (..., d, n), and two sides: keys (..., d, N), values and ones
+               (..., c, N), and which of them are seen (..., 1, N) or None for all; of the left one None, or all pairs of both are
+               tuples, whose keys and values k and v are products → Σ w v over tuples, (..., c, n), for weights
+               w = e^(kᵀ s − top), and top (..., 1, n), the largest score, or None where that is not subtracted
+pull_tuples    ``(tuples, s, h, shift, left, right)``, h (..., c, n), and what scores are less (..., 1, n) or None → with
+               f = e^(kᵀ s − shift) and p = f ∘ vᵀ h the sums k p, (..., d, n); and for both sides, None for none, the gradients
+               of keys and of the first columns of values that s pᵀ and h fᵀ, those of tuples, lead to
 window_read    ``(block, starts)``, a `Prefix` of blocks of rows with the keys and shares of every view, and then as many others,
                and the sums (..., dv + 1, r) of every view that all rows of a block see, or none → numerators (..., n, dv + 1)
                of rows that see those of their view up to their own, and the others from this on
@@ -118,14 +119,15 @@ class Rows(NamedTuple):
 class Tuples(NamedTuple):
     """A call of the exact method where every query row sees all tuples of keys that are seen at all.
 
-    How many query rows and scores there are; how many columns of the values need gradients; and whether scores are known to be so
-    small that nothing has to be subtracted from them.
+    How many query rows and scores there are; how many columns of the values need gradients; whether scores are known to be so
+    small that nothing has to be subtracted from them; and whether channels are complex.
     """
 
     rows: int
     scores: int
     columns: int
     bounded: bool
+    paired: bool = False
 
 
 class Token(NamedTuple):

@@ -35,7 +35,7 @@ class TorchBackend(Backend):
     def for_arrays(self, arrays: Sequence[Array]) -> Backend:
         tensors = [a for a in arrays if a is not None]
         # In-place writes would break the graph that autograd or the compiler records.
-        return _VARIANTS[not (self.is_traced(tensors) or self.records(tensors)), tensors[0].device.type != "cpu"]
+        return _VARIANTS[not (self.is_traced(tensors) or self.records(tensors)), not tensors[0].is_cpu]
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         if torch.compiler.is_compiling():
@@ -43,13 +43,15 @@ class TorchBackend(Backend):
         # Who records operations may leave tensors as they are.
         if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(kind) for kind in _RECORDERS):
             return True
-        return any(
-            torch._C._functorch.is_functorch_wrapped_tensor(a)
-            or isinstance(a, torch._subclasses.FakeTensor)
-            or a.device.type == "meta"
-            for a in arrays
-            if isinstance(a, torch.Tensor)
-        )
+        for a in arrays:
+            if type(a) not in _OWN:
+                if not isinstance(a, torch.Tensor):
+                    continue
+                if isinstance(a, torch._subclasses.FakeTensor):
+                    return True
+            if a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a):
+                return True
+        return False
 
     def is_array(self, array: Any) -> bool:
         return isinstance(array, torch.Tensor)
@@ -72,9 +74,12 @@ class TorchBackend(Backend):
         )
 
     def records(self, arrays: Sequence[Array | None]) -> bool:
-        if torch.is_grad_enabled() and any(_needs_gradient(a) for a in arrays):
-            return True
-        return any(_has_tangent(a) for a in arrays)
+        if torch.is_grad_enabled():
+            for a in arrays:
+                if a is not None and a.requires_grad:
+                    return True
+        # Without forward modes there are no tangents.
+        return _forward_modes() and any(_has_tangent(a) for a in arrays)
 
     def values_of(self, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
         return tuple(None if a is None else a.detach() for a in arrays)
@@ -184,7 +189,7 @@ class TorchBackend(Backend):
         while torch._C._functorch.is_functorch_wrapped_tensor(like):
             like = torch._C._functorch.get_unwrapped(like)
         fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        return fake is None and type(like) in (torch.Tensor, torch.nn.Parameter)
+        return fake is None and type(like) in _OWN
 
     def captures(self, like: Array) -> bool:
         return bool(like.is_cuda) and torch.cuda.is_current_stream_capturing()
@@ -251,6 +256,8 @@ class TorchBackend(Backend):
         return out, *kept
 
 
+# Tensors that are nothing else.
+_OWN = frozenset((torch.Tensor, torch.nn.Parameter))
 _MODES: Any = torch._C._TorchDispatchModeKey
 _RECORDERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 
@@ -273,23 +280,36 @@ def _plain(*tensors: Array) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
     # A default device only says where new tensors go.
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    watched = any(type(mode) is not DeviceContext for mode in modes)
-    return not watched and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    for place in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(place)) is not DeviceContext:
+            return False
+    return all(map(_OWN.__contains__, map(type, tensors)))
+
+
+def _numbers_of(tensor: Array) -> np.ndarray:
+    """A plain tensor as a NumPy array on the same memory, if that holds its numbers."""
+    if tensor.requires_grad or tensor.is_neg():
+        tensor = tensor.detach().resolve_neg()
+    host: np.ndarray = tensor.numpy()
+    return host
 
 
 def _needs_gradient(array: Array | None) -> bool:
     return array is not None and bool(array.requires_grad)
 
 
-def _has_tangent(array: Array | None) -> bool:
+def _forward_modes() -> bool:
+    """Whether tensors may have tangents: compilers refuse dual tensors by themselves."""
     forward_ad: Any = torch.autograd.forward_ad
-    # Compilers refuse dual tensors by themselves, and those of torch.func are traced.
-    if array is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _has_tangent(array: Array | None) -> bool:
+    # Those of torch.func are traced.
+    if array is None or not _forward_modes() or torch._C._functorch.is_functorch_wrapped_tensor(array):
         return False
-    return (
-        not torch._C._functorch.is_functorch_wrapped_tensor(array) and forward_ad.unpack_dual(array).tangent is not None
-    )
+    forward_ad: Any = torch.autograd.forward_ad
+    return forward_ad.unpack_dual(array).tangent is not None
 
 
 # torch 2.9 and later have a setting for each library's products. The older one stands for all and cannot be read once one of
@@ -549,4 +569,4 @@ _TABLES = Tables()
 _VARIANTS = {(w, a): TorchBackend(writable=w, accelerator=a) for w in (True, False) for a in (True, False)}
 BACKEND = _VARIANTS[True, False]
 # Where nothing records the call, and arrays are on the host.
-BACKEND.kernels = compiled.kernels_for(BACKEND, _plain, lambda t: t.detach().resolve_neg().numpy(), torch.from_numpy)
+BACKEND.kernels = compiled.kernels_for(BACKEND, _plain, _numbers_of, torch.from_numpy)

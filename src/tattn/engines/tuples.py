@@ -55,10 +55,10 @@ from ..problem import Cost, Problem
 _REACH, _LARGE = 16.0, 2.0**24
 # Blocks of scores for which tuples are made together.
 _TOGETHER = 8
-# Tuples of a block for which compiled code is worth a call, at least.
-_LEAST = 256
 # Chains that take fewer operations one after the other than as one product of several matrices.
 _FEW = 4
+# The unit of rows that are computed with as they are.
+_NO_UNIT = None
 # A place after all others.
 _NEVER = 1 << 30
 
@@ -116,7 +116,7 @@ class Pass(NamedTuple):
     decays: tuple[Array, ...] = ()
     coefficients: tuple[float, ...] = ()
     attend: Callable[..., State] | None = None
-    pull: Callable[..., tuple[Array, Array, Array]] | None = None
+    pull: Callable[..., Any] | None = None
 
 
 class QueryRows(NamedTuple):
@@ -183,15 +183,19 @@ def backward(operands: Operands, out: Array, lse: Array, upstream: Upstream, lim
     columns = (out, lse, *upstream)
     at, views, run = prepared(operands, limits)
     dtype = views[0].keys.dtype
+    # Rows of a causal call may have been left out by a normaliser of 0.
+    all_see = limits.offsets is None and all(mask is None for mask in operands.masks)
 
     def body(carry: Any, rows: Array, at: Array | None, *columns: Array) -> tuple[Any, tuple[Array]]:
         o, lse, g, g_lse = (backend.cast(c, dtype) for c in columns)
         s = backend.cast(rows, dtype) * run.units[0]
         h = xp.concat([g, g_lse - xp.sum(g * o, axis=-1, keepdims=True)], axis=-1)
         # Where all is masked lse is −inf: the weights are 0, whatever the row.
-        blind = lse == -xp.inf
+        blind = None if run.bounded and all_see else lse == -xp.inf
         shift = None
-        if run.bounded:
+        if blind is None:
+            h = h * xp.exp(-lse)
+        elif run.bounded:
             h = h * xp.where(blind, 0.0, xp.exp(-xp.where(blind, 0.0, lse)))
         else:
             s, shift = xp.where(blind, 0.0, s), xp.where(blind, xp.inf, lse)
@@ -216,7 +220,7 @@ def of_views(run: Pass, carries: Sequence[Any], operands: Operands) -> list[list
     for (dk, dz), unit, view in zip(_sum(run, grads), run.units[1:], operands.views, strict=True):
         if run.coefficients:
             dz = dz * (1 / view.keys.shape[-2])
-        own = clean(dk * unit, view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
+        own = clean(_in_units(dk, unit), view.mask, backend), *unweighed(dz, view.values, view.mask, backend)
         found.append([sum_to_leading(g, x.shape[:-2], backend) for g, x in zip(own, view, strict=False)])
     return found
 
@@ -237,7 +241,13 @@ def scaled_keys(
 ) -> list[Array]:
     """Keys times their channel units, so that products of rows neither overflow nor vanish; masked rows 0."""
     dtype = backend.compute_dtype(keys[0].dtype)
-    return [backend.cast(clean(k, m, backend), dtype) * unit for k, unit, m in zip(keys, units, masks, strict=True)]
+    cleaned = (backend.cast(clean(k, m, backend), dtype) for k, m in zip(keys, masks, strict=True))
+    return [_in_units(k, unit) for k, unit in zip(cleaned, units, strict=True)]
+
+
+def _in_units(rows: Array, unit: Any) -> Array:
+    """Rows (..., n, d) times factors of channels; without a factor as they are."""
+    return rows if unit is _NO_UNIT else rows * unit
 
 
 def cost(problem: Problem) -> Cost:
@@ -279,14 +289,15 @@ def block_sizes(
     """Rows of the query in a block, tuples in a block, and rows of each view that tuples are made of: powers of two, or all.
 
     The scores of a block stay in the cache; what is made of some rows of the views serves several blocks. No sum has more than
-    `FEW_CHAINS` chains. `apart`: a block has as many rows of the query as if there were no other problems.
+    `FEW_CHAINS` chains. `apart`: a block has as many rows of the query as if there were no other problems, and what is made of rows
+    of the views is not stored.
     """
     itemsize = backend.itemsize(dtype)
     scores = max(1, int(backend.cache // (itemsize * prod(leading))))
     query, *views = lengths
-    rows = min(query, _power((scores * prod(leading) if apart else scores) ** 0.5), chain)
+    rows = min(query, _power((scores * prod(leading) if apart else scores) ** 0.5), 2 * CHAIN if apart else chain)
     tuples = min(_power(max(1, scores / rows)), FEW_CHAINS * chain)
-    room = max(tuples * (_TOGETHER if backend.parts else 1), _LEAST if apart else 1)
+    room = FEW_CHAINS * chain if apart else tuples * (_TOGETHER if backend.parts else 1)
     sizes = [0] * len(views)
     for taken, i in enumerate(sorted(range(len(views)), key=lambda i: views[i])):
         sizes[i] = min(views[i], _power(room ** (1 / (len(views) - taken))), FEW_CHAINS * chain)
@@ -300,7 +311,8 @@ def _power(number: float) -> int:
 
 
 def _call(operands: Operands, columns: int, bounded: bool = False) -> Tuples:
-    return Tuples(operands.lengths[0], prod(operands.leading) * prod(operands.lengths), columns, bounded)
+    scores = prod(operands.leading) * prod(operands.lengths)
+    return Tuples(operands.lengths[0], scores, columns, bounded, operands.paired)
 
 
 def compiled(operands: Operands) -> bool:
@@ -318,7 +330,7 @@ def prepared(
     xp = backend.xp
     dtype, device, leading = operands.dtype, backend.device(q), operands.leading
     bounded = bool(coefficients) or (backend.reads and not operands.decays and small(operands))
-    units: list[Any] = [operands.scale, *(1.0 for _ in keys)]
+    units: list[Any] = [operands.scale, *(_NO_UNIT for _ in keys)]
     if coefficients or not bounded:
         units = shared_units(operands)
     if operands.paired:
@@ -385,14 +397,14 @@ def small(operands: Operands) -> bool:
     masked = zip((*operands.keys, *operands.values), (*operands.masks, *operands.masks), strict=True)
     rows = [q, *(clean(x, m, backend) for x, m in masked)]
     views = len(operands.views) + 1
-    rows[:views] = [sizes_of(x, operands.paired, backend) for x in rows[:views]]
-    sizes = [float(xp.max(xp.abs(x))) for x in rows]
+    rows = [sizes_of(x, operands.paired and i < views, backend) for i, x in enumerate(rows)]
+    sizes = [float(xp.max(x)) for x in rows]
     if not all(1 / _LARGE <= x <= _LARGE for x in (scale, *sizes[:views], prod(sizes[views:]))):
         return False
     if scale * rows[0].shape[-1] * prod(sizes[:views]) <= _REACH:
         return True
     dtype = backend.compute_dtype(q.dtype)
-    norms = [float(xp.max(xp.sum(prod_of([xp.abs(backend.cast(x, dtype))] * views), axis=-1))) for x in rows[:views]]
+    norms = [float(xp.max(xp.sum(prod_of([backend.cast(x, dtype)] * views), axis=-1))) for x in rows[:views]]
     return scale**views * prod(norms) <= _REACH**views
 
 
@@ -446,9 +458,15 @@ def _seen(at: Array | None, first: Array | None, last: Array | None) -> Array | 
     return seen if last is None or at is None else seen & (last > at)
 
 
-def _hidden(run: Pass, pairs: Pairs) -> Array | None:
-    """Which tuples are seen (..., 1, tuples), alike for all rows of the query; None for all, or where 0 stands for the others."""
-    return None if run.bounded else _seen(None, pairs.first, None)
+def _sides(run: Pass, pairs: Pairs | None, rows: Rows) -> list[tuple[Array, Array, Array | None] | None]:
+    """Tuples of rows so far, None for none, and rows of the last view, as compiled code takes them."""
+    found: list[tuple[Array, Array, Array | None] | None] = []
+    for side in (pairs, _joined(run, None, rows)):
+        # Where scores are small, 0 stands for those that are hidden.
+        found.append(
+            None if side is None else (side.keys, side.values, None if run.bounded else _seen(None, side.first, None))
+        )
+    return found
 
 
 def _sees_some(run: Pass, at: Array | None, view: Rows, block: int) -> Array:
@@ -474,15 +492,17 @@ def attend(run: Pass, s: Array, at: Array | None, pairs: Pairs | None, views: Se
     """
     backend, xp = run.backend, run.backend.xp
     if pairs is not None and not views:
-        if run.attend is not None:
-            return run.attend(s, pairs.keys, pairs.values, _hidden(run, pairs))
         state: State | None = None
         for cut in _cuts(run, pairs):
             state = _merge(run, state, _sums(run, s, at, cut))
         return state  # type: ignore[return-value]
 
     def body(state: State | None, *rows: Any) -> tuple[State, tuple[()]]:
-        return _merge(run, state, attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:])), ()
+        if run.attend is not None and len(views) == 1:
+            part = run.attend(s, *_sides(run, pairs, Rows(*rows)))
+        else:
+            part = attend(run, s, at, _joined(run, pairs, Rows(*rows)), views[1:])
+        return _merge(run, state, part), ()
 
     block = run.blocks[-len(views)]
     start: State | None = None
@@ -550,11 +570,6 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
     backend, xp, columns = run.backend, run.backend.xp, run.columns
     s, h = rows.s, rows.h
     if pairs is not None and not views:
-        if run.pull is not None:
-            shift = None if rows.shift is None else xp.matrix_transpose(rows.shift)
-            of_query = backend.transposed(s), backend.transposed(h), shift
-            of_rows, *of_tuples = run.pull(*of_query, pairs.keys, pairs.values, _hidden(run, pairs))
-            return (backend.transposed(of_rows),), tuple(of_tuples), ()
         by_columns = backend.transposed(s), backend.transposed(h[..., :columns])
         ds: Any = None
         of_pairs = []
@@ -566,14 +581,22 @@ def adjoint(run: Pass, rows: QueryRows, pairs: Pairs | None, views: Sequence[Row
 
     def body(carry: Any, *view: Any) -> tuple[Any, tuple[Array, Array]]:
         k, v, *_ = view
-        ds, (dkeys, dvalues), inner = adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
         through: tuple[Array, ...] = ()
-        if pairs is not None:
+        turned = xp.matrix_transpose
+        if run.pull is not None and len(views) == 1:
+            shift = None if rows.shift is None else xp.matrix_transpose(rows.shift)
+            of_query = backend.transposed(s), backend.transposed(h), shift
+            of_rows, left, (dkeys, dvalues) = run.pull(*of_query, *_sides(run, pairs, Rows(*view)))
+            ds, inner, through = (backend.transposed(of_rows),), (), left or ()
+            turned = backend.transposed
+        else:
+            ds, (dkeys, dvalues), inner = adjoint(run, rows, _joined(run, pairs, Rows(*view)), views[1:])
+        if pairs is not None and not through:
             split = _split_complex if run.paired else _split
             dkeys_in, dkeys = split(run, dkeys, pairs.keys, k)
             dvalues_in, dvalues = _split(run, dvalues, pairs.values[..., :columns, :], v[..., :columns])
             through = dkeys_in, dvalues_in
-        dk, dv = (sum_to_leading(xp.matrix_transpose(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
+        dk, dv = (sum_to_leading(turned(x), y.shape[:-2], backend) for x, y in ((dkeys, k), (dvalues, v)))
         return plus(run, carry, (ds, through, inner)), (dk, dv)
 
     block = run.blocks[-len(views)]

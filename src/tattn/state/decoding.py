@@ -207,9 +207,10 @@ class _Known(NamedTuple):
         out, lse, sums, rests, *new = kernel(
             self.token, query, keys, values, summary.sums, summary.rests, factors, *turned
         )
-        after = DecodingState(state.plan, Summary(summary.plan, tuple(sums), tuple(rests)))
-        object.__setattr__(after, "_known", self)
-        object.__setattr__(after, "_turned", (new, age + added))
+        # What constructors do besides was done for those before: some microseconds for each.
+        following, after = object.__new__(Summary), object.__new__(DecodingState)
+        vars(following).update(plan=summary.plan, sums=tuple(sums), rests=tuple(rests))
+        vars(after).update(plan=state.plan, summary=following, _known=self, _turned=(new, age + added))
         return out, lse, after
 
     def _factors(self, decay: Any, query: Array, backend: Backend) -> list[Any] | None:

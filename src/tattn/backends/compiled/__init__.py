@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
@@ -39,12 +39,12 @@ _ROOM = 2 << 30
 _FEWEST = 1 << 20
 # Columns of the values that are worth a thread, which makes the monomials of all rows: to read, and to pull gradients back.
 _TO_READ, _TO_PULL = 4, 24
-# Monomials of all rows that are worth loading numba for.
-_MANY = 1 << 21
+# Monomials of all rows from which some hundred calls make up for loading numba; its loops are faster for any number.
+_MANY = 1 << 17
 # Bytes of the monomials of a row, of which a tile of the loops has 128.
 _MOST_BYTES = 1 << 16
 # Scores that are worth it.
-_MANY_SCORES = 1 << 21
+_MANY_SCORES = 1 << 19
 # Rows that the loops compute, most of which should be there.
 _FILLED = 0.8
 # Columns that are few; where they are more, so many monomials and rows are worth turning columns for.
@@ -243,9 +243,9 @@ def _of_two_tuples(operation: str, ones: np.ndarray) -> Any:
     """What an operation computes of scores 1 and 2: e^−1 and 1 of the first tuple and the second, less e^−1."""
     tuples, keys, both = Tuples(1, 2, 1, False), np.concatenate([ones, 2 * ones], axis=-1), np.repeat(ones, 2, axis=-1)
     if operation == "attend_tuples":
-        total, top = attend_tuples(tuples, ones, keys, both, None)
+        total, top = attend_tuples(tuples, ones, None, (keys, both, None))
         return np.round(total - np.exp(-1) + top - 2, 5)
-    ds, dk, dv = pull_tuples(tuples, ones, ones, 2 * ones, keys, both, None)
+    ds, _, (dk, dv) = pull_tuples(tuples, ones, ones, 2 * ones, None, (keys, both, None))
     return np.round((ds - 2 + np.sum(dk + dv, axis=-1) - 2) / 3 - np.exp(-1) + 1, 5)
 
 
@@ -287,7 +287,7 @@ def kernels_for(
     def taken(operation: str, *arrays: Array) -> bool:
         if not takes(*arrays) or why_not():
             return False
-        return not _fails(operation, "float64" if str(arrays[0].dtype).endswith("float64") else "float32")
+        return not _fails(operation, "float64" if arrays[0].dtype.itemsize == 8 else "float32")
 
     def as_numpy(x: Any) -> Any:
         if x is None:
@@ -305,13 +305,14 @@ def kernels_for(
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     def run_step(operation: Callable[..., Any], token: Token, query: Array, *given: Any) -> Any:
-        # No deeper than this, and quickly: numbers stay as they are.
-        lists = [[x if isinstance(x, float) else values(x) for x in each] for each in given]
-        out, lse, *found = operation(token, values(query), *lists)
-        return wrapped(out), wrapped(lse), *([wrapped(x) for x in each] for each in found)
+        # Microseconds count here, and nothing is deeper than this.
+        decays = [x if isinstance(x, float) else values(x) for x in given[4]]
+        rows, turned = ([[*map(values, each)] for each in some] for some in (given[:4], given[5:]))
+        out, lse, *found = operation(token, values(query), *rows, decays, *turned)
+        return wrapped(out), wrapped(lse), *([*map(wrapped, each)] for each in found)
 
     def takes_rows(operation: str, rows: Rows, *arrays: Array) -> bool:
-        itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
+        itemsize = max(4, arrays[0].dtype.itemsize)
         return worth(rows, arrays[0].shape[-2], itemsize) and taken(operation, *arrays)
 
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
@@ -320,7 +321,7 @@ def kernels_for(
     def takes_tuples(operation: str, tuples: Tuples, *arrays: Array) -> bool:
         return tuples_worth(tuples) and taken(operation, *arrays)
 
-    def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Array | None) -> Any:
+    def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Any) -> Any:
         return back(operation(tuples, *as_numpy(given)))
 
     chosen = dict.fromkeys(OF_ROWS, takes_rows) | dict.fromkeys(OF_TUPLES, takes_tuples)
@@ -341,7 +342,7 @@ def kernels_for(
 
 
 def _pays(rows: Rows, n: int, itemsize: int) -> bool:
-    """Whether the loops are faster than array operations for n rows of every problem, by more than it takes to load them."""
+    """Whether the loops are faster than array operations for n rows of every problem, by so much that loading them is worth it."""
     if max(rows.problems * n, rows.in_all) * rows.rank < _MANY or rows.rank * itemsize > _MOST_BYTES:
         return False
     return rows.columns <= _NARROW or (rows.rank >= _WIDE_RANK and n >= _WIDE_ROWS)
@@ -413,41 +414,65 @@ def _over_rows(
 
 
 def attend_tuples(
-    tuples: Tuples, s: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: np.ndarray | None
+    tuples: Tuples, s: np.ndarray, left: Sequence[Any] | None, right: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The operation `attend_tuples` for NumPy arrays."""
-    loops, (arrays, hidden, settings, leading) = _loops_over_tuples(), _of_tuples(s, keys, values, seen)
-    s, keys, values = arrays
+    (s,), sides, settings, leading = _of_sides(tuples, (s,), *_longer_behind(left, right))
     problems, _, n = s.shape
-    total = np.empty((problems, values.shape[1], n), s.dtype)
+    total = np.empty((problems, right[1].shape[-2], n), s.dtype)
     top = np.empty((problems, 0 if tuples.bounded else 1, n), s.dtype)
-    loops.attend(s, keys, values, hidden, *settings, total, top)
+    _loops_over_tuples().attend(s, *sides, *settings, total, top)
     return total.reshape(*leading, *total.shape[1:]), None if tuples.bounded else top.reshape(*leading, 1, n)
 
 
 def pull_tuples(
-    tuples: Tuples, s: np.ndarray, h: np.ndarray, shift: np.ndarray | None, *of_tuples: np.ndarray | None
-) -> tuple[np.ndarray, ...]:
+    tuples: Tuples,
+    s: np.ndarray,
+    h: np.ndarray,
+    shift: np.ndarray | None,
+    left: Sequence[Any] | None,
+    right: Sequence[Any],
+) -> tuple[Any, ...]:
     """The operation `pull_tuples` for NumPy arrays."""
-    loops, rows = _loops_over_tuples(), [s, h] if shift is None else [s, h, shift]
-    keys, values, seen = of_tuples
-    (*found, keys, values), hidden, settings, leading = _of_tuples(*rows, keys, values, seen)
-    s, h, less = found if shift is not None else (*found, np.empty((len(found[0]), 0, s.shape[-1]), s.dtype))
-    ds, dk = np.empty_like(s), np.zeros_like(keys)
-    dv = np.zeros((len(dk), tuples.columns, dk.shape[-1]), s.dtype)
-    loops.pull(s, h, less, keys, values, hidden, *settings, ds, dk, dv)
-    return tuple(x.reshape(*leading, *x.shape[1:]) for x in (ds, dk, dv))
+    rows = (s, h) if shift is None else (s, h, shift)
+    first, last = _longer_behind(left, right)
+    (s, h, *less), sides, settings, leading = _of_sides(tuples, rows, first, last)
+    (shift,) = less or [np.empty((len(s), 0, s.shape[-1]), s.dtype)]
+    ds, of_sides = np.empty_like(s), []
+    for keys, values in sides:
+        of_values = np.zeros((len(s), tuples.columns, values.shape[-1]), s.dtype)
+        of_sides.append((np.zeros_like(keys), of_values))
+    _loops_over_tuples().pull(s, h, shift, *sides, *settings, ds, *of_sides)
+    found = [tuple(x.reshape(*leading, *x.shape[1:]) for x in own) for own in ((ds,), *of_sides)]
+    of_left, of_right = found[1:] if last is right else found[:0:-1]
+    return *found[0], None if left is None else of_left, of_right
 
 
-def _of_tuples(*given: Any) -> tuple[list[np.ndarray], np.ndarray, tuple[Any, Any], tuple[int, ...]]:
-    """Arrays (..., k, n) as (P, k, n), the last, what is seen, as (P, N) or (P, 0); settings of the loops; leading shape."""
-    *arrays, seen = given
-    loops, dtype = _loops_over_tuples(), arrays[0].dtype
-    leading = np.broadcast_shapes(*(a.shape[:-2] for a in given if a is not None))
-    together = [_together(a, leading) for a in arrays]
-    hidden = np.empty((prod(leading), 0), np.bool_) if seen is None else _together(seen, leading)[:, 0]
-    lanes = loops.ONCE if arrays[0].shape[-1] <= loops.LANES else loops.TWICE
-    return together, hidden, (lanes, loops.exponents(dtype)), leading
+def _longer_behind(left: Sequence[Any] | None, right: Sequence[Any]) -> tuple[Sequence[Any] | None, Sequence[Any]]:
+    """Both sides, the longer one behind: loops run over that, and sums of its gradients have a term for each of the other."""
+    return (right, left) if left is not None and left[0].shape[-1] > right[0].shape[-1] else (left, right)
+
+
+def _of_sides(tuples: Tuples, rows: Sequence[np.ndarray], left: Sequence[Any] | None, right: Sequence[Any]) -> Any:
+    """Rows (..., k, n) as (P, k, n); keys and values of both sides, the left a one if there is none; which are seen, (P, N) or
+    (P, 0); settings of the loops; and leading dimensions.
+    """
+    loops, dtype = _loops_over_tuples(), rows[0].dtype
+    shapes = {x.shape[:-2] for x in (*rows, *(left or ()), *right) if x is not None}
+    leading = np.broadcast_shapes(*shapes) if len(shapes) > 1 else shapes.pop()
+    problems = prod(leading)
+    of_sides, seen = [], []
+    for side in (left, right):
+        if side is None:
+            of_sides.append(tuple(np.ones((problems, x.shape[-2], 1), dtype) for x in right[:2]))
+        else:
+            of_sides.append(tuple(_together(x, leading) for x in side[:2]))
+        hidden = None if side is None else side[2]
+        seen.append(np.empty((problems, 0), np.bool_) if hidden is None else _together(hidden, leading)[:, 0])
+    half = rows[0].shape[-2] // 2 if tuples.paired and left is not None else 0
+    lanes = loops.ONCE if rows[0].shape[-1] <= loops.LANES else loops.TWICE
+    own = [_together(x, leading) for x in rows]
+    return own, of_sides, (tuple(seen), half, lanes, loops.exponents(dtype)), leading
 
 
 def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Callable[..., list[Any]]) -> Any:
@@ -585,12 +610,30 @@ def step(
     decays: Sequence[Any] = (),
 ) -> Any:
     """The operation `step` for NumPy arrays."""
-    problems, size, n, dtype = prod(query.shape[:-2]), prod(sums[0].shape[-2:]), query.shape[-2], query.dtype
-    combined, powers = np.empty((problems, n, size), dtype), np.zeros((problems, n))
-    combined[...] = token.w
-    rows = _rows(keys, values, _factors(decays, query, len(keys)))
-    found = _taken_in(token, rows, (sums, rests), combined, powers)
-    return *_read_token(token, query, values[0], combined, powers), *found
+    *leading, n, dim = query.shape
+    problems, views, value_dim, dtype = prod(leading), len(keys), values[0].shape[-1], query.dtype
+    new = np.empty((views, 2, problems, len(token.w)), dtype)
+    out, lse = np.empty((problems, n, value_dim), dtype), np.empty((problems, n), dtype)
+
+    def both(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        # Always two of each, so that one function is compiled for one view and for two.
+        first, last = arrays[0], arrays[-1]
+        first = _writable(first).reshape(shape)
+        return first, first if views == 1 else _writable(last).reshape(shape)
+
+    _loaded()[0].decoding.step(
+        _writable(query).reshape(problems, n, dim),
+        both(keys, (problems, n, dim)),
+        both(values, (problems, n, value_dim)),
+        both(_factors(decays, query, views), (problems,)),
+        token.of_query, token.of_keys, token.largest, token.w, token.runs,
+        both(sums, (problems, -1)),
+        both(rests, (problems, -1)),
+        new, out, lse,
+    )  # fmt: skip
+    shape = (views, 2, *sums[0].shape)
+    found = new.reshape(shape)
+    return out.reshape(*leading, n, value_dim), lse.reshape(*leading, n), found[:, 0], found[:, 1]
 
 
 def complex_step(
@@ -608,7 +651,7 @@ def complex_step(
     problems, shape = prod(query.shape[:-2]), turned[0].shape[-2:]
     rows = _rows(keys, values, _factors(decays, query, len(keys)))
     powers = np.zeros((problems, n))
-    found = _taken_in(token, rows, (sums, rests), None, powers)
+    found = _taken_in(token, rows, (sums, rests), powers)
     combined, phi, room = np.zeros((problems, n, *shape), dtype), np.empty(shape[1], dtype), np.empty(shape, dtype)
     combined[..., : shape[1] // 2] = 1
     unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
@@ -616,37 +659,49 @@ def complex_step(
     for row, old, after in zip(rows, turned, new, strict=True):
         both = (x.reshape(problems, *shape) for x in (_writable(old), after))
         loops.take_in_complex(*row, unit, most, token.pairs, phi, room, *both, combined, powers)
-    return *_read_token(token, query, values[0], combined, powers), *found, new
+    columns = shape[0]
+    out, lse, part = (
+        np.empty((problems, n, columns - 1), dtype),
+        np.empty((problems, n), dtype),
+        np.empty(columns, dtype),
+    )
+    q = _writable(query).reshape(problems, n, -1)
+    facts = dtype.type(token.of_query), most, token.pairs, token.w
+    loops.read_complex(q, *facts, phi, combined, powers, part, out, lse)
+    leading = query.shape[:-2]
+    return out.reshape(*leading, n, columns - 1), lse.reshape(*leading, n), *found, new
 
 
 def _factors(decays: Sequence[Any], query: np.ndarray, views: int) -> list[np.ndarray]:
     """What the sums of every view are multiplied by with each token, (P,), 1 where keys do not decay."""
     leading = query.shape[:-2]
     if not decays:
-        return [np.ones(prod(leading), query.dtype)] * views
+        return [_ones(prod(leading), query.dtype)] * views
     found = np.empty((views, *leading), query.dtype)
     for view, given in enumerate(decays):
         found[view, ...] = given
     return list(found.reshape(views, -1))
 
 
+@lru_cache(maxsize=64)
+def _ones(count: int, dtype: np.dtype) -> np.ndarray:
+    """Factors that change nothing."""
+    return np.ones(count, dtype)
+
+
 def _rows(
     keys: Sequence[np.ndarray], values: Sequence[np.ndarray], factors: Sequence[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Keys (P, n, d), values (P, n, dv) and factors (P,) of every view: copies, since compiled code tells apart arrays that may not
-    be written to.
-    """
-    n = keys[0].shape[-2]
-    return [
-        (np.array(k).reshape(-1, n, k.shape[-1]), np.array(v).reshape(-1, n, v.shape[-1]), f)
-        for k, v, f in zip(keys, values, factors, strict=True)
-    ]
+    """Keys (P, n, d), values (P, n, dv) and factors (P,) of every view."""
+    n, problems = keys[0].shape[-2], len(factors[0])
+    rows = ([_writable(x).reshape(problems, n, -1) for x in each] for each in (keys, values))
+    return list(zip(*rows, factors, strict=True))
 
 
 def _taken_in(
-    token: Token, rows: Sequence[Any], before: Sequence[Any], combined: np.ndarray | None, powers: np.ndarray
+    token: Token, rows: Sequence[Any], before: Sequence[Any], powers: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Sums and rests of real monomials with keys and values; and in `combined` (P, n, r c), if given, products of the sums."""
+    """Sums and rests of real monomials with keys and values."""
     loops = _loaded()[0].decoding
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for row, total, rest in zip(rows, *before, strict=True):
@@ -654,27 +709,10 @@ def _taken_in(
         phi, room, new = (np.empty(shape, dtype) for shape in (r, (3, r * columns), (2, problems, r * columns)))
         given = _writable(total).reshape(problems, -1), _writable(rest).reshape(problems, -1)
         unit, most = dtype.type(token.of_keys), dtype.type(token.largest)
-        loops.take_in(*row, unit, most, token.runs, phi, room, *given, new[0], new[1], combined, powers)
+        loops.take_in(*row, unit, most, token.runs, phi, room, *given, new[0], new[1], None, powers)
         for of_kind, x in zip(found, new, strict=True):
             of_kind.append(x.reshape(total.shape))
     return found
-
-
-def _read_token(
-    token: Token, query: np.ndarray, like: np.ndarray, combined: np.ndarray, powers: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Output (..., n, dv), of as many columns as in `like`, and lse (..., n)."""
-    loops, dtype = _loaded()[0].decoding, query.dtype
-    *leading, n, dim = query.shape
-    problems, columns = len(powers), like.shape[-1] + 1
-    out, lse = np.empty((problems, n, columns - 1), dtype), np.empty((problems, n), dtype)
-    phi, (part, found) = np.empty(combined[0, 0].size // columns, dtype), np.empty((2, columns), dtype)
-    given = np.array(query).reshape(problems, n, dim), dtype.type(token.of_query), dtype.type(token.largest)
-    if token.pairs is None:
-        loops.read(*given, token.runs, phi, combined, powers, part, found, out, lse)
-    else:
-        loops.read_complex(*given, token.pairs, token.w, phi, combined, powers, found, out, lse)
-    return out.reshape(*leading, n, columns - 1), lse.reshape(*leading, n)
 
 
 def _writable(x: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from math import inf, ldexp, log, log2, nan
 from typing import Any
 
+import numpy as np
+
 from .jit import compiled
 
 CHAIN = 128
@@ -222,6 +224,27 @@ def read(
                 for e in range(columns):
                     found[e] += part[e]
             _divide(found, powers[p, t], out[p, t], lse[p, t : t + 1])
+
+
+@compiled(leaf=False)
+def step(
+    q: Any, keys: Any, values: Any, factors: Any, of_query: Any, of_keys: Any, most: Any, w: Any, runs: Any, sums: Any, rests: Any,
+    new: Any, out: Any, lse: Any,
+) -> None:  # fmt: skip
+    """Output and log-sum-exp as in `read`, and `new` (m, 2, P, r c), sums and rests of m views with the tokens.
+
+    Of keys, values, `factors` (P,), sums and rests (P, r c) there are two each, of which the second count if there are two views.
+    """
+    problems, n = q.shape[0], q.shape[1]
+    size, columns = w.shape[0], out.shape[2] + 1
+    combined, powers = np.empty((problems, n, size), q.dtype), np.zeros((problems, n))
+    combined[:] = w
+    of_rows, of_most = q.dtype.type(of_keys), q.dtype.type(most)
+    phi, room, both = np.empty(size // columns, q.dtype), np.empty((3, size), q.dtype), np.empty((2, columns), q.dtype)
+    for i in range(new.shape[0]):
+        rows = keys[i], values[i], factors[i], of_rows, of_most, runs
+        take_in(*rows, phi, room, sums[i], rests[i], new[i, 0], new[i, 1], combined, powers)
+    read(q, q.dtype.type(of_query), of_most, runs, phi, combined, powers, both[0], both[1], out, lse)
 
 
 @compiled(FAST)

@@ -1,7 +1,8 @@
 """Loops over tuples of keys, compiled: what `engines.tuples` computes of a block of scores, for the exact method.
 
 Symbols, for each of P problems: s (d, n) query rows, k (d, N) keys and v (c, N) values and ones of tuples, h (c, n), weights
-f = e^(kᵀ s − shift) (N, n). All arrays are contiguous, and of one dtype.
+f = e^(kᵀ s − shift) (N, n). All arrays are contiguous, and of one dtype. A tuple is a pair of one on the left with one on the
+right: number i of the pairs is made of i // N_right and i % N_right, when it is its turn, so that pairs take no memory.
 
 Query rows are taken `LANES` or twice as many at a time, and tuples `TUPLES` at a time, so that their scores stay in the caches
 until all that needs them is done. Loops run over query rows, which lie next to each other. A product takes four rows of its result
@@ -13,6 +14,7 @@ and then one for each of these.
 
 from __future__ import annotations
 
+from functools import cache
 from math import factorial, log
 from typing import Any
 
@@ -55,6 +57,7 @@ def _half_power(context: Any, shifted: Any) -> Any:
     return shifted(shifted), lower
 
 
+@cache
 def exponents(dtype: Any) -> tuple[Any, ...]:
     """Numbers of a dtype that the loops take exponentials with."""
     size, number = np.dtype(dtype).itemsize, np.dtype(dtype).type
@@ -103,15 +106,53 @@ def _long_exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
         x[i] = p if y == y else y
 
 
+@compiled({"contract"})
+def _of_small(x: Any, lanes: Any, numbers: Any) -> None:
+    """Replace x by e^x where nothing is large, for float32: half of the operations."""
+    rows = LANES * len(lanes)
+    per, whole, high, low = numbers[0], numbers[1], numbers[2], numbers[3]
+    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    one, two = x.dtype.type(1), x.dtype.type(2)
+    for i in range(rows):
+        shifted = x[i] * per + whole
+        n = shifted - whole
+        r = (x[i] - n * high) - n * low
+        p = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        x[i] = ((p * (r * r) + r) + one) * (_half_power(shifted) * two)
+
+
+@compiled({"contract"})
+def _long_of_small(x: Any, lanes: Any, numbers: Any) -> None:
+    """The same for float64."""
+    rows = LANES * len(lanes)
+    per, whole, high, low = numbers[0], numbers[1], numbers[2], numbers[3]
+    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
+    c8, c9, c10, c11, c12, c13 = numbers[12], numbers[13], numbers[14], numbers[15], numbers[16], numbers[17]
+    one, two = x.dtype.type(1), x.dtype.type(2)
+    for i in range(rows):
+        shifted = x[i] * per + whole
+        n = shifted - whole
+        r = (x[i] - n * high) - n * low
+        p = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
+        p = ((((p * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
+        x[i] = ((p * (r * r) + r) + one) * (_half_power(shifted) * two)
+
+
 @compiled()
-def _weights(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
-    """Replace x (tuples rows,) by e^(x − shift), one row after another."""
+def _weights(x: Any, shift: Any, less: Any, lanes: Any, numbers: Any) -> None:
+    """Replace x (tuples rows,) by e^(x − shift), one row after another; by e^x where nothing is large, unless it is `less`."""
     rows = LANES * len(lanes)
     for t in range(0, x.shape[0], rows):
+        own = x[t : t + rows]
         if x.itemsize == 4:
-            _exponential(x[t : t + rows], shift, lanes, numbers)
+            if less:
+                _exponential(own, shift, lanes, numbers)
+            else:
+                _of_small(own, lanes, numbers)
+        elif less:
+            _long_exponential(own, shift, lanes, numbers)
         else:
-            _long_exponential(x[t : t + rows], shift, lanes, numbers)
+            _long_of_small(own, lanes, numbers)
 
 
 @compiled(FAST)
@@ -248,19 +289,16 @@ def _put_four(found: Any, four: Any) -> None:
 
 
 @compiled()
-def _of_tuples(f: Any, z: Any, lanes: Any, begin: int, found: Any, own: Any) -> None:
-    """The product z fᵀ of z (c rows,) and f (tuples rows,) joins `found` (c, N) from `begin`; `own` (3 TUPLES,) is room."""
+def _of_tuples(f: Any, z: Any, lanes: Any, columns: int, found: Any) -> None:
+    """The product z fᵀ of z (columns rows,) and f (tuples rows,) in a tile (columns TUPLES,), and up to two rows more."""
     rows = LANES * len(lanes)
-    columns, tuples = found.shape[0], f.shape[0] // rows
-    there = min(tuples, found.shape[1] - begin)
     for e in range(0, columns, 3):
-        for t in range(0, tuples, 4):
+        own = found[e * TUPLES :]
+        for t in range(0, f.shape[0] // rows, 4):
             x, y, w = _dot(f[t * rows : (t + 4) * rows], z[e * rows : (e + 3) * rows], lanes)
             _put_four(own[t:], x)
             _put_four(own[TUPLES + t :], y)
             _put_four(own[2 * TUPLES + t :], w)
-        for j in range(min(3, columns - e)):
-            _join(own[j * TUPLES : j * TUPLES + there], found[e + j, begin : begin + there])
 
 
 @compiled()
@@ -287,12 +325,83 @@ def _tile_alike(x: Any, begin: int, count: int, size: int, tile: Any) -> None:
         own[count:] = own[count - 1]
 
 
+@compiled(FAST)
+def _times_one(left: Any, j: int, right: Any, k: int, stop: int, half: int, tile: Any) -> None:
+    """Products of tuple j of the left (c, N) with those from k to `stop` of the right in columns of a tile, c rows of `TUPLES`.
+
+    They are of `half` complex numbers, if that is not 0.
+    """
+    for e in range(half):
+        re, im, x, y = left[e, j], left[half + e, j], right[e, k:stop], right[half + e, k:stop]
+        own, other = tile[e * TUPLES :], tile[(half + e) * TUPLES :]
+        for i in range(x.shape[0]):
+            own[i], other[i] = re * x[i] - im * y[i], re * y[i] + im * x[i]
+    for e in range(2 * half, left.shape[0]):
+        factor, x, own = left[e, j], right[e, k:stop], tile[e * TUPLES :]
+        for i in range(x.shape[0]):
+            own[i] = factor * x[i]
+
+
 @compiled()
-def _hide(seen: Any, begin: int, count: int, lanes: Any, x: Any) -> None:
-    """Scores −∞ of tuples that are not seen, and of those that are not there."""
+def _pairs(left: Any, right: Any, half: int, begin: int, count: int, tile: Any) -> None:
+    """So many pairs from `begin` in a tile (c TUPLES,)."""
+    n, at = right.shape[1], 0
+    while at < count:
+        j, k = (begin + at) // n, (begin + at) % n
+        stop = min(n, k + count - at)
+        _times_one(left, j, right, k, stop, half, tile[at:])
+        at += stop - k
+
+
+@compiled()
+def _fill(tile: Any, count: int, alike: Any) -> None:
+    """Behind so many tuples of a tile zeros, or the last one, so that what is infinite stays where it is."""
+    if count < TUPLES:
+        for e in range(0, tile.shape[0], TUPLES):
+            tile[e + count : e + TUPLES] = tile[e + count - 1] if alike else 0
+
+
+@compiled(FAST)
+def _from_one(g: Any, left: Any, j: int, right: Any, k: int, stop: int, half: int, of_left: Any, of_right: Any) -> None:
+    """Gradients g of what `_times_one` makes, a tile, join those of both sides: of complex numbers b̄ g and ā g."""
+    zero = right.dtype.type(0)
+    for e in range(half):
+        re, im, x, y = left[e, j], left[half + e, j], right[e, k:stop], right[half + e, k:stop]
+        u, w, of_x, of_y = g[e * TUPLES :], g[(half + e) * TUPLES :], of_right[e, k:stop], of_right[half + e, k:stop]
+        own, other = zero, zero
+        for i in range(x.shape[0]):
+            own += x[i] * u[i] + y[i] * w[i]
+            other += x[i] * w[i] - y[i] * u[i]
+            of_x[i] += re * u[i] + im * w[i]
+            of_y[i] += re * w[i] - im * u[i]
+        of_left[e, j] += own
+        of_left[half + e, j] += other
+    for e in range(2 * half, of_left.shape[0]):
+        factor, x, u, of_x, own = left[e, j], right[e, k:stop], g[e * TUPLES :], of_right[e, k:stop], zero
+        for i in range(x.shape[0]):
+            own += x[i] * u[i]
+            of_x[i] += factor * u[i]
+        of_left[e, j] += own
+
+
+@compiled()
+def _of_pairs(g: Any, left: Any, right: Any, half: int, begin: int, count: int, of_left: Any, of_right: Any) -> None:
+    """The gradients g of so many pairs from `begin`, a tile, join those of both sides, of as many channels as these have."""
+    n, at = right.shape[1], 0
+    while at < count:
+        j, k = (begin + at) // n, (begin + at) % n
+        stop = min(n, k + count - at)
+        _from_one(g[at:], left, j, right, k, stop, half, of_left, of_right)
+        at += stop - k
+
+
+@compiled()
+def _hide(left: Any, right: Any, n: int, begin: int, count: int, lanes: Any, x: Any) -> None:
+    """Scores −∞ of pairs, n to one of the left, of which a side is not seen, and of those that are not there."""
     rows = LANES * len(lanes)
     for t in range(x.shape[0] // rows):
-        if t >= count or (seen.shape[0] and not seen[begin + t]):
+        j, k = (begin + t) // n, (begin + t) % n
+        if t >= count or (left.shape[0] and not left[j]) or (right.shape[0] and not right[k]):
             x[t * rows : (t + 1) * rows] = -np.inf
 
 
@@ -325,19 +434,20 @@ def _to_top(x: Any, lanes: Any, top: Any, before: Any, shift: Any, found: Any, n
     for t in range(0, x.shape[0], rows):
         _raise(x[t:], lanes, top)
     _finite(top, lanes, shift)
-    _weights(before, shift, lanes, numbers)
+    _weights(before, shift, True, lanes, numbers)
     for e in range(0, found.shape[0], rows):
         _times(before, lanes, found[e:])
 
 
 @compiled(leaf=False)
-def attend(s: Any, k: Any, v: Any, seen: Any, lanes: Any, numbers: Any, total: Any, top: Any) -> None:
+def attend(s: Any, left: Any, right: Any, seen: Any, half: int, lanes: Any, numbers: Any, total: Any, top: Any) -> None:
     """The product v f goes to total (P, c, n), with `top` (P, 1, n), the largest score, as the shift, or none if it has no rows.
 
-    Tuples are seen where `seen` (P, N) is not 0; all if it has none.
+    `left` and `right` are keys (P, d, N) and values (P, c, N), the keys `half` complex numbers if that is not 0. They are seen
+    where those of `seen`, (P, N) for both, are not 0; all if they have none.
     """
     problems, dim, n = s.shape
-    columns, tuples, rows = v.shape[1], v.shape[2], LANES * len(lanes)
+    columns, tuples, rows = right[1].shape[1], left[0].shape[2] * right[0].shape[2], LANES * len(lanes)
     q, x = _room(dim * rows, s), _room(TUPLES * rows, s)
     keys, values = _room(dim * TUPLES, s), _room(columns * TUPLES, s)
     found, part = _room(columns * rows, s), _room(4 * rows, s)
@@ -350,14 +460,16 @@ def attend(s: Any, k: Any, v: Any, seen: Any, lanes: Any, numbers: Any, total: A
             best[:] = -np.inf
             for begin in range(0, tuples, TUPLES):
                 there = min(TUPLES, tuples - begin)
-                _tile_alike(k[p], begin, there, TUPLES, keys)
-                _tile(v[p], begin, there, TUPLES, values)
+                _pairs(left[0][p], right[0][p], half, begin, there, keys)
+                _pairs(left[1][p], right[1][p], 0, begin, there, values)
+                _fill(keys, there, True)
+                _fill(values, there, False)
                 own = x[: -(-there // _WHOLE_TUPLES) * _WHOLE_TUPLES * rows]
                 _scores(keys, dim, q, lanes, own)
                 if top.shape[1]:
-                    _hide(seen[p], begin, there, lanes, own)
+                    _hide(seen[0][p], seen[1][p], right[0].shape[2], begin, there, lanes, own)
                     _to_top(own, lanes, best, before, shift, found, numbers)
-                _weights(own, shift, lanes, numbers)
+                _weights(own, shift, top.shape[1] > 0, lanes, numbers)
                 _sums(values, columns, own, lanes, part, found)
             for e in range(columns):
                 _copy(found[e * rows : e * rows + count], total[p, e, low:])
@@ -367,19 +479,21 @@ def attend(s: Any, k: Any, v: Any, seen: Any, lanes: Any, numbers: Any, total: A
 
 @compiled(leaf=False)
 def pull(
-    s: Any, h: Any, shift: Any, k: Any, v: Any, seen: Any, lanes: Any, numbers: Any, ds: Any, dk: Any, dv: Any
-) -> None:
-    """With slopes p = f ∘ vᵀ h, k p goes to ds (P, d, n), s pᵀ joins dk (P, d, N) and h fᵀ dv (P, columns, N).
+    s: Any, h: Any, shift: Any, left: Any, right: Any, seen: Any, half: int, lanes: Any, numbers: Any, ds: Any, of_left: Any,
+    of_right: Any,
+) -> None:  # fmt: skip
+    """With slopes p = f ∘ vᵀ h, k p goes to ds (P, d, n), and gradients s pᵀ of keys and h fᵀ of values join those of both sides.
 
-    `shift` (P, 1, n) may have no rows; `seen` as in `attend`.
+    `shift` (P, 1, n) may have no rows; others as in `attend`. Gradients of values are of as many columns as those of the left have.
     """
     problems, dim, n = s.shape
-    columns, tuples, rows = v.shape[1], v.shape[2], LANES * len(lanes)
+    columns, tuples, rows = right[1].shape[1], left[0].shape[2] * right[0].shape[2], LANES * len(lanes)
+    pulled = of_left[1].shape[1]
     # Columns in threes: what is behind the last ones is multiplied, and not used.
     q, g = _room((dim + 2) * rows, s), _room((columns + 2) * rows, s)
     x, slopes, less = _room(TUPLES * rows, s), _room(TUPLES * rows, s), _room(rows, s)
     keys, values = _room(dim * TUPLES, s), _room(columns * TUPLES, s)
-    found, part, three = _room(dim * rows, s), _room(4 * rows, s), _room(3 * TUPLES, s)
+    found, part, of_pairs = _room(dim * rows, s), _room(4 * rows, s), _room((max(dim, pulled) + 2) * TUPLES, s)
     for p in range(problems):
         for low in range(0, n, rows):
             count = min(rows, n - low)
@@ -390,19 +504,23 @@ def pull(
             found[:] = 0
             for begin in range(0, tuples, TUPLES):
                 there = min(TUPLES, tuples - begin)
-                _tile_alike(k[p], begin, there, TUPLES, keys)
-                _tile(v[p], begin, there, TUPLES, values)
+                _pairs(left[0][p], right[0][p], half, begin, there, keys)
+                _pairs(left[1][p], right[1][p], 0, begin, there, values)
+                _fill(keys, there, True)
+                _fill(values, there, False)
                 whole = -(-there // _WHOLE_TUPLES) * _WHOLE_TUPLES * rows
                 own, of_own = x[:whole], slopes[:whole]
                 _scores(keys, dim, q, lanes, own)
                 if shift.shape[1]:
-                    _hide(seen[p], begin, there, lanes, own)
-                _weights(own, less, lanes, numbers)
-                _of_tuples(own, g, lanes, begin, dv[p], three)
+                    _hide(seen[0][p], seen[1][p], right[0].shape[2], begin, there, lanes, own)
+                _weights(own, less, shift.shape[1] > 0, lanes, numbers)
+                _of_tuples(own, g, lanes, pulled, of_pairs)
+                _of_pairs(of_pairs, left[1][p], right[1][p], 0, begin, there, of_left[1][p], of_right[1][p])
                 _scores(values, columns, g, lanes, of_own)
                 for t in range(0, whole, rows):
                     _times(own[t:], lanes, of_own[t:])
-                _of_tuples(of_own, q, lanes, begin, dk[p], three)
+                _of_tuples(of_own, q, lanes, dim, of_pairs)
+                _of_pairs(of_pairs, left[0][p], right[0][p], half, begin, there, of_left[0][p], of_right[0][p])
                 _sums(keys, dim, of_own, lanes, part, found)
             for e in range(dim):
                 _copy(found[e * rows : e * rows + count], ds[p, e, low:])
