@@ -370,6 +370,8 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
+    if windowed and operands.decays:
+        kernel = None
     if windowed and kernel is not None:
         seen = windows_of(operands.order.window, operands.lengths[1:], 1)
         setting = Setting(degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, windows=seen)
