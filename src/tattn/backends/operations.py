@@ -86,6 +86,13 @@ def rows_together(factors: Any, dtype: str) -> np.ndarray:
     return found
 
 
+def rows_in_range(factor: float, dtype: str) -> int:
+    """How many rows may weigh what they do for one row in their middle, for a product of all views' factors."""
+    with np.errstate(divide="ignore"):
+        apart = -np.log2(np.float64(factor))
+    return 1 + int(_APART[dtype] / max(apart, 1e-9))
+
+
 class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 

@@ -353,7 +353,8 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     units = list(start.units if start else shared_units(operands, causal=True))
     windowed = is_windowed(operands)
     kernel = _kernel(operation, operands)
-    if kernel is not None and operands.decays and not _slow(operands):
+    most = window_blocks.most_rows(operands) if kernel is not None and windowed and operands.decays else _KERNEL_ROWS
+    if kernel is not None and operands.decays and not (most if windowed else _slow(operands)):
         kernel = None
     forms: Forms | Pairs | None = None
     w = weights(expansion, q, backend)
@@ -370,13 +371,13 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     leading = operands.leading
     itemsize = backend.itemsize(w.dtype)
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
-    if windowed and operands.decays:
-        kernel = None
     if windowed and kernel is not None:
         seen = windows_of(operands.order.window, operands.lengths[1:], 1)
-        setting = Setting(degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, windows=seen)
-        numbers = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
-        block = _rows_to_pull(setting, q.shape[-2], numbers)
+        setting = Setting(
+            degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, operands.decays, seen
+        )
+        count = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
+        block = min(most, _rows_to_pull(setting, q.shape[-2], count))
         if window_blocks.fits(setting, block, operands):
             return setting, block
         kernel = None

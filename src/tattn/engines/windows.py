@@ -19,8 +19,8 @@ Adjoint: what a row begins with is linear in the sums of chunks, blocks and segm
 the other side: a chunk is seen by those from c + 1 to c + h − 1. Compiled loops take blocks as `window_blocks` has them, in which
 nothing is paired: h is then w, and a chunk one row.
 
-Where keys decay, a sum is what the last of its rows sees, and what stands t rows behind that takes λ^t of it. So t ≥ 0, and no power
-is larger than 1. λ gets t λ^(t − 1) ⟨gradient, sum⟩ from every such power.
+Where keys decay, a sum is what the last of its rows sees, and what stands t rows behind it takes λ^t of it. So t ≥ 0, and no
+power is larger than 1. λ gets t λ^(t − 1) ⟨gradient, sum⟩ from every such power.
 
 O((n + Σ n_μ) r dv) time, whatever the windows, with a factor
 of 2 m b for the rows of a chunk; memory for copies of the inputs, and for long windows r (dv + 1) numbers for every segment and for
@@ -119,7 +119,8 @@ def backward(setting: Setting, block: int, operands: Operands, columns: Columns)
             return carry, tuple(_given(1, dq, grads, [as_one(g, backend) for g in of_starts], backend))
 
         if setting.kernel is not None:
-            dq, grads, of_starts = adjoint_by(setting, cut, q, streams, starts, columns)
+            dq, grads, of_starts, slopes = adjoint_by(setting, cut, q, streams, starts, columns)
+            carry = tuple(add(total, slope) for total, slope in zip(carry, slopes, strict=True))
         else:
             rows = _given(cut.blocks, q, streams, starts, backend, columns)
             carry, found = backend.scan_rows(of_block, carry, rows, 1)
