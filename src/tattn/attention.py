@@ -114,14 +114,13 @@ def tensor_attention(
         Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
         keys, row i sees the keys j ≤ i + n_μ − n.
     decay : sequence of m arrays (...), numbers or None, optional
-        With `causal`; with `window` by the exact method. A key of view μ that stands t rows before the last that a row sees
-        has the weight λ^t besides, for the factor λ = decay[μ] from 0 to 1, one for each problem of the batch; 0^0 is 1, and
-        None is a factor of 1.
+        With `causal` or `window`. A key of view μ that stands t rows before the last that a row sees has the weight λ^t besides,
+        for the factor λ = decay[μ] from 0 to 1, one for each problem of the batch; 0^0 is 1, and None is a factor of 1.
         ALiBi with a slope s is exp(−s). The rank stays as it is, and so do the errors. The gradient of a factor 0 is 0 with
         the exact method. A row is NaN where all that it sees weighs too little, as with `key_weights`.
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal`. The
-        time of the polynomial method does not depend on the windows.
+        time of the polynomial method does not depend on the windows, nor much on `decay`.
     offsets : integer array (documents + 1,), or sequence of m + 1 of them, optional
         For documents that stand one after another in the rows: 0, the rows of the first document, of the first two, …, n. A row
         attends within its document, in causal calls and windows, too. One array is for query and all views; otherwise one

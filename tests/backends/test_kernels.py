@@ -23,11 +23,22 @@ from watching import Seen, calls_of, code_within
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, OF_ROWS, OF_TUPLES, OF_WINDOWS, Kernel, Tuples, rows_together
+from tattn.backends.operations import (
+    CHAIN,
+    OF_ROWS,
+    OF_TUPLES,
+    OF_WINDOWS,
+    Kernel,
+    Tuples,
+    rows_in_range,
+    rows_together,
+)
 from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
 SOURCE = Path(tattn.__file__).parents[1]
+# What runs compiled loops over windows.
+WINDOW_LOOPS = "read_windows", "pull_windows"
 channels = pytest.mark.parametrize("channels", ["real", "complex"])
 
 
@@ -293,16 +304,15 @@ def test_keys_that_decay_as_fast_as_may_be(n, factor, used, monkeypatch):
         assert_the_same(call, plan, used, monkeypatch)
 
 
+@pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)
 @pytest.mark.parametrize("factor", [1e-30, 0.0])
-def test_keys_that_decay_faster_are_left_to_array_operations(factor, used):
+def test_keys_that_decay_faster_are_left_to_array_operations(factor, order, used, in_windows):
     call = drawn(70, 2, "float64", "heads")
     call["decay"] = [np.asarray([0.9, factor, 0.9]), 0.5]
-    plan = plan_of(call)
-    got = tattn.tensor_attention(
-        call["query"], call["keys"], call["values"], causal=True, decay=call["decay"], plan=plan
-    )
-    assert used == []
-    truth = dense(call["query"], call["keys"], call["values"], causal=True, decay=call["decay"])
+    plan, rows = plan_of(call, **order), (call["query"], call["keys"], call["values"])
+    got = tattn.tensor_attention(*rows, **order, decay=call["decay"], plan=plan)
+    assert used == in_windows == []
+    truth = dense(*rows, **order, decay=call["decay"])
     assert np.abs(got - truth.out).max() <= plan.error * value_sizes(call["values"])[0].max()
 
 
@@ -849,7 +859,7 @@ def test_causal_calls_and_keys_that_decay_are_left_to_array_operations(scores):
 def in_windows(loops: Any) -> Iterator[Names]:
     """Tells of every time that compiled loops take rows in windows."""
     compile_for(*OF_WINDOWS)
-    both = code_within(compiled.window_read, "read_windows"), code_within(compiled.window_pull, "pull_windows")
+    both = code_within(compiled.window_read, WINDOW_LOOPS[0]), code_within(compiled.window_pull, WINDOW_LOOPS[1])
     with calls_of(*both) as seen:
         yield Names(seen)
 
@@ -869,7 +879,7 @@ def windows_are_the_same(
         seen.clear()
         with BACKEND.using(workspace=workspace):
             got = computed(call, plan=plan, window=window)
-        assert set(seen) == {"read_windows", "pull_windows"}
+        assert set(seen) == set(WINDOW_LOOPS)
         for x, y in zip(got, expected, strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
             finite = np.isfinite(y)
@@ -896,6 +906,38 @@ def test_windows_are_what_array_operations_compute(dtype, views, leading, masked
 def test_windows_of_all_lengths(n, window, in_windows, monkeypatch):
     """Of one block and of many, longer than the rows and shorter than a chunk; a view of which rows see all before them."""
     windows_are_the_same(drawn(n, 2, "float64", masked=n > 5), window, in_windows, monkeypatch, degree=2)
+
+
+@pytest.mark.grid("numpy")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+def test_windows_of_keys_that_decay(dtype, views, leading, in_windows, monkeypatch):
+    call = with_decay(drawn(137, views, dtype, leading, True), 0.7 if views < 3 else 0.9, leading)
+    windows_are_the_same(call, (20, 35, 70)[:views], in_windows, monkeypatch)
+
+
+@pytest.mark.parametrize("window", [(130, 260), (64, 20)])
+@pytest.mark.parametrize("factor", [0.999, 0.3, 0.003])
+def test_windows_of_keys_that_decay_as_fast_as_may_be(window, factor, in_windows, monkeypatch):
+    """In blocks as long as a window, and as short as 16 rows."""
+    assert (rows_in_range(0.003**2, "float64"), rows_in_range(0.002**2, "float64")) == (16, 0)
+    call = drawn(700 if factor < 0.1 else 300, 2, "float64", "shared", masked=True)
+    call["decay"] = [np.asarray(factor), np.asarray([factor, 0.9, 1])]
+    windows_are_the_same(call, window, in_windows, monkeypatch, degree=2)
+
+
+@pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)
+@pytest.mark.parametrize("factor", [1e-30, 0.0])
+def test_plans_price_calls_by_how_fast_keys_decay(order, factor, loops):
+    """Array operations compute those whose keys decay too fast for compiled loops."""
+    call = drawn(300, 2, "float32", "heads")
+    given = call["query"], call["keys"], call["values"]
+    options = {"method": "polynomial", "return_plan": True, **order}
+    _, plain = tattn.tensor_attention(*given, **options)
+    _, slow = tattn.tensor_attention(*given, decay=[0.9, np.full(3, 0.9, np.float32)], **options)
+    _, fast = tattn.tensor_attention(*given, decay=[0.9, np.asarray([0.9, 1, factor], np.float32)], **options)
+    assert slow == plain and slow.flops_polynomial == plain.flops_polynomial < fast.flops_polynomial / 4
 
 
 def test_windows_drawn_at_random(in_windows, monkeypatch):
@@ -1129,11 +1171,12 @@ def test_columns_of_long_heads_are_spread_over_threads(factor, leading, used):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decays", [False, True])
-def test_no_error_exceeds_the_plan(dtype, decays, used, draws):
+@pytest.mark.parametrize("windowed", [False, True], ids=["causal", "windows"])
+def test_no_error_exceeds_the_plan(dtype, decays, windowed, used, in_windows, draws):
     """Rows of all kinds, sizes over decades: causal calls by kernels, outputs and gradients, against a wider dtype."""
     exact = np.float64 if dtype == "float32" else np.longdouble
     worst = 0.0
-    for seed in draws(300 if dtype == "float32" else 100):
+    for seed in draws(300 if dtype == "float32" and not windowed else 100):
         rng = np.random.default_rng(seed)
         views, degree, bound = (
             int(rng.integers(1, 5)),
@@ -1147,17 +1190,19 @@ def test_no_error_exceeds_the_plan(dtype, decays, used, draws):
         scale = bound / tops.sum()
         values = [(entries(rng, (len(k), value_dim)) * 10.0 ** rng.uniform(-4, 4)).astype(dtype) for k in keys]
         grad = rng.normal(size=(n, value_dim)).astype(dtype)
+        order = {"causal": True, "window": tuple(rng.integers(1, 80, views).tolist()) if windowed else None}
         plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
-                              causal=True, dtype=dtype, scale=scale)  # fmt: skip
+                              dtype=dtype, scale=scale, **order)  # fmt: skip
         decay = [np.asarray(1 - 10 ** rng.uniform(-4, -0.1), dtype) for _ in range(views)] if decays else None
-        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, decay=decay)
+        order["decay"] = decay
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, **order)
         dquery, dkeys, dvalues = pullback(grad)[:3]
-        truth = dense(query, keys, values, scale=scale, grad_out=grad, causal=True, decay=decay, precision=exact)
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, precision=exact, **order)
         found = Dense(out, out, dquery, list(dkeys), list(dvalues))
         ratio = largest_ratio(plan, keys, values, grad, found, truth)
         assert ratio <= 1, (seed, ratio, str(plan))
         worst = max(worst, ratio)
-    assert set(used) == {"read", "pull"}
+    assert set(in_windows if windowed else used) == set(WINDOW_LOOPS if windowed else ("read", "pull"))
     # A draw that comes near to nothing would show nothing.
     assert worst > 0.1
 

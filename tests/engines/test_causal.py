@@ -46,9 +46,10 @@ def draw(
 
 def run(library: Any, call: Arrays, **options: Any) -> Dense:
     """Output, lse and all gradients, in NumPy."""
-    query, keys, values, masks, grad_out, grad_lse = library.arrays(*call)
-    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, key_masks=masks, return_lse=True, **options)
-    dquery, dkeys, dvalues = pullback(grad_out, grad_lse)
+    query, keys, values, masks, grad_out, grad_lse, decay = library.arrays(*call, options.pop("decay", None))
+    options |= {"key_masks": masks, "decay": decay, "return_lse": True}
+    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, **options)
+    dquery, dkeys, dvalues = pullback(grad_out, grad_lse)[:3]
     for got, of in zip((out, lse, dquery, *dkeys, *dvalues), (query, query, query, *keys, *values), strict=True):
         assert library.is_array(got)
         assert got.dtype == of.dtype

@@ -15,7 +15,7 @@ from math import prod
 
 from ..arrays import prod_of, sum_of, sum_to_leading
 from ..backends import Array
-from ..backends.operations import Prefix, rows_in_range
+from ..backends.operations import FEWEST_ROWS, Prefix
 from ..features.monomials import run_table
 from ..operands import Operands
 from .chunks import Setting
@@ -25,29 +25,19 @@ from .window_sums import MOST_BLOCKS, Cut, Line, Rows, Streams, as_one, placed
 
 # Rows that a kernel takes at once.
 _MOST_ROWS = 1 << 13
-# Rows of a block, where what a row sees is more than rows of two blocks.
-_FEWEST_ROWS = 16
 
 
 def fits(setting: Setting, block: int, operands: Operands) -> bool:
     """Whether blocks are long enough to be worth sums of their own, and sums between segments few numbers beside the inputs."""
     cut = Cut.of_rows(operands.query.shape[-2], block, setting)
     long = [v for v, window in zip(operands.values, setting.windows, strict=True) if cut.is_long(window)]
-    if long and cut.block < _FEWEST_ROWS:
+    if long and cut.block < FEWEST_ROWS:
         return False
     inputs = sum(prod(x.shape) for x in (operands.query, *operands.keys, *operands.values))
     # Of all rows, those before the first query row included.
     sums = sum(-(-v.shape[-2] // cut.segment) * (v.shape[-1] + 1) for v in long)
     numbers = sums * setting.w.shape[0] * prod(setting.leading)
     return bool(numbers <= max(4 * inputs, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)))
-
-
-def most_rows(operands: Operands) -> int:
-    """Rows of a block, at most, if keys decay; 0 if they do so too fast for blocks."""
-    backend = operands.backend
-    (factor,) = backend.values_of((prod_of(operands.decays),))
-    found = rows_in_range(float(backend.xp.min(factor)), backend.dtype_name(operands.dtype))
-    return found if found >= _FEWEST_ROWS else 0
 
 
 def together(setting: Setting, cut: Cut, lines: Sequence[Line]) -> int:
