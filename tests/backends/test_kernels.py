@@ -37,8 +37,6 @@ from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
 SOURCE = Path(tattn.__file__).parents[1]
-# What runs compiled loops over windows.
-WINDOW_LOOPS = "read_windows", "pull_windows"
 channels = pytest.mark.parametrize("channels", ["real", "complex"])
 
 
@@ -306,12 +304,13 @@ def test_keys_that_decay_as_fast_as_may_be(n, factor, used, monkeypatch):
 
 @pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)
 @pytest.mark.parametrize("factor", [1e-30, 0.0])
-def test_keys_that_decay_faster_are_left_to_array_operations(factor, order, used, in_windows):
+def test_keys_that_decay_faster_are_left_to_array_operations(factor, order, request):
+    used = request.getfixturevalue("in_windows" if "window" in order else "used")
     call = drawn(70, 2, "float64", "heads")
     call["decay"] = [np.asarray([0.9, factor, 0.9]), 0.5]
     plan, rows = plan_of(call, **order), (call["query"], call["keys"], call["values"])
     got = tattn.tensor_attention(*rows, **order, decay=call["decay"], plan=plan)
-    assert used == in_windows == []
+    assert used == []
     truth = dense(*rows, **order, decay=call["decay"])
     assert np.abs(got - truth.out).max() <= plan.error * value_sizes(call["values"])[0].max()
 
@@ -859,7 +858,7 @@ def test_causal_calls_and_keys_that_decay_are_left_to_array_operations(scores):
 def in_windows(loops: Any) -> Iterator[Names]:
     """Tells of every time that compiled loops take rows in windows."""
     compile_for(*OF_WINDOWS)
-    both = code_within(compiled.window_read, WINDOW_LOOPS[0]), code_within(compiled.window_pull, WINDOW_LOOPS[1])
+    both = code_within(compiled.window_read, "read_windows"), code_within(compiled.window_pull, "pull_windows")
     with calls_of(*both) as seen:
         yield Names(seen)
 
@@ -879,7 +878,7 @@ def windows_are_the_same(
         seen.clear()
         with BACKEND.using(workspace=workspace):
             got = computed(call, plan=plan, window=window)
-        assert set(seen) == set(WINDOW_LOOPS)
+        assert set(seen) == {"read_windows", "pull_windows"}
         for x, y in zip(got, expected, strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
             finite = np.isfinite(y)
@@ -1002,7 +1001,8 @@ def test_windows_that_loops_leave_to_array_operations(in_windows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_no_error_of_windows_exceeds_the_plan(dtype, in_windows, draws):
+@pytest.mark.parametrize("decays", [False, True])
+def test_no_error_of_windows_exceeds_the_plan(dtype, decays, in_windows, draws):
     """As for causal calls, by loops for windows of all lengths."""
     exact = np.float64 if dtype == "float32" else np.longdouble
     worst = 0.0
@@ -1024,9 +1024,11 @@ def test_no_error_of_windows_exceeds_the_plan(dtype, in_windows, draws):
         window = tuple(int(w) for w in rng.integers(16, n, views))
         plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
                               window=window, dtype=dtype, scale=scale)  # fmt: skip
-        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=window)
-        dquery, dkeys, dvalues = pullback(grad)
-        truth = dense(query, keys, values, scale=scale, grad_out=grad, window=window, precision=exact)
+        decay = [np.asarray(1 - 10 ** rng.uniform(-4, -0.4), dtype) for _ in range(views)] if decays else None
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=window, decay=decay)
+        dquery, dkeys, dvalues = pullback(grad)[:3]
+        options: Any = {"window": window, "decay": decay, "precision": exact}
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, **options)
         found = Dense(out, out, dquery, list(dkeys), list(dvalues))
         ratio = largest_ratio(plan, keys, values, grad, found, truth)
         assert ratio <= 1, (seed, ratio, str(plan))
@@ -1171,12 +1173,11 @@ def test_columns_of_long_heads_are_spread_over_threads(factor, leading, used):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decays", [False, True])
-@pytest.mark.parametrize("windowed", [False, True], ids=["causal", "windows"])
-def test_no_error_exceeds_the_plan(dtype, decays, windowed, used, in_windows, draws):
+def test_no_error_exceeds_the_plan(dtype, decays, used, draws):
     """Rows of all kinds, sizes over decades: causal calls by kernels, outputs and gradients, against a wider dtype."""
     exact = np.float64 if dtype == "float32" else np.longdouble
     worst = 0.0
-    for seed in draws(300 if dtype == "float32" and not windowed else 100):
+    for seed in draws(300 if dtype == "float32" else 100):
         rng = np.random.default_rng(seed)
         views, degree, bound = (
             int(rng.integers(1, 5)),
@@ -1190,19 +1191,17 @@ def test_no_error_exceeds_the_plan(dtype, decays, windowed, used, in_windows, dr
         scale = bound / tops.sum()
         values = [(entries(rng, (len(k), value_dim)) * 10.0 ** rng.uniform(-4, 4)).astype(dtype) for k in keys]
         grad = rng.normal(size=(n, value_dim)).astype(dtype)
-        order = {"causal": True, "window": tuple(rng.integers(1, 80, views).tolist()) if windowed else None}
         plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
-                              dtype=dtype, scale=scale, **order)  # fmt: skip
+                              causal=True, dtype=dtype, scale=scale)  # fmt: skip
         decay = [np.asarray(1 - 10 ** rng.uniform(-4, -0.1), dtype) for _ in range(views)] if decays else None
-        order["decay"] = decay
-        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, **order)
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, causal=True, decay=decay)
         dquery, dkeys, dvalues = pullback(grad)[:3]
-        truth = dense(query, keys, values, scale=scale, grad_out=grad, precision=exact, **order)
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, causal=True, decay=decay, precision=exact)
         found = Dense(out, out, dquery, list(dkeys), list(dvalues))
         ratio = largest_ratio(plan, keys, values, grad, found, truth)
         assert ratio <= 1, (seed, ratio, str(plan))
         worst = max(worst, ratio)
-    assert set(in_windows if windowed else used) == set(WINDOW_LOOPS if windowed else ("read", "pull"))
+    assert set(used) == {"read", "pull"}
     # A draw that comes near to nothing would show nothing.
     assert worst > 0.1
 
