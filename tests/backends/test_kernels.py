@@ -1001,7 +1001,7 @@ def test_windows_that_loops_leave_to_array_operations(in_windows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("decays", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_no_error_of_windows_exceeds_the_plan(dtype, decays, in_windows, draws):
     """As for causal calls, by loops for windows of all lengths."""
     exact = np.float64 if dtype == "float32" else np.longdouble
