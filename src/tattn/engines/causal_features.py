@@ -367,9 +367,9 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     if windowed and kernel is not None:
         seen = windows_of(operands.order.window, operands.lengths[1:], 1)
-        setting = Setting(
-            degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, operands.decays, seen
-        )
+        # Sums over short blocks are many small ones.
+        whole = backend.among(max(backend.rows_in_all, q.shape[-2] * prod(leading)))
+        setting = Setting(degree, grading, w, units, shares, 1, 1, leading, whole, forms, kernel, operands.decays, seen)
         count = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
         block = min(most, _rows_to_pull(setting, q.shape[-2], count))
         if window_blocks.fits(setting, block, operands):
