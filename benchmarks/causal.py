@@ -239,8 +239,9 @@ def decay_in_windows(library: str, quick: bool) -> None:
             return found[1](found[0])
 
         calls: list[Callable[[], Any]] = [partial(forward, x) for x in factors]
-        found = [seconds(calls, 5), seconds([partial(both, x) for x in factors], 5)]
-        arrays = seconds([partial(without_kernels, call) for call in calls], 3)
+        of_forward = seconds([*calls, *(partial(without_kernels, call) for call in calls)], 5)
+        found = [of_forward[: len(calls)], seconds([partial(both, x) for x in factors], 5)]
+        arrays = of_forward[len(calls) :]
         exact = seconds([partial(forward, x, n - rows, last) for x in factors[:2]], 2)
         for i, (factor, one, two, slow) in enumerate(zip(factors, *found, arrays, strict=True)):
             print(
