@@ -290,6 +290,14 @@ def test_sums_with_factors_that_are_none() -> None:
     assert np.isfinite(summary.sums[0][0]).all() and np.isnan(summary.sums[0][1]).all()
 
 
+@pytest.mark.parametrize("how", ["polynomial", "windows"])
+def test_factors_that_are_none_are_not_read_with_a_promise(library: Any, how: str) -> None:
+    """They are NaN, and so is what they weigh."""
+    query, keys, values, given = library.arrays(*drawn(2)[:3], [np.asarray([0.5, 1.5]), np.asarray(0.9)])
+    out = tattn.tensor_attention(query, keys, values, causal=True, decay=given, **METHODS[how](2, 0))
+    assert np.isfinite(library.numpy(out)[0]).all() and np.isnan(library.numpy(out)[1]).all()
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", METHODS)
 @pytest.mark.libraries("torch")

@@ -91,12 +91,13 @@ def rows_together(factors: Any, dtype: str) -> np.ndarray:
 def rows_in_range(factor: float, dtype: str) -> int:
     """How many rows of a window may weigh what they do for one in their middle, for a product of all views' factors.
 
-    0 where these are too few for compiled loops.
+    0 where these are too few for compiled loops, or the product is NaN.
     """
-    with np.errstate(divide="ignore"):
-        apart = -np.log2(np.float64(factor))
-    found = 1 + int(_APART[dtype] / max(apart, 1e-9))
-    return found if found >= FEWEST_ROWS else 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = float(-np.log2(np.float64(factor)))
+    if not (FEWEST_ROWS - 1) * apart <= _APART[dtype]:
+        return 0
+    return 1 + int(_APART[dtype] / max(apart, 1e-9))
 
 
 def at_once(factor: float, dtype: str, windowed: bool) -> int:
