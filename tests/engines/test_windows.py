@@ -83,9 +83,12 @@ FACTORS = [np.asarray(x) for x in ((0.9, 0.7), (1.0, 1e-30), (0.999, 0.0))]
 def test_keys_that_decay(
     library: Any, n: int, window: tuple[int, ...], before: tuple[int, ...], workspace: int | None, turned: bool
 ) -> None:
-    """By factors of their own for each view and problem, which share keys and values."""
-    call, m = drawn(n, before, shared=True), len(window)
+    """By factors of their own for each view and problem, which share keys and values; of one problem if there are three views."""
+    m = len(window)
+    call = drawn(n, before, shared=m < 3)
     decay = [x[::-1] if turned else x for x in (FACTORS * 2)[turned : turned + m]]
+    if m == 3:
+        decay = [x[0] for x in decay]
     plan = plan_of(call, window)
     with in_workspace(library.array(np.zeros(1)), workspace):
         found = run(library, call, plan=plan, window=window, decay=decay)

@@ -145,7 +145,7 @@ class Line(NamedTuple):
 class Between(NamedTuple):
     """Sums (..., segments, (dv + 1) r) over what is between the segments of a row and of the first row that it sees.
 
-    Put together from those of each segment, one segment later, and of the last chunks of some, if there are such.
+    If keys decay: what it is put together from, sums of each segment, one segment later, and of the last chunks of some, if it is.
     """
 
     total: Array
@@ -255,7 +255,8 @@ def middles_of(setting: Setting, cut: Cut, line: Line, window: Window) -> Betwee
         tails = _sums(setting, _tails(cut, line, rest, pieces, backend), pieces, line.decay)
         there = later(tails, line.decay, (whole - 1) * cut.segment, backend)
         total = total + placed(there, whole, count, backend)
-    return Between(total[..., line.old :, :], segments, tails)
+    total = total[..., line.old :, :]
+    return Between(total) if line.decay is None else Between(total, segments, tails)
 
 
 def pulled_middles(
@@ -269,19 +270,19 @@ def pulled_middles(
     gradient = placed(gradient, line.old, count, backend)
     start = line.front - line.old * cut.segment
     found, of_decay = [], []
-    if between.segments is not None:
+    if count > 1 and whole > 1:
         rows = line.before(line.old * cut.segment, (count - 1) * cut.segment)
         (behind,) = _last_sums((xp.flip(gradient, axis=-2),), whole - 1, cut, decay, backend)
         behind = xp.flip(behind, axis=-2)[..., 1:, :]
         of_rows, slope = _pulled_sums(setting, rows, behind, count - 1, decay)
         found.append((start, of_rows))
-        if decay is not None:
+        if decay is not None and between.segments is not None:
             both = between.segments, xp.zeros_like(between.segments)
             through = gradient * _last_sums(both, whole - 1, cut, decay, backend)[1]
             of_decay += [slope, of_factor(through, decay, backend)]
-    if between.tails is not None:
+    if rest and count > whole:
         pieces, rows_of, g = count - whole, rest * cut.chunk, gradient[..., whole:, :]
-        if decay is not None:
+        if decay is not None and between.tails is not None:
             of_decay.append(later_slope(between.tails, g, decay, (whole - 1) * cut.segment, backend))
         g = later(g, decay, (whole - 1) * cut.segment, backend)
         tails, slope = _pulled_sums(setting, _tails(cut, line, rest, pieces, backend), g, pieces, decay)
