@@ -4,6 +4,7 @@
     python -m benchmarks.causal channels [--library numpy|torch] [--quick]
     python -m benchmarks.causal windows [--library numpy|torch] [--quick]
     python -m benchmarks.causal decay [--library numpy|torch] [--quick]
+    python -m benchmarks.causal decay-in-windows [--library numpy|torch] [--quick]
     python -m benchmarks.causal decoding [--tokens 100000] [--quick]
 
 float32, one thread. Processor time, the best of runs that take turns.
@@ -208,6 +209,48 @@ def decay(library: str, quick: bool) -> None:
         print(f"| {name} | {one:.3f} | {one / of_forward[0]:.2f} | {two:.3f} | {two / of_both[0]:.2f} |", flush=True)
 
 
+def decay_in_windows(library: str, quick: bool) -> None:
+    """Windows where keys decay, by the same factor in both views, over such where they do not; and by the exact method.
+
+    The exact method computes the last rows only, and its time is that of so many times as many.
+    """
+    move, n, rows = move_to(library), 1024 if quick else 4096, 256
+    tattn.warm_up()
+    rng = np.random.default_rng(0)
+    query, *keys = (move(2 * rng.random((n, 8), dtype=np.float32) - 1) for _ in range(3))
+    values = [move(2 * rng.random((n, 8), dtype=np.float32) - 1) for _ in range(2)]
+    print(
+        "| window | factor | forward, s | over none | with its gradient, s | over none | without kernels | exact, s |"
+    )
+    print("|" + "---|" * 8)
+    factors: tuple[float | None, ...] = (None, 0.999, 0.9, 0.6, 0.3)
+    for window in (256, 1024)[: 1 if quick else 2]:
+        made: dict[str, Any] = {"dim": 8, "bound": 1.0, "window": (window, window)}
+        plan = tattn.plan_for(n=n, degree=4, **made)
+        last = tattn.plan_for(n=(rows, n, n), method="exact", **made)
+
+        def forward(factor: Any, start: int = 0, plan: tattn.Plan = plan) -> Any:
+            of_rows, decay = query[start:], None if factor is None else [factor] * 2
+            return tattn.tensor_attention(of_rows, keys, values, plan=plan, window=plan.window, decay=decay)
+
+        def both(factor: Any, plan: tattn.Plan = plan) -> Any:
+            decay = None if factor is None else [factor] * 2
+            found = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=plan.window, decay=decay)
+            return found[1](found[0])
+
+        calls: list[Callable[[], Any]] = [partial(forward, x) for x in factors]
+        of_forward = seconds([*calls, *(partial(without_kernels, call) for call in calls)], 5)
+        found = [of_forward[: len(calls)], seconds([partial(both, x) for x in factors], 5)]
+        arrays = of_forward[len(calls) :]
+        exact = seconds([partial(forward, x, n - rows, last) for x in factors[:2]], 2)
+        for i, (factor, one, two, slow) in enumerate(zip(factors, *found, arrays, strict=True)):
+            print(
+                f"| {window:,} | {'none' if factor is None else factor} | {one:.3f} | {one / found[0][0]:.2f} "
+                f"| {two:.3f} | {two / found[1][0]:.2f} | {slow:.3f} | {exact[min(i, 1)] * n / rows:.3g} |",
+                flush=True,
+            )
+
+
 def without_kernels(function: Callable[[], Any]) -> Any:
     """What a call computes by array operations."""
     os.environ["TATTN_KERNELS"] = "0"
@@ -276,7 +319,7 @@ def decoding(tokens: int, quick: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "channels", "windows", "decay", "decoding"))
+    parser.add_argument("part", choices=("cost", "channels", "windows", "decay", "decay-in-windows", "decoding"))
     parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true")
@@ -289,5 +332,7 @@ if __name__ == "__main__":
         windows(options.library, options.quick)
     elif options.part == "decay":
         decay(options.library, options.quick)
+    elif options.part == "decay-in-windows":
+        decay_in_windows(options.library, options.quick)
     else:
         decoding(options.tokens, options.quick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class Dense(NamedTuple):
     dquery: np.ndarray
     dkeys: list[np.ndarray]
     dvalues: list[np.ndarray]
+    ddecay: Sequence[np.ndarray] = ()
 
 
 def dense(
@@ -50,7 +52,7 @@ def dense(
     if channels == "complex":
         q, *ks = (as_complex(x) for x in (q, *ks))
     scores = scale * np.einsum(f"...xz,{','.join(f'...{c}z' for c in views)}->...x{views}", q, *ks).real
-    present, share = np.ones((1,) * (m + 1), bool), np.ones((1,) * (m + 1), precision)
+    present, shares, steps = np.ones((1,) * (m + 1), bool), [], []
     for i, mask in enumerate(masks or ()):
         if mask is not None:
             shape = (*mask.shape[:-1], 1, *(mask.shape[-1] if j == i else 1 for j in range(m)))
@@ -62,9 +64,12 @@ def dense(
             seen = (behind >= 0) & (behind < (np.inf if window is None else window[i]))
             present = present & seen.reshape(n, *(k.shape[-2] if j == i else 1 for j in range(m)))
             if decay is not None:
-                own = np.asarray(decay[i], precision)[..., None, None] ** np.maximum(behind, 0)
+                factor = np.asarray(decay[i], precision)[..., None, None]
+                own, step = factor ** np.maximum(behind, 0), np.maximum(behind, 0) * factor ** np.maximum(behind - 1, 0)
                 shape = (*own.shape[:-1], *(own.shape[-1] if j == i else 1 for j in range(m)))
-                share = share * own.reshape(shape)
+                shares.append(own.reshape(shape))
+                steps.append(step.reshape(shape))
+    share = prod(shares, start=np.ones((1,) * (m + 1), precision))
     axes = tuple(range(-m, 0))
     # exp is shifted by the largest score; a polynomial is taken as it is.
     masked = np.where(present, scores, -np.inf)
@@ -107,7 +112,19 @@ def dense(
         rest = views[:i] + views[i + 1 :]
         dkeys.append(scale * gradient(f"{c}z", ks[i], p, [q, *ks[:i], *ks[i + 1 :]], "x" + rest))
         dvalues.append(gradient(f"{c}e", vs[i], f, [g, *vs[:i], *vs[i + 1 :]], "x" + rest))
-    return Dense(out, lse, dquery, dkeys, dvalues)
+    ddecay = []
+    for i, step in enumerate(steps):
+        others = prod([*shares[:i], *shares[i + 1 :]], start=step)
+        own = (
+            np.where(present & ~empty, others * function(scores - top), 0.0)
+            / total
+            * (w - r.reshape(*r.shape, *(1,) * m))
+        )
+        own = own.sum(axis=tuple(range(-m - 1, 0)))
+        shape = np.shape(decay[i])
+        own = own.sum(axis=tuple(range(own.ndim - len(shape))))
+        ddecay.append(own.sum(axis=tuple(j for j, s in enumerate(shape) if s == 1 != own.shape[j]), keepdims=True))
+    return Dense(out, lse, dquery, dkeys, dvalues, ddecay)
 
 
 def as_complex(x: np.ndarray) -> np.ndarray:

@@ -47,19 +47,22 @@ def factors(views: int) -> list[np.ndarray]:
     return [np.asarray([0.9, 0.55]), np.asarray([0.7, 0.98]), np.asarray([0.5, 0.8])][:views]
 
 
+def plan_of(views: int, extra: int, **order: Any) -> tattn.Plan:
+    """A polynomial of small error."""
+    degree, n = 12 if views == 1 else 9, (N, *(N + extra,) * views)
+    return tattn.plan_for(n=n, dim=DIM, bound=1.0, degree=degree, order=views + 1, dtype="float64", **order)
+
+
+def in_windows(views: int, extra: int) -> dict[str, Any]:
+    """Of some chunks, of less than one, and of a bit more."""
+    window = (37, 12, 17)[:views]
+    return {"plan": plan_of(views, extra, window=window), "window": window}
+
+
 METHODS = {
     "exact": lambda views, extra: {"method": "exact"},
-    "polynomial": lambda views, extra: {
-        "plan": tattn.plan_for(
-            n=(N, *(N + extra,) * views),
-            dim=DIM,
-            bound=1.0,
-            degree=12 if views == 1 else 9,
-            order=views + 1,
-            dtype="float64",
-            causal=True,
-        )
-    },
+    "polynomial": lambda views, extra: {"plan": plan_of(views, extra, causal=True)},
+    "windows": in_windows,
 }
 
 
@@ -74,7 +77,7 @@ def test_it_is_the_definition(library: Any, method: str, views: int, extra: int)
     q, k, v, given = library.arrays(query, keys, values, decay)
     options = METHODS[method](views, extra)
     out, lse = tattn.tensor_attention(q, k, v, causal=True, decay=given, return_lse=True, **options)
-    expected = defined(query, keys, values, decay)
+    expected = defined(query, keys, values, decay, options.get("window"))
     error = 1e-13 if method == "exact" else options["plan"].error
     assert error < 1e-6
     largest = np.prod([np.abs(x).max(axis=-2, keepdims=True) for x in values], axis=0)
@@ -84,13 +87,13 @@ def test_it_is_the_definition(library: Any, method: str, views: int, extra: int)
 
 @pytest.mark.grid("jax")
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("how", ["exact", "polynomial", "window"])
+@pytest.mark.parametrize("how", [*METHODS, "exact windows"])
 @pytest.mark.parametrize("extra", [0, 7])
 def test_slopes(library: Any, how: str, views: int, extra: int) -> None:
     """Of query, keys, values and factors, by central differences along one direction."""
     query, keys, values, grad_out, grad_lse = drawn(views, extra)
     decay = factors(views)
-    options = {"method": "exact", "window": (12,) * views} if how == "window" else METHODS[how](views, extra)
+    options = METHODS[how](views, extra) if how in METHODS else {"method": "exact", "window": (12,) * views}
     arrays = [query, *keys, *values, *decay]
     rng = np.random.default_rng(5)
     direction = [rng.normal(size=x.shape) for x in arrays]
@@ -159,9 +162,11 @@ def test_zero_is_a_window_of_one(library: Any, how: str) -> None:
     mask[[0, 7, 8]] = False
     q, k, v, g, given, zero = library.arrays(query, keys, values, grad_out, mask, np.zeros(2))
     options: Any = {"causal": True, "decay": [zero, None], "key_masks": [given, None], "return_lse": True}
-    (out, lse), pullback = tattn.tensor_attention_vjp(q, k, v, **options, **METHODS[how](2, 0))
+    options |= METHODS[how](2, 0)
+    (out, lse), pullback = tattn.tensor_attention_vjp(q, k, v, **options)
+    other = options["window"][1] if "window" in options else N
     expected = tattn.tensor_attention(
-        query, keys, values, window=(1, N), key_masks=[mask, None], method="exact", return_lse=True
+        query, keys, values, window=(1, other), key_masks=[mask, None], method="exact", return_lse=True
     )
     for got, like in zip((out, lse), expected, strict=True):
         assert np.array_equal(np.isneginf(library.numpy(got)), np.isneginf(like))
@@ -180,18 +185,19 @@ def test_short_calls_are_those_with_weights(how: str) -> None:
     assert np.abs(got - like).max() < 1e-12
 
 
+@pytest.mark.parametrize("order", [{"causal": True}, {"window": (1000, 300)}], ids=str)
 @pytest.mark.parametrize("factor", [0.9, 0.999])
 @pytest.mark.parametrize("n", [5000, pytest.param(100_000, marks=pytest.mark.thorough)])
-def test_long_sums_in_float32(factor: float, n: int) -> None:
+def test_long_sums_in_float32(order: dict[str, Any], factor: float, n: int) -> None:
     rng = np.random.default_rng(0)
     query, *keys = rng.uniform(-1, 1, (3, n, 2)).astype(np.float32)
     values = [rng.uniform(-1, 1, (n, 2)).astype(np.float32) for _ in range(2)]
     decay = [float(np.float32(factor))] * 2
-    plan = tattn.plan_for(n=n, dim=2, bound=1.0, degree=6, causal=True)
-    got = tattn.tensor_attention(query, keys, values, causal=True, decay=decay, plan=plan)
-    wide = tattn.plan_for(n=n, dim=2, bound=1.0, degree=12, causal=True, dtype="float64")
+    plan = tattn.plan_for(n=n, dim=2, bound=1.0, degree=6, **order)
+    got = tattn.tensor_attention(query, keys, values, **order, decay=decay, plan=plan)
+    wide = tattn.plan_for(n=n, dim=2, bound=1.0, degree=12, **order, dtype="float64")
     arrays = query.astype(float), [k.astype(float) for k in keys], [v.astype(float) for v in values]
-    truth = tattn.tensor_attention(*arrays, causal=True, decay=decay, plan=wide)
+    truth = tattn.tensor_attention(*arrays, **order, decay=decay, plan=wide)
     assert np.abs(got - truth).max() <= plan.error + wide.error
 
 
@@ -284,8 +290,16 @@ def test_sums_with_factors_that_are_none() -> None:
     assert np.isfinite(summary.sums[0][0]).all() and np.isnan(summary.sums[0][1]).all()
 
 
+@pytest.mark.parametrize("how", ["polynomial", "windows"])
+def test_factors_that_are_none_are_not_read_with_a_promise(library: Any, how: str) -> None:
+    """They are NaN, and so is what they weigh."""
+    query, keys, values, given = library.arrays(*drawn(2)[:3], [np.asarray([0.5, 1.5]), np.asarray(0.9)])
+    out = tattn.tensor_attention(query, keys, values, causal=True, decay=given, **METHODS[how](2, 0))
+    assert np.isfinite(library.numpy(out)[0]).all() and np.isnan(library.numpy(out)[1]).all()
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("how", ["polynomial", "exact"])
+@pytest.mark.parametrize("how", METHODS)
 @pytest.mark.libraries("torch")
 def test_torch_compiles_it(library: Any, how: str) -> None:
     """As one graph, with the gradients of a call that is not compiled."""
@@ -298,7 +312,8 @@ def test_torch_compiles_it(library: Any, how: str) -> None:
 
     def loss(query: Any, a: Any, b: Any, u: Any, v: Any, logs: Any) -> Any:
         decay = [torch.exp(logs), 0.9]
-        out, lse = tattn.tensor_attention(query, [a, b], [u, v], causal=True, decay=decay, plan=plan, return_lse=True)
+        order: Any = {"causal": True, "window": plan.window, "decay": decay}
+        out, lse = tattn.tensor_attention(query, [a, b], [u, v], plan=plan, return_lse=True, **order)
         return out.square().sum() + lse.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -323,6 +338,23 @@ def test_torch_differentiates_it(library: Any) -> None:
     _, pullback = tattn.tensor_attention_vjp(query, keys, values, causal=True, decay=[factor] * 2, method="exact")
     expected = sum(pullback(grad_out)[3]) * factor
     assert torch.allclose(logs.grad, expected, rtol=1e-10)
+
+
+@pytest.mark.libraries("torch")
+def test_torch_differentiates_windows_twice(library: Any) -> None:
+    import torch
+
+    query, keys, values, *_ = library.arrays(*drawn(2, n=6))
+    plan = tattn.plan_for(n=6, dim=DIM, bound=1.0, degree=2, dtype="float64", window=(4, 2))
+    rest = [x[:1].clone().requires_grad_() for x in (query, *keys, *values)]
+    factor = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
+
+    def of(query: Any, a: Any, b: Any, u: Any, v: Any, factor: Any) -> Any:
+        options: Any = {"plan": plan, "window": plan.window, "return_lse": True}
+        return tattn.tensor_attention(query, [a, b], [u, v], decay=[factor, 0.7], **options)
+
+    assert torch.autograd.gradcheck(of, (*rest, factor), fast_mode=True)
+    assert torch.autograd.gradgradcheck(of, (*rest, factor), fast_mode=True)
 
 
 @pytest.mark.libraries("jax")

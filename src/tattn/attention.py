@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .backends import Array, Backend
@@ -26,7 +25,7 @@ from .methods import backward, forward, told_error
 from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, for_lengths, gradient_bounds, stated_call, work_of
-from .planning.limits import check_cost, check_flops, checked_most
+from .planning.limits import check_flops, checked_most
 from .planning.program import ATTENTION
 from .planning.selection import NAMES, Wish, may_be_unknown
 from .plans import Plan
@@ -115,14 +114,13 @@ def tensor_attention(
         Query row i sees the pairs (j, k) with j ≤ i and k ≤ i. The last rows are aligned: with n queries and n_μ ≥ n
         keys, row i sees the keys j ≤ i + n_μ − n.
     decay : sequence of m arrays (...), numbers or None, optional
-        With `causal`; with `window` by the exact method. A key of view μ that stands t rows before the last that a row sees
-        has the weight λ^t besides, for the factor λ = decay[μ] from 0 to 1, one for each problem of the batch; 0^0 is 1, and
-        None is a factor of 1.
+        With `causal` or `window`. A key of view μ that stands t rows before the last that a row sees has the weight λ^t besides,
+        for the factor λ = decay[μ] from 0 to 1, one for each problem of the batch; 0^0 is 1, and None is a factor of 1.
         ALiBi with a slope s is exp(−s). The rank stays as it is, and so do the errors. The gradient of a factor 0 is 0 with
         the exact method. A row is NaN where all that it sees weighs too little, as with `key_weights`.
     window : sequence of m ints, optional
         Only the last ``window[μ]`` of these keys: i + n_μ − n − window[μ] < j ≤ i + n_μ − n. Implies `causal`. The
-        time of the polynomial method does not depend on the windows.
+        time of the polynomial method does not depend on the windows, nor much on `decay`.
     offsets : integer array (documents + 1,), or sequence of m + 1 of them, optional
         For documents that stand one after another in the rows: 0, the rows of the first document, of the first two, …, n. A row
         attends within its document, in causal calls and windows, too. One array is for query and all views; otherwise one
@@ -340,18 +338,9 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
     wish = Wish(tol, method, max_flops=most)
     if plan is not None:
         check_plan(plan, inputs, number, method)
-        if inputs.order.decays and plan.window is not None:
-            _check_decay(plan.method)
         if most is not None:
             check_flops(plan, most, plan.algorithm.cost(inputs.problem(number)).flops)
         return work_of(inputs, for_lengths(plan, inputs), certify)
-    if inputs.order.decays and inputs.order.window is not None:
-        _check_decay(method)
-        exact = wish._replace(method="exact")
-        if inputs.traced or not _unplanned(inputs, asked):
-            made = plan_inputs(inputs, number, exact)
-            check_cost(inputs, made, exact)
-            return work_of(inputs, replace(made, reason="decay in windows takes the exact method"))
     if inputs.traced and not may_be_unknown(inputs.order, wish):
         raise PlanError(
             "the call is traced and its values cannot be read, so it needs a plan made beforehand: with a bound that you promise, "
@@ -366,12 +355,6 @@ def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
         check_flops(made, most)
         return work_of(inputs, made)
     return chosen_work(inputs, number, wish, certify)
-
-
-def _check_decay(method: str) -> None:
-    """PlanError for the polynomial method, where keys of a window count less from row to row."""
-    if method == "polynomial":
-        raise PlanError("decay with a window needs method='exact', or a plan of it, got method 'polynomial'")
 
 
 def _unplanned(inputs: Inputs, asked: _Asked) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import Array, Backend, backend_of
-from .backends.operations import of_channels
+from .backends.operations import at_once, of_channels
 from .documents import Documents
 from .operands import CHANNELS, COMPLEX, REAL, Operands, Order, Upstream
 from .problem import Problem
@@ -69,7 +69,10 @@ class Inputs(NamedTuple):
         rows = [a for a in self.arrays[: 2 * self.views + 1] if a is not None]
         operation = "window_read" if self.order.window else "prefix_read"
         operation = of_channels(operation, self.channels == COMPLEX, self.views)
-        return self.backend.for_arrays(rows).loops.kernel(operation, *rows) is not None
+        if self.backend.for_arrays(rows).loops.kernel(operation, *rows) is None:
+            return False
+        windowed = self.order.window is not None
+        return not self.order.decays or bool(at_once(self.operands().steepest, self.dtype, windowed))
 
     def operands(self, scale: float = 1.0) -> Operands:
         """The arrays by their names."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .arrays import are_weights, broadcast_leading
+from .arrays import are_weights, broadcast_leading, prod_of
 from .backends import Array, Backend
 
 # What the channels of query and keys are: numbers, or the real parts of complex ones followed by their imaginary parts.
@@ -119,6 +119,12 @@ class Operands(NamedTuple):
     def weights(self) -> tuple[Array, ...]:
         """The weights of the rows of every view; () if they have none."""
         return self.masks if are_weights(self.views[0].mask, self.backend) else ()
+
+    @property
+    def steepest(self) -> float:
+        """The least product of all views' factors by which keys decay, which are read."""
+        (factor,) = self.backend.values_of((prod_of(self.decays),))
+        return float(self.backend.xp.min(factor))
 
     @property
     def targets(self) -> tuple[Array, ...]:

@@ -23,7 +23,16 @@ from watching import Seen, calls_of, code_within
 import tattn
 from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
-from tattn.backends.operations import CHAIN, OF_ROWS, OF_TUPLES, OF_WINDOWS, Kernel, Tuples, rows_together
+from tattn.backends.operations import (
+    CHAIN,
+    OF_ROWS,
+    OF_TUPLES,
+    OF_WINDOWS,
+    Kernel,
+    Tuples,
+    rows_in_range,
+    rows_together,
+)
 from tattn.engines.features import rows_of
 from tattn.features.monomials import Monomials, features
 
@@ -293,16 +302,16 @@ def test_keys_that_decay_as_fast_as_may_be(n, factor, used, monkeypatch):
         assert_the_same(call, plan, used, monkeypatch)
 
 
+@pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)
 @pytest.mark.parametrize("factor", [1e-30, 0.0])
-def test_keys_that_decay_faster_are_left_to_array_operations(factor, used):
+def test_keys_that_decay_faster_are_left_to_array_operations(factor, order, request):
+    used = request.getfixturevalue("in_windows" if "window" in order else "used")
     call = drawn(70, 2, "float64", "heads")
     call["decay"] = [np.asarray([0.9, factor, 0.9]), 0.5]
-    plan = plan_of(call)
-    got = tattn.tensor_attention(
-        call["query"], call["keys"], call["values"], causal=True, decay=call["decay"], plan=plan
-    )
+    plan, rows = plan_of(call, **order), (call["query"], call["keys"], call["values"])
+    got = tattn.tensor_attention(*rows, **order, decay=call["decay"], plan=plan)
     assert used == []
-    truth = dense(call["query"], call["keys"], call["values"], causal=True, decay=call["decay"])
+    truth = dense(*rows, **order, decay=call["decay"])
     assert np.abs(got - truth.out).max() <= plan.error * value_sizes(call["values"])[0].max()
 
 
@@ -926,6 +935,38 @@ def test_windows_of_all_lengths(n, window, in_windows, monkeypatch):
     windows_are_the_same(drawn(n, 2, "float64", masked=n > 5), window, in_windows, monkeypatch, degree=2)
 
 
+@pytest.mark.grid("numpy")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("leading", list(LEADING))
+def test_windows_of_keys_that_decay(dtype, views, leading, in_windows, monkeypatch):
+    call = with_decay(drawn(137, views, dtype, leading, True), 0.7 if views < 3 else 0.9, leading)
+    windows_are_the_same(call, (20, 35, 70)[:views], in_windows, monkeypatch)
+
+
+@pytest.mark.parametrize("window", [(130, 260), (64, 20)])
+@pytest.mark.parametrize("factor", [0.999, 0.3, 0.003])
+def test_windows_of_keys_that_decay_as_fast_as_may_be(window, factor, in_windows, monkeypatch):
+    """In blocks as long as a window, and as short as 16 rows."""
+    assert (rows_in_range(0.003**2, "float64"), rows_in_range(0.002**2, "float64")) == (16, 0)
+    call = drawn(700 if factor < 0.1 else 300, 2, "float64", "shared", masked=True)
+    call["decay"] = [np.asarray(factor), np.asarray([factor, 0.9, 1])]
+    windows_are_the_same(call, window, in_windows, monkeypatch, degree=2)
+
+
+@pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)
+@pytest.mark.parametrize("factor", [1e-30, 0.0])
+def test_plans_price_calls_by_how_fast_keys_decay(order, factor, loops):
+    """Array operations compute those whose keys decay too fast for compiled loops."""
+    call = drawn(300, 2, "float32", "heads")
+    given = call["query"], call["keys"], call["values"]
+    options = {"method": "polynomial", "return_plan": True, **order}
+    _, plain = tattn.tensor_attention(*given, **options)
+    _, slow = tattn.tensor_attention(*given, decay=[0.9, np.full(3, 0.9, np.float32)], **options)
+    _, fast = tattn.tensor_attention(*given, decay=[0.9, np.asarray([0.9, 1, factor], np.float32)], **options)
+    assert slow == plain and slow.flops_polynomial == plain.flops_polynomial < fast.flops_polynomial / 4
+
+
 def test_windows_drawn_at_random(in_windows, monkeypatch):
     for seed in range(8):
         rng = np.random.default_rng(seed)
@@ -988,7 +1029,8 @@ def test_windows_that_loops_leave_to_array_operations(in_windows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_no_error_of_windows_exceeds_the_plan(dtype, in_windows, draws):
+@pytest.mark.parametrize("decays", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_no_error_of_windows_exceeds_the_plan(dtype, decays, in_windows, draws):
     """As for causal calls, by loops for windows of all lengths."""
     exact = np.float64 if dtype == "float32" else np.longdouble
     worst = 0.0
@@ -1010,9 +1052,11 @@ def test_no_error_of_windows_exceeds_the_plan(dtype, in_windows, draws):
         window = tuple(int(w) for w in rng.integers(16, n, views))
         plan = tattn.plan_for(n=[n, *map(len, keys)], dim=dim, bound=bound * (1 + 1e-6), degree=degree, order=views + 1,
                               window=window, dtype=dtype, scale=scale)  # fmt: skip
-        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=window)
-        dquery, dkeys, dvalues = pullback(grad)
-        truth = dense(query, keys, values, scale=scale, grad_out=grad, window=window, precision=exact)
+        decay = [np.asarray(1 - 10 ** rng.uniform(-4, -0.4), dtype) for _ in range(views)] if decays else None
+        out, pullback = tattn.tensor_attention_vjp(query, keys, values, plan=plan, window=window, decay=decay)
+        dquery, dkeys, dvalues = pullback(grad)[:3]
+        options: Any = {"window": window, "decay": decay, "precision": exact}
+        truth = dense(query, keys, values, scale=scale, grad_out=grad, **options)
         found = Dense(out, out, dquery, list(dkeys), list(dvalues))
         ratio = largest_ratio(plan, keys, values, grad, found, truth)
         assert ratio <= 1, (seed, ratio, str(plan))

@@ -46,15 +46,16 @@ def draw(
 
 def run(library: Any, call: Arrays, **options: Any) -> Dense:
     """Output, lse and all gradients, in NumPy."""
-    query, keys, values, masks, grad_out, grad_lse = library.arrays(*call)
-    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, key_masks=masks, return_lse=True, **options)
-    dquery, dkeys, dvalues = pullback(grad_out, grad_lse)
+    query, keys, values, masks, grad_out, grad_lse, decay = library.arrays(*call, options.pop("decay", None))
+    options |= {"key_masks": masks, "decay": decay, "return_lse": True}
+    (out, lse), pullback = tattn.tensor_attention_vjp(query, keys, values, **options)
+    dquery, dkeys, dvalues, *ddecay = pullback(grad_out, grad_lse)
     for got, of in zip((out, lse, dquery, *dkeys, *dvalues), (query, query, query, *keys, *values), strict=True):
         assert library.is_array(got)
         assert got.dtype == of.dtype
         assert library.device(got) == library.device(of)
     read = library.numpy
-    return Dense(read(out), read(lse), read(dquery), [*map(read, dkeys)], [*map(read, dvalues)])
+    return Dense(read(out), read(lse), read(dquery), *([*map(read, of)] for of in (dkeys, dvalues, *ddecay)))
 
 
 def expected(call: Arrays, **options: Any) -> Dense:
@@ -64,7 +65,7 @@ def expected(call: Arrays, **options: Any) -> Dense:
 
 def assert_close(got: Dense, truth: Dense, tolerance: float) -> None:
     for name, a, b in zip(Dense._fields, got, truth, strict=True):
-        for x, y in zip(a if isinstance(a, list) else [a], b if isinstance(b, list) else [b], strict=True):
+        for x, y in zip(*(v if isinstance(v, (list, tuple)) else [v] for v in (a, b)), strict=True):
             assert x.shape == y.shape
             np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
 

@@ -27,6 +27,7 @@ CASES = [
         (150, (70,), (60,), 1 << 12),
         (100, (5, 80), (30, 0), 1 << 15),
         (30, (24, 19), (0, 40), 1),
+        (100, (90, 70), (0, 21), 1 << 17),
     )
 ]
 
@@ -72,52 +73,83 @@ def test_the_definition_with_the_polynomial(
     assert_close(found, expected(call, window=window, **polynomial_of(plan)), 1e-11)
 
 
-@pytest.mark.parametrize("views", [1, 2, 3])
+# Factors of two problems and three views: none, all, far below what float32 can tell from 0, and between.
+FACTORS = [np.asarray(x) for x in ((0.9, 0.7), (1.0, 1e-30), (0.999, 0.0))]
+
+
+@pytest.mark.parametrize(("n", "window", "before", "workspace"), CASES)
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @pytest.mark.grid
-def test_complex_channels(library: Any, views: int) -> None:
+def test_keys_that_decay(
+    library: Any, n: int, window: tuple[int, ...], before: tuple[int, ...], workspace: int | None, turned: bool
+) -> None:
+    """By factors of their own for each view and problem, which share keys and values; of one problem if there are three views."""
+    m = len(window)
+    call = drawn(n, before, shared=m < 3)
+    decay = [x[::-1] if turned else x for x in (FACTORS * 2)[turned : turned + m]]
+    if m == 3:
+        decay = [x[0] for x in decay]
+    plan = plan_of(call, window)
+    with in_workspace(library.array(np.zeros(1)), workspace):
+        found = run(library, call, plan=plan, window=window, decay=decay)
+    assert_close(found, expected(call, window=window, decay=decay, **polynomial_of(plan)), 1e-11)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.grid
+def test_complex_channels(library: Any, views: int, decays: bool) -> None:
     window = (20, 33, 7)[:views]
     call = drawn(40, (0, 12, 3)[:views], 4)
     plan = plan_of(call, window, channels="complex")
+    options: Any = {"decay": [np.asarray(0.9)] * views} if decays else {}
     with in_workspace(library.array(np.zeros(1)), 1 << 14):
-        found = run(library, call, plan=plan, window=window)
-    assert_close(found, expected(call, window=window, channels="complex", **polynomial_of(plan)), 1e-11)
+        found = run(library, call, plan=plan, window=window, **options)
+    assert_close(found, expected(call, window=window, channels="complex", **options, **polynomial_of(plan)), 1e-11)
 
 
 @pytest.mark.thorough("jax")
-def test_exact_windows(library: Any) -> None:
+@pytest.mark.parametrize("decays", [False, True])
+def test_exact_windows(library: Any, decays: bool) -> None:
     """With weights of keys: a polynomial as good as exp gives what the exact method does, gradients of weights as well."""
     query, keys, values, *_, grad_out, grad_lse = drawn(60, (0, 20))
     rng = np.random.default_rng(4)
     key_weights = [rng.uniform(0, 2, (80,))[-k.shape[-2] :] * (rng.random(k.shape[-2]) < 0.8) for k in keys]
-    query, keys, values, key_weights, grad_out, grad_lse = library.arrays(
-        query, keys, values, key_weights, grad_out, grad_lse
+    query, keys, values, key_weights, grad_out, grad_lse, factors = library.arrays(
+        query, keys, values, key_weights, grad_out, grad_lse, [np.asarray(0.95), np.asarray(0.8)]
     )
+    more: Any = {"decay": factors} if decays else {}
     window, found = (40, 25), []
     plan = plan_of((query, keys, None, None, None, None), window, degree=9, bound=0.5, scale=0.1)  # type: ignore[arg-type]
     for options in ({"plan": plan}, {"method": "exact", "scale": 0.1}):
         with in_workspace(library.array(np.zeros(1)), 1 << 14 if "plan" in options else None):
             (out, lse), pullback = tattn.tensor_attention_vjp(
-                query, keys, values, key_weights=key_weights, window=window, return_lse=True, **options
+                query, keys, values, key_weights=key_weights, window=window, return_lse=True, **options, **more
             )
             dquery, *grads = pullback(grad_out, grad_lse)
         found.append([library.numpy(x) for x in (out, lse, dquery, *(g for of in grads for g in of))])
-    assert len(found[0]) == 9
+    assert len(found[0]) == 11 if decays else 9
     for got, wanted in zip(*found, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.thorough("jax")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_errors_are_within_what_is_stated(library: Any, dtype: type) -> None:
+@pytest.mark.parametrize("factor", [None, 0.9])
+def test_errors_are_within_what_is_stated(library: Any, dtype: type, factor: float | None) -> None:
     call = drawn(90, (0, 21))
     window = (50, 33)
     query, keys, values, grad_out = library.arrays(*(cast(x, dtype) for x in (*call[:3], call[4])))
+    decay = None if factor is None else [np.asarray(factor, dtype)] * 2
     truth = dense(
-        *(cast(cast(x, dtype), np.float64) for x in call[:3]), window=window, grad_out=np.float64(dtype(call[4]))
+        *(cast(cast(x, dtype), np.float64) for x in call[:3]),
+        window=window,
+        decay=decay,
+        grad_out=np.float64(dtype(call[4])),
     )
     plan = tattn.plan(query, keys, tol=1e-2, method="polynomial", window=window)
     (out, error), pullback = tattn.tensor_attention_vjp(
-        query, keys, values, plan=plan, window=window, return_error=True
+        query, keys, values, plan=plan, window=window, return_error=True, decay=decay and library.arrays(decay)
     )
     assert plan.certified and plan.error <= 1e-2
     assert library.numpy(error).max() <= plan.error
@@ -195,15 +227,7 @@ def test_the_cheaper_method_is_chosen() -> None:
 
 def test_refusals() -> None:
     query, keys, values, *_ = drawn(40, (0, 0))
-    window = (20, 20)
-    plan = tattn.plan(query, keys, degree=3, window=window)
-    for options in ({"method": "polynomial"}, {"plan": plan}):
-        with pytest.raises(tattn.PlanError, match="decay with a window needs method='exact'"):
-            tattn.tensor_attention(query, keys, values, window=window, decay=[0.5, 0.5], **options)
-    out, made = tattn.tensor_attention(query, keys, values, window=window, decay=[0.5, 0.5], return_plan=True)
-    assert made.method == "exact" and made.reason == "decay in windows takes the exact method"
-    exact = tattn.tensor_attention(query, keys, values, window=window, decay=[0.5, 0.5], method="exact")
-    np.testing.assert_array_equal(out, exact)
+    plan = tattn.plan(query, keys, degree=3, window=(20, 20))
     with pytest.raises(tattn.PlanError, match=r"plan should have no window to summarize, got \(20, 20\)"):
         tattn.summarize(keys, values, plan)
     with pytest.raises(tattn.PlanError, match="a plan for workers should have no window"):

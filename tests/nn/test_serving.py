@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "decay": {"decay": "alibi", "learn_decay": True, "num_key_heads": 2},
     "decay, rotary": {"decay": (0.9, (0.5, 0.0, 1, 0.99)), "positions": "rotary", "head_dim": 4},
     "decay, window": {"decay": 0.7, "method": "exact", "window": (3, 2)},
+    "decay, polynomial window": {"decay": (0.9, (0.5, 0.0, 1, 0.99)), "window": (3, 2)},
     "auto": {"method": "auto", "bound": 1.0, "tol": 1e-2},
 }
 

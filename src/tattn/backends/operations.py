@@ -65,6 +65,8 @@ CHAIN = 128
 ROWS, FEW = 64, 4
 # log2 of how far apart the weights of keys that decay may be among rows that are joined at once, over all views; and fewest rows.
 _APART, _FEWEST = {"float32": 48, "float64": 256}, 8
+# Rows of a block in windows, where what a row sees is more than rows of two blocks.
+FEWEST_ROWS = 16
 
 
 def of_channels(operation: str, paired: bool, views: int) -> str:
@@ -85,6 +87,23 @@ def rows_together(factors: Any, dtype: str) -> np.ndarray:
             found[(rows - 1) * apart <= _APART[dtype]] = rows
             rows *= 2
     return found
+
+
+def rows_in_range(factor: float, dtype: str) -> int:
+    """How many rows of a window may weigh what they do for one in their middle, for a product of all views' factors.
+
+    0 where these are too few for compiled loops, or the product is NaN.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = float(-np.log2(np.float64(factor)))
+    if not (FEWEST_ROWS - 1) * apart <= _APART[dtype]:
+        return 0
+    return 1 + int(_APART[dtype] / max(apart, 1e-9))
+
+
+def at_once(factor: float, dtype: str, windowed: bool) -> int:
+    """`rows_in_range` in windows, or else `rows_together`: of the rows that decay fastest; 0 where loops do not serve them."""
+    return rows_in_range(factor, dtype) if windowed else int(rows_together(factor, dtype))
 
 
 class Kernel(NamedTuple):

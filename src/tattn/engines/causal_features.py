@@ -25,9 +25,9 @@ from itertools import chain
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
-from ..arrays import clean, prod_of, sum_to_leading, unweighed
+from ..arrays import clean, sum_to_leading, unweighed
 from ..backends import Array
-from ..backends.operations import CHAIN, Prefix, of_channels, rows_together
+from ..backends.operations import CHAIN, Prefix, at_once, of_channels
 from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
 from ..features.complex_channels import Forms, Turn, conjugating, form_weights
@@ -136,13 +136,6 @@ def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
 def compiled(operands: Operands) -> bool:
     """Whether compiled loops take the place of those over chunks, as far as that does not depend on windows and decays."""
     return _kernel("read", operands) is not None
-
-
-def _slow(operands: Operands) -> bool:
-    """Whether keys decay as slowly in all problems as kernels need it."""
-    backend = operands.backend
-    (factor,) = backend.values_of((prod_of(operands.decays),))
-    return bool(rows_together(float(backend.xp.min(factor)), backend.dtype_name(operands.dtype)))
 
 
 def _read_by(setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]) -> tuple[Array, Array]:
@@ -353,8 +346,10 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     units = list(start.units if start else shared_units(operands, causal=True))
     windowed = is_windowed(operands)
     kernel = _kernel(operation, operands)
-    if kernel is not None and operands.decays and not _slow(operands):
-        kernel = None
+    most = _KERNEL_ROWS
+    if kernel is not None and operands.decays:
+        most = at_once(operands.steepest, backend.dtype_name(operands.dtype), windowed)
+        kernel = kernel if most else None
     forms: Forms | Pairs | None = None
     w = weights(expansion, q, backend)
     if operands.paired and m == 1:
@@ -372,9 +367,11 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     if windowed and kernel is not None:
         seen = windows_of(operands.order.window, operands.lengths[1:], 1)
-        setting = Setting(degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, windows=seen)
-        numbers = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
-        block = _rows_to_pull(setting, q.shape[-2], numbers)
+        # Sums over short blocks are many small ones.
+        whole = backend.among(max(backend.rows_in_all, q.shape[-2] * prod(leading)))
+        setting = Setting(degree, grading, w, units, shares, 1, 1, leading, whole, forms, kernel, operands.decays, seen)
+        count = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
+        block = min(most, _rows_to_pull(setting, q.shape[-2], count))
         if window_blocks.fits(setting, block, operands):
             return setting, block
         kernel = None

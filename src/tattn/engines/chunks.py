@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import clean, prod_of, sum_to_leading, swap_outer, unweighed
+from ..arrays import clean, prod_of, sum_of, sum_to_leading, swap_outer, unweighed
 from ..backends import Array, Backend
 from ..backends.tables import memoized
 from ..features.basis import read
 from ..features.complex_channels import Forms
 from ..features.monomials import Grading, Monomials, features, pull_back
 from ..features.pairs import Pairs
-from .fading import faded, numbers, powers, slopes
+from .fading import faded, numbers, of_factor, powers, seen, seen_slopes, slopes
 from .features import Sum, add, channels, scaled_gradient, with_ones
 
 # Rows of a chunk: for one view, and for more.
@@ -73,6 +73,10 @@ class Setting(NamedTuple):
         """The adjoint of `turned`."""
         return x if self.forms is None else self.forms.turned_back(x, self.backend)
 
+    def decay(self, view: int) -> Array | None:
+        """λ of a view, if keys decay."""
+        return self.decays[view] if self.decays else None
+
     @property
     def monomials(self) -> Monomials:
         """Those that the polynomial has."""
@@ -120,7 +124,7 @@ class Chunks(NamedTuple):
             zip(rows[m : 2 * m], rows[2 * m :], setting.shares, phis, starts, strict=True)
         ):
             z = in_chunks(with_ones(v, mask, dtype, backend) * share, setting)
-            of_chunks = _times_last(setting, view, xp.matrix_transpose(z)) @ phi
+            of_chunks = times_last(setting, view, xp.matrix_transpose(z)) @ phi
             running = _running(setting, view, of_chunks)
             befores.append(_at_chunks(setting, view, start, running) + running[..., :-1, :, :])
             sums.append(running[..., -1, :, :])
@@ -205,11 +209,12 @@ def _tile_adjoint(setting: Setting, carry: tuple[Sum, ...], tile: Any) -> tuple[
         after.append(add(_faded(setting, view, total, running.shape[-3] - 1), running[..., -1, :, :]))
         dz = read(xp.matrix_transpose(phi), behind, backend)
         if setting.decays:
-            slope = _decay_slope(setting, view, (z, befores[view], behind), (g_hat, x, pulled.scores), dz)
+            slope = _decay_slope(setting, view, (z, befores[view], behind), dz)
+            slope = slope + rows_slope(setting, view, (z, befores[view]), (g_hat, x, pulled.scores))
             of_decays.append(add(carry[m + view], slope))
-            dz = _times_last(setting, view, dz)
+            dz = times_last(setting, view, dz)
         dzs.append(xp.matrix_transpose(dz + to_view(pulled.values, leading, backend)))
-        last = xp.matrix_transpose(_times_last(setting, view, xp.matrix_transpose(z)))
+        last = xp.matrix_transpose(times_last(setting, view, xp.matrix_transpose(z)))
         ys.append(last @ behind + to_view(pulled.features, leading, backend))
     return (*after, *of_decays), [y_q, *ys, *dzs]
 
@@ -267,28 +272,35 @@ def of_view(setting: Setting, view: int, given: Sequence[Array]) -> Pulled:
     return Pulled(of_chunks, inside, own, scores)
 
 
-def _decay_slope(setting: Setting, view: int, own: Sequence[Array], of_rows: Sequence[Array], dz: Array) -> Array:
-    """What some chunks add to the gradient of λ (..., 1, 1).
+def rows_slope(setting: Setting, view: int, own: Sequence[Array], of_rows: Sequence[Array]) -> Array:
+    """What the rows of some chunks give to λ (..., 1, 1) by what they read, in their chunks and before these.
 
-    From z, the sums before chunks and the gradients of those at their ends; from ĝ, X and scores of all pairs in a chunk; and from
-    what the rows behind give to z (..., M, dv + 1, b).
+    From z and the sums before chunks, and from ĝ, X and scores of all pairs in a chunk.
     """
-    backend, decay = setting.backend, setting.decays[view]
+    decay, backend = setting.decays[view], setting.backend
     xp = backend.xp
-    (z, before, behind), (g_hat, x, scores) = own, of_rows
-    b = z.shape[-2]
-    of_chunk, rows = decay[..., None, :, :], numbers(b, decay, backend)
-    through = slopes(of_chunk, xp.full_like(of_chunk, float(b)), backend) * (before * behind)
-    to_end = slopes(of_chunk, xp.flip(rows, axis=0), backend) * (xp.matrix_transpose(z) * dz)
-    from_before = slopes(of_chunk, rows + 1, backend) * (g_hat * _contracted(x, before, setting))
-    apart = rows[:, None] - rows[None, :]
-    apart = slopes(of_chunk, xp.where(apart > 0, apart, 0.0), backend)
+    (z, before), (g_hat, x, scores) = own, of_rows
+    of_chunk = decay[..., None, :, :]
+    of_first = slopes(of_chunk, numbers(setting.chunk, decay, backend, 1), backend)
+    from_before = of_first * (g_hat * _contracted(x, before, setting))
     pairs = g_hat[..., :, None] * xp.matrix_transpose(z)[..., None, :]
-    inside = xp.sum(pairs * scores, axis=-3) * apart
-    total: Array = 0.0
-    for part in (through, to_end, from_before, inside):
-        total = total + sum_to_leading(xp.sum(part, axis=(-3, -2, -1))[..., None, None], decay.shape[:-2], backend)
-    return total
+    inside = xp.sum(pairs * scores, axis=-3) * seen_slopes(_apart(setting, view, z), of_chunk, backend)
+    return sum_of([of_factor(part, decay, backend, 3) for part in (from_before, inside)])
+
+
+def _decay_slope(setting: Setting, view: int, own: Sequence[Array], dz: Array) -> Array:
+    """What the sums of some chunks give to λ (..., 1, 1), as they are carried on.
+
+    From z, the sums before chunks and the gradients of those at their ends; and from what the rows behind give to z
+    (..., M, dv + 1, b).
+    """
+    decay, backend = setting.decays[view], setting.backend
+    xp = backend.xp
+    z, before, behind = own
+    of_chunk = decay[..., None, :, :]
+    through = slopes(of_chunk, xp.full_like(of_chunk, float(setting.chunk)), backend) * (before * behind)
+    parts = through, last_slopes(setting, view) * (xp.matrix_transpose(z) * dz)
+    return sum_of([of_factor(part, decay, backend, 3) for part in parts])
 
 
 def tile_of(given: Sequence[Array], setting: Setting, m: int, columns: int) -> Any:
@@ -372,16 +384,18 @@ def of_channels(setting: Setting, y: Array, x: Array, phi: Array) -> Array:
 
 
 def _triangle(setting: Setting, view: int, like: Array) -> Array:
-    """1 for j ≤ i and 0 for others, (b, b); or λ^(i − j) in place of 1, (..., 1, b, b); in windows (b, J)."""
+    """1 for j ≤ i and 0 for others, (b, b), in windows (b, J); or λ^(i − j) in place of 1, (..., 1, b, J)."""
     backend = setting.backend
-    if setting.windows:
-        return backend.table(_in_window, setting.chunk, *setting.windows[view], like=like, dtype=setting.w.dtype)
-    lower = backend.table(_lower, setting.chunk, like=like, dtype=setting.w.dtype)
-    if not setting.decays:
-        return lower
-    rows = numbers(setting.chunk, setting.decays[view], backend)
-    apart = (rows[:, None] - rows[None, :]) * lower
-    return lower * powers(setting.decays[view][..., None, :, :], apart, backend)
+    if setting.decays:
+        return seen(_apart(setting, view, like), setting.decays[view][..., None, :, :], backend)
+    window = setting.windows[view] if setting.windows else None
+    return backend.table(_seen_inside, setting.chunk, window, like=like, dtype=setting.w.dtype)
+
+
+def _apart(setting: Setting, view: int, like: Array) -> Array:
+    """Rows between a row of a chunk and those that it sees in part, i − j, and −1 for those that it does not see, (b, J)."""
+    window = setting.windows[view] if setting.windows else None
+    return setting.backend.table(_rows_apart, setting.chunk, window, like=like, dtype=setting.w.dtype)
 
 
 def _first(setting: Setting, view: int) -> Array:
@@ -395,12 +409,18 @@ def _times_first(setting: Setting, view: int, x: Array) -> Array:
     return x * _first(setting, view) if setting.decays else x
 
 
-def _times_last(setting: Setting, view: int, x: Array) -> Array:
+def times_last(setting: Setting, view: int, x: Array) -> Array:
     """Columns (..., M, k, b) of the rows of chunks, times λ^(b − 1 − j), what the last row of the chunk takes of each."""
     if not setting.decays:
         return x
     decay, backend = setting.decays[view][..., None, :, :], setting.backend
     return x * powers(decay, backend.xp.flip(numbers(setting.chunk, decay, backend), axis=0), backend)
+
+
+def last_slopes(setting: Setting, view: int) -> Array:
+    """Derivatives of what `times_last` multiplies by, (..., 1, 1, b)."""
+    decay, backend = setting.decays[view][..., None, :, :], setting.backend
+    return slopes(decay, backend.xp.flip(numbers(setting.chunk, decay, backend), axis=0), backend)
 
 
 def _faded(setting: Setting, view: int, total: Sum, chunks: int) -> Sum:
@@ -421,18 +441,18 @@ def _at_chunks(setting: Setting, view: int, total: Array, running: Array) -> Arr
 
 
 @memoized
-def _lower(b: int) -> np.ndarray:
-    """The table of `_triangle`."""
-    return np.tril(np.ones((b, b)))
+def _rows_apart(b: int, window: Window | None) -> np.ndarray:
+    """The table of `_apart`: for the rows of a chunk, and those before it of which its rows see a part."""
+    rows, shifts = np.arange(b), (0,) if window is None else window.shifts
+    apart = np.concatenate([rows[:, None] - rows[None, :] + shift * b for shift in shifts], axis=1)
+    most = b if window is None else window.whole * b + window.rest
+    return np.where((apart >= 0) & (apart < most), apart, -1).astype(float)
 
 
 @memoized
-def _in_window(b: int, whole: int, rest: int) -> np.ndarray:
-    """The table of `_triangle` for a window: for the rows of a chunk and of those before it that they see in part."""
-    rows = np.arange(b)
-    behind = [rows[:, None] - rows[None, :] + shift * b for shift in Window(whole, rest).shifts]
-    seen = [(t >= 0) & (t < whole * b + rest) for t in behind]
-    return np.concatenate(seen, axis=1).astype(float)
+def _seen_inside(b: int, window: Window | None) -> np.ndarray:
+    """The table of `_triangle`."""
+    return (_rows_apart(b, window) >= 0).astype(float)
 
 
 def _running(setting: Setting, view: int, of_chunks: Array) -> Array:
