@@ -19,20 +19,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import are_weights
 from ..backends.torch import BACKEND
 from ..bounds.rounding import computed_in
 from ..checks import checked_flags, checked_masks, checked_of_rows
+from ..decay import factors_of, is_number
 from ..features.balance import raised
+from ..operands import View
 from ..plans import Plan
 from ..state import sums as summaries
-from ..state.summary import Summary, call_of, summarize
+from ..state.summary import Summary, call_of, read_following, summarize
 from .agreement import Group, agree_on_backward, all_reduce, checked_group, scan
 from .operator import compiled_attention
 from .promise import Asked
-from .shards import agreed, columns, over_all, packed, split, widened
+from .shards import agreed, columns, fading_before, over_all, packed, split, widened
 
 
 def tensor_attention(
@@ -48,6 +52,7 @@ def tensor_attention(
     key_masks: Sequence[Tensor | None] | None = None,
     key_weights: Sequence[Tensor | None] | None = None,
     causal: bool = False,
+    decay: Sequence[Tensor | float | None] | None = None,
     return_lse: bool = False,
     return_plan: bool = False,
     check: bool = True,
@@ -123,39 +128,62 @@ def tensor_attention(
     """
     given, asked = (query, keys, values, key_masks), Asked(scale, tol, plan, bound, None, causal)
     if torch.compiler.is_compiling():
-        if key_weights is not None:
-            raise ValueError("key_weights of rows that are spread should be None under torch.compile, got weights")
+        for name, given_of in (("key_weights", key_weights), ("decay", decay)):
+            if given_of is not None:
+                raise ValueError(f"{name} of rows that are spread should be None under torch.compile, got some")
         checked_flags(check=check, return_lse=return_lse, return_plan=return_plan)
         out, lse = compiled_attention(given, asked, group, check)
     else:
         group = checked_group(group)
         flags = {"return_lse": return_lse, "return_plan": return_plan}
-        plan = agreed((*given, key_weights), asked, group, check, flags=flags)
+        plan = agreed((*given, key_weights, decay), asked, group, check, flags=flags)
         used = plan
         if causal:
             keys, values = widened(keys), widened(values)
             used = replace(plan, problem=replace(plan.problem, dtype=computed_in(plan.dtype)))
+        masks = columns(checked_masks(key_masks, keys, "keys"))
         weights: list[Tensor | None] | None = None
         powers: list[Tensor] = []
         if key_weights is not None:
-            of_masks = columns(checked_masks(key_masks, keys, "keys"))
-            weights, powers = over_all(keys, of_masks, checked_of_rows("key_weights", key_weights, keys, "keys"), group)
-        local = summarize(keys, values, used, key_masks=key_masks, key_weights=weights)
-        flat = packed(local.sums, local.rests)
-        flat = _OverRanks.apply("before" if causal else "all", group, flat)  # type: ignore[no-untyped-call]
-        sums = split(flat, local.sums)
+            weights, powers = over_all(keys, masks, checked_of_rows("key_weights", key_weights, keys, "keys"), group)
+            masks = [m if w is None else w[..., None] for m, w in zip(masks, weights, strict=True)]
+        if decay is not None:
+            decay = [x if is_number(x) else widened([x])[0] for x in decay]  # type: ignore[list-item]
+        local = summarize(keys, values, used, key_masks=key_masks, key_weights=weights, decay=decay)
+        rows = [View(*view) for view in zip(keys, values, masks, strict=True)]
         if causal:
-            masks = columns(checked_masks(key_masks, keys, "keys"))
-            arrays = (query, *keys, *values, *sums, *masks)
-            functions = summaries.read_causal, summaries.read_causal_backward
-            out, lse, _ = BACKEND.differentiable(*functions, call_of(plan), arrays)
-            out, lse = out.to(query.dtype), lse[..., 0]
+            out, lse = _read_causal(plan, query, rows, local, decay, group)
+            out = out.to(query.dtype)
         else:
+            flat = packed(local.sums, local.rests)
+            sums = split(_OverRanks.apply("all", group, flat), local.sums)  # type: ignore[no-untyped-call]
             rests = tuple(torch.zeros_like(s) for s in sums)
             out, lse = Summary(plan, sums, rests).attend(query, return_lse=True)
-            lse = raised(lse[..., None], powers)[..., 0] if powers else lse
+            lse = lse[..., None]
+        lse = (raised(lse, powers) if powers else lse)[..., 0]
     result = [out, *([lse] if return_lse else []), *([plan] if return_plan else [])]
     return tuple(result) if len(result) > 1 else out
+
+
+def _read_causal(
+    plan: Plan, query: Tensor, rows: Sequence[View], local: Summary, decay: Any, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Output (..., n, dv) in the dtype of the computation and lse (..., n, 1) of this rank's queries, from its rows and their
+    summary.
+    """
+    call = call_of(plan)
+    if decay is not None:
+        leading = np.broadcast_shapes(*(s.shape[:-2] for s in local.sums))
+        decays = factors_of(decay, len(rows), rows[0].keys, leading, BACKEND)
+        return read_following(call, query, rows, fading_before(local, rows, decays, query.shape[-2], group), decays)
+    flat = _OverRanks.apply("before", group, packed(local.sums, local.rests))  # type: ignore[no-untyped-call]
+    sums = split(flat, local.sums)
+    if any(are_weights(view.mask, BACKEND) for view in rows):
+        return read_following(call, query, rows, sums)
+    keys, values, masks = zip(*rows, strict=True)
+    functions = summaries.read_causal, summaries.read_causal_backward
+    out, lse, _ = BACKEND.differentiable(*functions, call, (query, *keys, *values, *sums, *masks))
+    return out, lse
 
 
 def plan(
