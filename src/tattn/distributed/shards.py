@@ -240,13 +240,14 @@ def fading_before(
         before.append(powers(factor, rows_of_rank.detach(), BACKEND) * before[-1] + of_rank)
     found = _Exchanged.apply(group, torch.stack(before)).reshape(-1)[: own.numel()]  # type: ignore[no-untyped-call]
     faded = split(found, [*sums, *there])
-    least = torch.finfo(sums[0].dtype).tiny
-    return tuple(
-        torch.cat(
-            [torch.cat([s[..., :1, :-1], _at_least(s[..., :1, -1:], least, some > 0)], dim=-1), s[..., 1:, :]], dim=-2
-        )
-        for s, some in zip(faded, faded[len(sums) :], strict=False)
-    )
+    return tuple(_marked(s, some > 0) for s, some in zip(faded, faded[len(sums) :], strict=False))
+
+
+def _marked(sums: Tensor, there: Tensor) -> Tensor:
+    """Sums (..., r, k) with a number below 0 for the weight of rows that are there, (..., 1, 1), and have come to weigh nothing."""
+    weight, least = sums[..., :1, -1:], torch.finfo(sums.dtype).tiny
+    less = torch.where(there & (weight < least), 2 * least, 0.0).to(sums.dtype)
+    return sums - torch.nn.functional.pad(less, (sums.shape[-1] - 1, 0, 0, sums.shape[-2] - 1))
 
 
 def _some(view: View) -> Any:
@@ -254,10 +255,6 @@ def _some(view: View) -> Any:
     if view.mask is None:
         return float(view.keys.shape[-2] > 0)
     return present(view.mask, BACKEND).any(-2, keepdim=True)
-
-
-def _at_least(x: Tensor, least: float, where: Tensor) -> Tensor:
-    return torch.where(where & (x < least), least, x)
 
 
 class _Exchanged(torch.autograd.Function):
