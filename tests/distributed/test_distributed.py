@@ -91,10 +91,11 @@ def test_alone_in_a_group(tmp_path: Path) -> None:
         )
         with pytest.raises(Exception, match="the call is traced and its values cannot be read"):
             compiled(torch.zeros(4, 3))
-        with pytest.raises(
-            Exception, match=r"^[\s\S]*key_weights of rows that are spread should be None under torch\.compile"
-        ):
-            compiled(torch.zeros(4, 3), plan=plan, key_weights=torch.ones(4))
+        for name, given in (("key_weights", torch.ones(4)), ("decay", [0.5, 0.5])):
+            with pytest.raises(
+                Exception, match=rf"^[\s\S]*{name} of rows that are spread should be None under torch\.compile"
+            ):
+                compiled(torch.zeros(4, 3), plan=plan, **{name: given})
         query = torch.rand(4, 3)
         for other in (plan, tattn.plan_for(n=4, dim=3, bound=1.0, degree=1), plan):
             torch.testing.assert_close(

@@ -9,6 +9,8 @@ adds is seen behind it; its own rows see one another as in a causal call of thei
     S_μ(before p) = Σ_{ranks < p} …       forward: one scan, of as many numbers
     dS_μ(of p) = Σ_{ranks > p} …          backward: one scan from the other end
 
+Where keys decay, a sum is multiplied by λ to the power of a rank's rows on its way past that rank.
+
 All else is `summarize` and `Summary.attend` on a rank's own rows, and their adjoints. The buffer is float64 whatever the dtype: it
 takes sums and rests as one number, and p ranks then add at most p · 2^-53 of the sums' absolute values.
 """
@@ -84,11 +86,15 @@ def tensor_attention(
         Of this rank's rows.
     key_weights : tensor (..., n_μ), or sequence of m of them or None, optional
         Of this rank's rows, as in `tattn.tensor_attention`, in one unit on all ranks, which take one more maximum over the group.
-        Values are not read: what is no weight is NaN. Not with ``causal=True``, nor under ``torch.compile``.
+        Values are not read: what is no weight is NaN. Not under ``torch.compile``.
     causal : bool
         Rows follow one another in the order of the ranks, and a query row sees the rows up to its own, as in one call
         of `tattn.tensor_attention` with all rows. A rank has as many rows of every view as of the query. The first rank
         may have more: the last rows are aligned. The plan must be made with ``causal=True``. There are no windows.
+    decay : sequence of m tensors (...), numbers or None, optional
+        As in `tattn.tensor_attention`, the same on all ranks; rows count over all of them. Values of tensors are not read: what is
+        no factor is NaN. The gradient of a factor is a part of it on each rank, and the sum over the ranks is the whole. Not under
+        ``torch.compile``.
     return_lse, return_plan : bool
         As in `tattn.tensor_attention`.
     check : bool
@@ -100,8 +106,8 @@ def tensor_attention(
     Returns
     -------
     tensor (..., n, dv), or a tuple of it, lse (..., n) and the plan, as asked for
-        Differentiable with respect to query, keys, values and weights: the gradient on each rank is that of the sum of all ranks'
-        losses, with respect to its own rows. All ranks have to run the backward pass, or none.
+        Differentiable with respect to query, keys, values, weights and factors: the gradient on each rank is that of the sum of
+        all ranks' losses, with respect to its own rows. All ranks have to run the backward pass, or none.
 
     Raises
     ------
@@ -117,14 +123,13 @@ def tensor_attention(
 
     Notes
     -----
-    O((n + Σ n_μ) r dv) time for a rank's own rows and O(r dv) memory. The group sums 8 m r (dv + 1) bytes for each
-    problem of the batch forward and as many backward, and 8 · (number of facts) bytes with `check`. None of these grows
-    with n. Causal calls take the time of `tattn.tensor_attention` plus that of the summaries, and O(r dv √n) memory in
-    the adjoint. They scan the same buffer instead of summing it. A rank sends no more then: each adds a share of the
-    numbers for all. The parameters of a layer around the call get, on each rank, the part of their gradient from its
-    rows. DistributedDataParallel and FSDP average these parts, so multiply a loss that is a sum over rows by the number
-    of ranks. Under ``torch.compile`` the call is one operator. It needs a plan with a promised bound and has no second
-    derivatives.
+    O((n + Σ n_μ) r dv) time for a rank's own rows and O(r dv) memory. The group sums 8 m r (dv + 1) bytes for each problem of the
+    batch forward and as many backward, and 8 · (number of facts) bytes with `check`. None of these grows with n. Causal calls
+    take the time of `tattn.tensor_attention` plus that of the summaries, and O(r dv √n) memory in the adjoint. They scan the same
+    buffer instead of summing it. A rank sends no more then: each adds a share of the numbers for all; with `decay` m (numbers in
+    the batch) more. The parameters of a layer around the call get, on each rank, the part of their gradient from its rows.
+    DistributedDataParallel and FSDP average these parts, so multiply a loss that is a sum over rows by the number of ranks. Under
+    ``torch.compile`` the call is one operator. It needs a plan with a promised bound and has no second derivatives.
     """
     given, asked = (query, keys, values, key_masks), Asked(scale, tol, plan, bound, None, causal)
     if torch.compiler.is_compiling():
