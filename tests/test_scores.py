@@ -188,7 +188,8 @@ def test_torch_takes_derivatives_of_every_channel() -> None:
     ways = [torch.tensor(np.random.default_rng(i).normal(size=x.shape)) for i, x in enumerate(leaves)]
 
     def found(least: int) -> list[Any]:
-        with BACKEND.using(distinct=least):
+        # Of tensors that are recorded, and of others.
+        with BACKEND.using(distinct=least), BACKEND.for_arrays(leaves).using(distinct=least):
             out = tattn.tensor_attention(leaves[0], leaves[1:], [u, v], plan=plan)
             first = torch.autograd.grad(out, leaves, g, create_graph=True)
             twice = torch.autograd.grad(sum((x * w).sum() for x, w in zip(first, ways, strict=True)), leaves)
