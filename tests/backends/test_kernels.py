@@ -25,6 +25,7 @@ from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import CHAIN, OF_ROWS, OF_TUPLES, OF_WINDOWS, Kernel, Tuples, rows_together
 from tattn.engines.features import rows_of
+from tattn.engines.window_blocks import cut_of
 from tattn.features.monomials import Monomials, features
 
 SOURCE = Path(tattn.__file__).parents[1]
@@ -896,6 +897,19 @@ def test_windows_are_what_array_operations_compute(dtype, views, leading, masked
 def test_windows_of_all_lengths(n, window, in_windows, monkeypatch):
     """Of one block and of many, longer than the rows and shorter than a chunk; a view of which rows see all before them."""
     windows_are_the_same(drawn(n, 2, "float64", masked=n > 5), window, in_windows, monkeypatch, degree=2)
+
+
+def test_sums_over_many_blocks_are_made_at_once(in_windows, monkeypatch):
+    """Windows of unequal length: while such sums are few numbers, and some at a time where they are more than a few workspaces."""
+    call = drawn(4500, 2, "float64", dim=6)
+    windows_are_the_same(call, (150, 64), in_windows, monkeypatch, degree=4)
+    plan = plan_of(call, window=(150, 64), degree=4)
+    blocks = []
+    for workspace in (BACKEND.workspace, 1 << 14):
+        with BACKEND.using(workspace=workspace), calls_of(cut_of) as calls:
+            computed(call, plan=plan, window=(150, 64))
+        blocks.append({seen.result.blocks for seen in calls if seen.name == "cut_of"})
+    assert blocks == [{1}, {2}]
 
 
 def test_windows_drawn_at_random(in_windows, monkeypatch):

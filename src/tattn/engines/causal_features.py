@@ -372,6 +372,8 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     shares = start.shares if start else [1 / k.shape[-2] for k in keys]
     if windowed and kernel is not None:
         seen = windows_of(operands.order.window, operands.lengths[1:], 1)
+        # Sums over blocks are computed some at a time.
+        backend = backend.among(max(backend.rows_in_all, prod(leading) * q.shape[-2]))
         setting = Setting(degree, grading, w, units, shares, 1, 1, leading, backend, forms, kernel, windows=seen)
         numbers = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
         block = _rows_to_pull(setting, q.shape[-2], numbers)

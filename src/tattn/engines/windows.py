@@ -53,7 +53,7 @@ from .chunks import (
 from .features import divided, scaled_gradient
 from .pieces import in_pieces, padded
 from .spoiled import Columns
-from .window_blocks import adjoint_by, numerators_by, together
+from .window_blocks import adjoint_by, cut_of, numerators_by, together
 from .window_sums import (
     Cut,
     Line,
@@ -141,7 +141,7 @@ def backward(setting: Setting, block: int, operands: Operands, columns: Columns)
 def _prepared(setting: Setting, block: int, operands: Operands) -> tuple[Cut, Array, list[Line], list[Array]]:
     """How rows are cut, the query in units (..., rows, d), all views, and for long windows what is between segments."""
     backend, q = setting.backend, operands.query
-    cut = (Cut.of if setting.kernel is None else Cut.of_rows)(q.shape[-2], block, setting)
+    cut = Cut.of(q.shape[-2], block, setting) if setting.kernel is None else cut_of(setting, block, operands)
     x = padded(backend.cast(q, setting.w.dtype) * setting.units[0], cut.rows, backend)
     lines = [Line.of(setting, cut, operands, number) for number in range(len(operands.views))]
     middles = [
