@@ -295,7 +295,9 @@ def _kernel(operation: str, setting: Setting, rows: Rows, pieces: int) -> tuple[
 
     x, z = of_pieces = Rows(*map(apart, rows))
     columns = z.shape[-1]
-    whole = rows_of(x, setting.monomials, columns, of_pieces.leading)._replace(read=columns, in_all=setting.backend.rows_in_all)
+    whole = rows_of(x, setting.monomials, columns, of_pieces.leading)._replace(
+        read=columns, in_all=setting.backend.rows_in_all
+    )
     found = setting.backend.kernel(operation, whole, x, z) if setting.forms is None else None
     return None if found is None else partial(found, whole), of_pieces
 
