@@ -1020,7 +1020,8 @@ def test_sums_of_windows_over_long_sequences_do_not_drift(window, in_windows):
     assert np.max(np.abs(out / exact - 1)) <= plan.error < 2e-5
     seen = [np.minimum(np.arange(1, n + 1.0), w) for w in window]
     score = float(np.float32(0.1)) * float(np.float32(0.3)) ** 2
-    assert np.max(np.abs(np.exp(lse.astype(float) - score) / (seen[0] * seen[1]) - 1)) < 3e-6
+    # lse is rounded when it is the logarithm, and when what was taken out of it is added.
+    assert np.all(np.abs(np.exp(lse.astype(float) - score) / (seen[0] * seen[1]) - 1) < 2e-6 + 2 * np.spacing(lse))
     _, _, dvalues = pullback(np.ones_like(out), np.zeros_like(lse))
     for dv, rows, w in zip(dvalues, seen, window, strict=True):
         # Row j has 1 / (number of rows seen) of every row that sees it.
