@@ -133,11 +133,10 @@ def tensor_attention(
     """
     given, asked = (query, keys, values, key_masks), Asked(scale, tol, plan, bound, None, causal)
     if torch.compiler.is_compiling():
-        for name, given_of in (("key_weights", key_weights), ("decay", decay)):
-            if given_of is not None:
-                raise ValueError(f"{name} of rows that are spread should be None under torch.compile, got some")
+        if decay is not None:
+            raise ValueError("decay of rows that are spread should be None under torch.compile, got factors")
         checked_flags(check=check, return_lse=return_lse, return_plan=return_plan)
-        out, lse = compiled_attention(given, asked, group, check)
+        out, lse = compiled_attention((*given, key_weights), asked, group, check)
     else:
         group = checked_group(group)
         flags = {"return_lse": return_lse, "return_plan": return_plan}

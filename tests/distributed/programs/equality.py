@@ -132,7 +132,7 @@ def check(case: dict[str, Any], compiled: bool = False) -> None:
         same(g, e[..., r, :], case, f"gradient of {name}")
 
 
-def check_weights(case: dict[str, Any]) -> None:
+def check_weights(case: dict[str, Any], compiled: bool = False) -> None:
     """Weights of rows, far from one, and decay: output, lse and all gradients, with a promise and with a plan from the data."""
     query, keys, values, masks, grad, grad_lse = draw(case)
     rng = np.random.default_rng(3)
@@ -166,11 +166,20 @@ def check_weights(case: dict[str, Any]) -> None:
     ]
     given = own[0], own[1 : views + 1], own[views + 1 :]
     counted: dict[str, Any] = {"key_masks": own_masks, "key_weights": own_weights}
-    got, got_lse = tensor_attention(*given, **counted, **options)
+    of_weights = [w for w in own_weights if w is not None]
+
+    def call(*tensors: Tensor) -> Any:
+        following = iter(tensors[2 * views + 1 :])
+        counted = [None if w is None else next(following) for w in own_weights]
+        rows = tensors[0], tensors[1 : views + 1], tensors[views + 1 : 2 * views + 1]
+        return tensor_attention(*rows, key_masks=own_masks, key_weights=counted, **options)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    got, got_lse = function(*own, *of_weights)
     here = (..., rows[0], slice(None))
     same(got, out[here], case, "output with weights")
     same(got_lse, lse[..., rows[0]], case, "lse with weights")
-    leaves = own + [w for w in own_weights if w is not None]
+    leaves = own + of_weights
     found = gradients((got, got_lse), (grad[here].clone(), grad_lse[..., rows[0]].clone()), leaves + factors)
     for part, e in zip(found[len(leaves) :], expected[len(whole + weighted) :], strict=True):
         # A factor is that of all ranks, and each has a part of its gradient.
@@ -348,6 +357,12 @@ def check_compiled() -> None:
         {"views": 2, "causal": True, "rows": 60, "dtype": "bfloat16"},
     ):
         check(case, compiled=True)
+    for case in (
+        {"views": 2, "masked": True, "heads": True, "unweighted": True},
+        {"views": 2, "causal": True, "rows": 150, "dtype": "float32"},
+        {"views": 3, "causal": True, "more": (0, 4, 2), "masked": True, "empty": True},
+    ):
+        check_weights(case, compiled=True)
 
 
 def main() -> None:
