@@ -219,6 +219,17 @@ def check_vanishing() -> None:
     seen = whole_lse[own].isfinite()
     same(lse[seen], whole_lse[own][seen], "rows that fade", "lse")
 
+    del options["decay"]
+    light = torch.where(torch.arange(90, device=DEVICE) < 30, 1e-20, 1.0)
+
+    def call(rows: Tensor, weights: Tensor) -> Any:
+        return tensor_attention(rows, [rows] * 2, [rows] * 2, key_weights=weights, **options)
+
+    for function in (call, *([torch.compile(call, backend="aot_eager")] if dist.get_world_size() == 2 else [])):
+        out, lse = function(rows[own], light[own])
+        assert out[30 - own.start :].isfinite().all() and not lse.isinf().any()
+        assert own.start or out[:20].isnan().all()
+
 
 def check_refused_weights() -> None:
     query = torch.ones(3, 3, device=DEVICE)
