@@ -86,7 +86,7 @@ def tensor_attention(
         Of this rank's rows.
     key_weights : tensor (..., n_μ), or sequence of m of them or None, optional
         Of this rank's rows, as in `tattn.tensor_attention`, in one unit on all ranks, which take one more maximum over the group.
-        Values are not read: what is no weight is NaN. Not under ``torch.compile``.
+        Values are not read: what is no weight is NaN.
     causal : bool
         Rows follow one another in the order of the ranks, and a query row sees the rows up to its own, as in one call
         of `tattn.tensor_attention` with all rows. A rank has as many rows of every view as of the query. The first rank
