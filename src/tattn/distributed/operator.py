@@ -123,7 +123,8 @@ def _of_rows(keys: Any, masks: Any, weights: Any, powers: Any) -> list[Tensor | 
 
 
 @_forward.register_fake
-def _(query: Any, keys: Any, values: Any, masks: Any, weights: Any, plan: Any, *_: Any) -> Any:
+def _(query: Any, keys: Any, values: Any, masks: Any, *others: Any) -> Any:
+    weights, plan, *_ = others
     made = plan_of_text(plan)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     sums = [s.shape for s in _sums_like(keys, values, masks, weights, made)]
