@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import dense
+from watching import calls_of
 
 import tattn
+from tattn.backends import backend_of
+from tattn.backends.numpy import BACKEND as NUMPY
+from tattn.engines.distinct import backward, forward
 
 N, DIM = (5, 4, 6), 6
 
@@ -92,6 +96,108 @@ def test_attention_with_it(library: Any, name: str) -> None:
     sizes = np.prod([np.abs(v).max(axis=0) for v in values], axis=0)
     assert plan.dim == query.shape[-1]
     assert (np.abs(library.numpy(out) - exact) <= plan.error * sizes).all()
+
+
+COPIES: dict[str, Any] = {
+    "determinant": lambda q, a, b: tattn.scores.determinant(q[..., :3], [a[..., :3], b[..., :3]]),
+    "strassen": lambda q, a, b: tattn.scores.strassen(q, [a, b]),
+    "strassen, rows of its own": lambda q, a, b: tattn.scores.strassen(q, [a, b], q * q, [a * a, b * b]),
+    "tree": lambda q, a, b: tattn.scores.tree(q, [a, b]),
+}
+
+
+# Rows of its own leave too many channels for the slopes.
+SERVED = {name: ["forward"] if "own" in name else ["forward", "backward"] for name in COPIES}
+
+
+def many(seed: int, rows: int = 150, dtype: str = "float64") -> list[Any]:
+    """Query and two keys of 4 channels, values, and gradients of output and lse."""
+    rng = np.random.default_rng(seed)
+    arrays = rng.uniform(-1, 1, (3, rows, 4)), rng.normal(size=(3, rows, 2)), rng.normal(size=(1, rows))
+    return [x.astype(dtype) for of in arrays for x in of]
+
+
+@pytest.mark.libraries("numpy", "torch")
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.thorough) for n in COPIES if "own" in n), *list(COPIES)[:2], "tree"]
+)
+def test_channels_that_are_equal_share_monomials(library: Any, name: str) -> None:
+    """Output, lse and every gradient are those of all monomials, channel by channel; one entry that differs, and it is those."""
+    q, a, b, u, v, g, g_lse = library.arrays(*many(0))
+    rng = np.random.default_rng(1)
+    hidden, weights = library.arrays(rng.random(150) < 0.7, rng.uniform(0, 1, 150))
+    query, keys = COPIES[name](q, a, b)
+    backend = backend_of(q)
+    plan = tattn.plan_for(n=150, dim=query.shape[-1], bound=2.0, degree=4, scale=0.3, dtype="float64")
+
+    def found(least: int, query: Any) -> tuple[list[np.ndarray], list[str]]:
+        with backend.using(distinct=least), calls_of(forward, backward) as calls:
+            (out, lse), pullback = tattn.tensor_attention_vjp(
+                query, keys, [u, v], plan=plan, key_masks=[hidden, None], key_weights=[None, weights], return_lse=True
+            )
+            dq, dk, dv, (_, dw) = pullback(g, g_lse)
+        return [library.numpy(x) for x in (out, lse, dq, *dk, *dv, dw)], [call.name for call in calls]
+
+    for spoiled in (0.0, 1e-3):
+        changed = library.numpy(query).copy()
+        changed[120, -1] += spoiled
+        changed = library.array(changed)
+        own, used = found(0, changed)
+        whole, unused = found(1 << 60, changed)
+        assert unused == [] and used == ([] if spoiled else SERVED[name])
+        for x, y in zip(own, whole, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_shared_monomials_keep_the_bounds(name: str, draws: Any) -> None:
+    """In float32, where little but rounding is left of the error."""
+    for seed in draws(40):
+        arrays = many(seed, 80, "float32")
+        q, a, b, u, v, g, _ = arrays
+        query, keys = COPIES[name](q, a, b)
+        bound = float(np.abs(np.einsum("ic,jc,kc->ijk", query, *keys)).max()) * 0.01
+        plan = tattn.plan_for(n=80, dim=query.shape[-1], bound=bound, degree=4, scale=0.01, dtype="float32")
+        with NUMPY.using(distinct=0), calls_of(forward, backward) as calls:
+            out, pullback = tattn.tensor_attention_vjp(query, keys, [u, v], plan=plan, return_error=True)
+            grads, bounds = pullback(g, return_error=True)
+        assert [call.name for call in calls] == SERVED[name]
+        wide = [x.astype(np.float64) for x in (query, *keys, u, v)]
+        truth, exactly = tattn.tensor_attention_vjp(wide[0], wide[1:3], wide[3:], scale=0.01, method="exact")
+        sizes = np.abs(u).max(axis=0) * np.abs(v).max(axis=0)
+        assert (np.abs(out[0] - truth) <= out[1][:, None] * sizes).all()
+        for x, y, most in zip(flat(grads), flat(exactly(g.astype(np.float64))), flat(bounds), strict=True):
+            assert (np.abs(x - y) <= most).all()
+
+
+def flat(gradients: Any) -> list[np.ndarray]:
+    dq, dk, dv = gradients
+    return [dq, *dk, *dv]
+
+
+@pytest.mark.libraries("torch")
+def test_torch_takes_derivatives_of_every_channel() -> None:
+    """Second derivatives, and those in forward mode, where copies of a channel go their own ways."""
+    torch = pytest.importorskip("torch")
+    from tattn.backends.torch import BACKEND
+
+    q, a, b, u, v, g, _ = (torch.tensor(x) for x in many(0, 60))
+    query, keys = tattn.scores.strassen(q, [a, b])
+    plan = tattn.plan_for(n=60, dim=12, bound=2.0, degree=2, scale=0.3, dtype="float64")
+    leaves = [x.clone().requires_grad_() for x in (query, *keys)]
+    ways = [torch.tensor(np.random.default_rng(i).normal(size=x.shape)) for i, x in enumerate(leaves)]
+
+    def found(least: int) -> list[Any]:
+        # Of tensors that are recorded, and of others.
+        with BACKEND.using(distinct=least), BACKEND.for_arrays(leaves).using(distinct=least):
+            out = tattn.tensor_attention(leaves[0], leaves[1:], [u, v], plan=plan)
+            first = torch.autograd.grad(out, leaves, g, create_graph=True)
+            twice = torch.autograd.grad(sum((x * w).sum() for x, w in zip(first, ways, strict=True)), leaves)
+            of = lambda *x: tattn.tensor_attention(x[0], x[1:], [u, v], plan=plan)  # noqa: E731
+            return [*first, *twice, torch.func.jvp(of, (query, *keys), tuple(ways))[1]]
+
+    for x, y in zip(found(0), found(1 << 60), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 def test_trees_of_any_order(library: Any) -> None:

@@ -239,6 +239,9 @@ def test_one_array_serves_all_views(library: Any) -> None:
     both = pullback2(grad)[3]
     np.testing.assert_allclose(read(pullback(grad)[3]), read(both[0]) + read(both[1]), rtol=1e-13)
     assert tattn.tensor_attention_vjp(q, ks, ks, key_weights=[one, None], method="exact")[1](grad)[3][1] is None
+    none, pullback = tattn.tensor_attention_vjp(q, ks, ks, key_weights=[None, None], method="exact")
+    np.testing.assert_allclose(read(none), read(tattn.tensor_attention(q, ks, ks, method="exact")), rtol=1e-13)
+    assert pullback(grad)[3] == (None, None)
 
 
 def test_masks_besides() -> None:

@@ -38,8 +38,7 @@ def with_decay(inputs: Inputs, decay: Any, reading: bool = True) -> tuple[Inputs
     `reading`: whether their values may be read; those that are none are NaN otherwise.
     """
     backend, m = inputs.backend, inputs.views
-    if not inputs.order.causal:
-        raise ValueError("decay should come with causal=True, since it counts the rows before a row, got causal=False")
+    check_rows_before(inputs.order.causal)
     query: Any = inputs.arrays[0]
     columns, leading = _checked_factors(decay, m, query, inputs.leading, backend)
     traced = inputs.traced or backend.is_traced(columns)
@@ -103,6 +102,12 @@ def _checked_factors(
         named.append((name, tuple(x.shape)))
         columns.append(x)
     return columns, checked_broadcast(named)
+
+
+def check_rows_before(causal: bool) -> None:
+    """ValueError for factors of a call that is not causal."""
+    if not causal:
+        raise ValueError("decay should come with causal=True, since it counts the rows before a row, got causal=False")
 
 
 def is_number(factor: Any) -> bool:

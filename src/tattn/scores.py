@@ -7,7 +7,9 @@ what is returned. Gradients are those of the library's own operations.
 
 More channels take a higher rank, C(d + g, g) of the d channels returned. Channels of ones, and channels that one array holds
 twice, make monomials of that array equal. But two monomials are one feature of the score only if they are equal in all arrays,
-and that happens only for determinants, and rarely. For rows of 6 channels at degree 4:
+and that happens only for determinants, and rarely. In NumPy, and in torch on a processor, long calls over all rows find channels
+that are equal, or one, and sum up only the monomials that are different in each array (`engines.distinct`). Plans do not count with
+it. For rows of 6 channels at degree 4:
 
 =============================  ========  ======  ========  ===========================
 form                           channels  rank    distinct  distinct in q, a and b

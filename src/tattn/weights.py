@@ -113,6 +113,8 @@ def _check_entries(columns: Sequence[Array | None], backend: Backend) -> None:
     """ValueError that names weights, which are read, with negative numbers, NaN or infinities among them, or too far apart."""
     xp = backend.xp
     some = [(i, w) for i, w in enumerate(columns) if w is not None and 0 not in w.shape]
+    if not some:
+        return
     given: Sequence[Array] = backend.values_of([w for _, w in some])
     plain = [backend.cast(w, backend.compute_dtype(w.dtype)) for w in given]
     found = iter(

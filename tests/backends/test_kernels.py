@@ -34,6 +34,7 @@ from tattn.backends.operations import (
     rows_together,
 )
 from tattn.engines.features import rows_of
+from tattn.engines.window_blocks import cut_of
 from tattn.features.monomials import Monomials, features
 
 SOURCE = Path(tattn.__file__).parents[1]
@@ -965,6 +966,19 @@ def test_plans_price_calls_by_how_fast_keys_decay(order, factor, loops):
     _, slow = tattn.tensor_attention(*given, decay=[0.9, np.full(3, 0.9, np.float32)], **options)
     _, fast = tattn.tensor_attention(*given, decay=[0.9, np.asarray([0.9, 1, factor], np.float32)], **options)
     assert slow == plain and slow.flops_polynomial == plain.flops_polynomial < fast.flops_polynomial / 4
+
+
+def test_sums_over_many_blocks_are_made_at_once(in_windows, monkeypatch):
+    """Windows of unequal length: while such sums are few numbers, and some at a time where they are more than a few workspaces."""
+    call = drawn(4500, 2, "float64", dim=6)
+    windows_are_the_same(call, (150, 64), in_windows, monkeypatch, degree=4)
+    plan = plan_of(call, window=(150, 64), degree=4)
+    blocks = []
+    for workspace in (BACKEND.workspace, 1 << 14):
+        with BACKEND.using(workspace=workspace), calls_of(cut_of) as calls:
+            computed(call, plan=plan, window=(150, 64))
+        blocks.append({seen.result.blocks for seen in calls if seen.name == "cut_of"})
+    assert blocks == [{1}, {2}]
 
 
 def test_windows_drawn_at_random(in_windows, monkeypatch):

@@ -92,9 +92,9 @@ def test_alone_in_a_group(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="the call is traced and its values cannot be read"):
             compiled(torch.zeros(4, 3))
         with pytest.raises(
-            Exception, match=r"^[\s\S]*key_weights of rows that are spread should be None under torch\.compile"
+            Exception, match=r"^[\s\S]*decay of rows that are spread should be None under torch\.compile"
         ):
-            compiled(torch.zeros(4, 3), plan=plan, key_weights=torch.ones(4))
+            compiled(torch.zeros(4, 3), plan=plan, decay=[0.5, 0.5])
         query = torch.rand(4, 3)
         for other in (plan, tattn.plan_for(n=4, dim=3, bound=1.0, degree=1), plan):
             torch.testing.assert_close(
@@ -146,7 +146,7 @@ def test_compiled_gradients_of_narrow_dtypes_are_those_of_eager_calls(alone: Any
         return torch.autograd.grad(out, leaves, g)
 
     eager = gradients(lambda x: sharded(x[0], x[1:3], x[3:], plan=plan))
-    compiled = gradients(lambda x: compiled_attention((x[0], x[1:3], x[3:], None), asked, None, True)[0])
+    compiled = gradients(lambda x: compiled_attention((x[0], x[1:3], x[3:], None, None), asked, None, True)[0])
     for one, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0.01 * float(other.abs().max()))
 

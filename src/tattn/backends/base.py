@@ -66,6 +66,8 @@ class Backend:
         effect.
     shared_scores : int
         Scores that are worth a thread.
+    distinct : int
+        Monomials of all rows from which on a look at the channels pays: where some are equal, so are many monomials.
     groups : int
         Groups of packed documents for which a call pays whatever their size.
     reads : bool
@@ -85,6 +87,7 @@ class Backend:
     cache = 512 << 10
     most_rows = 1 << 12
     shared_scores = 1 << 22
+    distinct = 1 << 25
     groups = 32
     reads = False
     kernels: tuple[Kernel, ...] = ()

@@ -29,6 +29,7 @@ _OF_CALL = (
     "plan or none",
     "leading dimensions",
     "key weights",
+    "decay",
     "need of gradients",
     "tol",
 )
@@ -73,14 +74,20 @@ def scan(tensor: Tensor, side: str, group: Group) -> Tensor:
     share = -(-tensor.numel() // size)
     sent = tensor.new_zeros(size, share)
     sent.view(-1)[: tensor.numel()] = tensor
-    own = torch.empty_like(sent)
+    # Row p is what process p has of this one's share.
+    own = exchanged(sent, group)
+    ordered = own if side == "before" else own.flip(0)
+    sums = torch.cat([torch.zeros_like(own[:1]), ordered[:-1].cumsum(0)])
+    found = exchanged(sums if side == "before" else sums.flip(0), group)
+    return found.view(-1)[: tensor.numel()]
+
+
+def exchanged(tensor: Tensor, group: Group) -> Tensor:
+    """Row p (processes, k) to process p, and from it the row for this one."""
+    found = torch.empty_like(tensor)
     with _accompanied(group):
-        dist.all_to_all_single(own, sent, group=group)
-        # Row p is what process p has of this one's share.
-        ordered = own if side == "before" else own.flip(0)
-        sums = torch.cat([torch.zeros_like(own[:1]), ordered[:-1].cumsum(0)])
-        dist.all_to_all_single(sent, sums if side == "before" else sums.flip(0), group=group)
-    return sent.view(-1)[: tensor.numel()]
+        dist.all_to_all_single(found, tensor.contiguous(), group=group)
+    return found
 
 
 @contextmanager

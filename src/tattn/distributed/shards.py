@@ -11,17 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arrays import present
 from ..backends.torch import BACKEND
 from ..bounds.score_range import RangeCall, Ranges, ranges
 from ..checks import Inputs, check_values, checked_finite, checked_flags, checked_inputs, checked_of_rows, true_or_false
+from ..decay import check_rows_before, factors_of, is_number
+from ..engines.fading import powers
 from ..features.balance import over_largest
+from ..operands import View
 from ..planning import plan_found
 from ..planning.choice import check_ranges
 from ..planning.selection import Wish
 from ..plans import Plan
 from ..problem import Problem
+from ..state.summary import Summary
 from ..weights import check_weights, joined
-from .agreement import Group, agree, all_reduce, facts, sums_may_kill
+from .agreement import Group, agree, agree_on_backward, all_reduce, exchanged, facts, sums_may_kill
 from .promise import Asked, promised_plan
 
 
@@ -33,9 +38,10 @@ def agreed(
     recording: bool | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of all ranks, once they are known to agree and this rank's arrays to fit: (query, keys, values, masks), and weights.
+    """The plan of all ranks, once they are known to agree and this rank's arrays to fit.
 
-    `recording`: whether gradients are asked for, where the arrays do not tell; `flags`: further options, True or False.
+    `given`: (query, keys, values, masks), and weights and decay if the call takes them. `recording`: whether gradients are asked
+    for, where the arrays do not tell; `flags`: further options, True or False.
     """
     refused: Exception | None = None
     said = None
@@ -43,11 +49,12 @@ def agreed(
         check = true_or_false("check", check)
         checked_flags(**(flags or {}))
         inputs = _checked(given[:4], asked.causal, group)
-        weights = _checked_weights(inputs, *given[4:])
+        weights, decay = _checked_weights(inputs, *given[4:5]), _checked_decay(inputs, *given[5:])
         plan, number = promised_plan(inputs, asked)
         views = inputs.views
         if recording is None:
-            recording = BACKEND.records((*inputs.arrays[1 : 1 + 2 * views], *weights))
+            of_decay = [x for x in decay if isinstance(x, Tensor)]
+            recording = BACKEND.records((*inputs.arrays[1 : 1 + 2 * views], *weights, *of_decay))
         said = facts(
             plan,
             {
@@ -60,6 +67,7 @@ def agreed(
                 "plan or none": None if plan is not None else (number, asked.degree),
                 "leading dimensions": _leading(inputs, alone=plan is None or plan.source == "data"),
                 "key weights": tuple(None if w is None else tuple(w.shape[:-1]) for w in weights),
+                "decay": tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in decay),
                 "need of gradients": recording,
                 "tol": None if plan is not None else asked.tol,
             },
@@ -119,9 +127,16 @@ def _checked_weights(inputs: Inputs, key_weights: Any = None) -> Sequence[Tensor
         if w is None:
             continue
         check_weights(f"key_weights[{i}]", w, f"keys[{i}]", k, BACKEND)
-        if inputs.order.causal:
-            raise ValueError("key_weights belong to calls that are not causal where rows are spread, got causal=True")
     return weights
+
+
+def _checked_decay(inputs: Inputs, decay: Any = None) -> tuple[Tensor | float, ...]:
+    """The factor of each view, () of none."""
+    if decay is None:
+        return ()
+    check_rows_before(inputs.order.causal)
+    factors_of(decay, inputs.views, inputs.arrays[0], inputs.leading, BACKEND)
+    return tuple(1.0 if x is None else float(x) if is_number(x) else x for x in decay)
 
 
 def over_all(
@@ -132,6 +147,8 @@ def over_all(
     Values are not read: those that are no weights are NaN.
     """
     some = [i for i, w in enumerate(weights) if w is not None]
+    if not some:
+        return [None] * len(weights), []
     rows = [joined(weights[i][..., None], masks[i], keys[i], BACKEND) for i in some]  # type: ignore[index]
     # A rank may have no rows; what is no number is none on its own rank.
     known = [torch.nan_to_num(w.detach(), nan=0.0, posinf=0.0) for w in rows]
@@ -197,6 +214,64 @@ def split(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, of shapes and dtypes as in `like`, that a row of float64 holds."""
     parts = torch.split(flat, [s.numel() for s in like])
     return tuple(p.reshape(s.shape).to(s.dtype) for p, s in zip(parts, like, strict=True))
+
+
+def fading_before(
+    local: Summary, rows: Sequence[View], decays: Sequence[Tensor], count: int, group: Group
+) -> tuple[Tensor, ...]:
+    """Sums over the ranks before, of rows that count less by factors (..., 1, 1) for every row behind them.
+
+    From a rank's own sums, which are for the last of its `count` rows. Each rank adds up its share of the numbers, as in `scan`:
+    from one rank to the next they are multiplied by λ to the power of that rank's rows.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    sums = local.sums
+    # Rows that have come to weigh nothing are there all the same: what does not decay says so.
+    there = [s.new_zeros((*s.shape[:-2], 1, 1)) + _some(view) for s, view in zip(sums, rows, strict=True)]
+    own = torch.cat([packed(sums, local.rests), packed(there)])
+    factors = packed([*(d.expand_as(s) for d, s in zip(decays, sums, strict=True)), *map(torch.ones_like, there)])
+    share = -(-own.numel() // size)
+    nothing = own.new_zeros(size * share - own.numel())
+    factor = torch.cat([factors, nothing]).view(size, share)[rank]
+    sent = torch.cat([torch.cat([own, nothing]).view(size, share), own.new_full((size, 1), float(count))], dim=1)
+    shares, counts = _Exchanged.apply(group, sent).split([share, 1], dim=1)  # type: ignore[no-untyped-call]
+    before = [own.new_zeros(share)]
+    for of_rank, rows_of_rank in zip(shares[:-1], counts[:-1], strict=True):
+        before.append(powers(factor, rows_of_rank.detach(), BACKEND) * before[-1] + of_rank)
+    found = _Exchanged.apply(group, torch.stack(before)).reshape(-1)[: own.numel()]  # type: ignore[no-untyped-call]
+    faded = split(found, [*sums, *there])
+    return tuple(_marked(s, some > 0) for s, some in zip(faded, faded[len(sums) :], strict=False))
+
+
+def _marked(sums: Tensor, there: Tensor) -> Tensor:
+    """Sums (..., r, k) with a number below 0 for the weight of rows that are there, (..., 1, 1), and have come to weigh nothing."""
+    weight, least = sums[..., :1, -1:], torch.finfo(sums.dtype).tiny
+    less = torch.where(there & (weight < least), 2 * least, 0.0).to(sums.dtype)
+    return sums - torch.nn.functional.pad(less, (sums.shape[-1] - 1, 0, 0, sums.shape[-2] - 1))
+
+
+def _some(view: View) -> Any:
+    """Whether a view has rows that are not masked, (..., 1, 1)."""
+    if view.mask is None:
+        return float(view.keys.shape[-2] > 0)
+    return present(view.mask, BACKEND).any(-2, keepdim=True)
+
+
+class _Exchanged(torch.autograd.Function):
+    """`exchanged`, and of the gradients as well."""
+
+    @staticmethod
+    def forward(group: Group, tensor: Tensor) -> Tensor:
+        return exchanged(tensor, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.group, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        agree_on_backward(ctx.group)
+        return None, _Exchanged.apply(ctx.group, grad)  # type: ignore[no-untyped-call]
 
 
 def widened(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -25,19 +25,35 @@ from .window_sums import MOST_BLOCKS, Cut, Line, Rows, Streams, as_one, placed
 
 # Rows that a kernel takes at once.
 _MOST_ROWS = 1 << 13
+# Workspaces that sums over all blocks may take.
+_WORKSPACES = 16
+
+
+def cut_of(setting: Setting, block: int, operands: Operands) -> Cut:
+    """How rows are cut: a block is a segment if sums over all blocks are few numbers, since sums over many are made at once."""
+    n = operands.query.shape[-2]
+    cut = Cut.of_rows(n, block, setting, 1)
+    inputs, sums, workspace = _numbers(setting, cut, operands)
+    return cut if sums <= max(workspace, min(2 * inputs, _WORKSPACES * workspace)) else Cut.of_rows(n, block, setting)
 
 
 def fits(setting: Setting, block: int, operands: Operands) -> bool:
     """Whether blocks are long enough to be worth sums of their own, and sums between segments few numbers beside the inputs."""
-    cut = Cut.of_rows(operands.query.shape[-2], block, setting)
-    long = [v for v, window in zip(operands.values, setting.windows, strict=True) if cut.is_long(window)]
-    if long and cut.block < FEWEST_ROWS:
+    cut = cut_of(setting, block, operands)
+    if any(map(cut.is_long, setting.windows)) and cut.block < FEWEST_ROWS:
         return False
+    inputs, sums, workspace = _numbers(setting, cut, operands)
+    return sums <= max(4 * inputs, workspace)
+
+
+def _numbers(setting: Setting, cut: Cut, operands: Operands) -> tuple[int, int, int]:
+    """Those of the inputs, of sums over all segments, and of a workspace."""
+    long = [v for v, window in zip(operands.values, setting.windows, strict=True) if cut.is_long(window)]
     inputs = sum(prod(x.shape) for x in (operands.query, *operands.keys, *operands.values))
     # Of all rows, those before the first query row included.
     sums = sum(-(-v.shape[-2] // cut.segment) * (v.shape[-1] + 1) for v in long)
     numbers = sums * setting.w.shape[0] * prod(setting.leading)
-    return bool(numbers <= max(4 * inputs, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)))
+    return inputs, numbers, setting.backend.workspace // setting.backend.itemsize(setting.w.dtype)
 
 
 def together(setting: Setting, cut: Cut, lines: Sequence[Line]) -> int:

@@ -21,7 +21,7 @@ from ..features.basis import FEW_CHAINS, FEW_COLUMNS, Basis
 from ..operands import Operands
 from .chunks import Setting, Window
 from .fading import later, later_slope, numbers, of_factor, powers, seen, seen_slopes, slopes
-from .features import Sum, add, block_of, rows_of, with_ones, zero_sum
+from .features import Sum, add, added, block_of, rows_of, with_ones, zero_sum
 from .pieces import in_pieces
 
 # Chunks of a block and blocks of a segment, at most: together fewer additions than there are in a chain.
@@ -68,7 +68,7 @@ class Cut(NamedTuple):
         return cls(segments, -(-count // segments), chunks, setting.chunk)
 
     @classmethod
-    def of_rows(cls, n: int, block: int, setting: Setting) -> Cut:
+    def of_rows(cls, n: int, block: int, setting: Setting, most_blocks: int = MOST_BLOCKS) -> Cut:
         """For chunks of one row and blocks no longer than any window, which compiled loops take."""
         rows = min(block, *(w.whole for w in setting.windows))
         count = -(-n // rows)
@@ -80,7 +80,7 @@ class Cut(NamedTuple):
         most = (
             min((w.whole // rows for w in setting.windows if w.whole > rows), default=1) if count > MOST_CHUNKS else 1
         )
-        blocks = max(1, min(most, MOST_BLOCKS, isqrt(count - 1) + 1))
+        blocks = max(1, min(most, most_blocks, isqrt(count - 1) + 1))
         segments = -(-count // blocks)
         return cls(segments, -(-count // segments), rows, 1)
 
@@ -356,11 +356,10 @@ def _sums(setting: Setting, rows: Rows, pieces: int, decay: Array | None) -> Arr
     kernel, apart = _kernel("sum_rows", setting, rows, pieces)
     if kernel is not None:
 
-        def with_block(carry: Sum, x: Array, z: Array) -> tuple[Sum, tuple[()]]:
-            return add(carry, kernel(x, z)), ()
+        def with_block(carry: Sum | None, x: Array, z: Array) -> tuple[Sum, tuple[()]]:
+            return added(carry, kernel(x, z), backend), ()
 
-        start = zero_sum((*apart.leading, setting.w.shape[0], columns), dtype, rows.x, backend)
-        (total, _), _ = backend.scan_rows(with_block, start, apart, FEW_CHAINS * CHAIN)
+        (total, _), _ = backend.scan_rows(with_block, None, apart, FEW_CHAINS * CHAIN)
         return as_one(xp.matrix_transpose(total), backend)[..., 0, :]
     basis = Basis.of(rows.x.shape[-1], setting.degree, columns, setting.grading, backend.compiles)
     monomials = basis.features(backend)

@@ -57,7 +57,7 @@ from .fading import numbers, of_factor, powers, seen, seen_slopes, slopes
 from .features import Sum, add, divided, scaled_gradient, zero_sum
 from .pieces import in_pieces, padded
 from .spoiled import Columns
-from .window_blocks import adjoint_by, numerators_by, together
+from .window_blocks import adjoint_by, cut_of, numerators_by, together
 from .window_sums import (
     Between,
     Cut,
@@ -156,7 +156,7 @@ def backward(setting: Setting, block: int, operands: Operands, columns: Columns)
 def _prepared(setting: Setting, block: int, operands: Operands) -> tuple[Cut, Array, list[Line], list[Between]]:
     """How rows are cut, the query in units (..., rows, d), all views, and for long windows what is between segments."""
     backend, q = setting.backend, operands.query
-    cut = (Cut.of if setting.kernel is None else Cut.of_rows)(q.shape[-2], block, setting)
+    cut = Cut.of(q.shape[-2], block, setting) if setting.kernel is None else cut_of(setting, block, operands)
     x = padded(backend.cast(q, setting.w.dtype) * setting.units[0], cut.rows, backend)
     lines = [Line.of(setting, cut, operands, number) for number in range(len(operands.views))]
     between = [

@@ -326,6 +326,11 @@ def _over_channels(product: Array, channels: Array, backend: Backend) -> Array:
     return xp.sum(split * channels[..., :, None, :], axis=-3)
 
 
+def pulled_by(phi: Array, derivative: Array, z: Array, backend: Backend) -> Array:
+    """Σ_e z_e of a derivative (..., d · k, r') times the first r' of the monomials (..., r, rows): (..., rows, d)."""
+    return _weighted(read(phi[..., : derivative.shape[-1], :], derivative, backend), z, backend)
+
+
 def _weighted(product: Array, z: Array, backend: Backend) -> Array:
     """Σ_e z_e y_ce: (..., d · k, rows) and (..., rows, k) → (..., rows, d)."""
     xp = backend.xp

@@ -19,7 +19,7 @@ from ..bounds.rounding import (
     scores_round_less,
 )
 from ..bounds.score_range import rounded_up
-from ..engines import causal_features, features, scorewise
+from ..engines import causal_features, distinct, features, scorewise
 from ..engines.chunks import chunk_of
 from ..features.monomials import Expansion, Grading, rank
 from ..operands import Attended, Gradients, Operands, Upstream
@@ -102,6 +102,9 @@ class Polynomial(OneError):
             return causal_features.forward(operands, self.expansion)
         if self._by_scores(operands):
             return scorewise.forward(operands, self.coefficients)
+        parts = distinct.parts_of(operands, self.expansion)
+        if parts is not None:
+            return distinct.forward(operands, self.expansion, parts)
         return features.forward(operands, self.expansion)
 
     def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
@@ -110,6 +113,9 @@ class Polynomial(OneError):
             return causal_features.backward(operands, self.expansion, attended, upstream)[0]
         if self._by_scores(operands):
             return scorewise.backward(operands, self.coefficients, attended, upstream)
+        parts = distinct.parts_of(operands, self.expansion, slopes=True)
+        if parts is not None:
+            return distinct.backward(operands, self.expansion, parts, attended, upstream)
         return features.backward(operands, self.expansion, attended, upstream)
 
     def guarantee(self, problem: Problem, scores: ScoreRange) -> Guarantee:

@@ -317,7 +317,28 @@ def attend_next(
     after = summary._with(faded)
     checked_reader(query, after.sums, plan.dim, plan.dtype)
     rows: list[View] = [view for view in views.views if view is not None]
-    if faded.decays or any(are_weights(view.mask, backend) for view in rows):
+    # A sum that rows are added to has all of its leading dimensions from the first.
+    sums = [
+        with_leading(own, tuple(new.shape[:-2]), backend) for own, new in zip(summary.sums, after.sums, strict=True)
+    ]
+    # Plans for rows that all see count with no second chain.
+    few = CHAIN if plan.causal else CHAIN // (2 * max(SPANS))
+    out, lse = read_following(call_of(plan)._replace(chunks=few), query, rows, sums, faded.decays)
+    with backend.on_device_of(out):
+        out = backend.cast(out, query.dtype)
+    return out, lse[..., 0], after
+
+
+def read_following(
+    call: summaries.SumCall, query: Array, rows: Sequence[View], sums: Sequence[Array], decays: Sequence[Array] = ()
+) -> tuple[Array, Array]:
+    """`summaries.read_next`, differentiable where the library is: output in the dtype of the computation, and lse (..., n, 1).
+
+    Of rows that follow those of the sums (..., r, dv + 1), and factors (..., 1, 1) by which keys decay, if they do.
+    """
+    backend = backend_of(query)
+    assert backend is not None
+    if decays or any(are_weights(view.mask, backend) for view in rows):
         # Those of all views have weights, or none.
         rows = [
             view
@@ -325,21 +346,22 @@ def attend_next(
             else view._replace(mask=backend.run(weights_of_view, None, (view.keys, view.mask, None))[0])
             for view in rows
         ]
-    sums = []
-    for i, (view, own, new) in enumerate(zip(rows, summary.sums, after.sums, strict=True)):
-        # A sum that rows are added to has all of its leading dimensions from the first.
-        leading = tuple(new.shape[:-2])
-        mask = with_leading(view.mask, leading, backend) if faded.decays else view.mask
-        rows[i] = View(with_leading(view.keys, leading, backend), view.values, mask)
-        sums.append(with_leading(own, leading, backend))
-    # Plans for rows that all see count with no second chain.
-    few = CHAIN if plan.causal else CHAIN // (2 * max(SPANS))
-    call = call_of(plan)._replace(decays=bool(faded.decays), chunks=few)
-    of_rows = (*(v.keys for v in rows), *(v.values for v in rows), *sums, *(v.mask for v in rows), *faded.decays)
-    out, lse, _ = backend.differentiable(summaries.read_next, summaries.read_causal_backward, call, (query, *of_rows))
-    with backend.on_device_of(out):
-        out = backend.cast(out, query.dtype)
-    return out, lse[..., 0], after
+    of_sums = []
+    for view, own in zip(rows, sums, strict=True):
+        leading = tuple(own.shape[:-2])
+        mask = with_leading(view.mask, leading, backend) if decays else view.mask
+        of_sums.append(View(with_leading(view.keys, leading, backend), view.values, mask))
+    arrays = (
+        query,
+        *(v.keys for v in of_sums),
+        *(v.values for v in of_sums),
+        *sums,
+        *(v.mask for v in of_sums),
+        *decays,
+    )
+    call = call._replace(decays=bool(decays))
+    out, lse, _ = backend.differentiable(summaries.read_next, summaries.read_causal_backward, call, arrays)
+    return out, lse
 
 
 def summarize(

@@ -140,12 +140,15 @@ def read_causal(call: SumCall, backend: Backend, arrays: Sequence[Array | None])
 
 
 def read_next(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, Array, Array]:
-    """`read_causal` of as many keys as queries, NaN where a row sees too little of what the call has for arithmetic."""
+    """`read_causal`, NaN where a row sees too little of what the call has for arithmetic.
+
+    Sums may say by a weight below 0 that they are of rows that have come to weigh nothing, which are no masked ones.
+    """
     found = read_causal(call, backend, arrays)
     operands, _ = _continued(call, backend, arrays)
     xp = backend.xp
     # As in calls with weights: what underflows would be taken for rows that are masked.
-    seen = sees_some(operands, [s[..., :1, -1:] > 0 for s in operands.extra])
+    seen = sees_some(operands, [s[..., :1, -1:] != 0 for s in operands.extra])
     vanishing = (found[2] < least_sum(found[2].dtype, backend)) & seen
     out, lse, normaliser = (xp.where(vanishing, xp.nan, x) for x in found)
     return out, lse, normaliser

@@ -132,21 +132,29 @@ def check(case: dict[str, Any], compiled: bool = False) -> None:
         same(g, e[..., r, :], case, f"gradient of {name}")
 
 
-def check_weights(case: dict[str, Any]) -> None:
-    """Weights of rows, far from one: output, lse and all gradients, with a promise and with a plan from the data."""
+def check_weights(case: dict[str, Any], compiled: bool = False) -> None:
+    """Weights of rows, far from one, and decay: output, lse and all gradients, with a promise and with a plan from the data."""
     query, keys, values, masks, grad, grad_lse = draw(case)
     rng = np.random.default_rng(3)
-    views, options = len(keys), {"plan": plan_of(case, query), "return_lse": True}
+    views, causal = len(keys), bool(case.get("causal"))
+    options: dict[str, Any] = {"plan": plan_of(case, query), "causal": causal, "return_lse": True}
+    least = -12 if query.dtype == torch.float32 else -25
     weights: list[Tensor | None] = [
-        torch.tensor(rng.uniform(0, 1, k.shape[:-1]) ** 4 * 10.0 ** (-25 * (1 + i)), device=DEVICE, dtype=k.dtype)
+        torch.tensor(rng.uniform(0, 1, k.shape[:-1]) ** 4 * 10.0 ** (least * (1 + i)), device=DEVICE, dtype=k.dtype)
         for i, k in enumerate(keys)
     ]
     if case.get("unweighted"):
         weights[0] = None
+    factors: list[Tensor] = []
+    if "decay" in case:
+        factors = [torch.tensor(case["decay"], device=DEVICE, dtype=query.dtype, requires_grad=True)]
+        options["decay"] = [*factors, 0.9, None][:views]
+    if case.get("light"):
+        weights = [None] * views
     whole = [t.requires_grad_() for t in (query, *keys, *values)]
     weighted = [w.requires_grad_() for w in weights if w is not None]
     out, lse = tattn.tensor_attention(query, keys, values, key_masks=masks, key_weights=weights, **options)
-    expected = gradients((out, lse), (grad, grad_lse), whole + weighted)
+    expected = gradients((out, lse), (grad, grad_lse), whole + weighted + factors)
 
     rows = shards(case, [t.shape[-2] for t in (query, *keys)], 10)
     of_tensors = [rows[0], *rows[1:], *rows[1:]]
@@ -158,30 +166,82 @@ def check_weights(case: dict[str, Any]) -> None:
     ]
     given = own[0], own[1 : views + 1], own[views + 1 :]
     counted: dict[str, Any] = {"key_masks": own_masks, "key_weights": own_weights}
-    got, got_lse = tensor_attention(*given, **counted, **options)
+    of_weights = [w for w in own_weights if w is not None]
+
+    def call(*tensors: Tensor) -> Any:
+        following = iter(tensors[2 * views + 1 :])
+        counted = [None if w is None else next(following) for w in own_weights]
+        rows = tensors[0], tensors[1 : views + 1], tensors[views + 1 : 2 * views + 1]
+        return tensor_attention(*rows, key_masks=own_masks, key_weights=counted, **options)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    got, got_lse = function(*own, *of_weights)
     here = (..., rows[0], slice(None))
     same(got, out[here], case, "output with weights")
     same(got_lse, lse[..., rows[0]], case, "lse with weights")
-    leaves = own + [w for w in own_weights if w is not None]
-    found = gradients((got, got_lse), (grad[here].clone(), grad_lse[..., rows[0]].clone()), leaves)
+    leaves = own + of_weights
+    found = gradients((got, got_lse), (grad[here].clone(), grad_lse[..., rows[0]].clone()), leaves + factors)
+    for part, e in zip(found[len(leaves) :], expected[len(whole + weighted) :], strict=True):
+        # A factor is that of all ranks, and each has a part of its gradient.
+        dist.all_reduce(part)
+        same(part, e, case, "gradient of a factor")
     for g, e, r in zip(found[: len(own)], expected, of_tensors, strict=False):
         same(g, e[..., r, :], case, "gradient with weights")
     seen = [(w, r) for w, r in zip(weights, rows[1:], strict=True) if w is not None]
-    for g, e, (w, r) in zip(found[len(own) :], expected[len(whole) :], seen, strict=True):
+    for g, e, (w, r) in zip(found[len(own) :], expected[len(whole) :], seen, strict=False):
         top = w.detach().amax()
         same(g * top, e[..., r] * top, case, "gradient of weights")
-    whole_plan = {"tol": 1e-2, "method": "polynomial", "return_plan": True}
-    out, plan = tattn.tensor_attention(query, keys, values, key_masks=masks, key_weights=weights, **whole_plan)
-    got, made = tensor_attention(*given, **counted, tol=1e-2, return_plan=True)
+    order = {name: options[name] for name in ("causal", "decay") if name in options}
+    got, made = tensor_attention(*given, **counted, tol=1e-2, return_plan=True, **order)
+    counted = {"key_masks": masks, "key_weights": weights, **order}
+    plan = tattn.plan(
+        query, keys, values, tol=1e-2, method="polynomial", key_masks=masks, key_weights=weights, causal=causal
+    )
     assert (made.degree, made.bound, made.coefficients) == (plan.degree, plan.bound, plan.coefficients)
+    out = tattn.tensor_attention(query, keys, values, plan=plan, **counted)
     same(got, out[here], case, "output with weights and a plan of the data")
+
+
+def check_vanishing() -> None:
+    """Rows that have come to weigh nothing are no masked rows: what sees them alone is no number, as on one rank."""
+    rows = torch.ones(90, 3, device=DEVICE)
+    masks = torch.arange(90, device=DEVICE) < 20
+    plan = tattn.plan_for(n=90, dim=3, bound=1.0, degree=2, causal=True)
+    (own,) = shards({"causal": True}, [90], 1)
+    options: dict[str, Any] = {"plan": plan, "causal": True, "decay": [0.01, 0.01], "return_lse": True}
+    out, lse = tensor_attention(rows[own], [rows[own]] * 2, [rows[own]] * 2, key_masks=masks[own], **options)
+    whole, whole_lse = tattn.tensor_attention(rows, [rows] * 2, [rows] * 2, key_masks=masks, **options)
+    assert whole[:20].isfinite().all() and whole[-20:].isnan().all()
+    for found, found_lse in ((out, lse), (whole, whole_lse)):
+        seen = found.isfinite()
+        same(found[seen], torch.ones_like(found[seen]), "rows that fade", "output")
+        assert not found_lse.isinf().any()
+    seen = whole_lse[own].isfinite()
+    same(lse[seen], whole_lse[own][seen], "rows that fade", "lse")
+
+    del options["decay"]
+    light = torch.where(torch.arange(90, device=DEVICE) < 30, 1e-20, 1.0)
+
+    def call(rows: Tensor, weights: Tensor) -> Any:
+        return tensor_attention(rows, [rows] * 2, [rows] * 2, key_weights=weights, **options)
+
+    for function in (call, *([torch.compile(call, backend="aot_eager")] if dist.get_world_size() == 2 else [])):
+        out, lse = function(rows[own], light[own])
+        assert out[max(0, 30 - own.start) :].isfinite().all() and not lse.isinf().any()
+        assert own.start or out[:20].isnan().all()
 
 
 def check_refused_weights() -> None:
     query = torch.ones(3, 3, device=DEVICE)
     ours = {"key_weights": [torch.ones(3, device=DEVICE), None] if dist.get_rank() else None}
     for options, message in (
-        ({"causal": True, "key_weights": torch.ones(3, device=DEVICE)}, "belong to calls that are not causal"),
+        ({"decay": [0.5, 0.5]}, "decay should come with causal=True"),
+        ({"decay": [0.5, 2.0], "causal": True}, "decay[1] should be from 0 to 1"),
+        *(
+            (({"causal": True, "decay": [0.5, 0.1 * dist.get_rank()]}, "same decay"),)
+            if dist.get_world_size() > 1
+            else ()
+        ),
         *(((ours, "key weights"),) if dist.get_world_size() > 1 else ()),
     ):
         try:
@@ -308,6 +368,12 @@ def check_compiled() -> None:
         {"views": 2, "causal": True, "rows": 60, "dtype": "bfloat16"},
     ):
         check(case, compiled=True)
+    for case in (
+        {"views": 2, "masked": True, "heads": True, "unweighted": True},
+        {"views": 2, "causal": True, "rows": 150, "dtype": "float32"},
+        {"views": 3, "causal": True, "more": (0, 4, 2), "masked": True, "empty": True},
+    ):
+        check_weights(case, compiled=True)
 
 
 def main() -> None:
@@ -322,8 +388,16 @@ def main() -> None:
         {"views": 1, "dtype": "float32"},
         {"views": 2, "masked": True, "heads": True, "unweighted": True},
         {"views": 3, "masked": True, "empty": True},
+        {"views": 1, "causal": True, "dtype": "float32"},
+        {"views": 2, "causal": True, "masked": True, "heads": True, "unweighted": True},
+        {"views": 3, "causal": True, "more": (0, 4, 2), "masked": True, "empty": True},
+        {"views": 2, "causal": True, "rows": 150, "decay": 0.97, "dtype": "float32"},
+        {"views": 3, "causal": True, "more": (3, 0, 2), "decay": (0.3, 0.0), "heads": True, "masked": True},
+        {"views": 2, "causal": True, "channels": "complex", "decay": 1.0, "light": True, "empty": True},
+        {"views": 1, "causal": True, "rows": 60, "decay": 0.9, "dtype": "bfloat16"},
     ):
         check_weights(case)
+    check_vanishing()
     check_refused_weights()
     check_data_plans()
     for causal in (False, True):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.extending import intrinsic
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
     """The sum x y + z with one rounding where the processor has an instruction for it, and two elsewhere.
 
