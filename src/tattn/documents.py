@@ -253,7 +253,7 @@ class Block(NamedTuple):
 
 
 def blocks(layout: Layout, places: Places, chosen: Sequence[bool], most: int, backend: Backend) -> list[Block]:
-    """The documents of the chosen groups as they stand, in blocks of `most` rows of each side where they are shorter; reads values."""
+    """The documents of the chosen groups as they stand, in blocks of `most` rows where they are shorter; reads values."""
     own = np.repeat(chosen, [group.documents for group in layout.groups])
     starts, lengths = (backend.integers(x)[own][:, list(layout.sides)] for x in places[:2])
     order = np.argsort(starts[:, 0])
@@ -261,7 +261,10 @@ def blocks(layout: Layout, places: Places, chosen: Sequence[bool], most: int, ba
     stops = np.maximum.accumulate(starts + lengths, axis=0)
     found, first = [], 0
     while first < len(starts):
-        fitting = [np.searchsorted(of_side, begin + most, "right") for of_side, begin in zip(stops.T, starts[first], strict=True)]
+        fitting = [
+            np.searchsorted(of_side, begin + most, "right")
+            for of_side, begin in zip(stops.T, starts[first], strict=True)
+        ]
         last = max(first + 1, int(min(fitting)))
         begin, end = starts[first], np.maximum(starts[first], stops[last - 1])
         before = np.cumsum(end - begin) - (end - begin)

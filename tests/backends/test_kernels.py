@@ -1372,7 +1372,14 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     found = kernels()
     assert found.on
     names = "prefix_read", "prefix_pull", "step"
-    assert found.operations == (*OF_ROWS, *OF_DOCUMENTS, *OF_TUPLES, *names, *OF_WINDOWS, *(f"complex_{name}" for name in names))
+    assert found.operations == (
+        *OF_ROWS,
+        *OF_DOCUMENTS,
+        *OF_TUPLES,
+        *names,
+        *OF_WINDOWS,
+        *(f"complex_{name}" for name in names),
+    )
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on

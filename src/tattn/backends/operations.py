@@ -14,9 +14,8 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
-size_documents ``(spans, x, finite)``, a `Spans` and rows (..., N, d) of query and all views, one after another → the largest
-               |entry| of each channel of each document's query and views, (..., documents, m + 1, d), NaN where one is not
-               finite, or of the finite rows alone
+size_documents ``(spans, x)``, a `Spans` and rows (..., N, d) of query and all views, one after another → the largest |entry|
+               of each channel of each document's query and views, (..., documents, m + 1, d), NaN where one is not finite
 read_documents ``(spans, x, z, units)``, columns (..., N − n, c) of the views' rows and units (..., documents, m + 1, d) → with
                A = Φ(a)ᵀ z over a's number of rows, and so on for the other views, Φ(q) (w · A ∘ B), (..., n, c)
 pull_documents ``(spans, x, z, upstream, units)`` → gradients of x, and of the first columns of z, (..., N − n, c')
@@ -97,8 +96,8 @@ def rows_together(factors: Any, dtype: str) -> np.ndarray:
 class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 
-    ``takes`` gets what `moments` does; a `Rows` or `Spans` and the arrays of a pass, its rows first; a `Tuples`, query and keys; or query,
-    keys and values, of a causal call or of tokens, and the arrays by which these decay.
+    ``takes`` gets what `moments` does; a `Rows` or `Spans` and the arrays of a pass, its rows first; a `Tuples`, query and keys; or
+    query, keys and values, of a causal call or of tokens, and the arrays by which these decay.
     """
 
     operation: str

@@ -20,7 +20,7 @@ from ..documents import Block
 from ..features.balance import MANY
 from ..features.basis import FEW_CHAINS
 from ..features.monomials import Expansion, run_table
-from ..features.scaling import units_by
+from ..features.scaling import units_of_each
 from ..operands import Attended, Operands, Upstream, View
 from .features import divided, log_normaliser, scaled_gradient, weight_table, with_ones
 
@@ -77,7 +77,7 @@ class InPlace:
         fitting = _WORKSPACES * backend.workspace // (row * problems)
         threads = backend.threads()
         of_thread = max(operands.lengths) // (_BLOCKS * threads) if threads > 1 else fitting
-        return max(1, min(fitting, max(of_thread, MOST_ROWS // problems)))
+        return int(max(1, min(fitting, max(of_thread, MOST_ROWS // problems))))
 
     def forward(self, block: Block) -> tuple[Array, Array, Array]:
         """Output, lse and the normaliser over the number of pairs, of the query's rows of a block (..., n, ·)."""
@@ -92,12 +92,13 @@ class InPlace:
         """Gradients of query, keys and values of a block, in the dtypes of these."""
         ready, operands = self._ready(block), self.operands
         backend, own = operands.backend, block.rows[0]
-        of_rows = [attended.out, attended.kept[0], *upstream]
-        g_hat = scaled_gradient(*(backend.cast(x[..., own, :], operands.dtype) for x in of_rows), backend)
+        of_rows = attended.out, attended.kept[0], *upstream
+        o, l, g, g_lse = (backend.cast(x[..., own, :], operands.dtype) for x in of_rows)
+        g_hat = scaled_gradient(o, l, g, g_lse, backend)
         dx, dz = self.pull(ready.spans, ready.x, ready.z, g_hat, ready.units)
         begin = start = own.stop - own.start
         grads = [dx[..., :start, :]]
-        of_values = []
+        of_values: list[Array] = []
         for view in ready.views:
             stop = begin + view.keys.shape[-2]
             grads.append(clean(dx[..., begin:stop, :], view.mask, backend))
@@ -120,9 +121,6 @@ class InPlace:
         columns = (with_ones(view.values, view.mask, dtype, backend) for view in views)
         z = xp.concat([with_leading(c, leading, backend) for c in columns], axis=-2)
 
-        def largest(finite: bool) -> list[Array]:
-            tops = self.size(spans, x, finite)
-            return [tops[..., side : side + 1, :] for side in range(len(rows))]
-
-        units = xp.concat(units_by(largest, operands.scale, backend), axis=-2)
-        return _Ready(spans, views, x, z, units)
+        tops = self.size(spans, x)
+        units = units_of_each([tops[..., side : side + 1, :] for side in range(len(rows))], operands.scale, backend)
+        return _Ready(spans, views, x, z, xp.concat(units, axis=-2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import frexp, isfinite, log, log2, prod
 from typing import Any
 
@@ -66,17 +66,13 @@ def shared_units(operands: Operands, causal: bool = False) -> list[Array]:
     return units_of(_limited_tops(tops, rows, scale, backend), rows, scale, backend)
 
 
-def units_by(found: Callable[[bool], list[Array]], scale: float, backend: Backend) -> list[Array]:
-    """`shared_units` by what finds the largest entries (..., 1, d) of all views, of all rows or of the finite ones.
+def units_of_each(tops: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
+    """`shared_units` from the largest entries (..., 1, d) of query and keys, which can be read, in the same leading dimensions.
 
-    For values that can be read. Units have the leading dimensions of these.
+    They may be NaN where query rows are not finite, and where keys are not: then every query row sees such a key.
     """
-    tops = found(False)
     units = _read_units(tops, tops, scale, backend)
-    if units is not None:
-        return units
-    tops = found(True)
-    return units_of(_limited_tops(tops, tops, scale, backend), tops, scale, backend)
+    return units_of(_limited_tops(tops, tops, scale, backend), tops, scale, backend) if units is None else units
 
 
 def _read_units(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array] | None:

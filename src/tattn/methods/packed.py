@@ -42,7 +42,7 @@ class Packed:
         """Output, lse, and kept: what `inner` keeps of every row, with the error stated for it behind if it is to `certify`; and
         what it keeps besides of every group, one after another.
         """
-        backend, rests = self._backend(operands), []
+        backend, rests = self._backend(operands), list[list[Array]]()
         call, found = self._call(operands, certify), [self._returned(operands, 0) for _ in range(3)]
         # A certificate is told of each document of a group.
         standing, in_place = self._standing(operands, certify)
@@ -171,11 +171,12 @@ class Packed:
     def _standing(self, operands: Operands, certify: bool = False) -> tuple[list[bool], InPlace | None]:
         """Which groups consist of documents that loops compute where they stand, and these loops if there are any such."""
         groups, inner = self.layout.groups, self.inner
-        found = None
-        if isinstance(inner, Polynomial) and not certify:
-            found = InPlace.of(operands, inner.expansion, sum(group.documents for group in groups))
+        none: tuple[list[bool], None] = [False] * len(groups), None
+        if certify or not isinstance(inner, Polynomial):
+            return none
+        found = InPlace.of(operands, inner.expansion, sum(group.documents for group in groups))
         if found is None:
-            return [False] * len(groups), None
+            return none
         dims = operands.query.shape[-1], operands.values[0].shape[-1]
         standing = [max(g.lengths) <= MOST_ROWS and not inner.by_scores(g.lengths, *dims) for g in groups]
         return standing, found if any(standing) else None

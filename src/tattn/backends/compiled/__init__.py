@@ -42,7 +42,12 @@ OF_CHANNELS = {
     "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
     "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
 }
-OPERATIONS = (*OF_ROWS, *OF_DOCUMENTS, *OF_TUPLES, *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind))
+OPERATIONS = (
+    *OF_ROWS,
+    *OF_DOCUMENTS,
+    *OF_TUPLES,
+    *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind),
+)
 # Switches kernels off where it is "0".
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
@@ -257,10 +262,12 @@ def _of_one_row(operation: str, ones: np.ndarray) -> Any:
 
 def _of_one_document(operation: str, ones: np.ndarray) -> Any:
     """What an operation computes of one row of query, keys and values 1, and weights 1/2 of 1 and x."""
-    spans = Spans(np.asarray([[0, 1]]), np.ones((1, 2), int), np.full(2, 0.5, ones.dtype), np.asarray([[0, 1, 2, 0]]), 1, 1)
+    spans = Spans(
+        np.asarray([[0, 1]]), np.ones((1, 2), int), np.full(2, 0.5, ones.dtype), np.asarray([[0, 1, 2, 0]]), 1, 1
+    )
     x, units = np.concatenate([ones, ones], axis=-2), np.ones((1, 1, 2, 1), ones.dtype)
     if operation == "size_documents":
-        return np.mean([size_documents(spans, x, finite) for finite in (False, True)])
+        return np.mean(size_documents(spans, x))
     if operation == "read_documents":
         return read_documents(spans, x, ones, units)
     dx, dz = pull_documents(spans, x, ones, ones, units)
@@ -351,8 +358,8 @@ def kernels_for(
         itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
         return worth(rows, int(spans.lengths.mean()), itemsize) and taken(operation, *arrays)
 
-    def run_documents(operation: Callable[..., Any], spans: Spans, *given: Any) -> Any:
-        return back(operation(spans, *(x if isinstance(x, bool) else as_numpy(x) for x in given)))
+    def run_documents(operation: Callable[..., Any], spans: Spans, *given: Array) -> Any:
+        return back(operation(spans, *as_numpy(given)))
 
     def takes_tuples(operation: str, tuples: Tuples, *arrays: Array) -> bool:
         return tuples_worth(tuples) and taken(operation, *arrays)
@@ -360,7 +367,11 @@ def kernels_for(
     def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Array | None) -> Any:
         return back(operation(tuples, *as_numpy(given)))
 
-    chosen = dict.fromkeys(OF_ROWS, takes_rows) | dict.fromkeys(OF_DOCUMENTS, takes_documents) | dict.fromkeys(OF_TUPLES, takes_tuples)
+    chosen = (
+        dict.fromkeys(OF_ROWS, takes_rows)
+        | dict.fromkeys(OF_DOCUMENTS, takes_documents)
+        | dict.fromkeys(OF_TUPLES, takes_tuples)
+    )
     functions: dict[str, Callable[..., Any]] = {
         "attend_tuples": partial(run_tuples, attend_tuples),
         "pull_tuples": partial(run_tuples, pull_tuples),
@@ -450,11 +461,11 @@ def _over_rows(
     return found, read, pulled_back
 
 
-def size_documents(spans: Spans, x: np.ndarray, finite: bool) -> np.ndarray:
+def size_documents(spans: Spans, x: np.ndarray) -> np.ndarray:
     """The operation `size_documents` for NumPy arrays."""
     leading, (documents, sides), dim = x.shape[:-2], spans.begins.shape, x.shape[-1]
     tops = np.empty((prod(leading), documents, sides, dim), x.dtype)
-    _loaded()[0].rows.size(_together(x, leading), spans.begins, spans.lengths, finite, tops)
+    _loaded()[0].rows.size(_together(x, leading), spans.begins, spans.lengths, tops)
     return tops.reshape(*leading, documents, sides, dim)
 
 

@@ -276,9 +276,20 @@ def _rooms(dim: int, columns: int, r: int, like: Any) -> Any:
 
 @compiled()
 def _pass(
-    x: Any, z: Any, first: int, of_z: int, n: int, unit: Any, m: Any, runs: Any, sums: Any, out: Any, dx: Any, rooms: Any
+    x: Any,
+    z: Any,
+    first: int,
+    of_z: int,
+    n: int,
+    unit: Any,
+    m: Any,
+    runs: Any,
+    sums: Any,
+    out: Any,
+    dx: Any,
+    rooms: Any,
 ) -> None:
-    """What `compute` does, of n rows of one problem times their units (d,): from the `first` one on, of z and out from `of_z` on."""
+    """What `compute` does, of n rows of one problem times units (d,): from the `first` one on, of z and out from `of_z` on."""
     own, given, found, part, phi, slopes = rooms
     dim, of_out = x.shape[1], -(-out.shape[1] // COLUMNS) * COLUMNS
     for low in range(0, n, ROWS):
@@ -315,49 +326,35 @@ def compute(x: Any, z: Any, m: Any, runs: Any, sums: Any, out: Any, dx: Any) -> 
 
 
 @compiled()
-def _size(x: Any, first: int, n: int, finite: bool, tops: Any, room: Any) -> None:
-    """The largest |entry| of each channel (d,) of n rows; of those that are not finite NaN, or nothing if only `finite` ones count.
-
-    Room (2, STEP d).
-    """
-    dim, most, lost = x.shape[1], room[0], room[1]
-    flat, whole = x.reshape(x.size), 0 if finite else n // STEP * STEP
+def _size(x: Any, first: int, n: int, tops: Any, room: Any) -> None:
+    """The largest |entry| of each channel (d,) of n rows, NaN where one is not finite; room (2, STEP d)."""
+    dim, most, lost, flat = x.shape[1], room[0], room[1], x.reshape(x.size)
     for j in range(STEP * dim):
         most[j] = lost[j] = 0
-    for low in range(first, first + whole, STEP):
-        rows = flat[low * dim : (low + STEP) * dim]
-        for j in range(STEP * dim):
+    # The last rows may be fewer than a step.
+    for low in range(first, first + n, STEP):
+        rows = flat[low * dim : min(low + STEP, first + n) * dim]
+        for j in range(rows.size):
             size = abs(rows[j])
             most[j] = size if size > most[j] else most[j]
             # 0, or NaN for what is not finite.
             lost[j] += rows[j] * 0
-    for i in range(first + whole, first + n):
-        of_row = x[i]
-        none = of_row[0] * 0
-        for e in range(1, dim):
-            none += of_row[e] * 0
-        if finite and none != 0:
-            continue
-        for e in range(dim):
-            size = abs(of_row[e])
-            most[e] = size if size > most[e] else most[e]
-            lost[e] += of_row[e] * 0
     for e in range(dim):
-        tops[e] = 0
+        tops[e] = none = x.dtype.type(0)
         for j in range(e, STEP * dim, dim):
             tops[e] = max(tops[e], most[j])
-        for j in range(e, STEP * dim, dim):
-            tops[e] += lost[j]
+            none += lost[j]
+        tops[e] += none
 
 
 @compiled(leaf=False)
-def size(x: Any, begins: Any, lengths: Any, finite: bool, tops: Any) -> None:
+def size(x: Any, begins: Any, lengths: Any, tops: Any) -> None:
     """The largest |entry| of each channel (P, D, m + 1, d) in documents whose rows stand in (P, N, d), as in `read`."""
     room = np.empty((2, STEP * x.shape[2]), x.dtype)
     for p in range(x.shape[0]):
         for j in range(begins.shape[0]):
             for side in range(begins.shape[1]):
-                _size(x[p], begins[j, side], lengths[j, side], finite, tops[p, j, side], room)
+                _size(x[p], begins[j, side], lengths[j, side], tops[p, j, side], room)
 
 
 @compiled(FAST)
