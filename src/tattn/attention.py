@@ -17,6 +17,7 @@ from .checks import (
     checked_inputs,
     checked_method,
     checked_options,
+    unread_offsets,
     with_channels,
     with_documents,
 )
@@ -26,7 +27,7 @@ from .operands import REAL, Gradients
 from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, for_lengths, gradient_bounds, stated_call, work_of
 from .planning.limits import check_flops, checked_most
-from .planning.program import ATTENTION
+from .planning.program import ATTENTION, PACKED
 from .planning.selection import NAMES, Wish, may_be_unknown
 from .plans import Plan
 from .weights import Weights, with_weights
@@ -374,9 +375,13 @@ def _computed(work: Work, inputs: Inputs, weights: Weights | None, asked: _Asked
 def _of_divided(work: Work, inputs: Inputs, asked: _Asked | None) -> tuple[Array, ...]:
     """`_computed` for weights as they stand in the place of masks."""
     if inputs.traced and asked is not None and asked.plan is not None and inputs.documents is None:
-        whole = inputs.backend.whole(ATTENTION, (asked.plan, asked.error, inputs.order.decays), work.arrays)
+        described = asked.plan, asked.error, inputs.order.decays
+        program, arrays = (PACKED if inputs.offsets else ATTENTION), (*work.arrays, *inputs.offsets)
+        whole = inputs.backend.whole(program, described, arrays)
         if whole is not None:
             return *whole[:2], *inputs.backend.values_of(whole[2:])
+    if inputs.offsets:
+        raise unread_offsets()
     if work.result is None or inputs.backend.records(work.arrays):
         return inputs.backend.differentiable(forward, backward, work.call, work.arrays)
     return work.result

@@ -52,6 +52,8 @@ class Inputs(NamedTuple):
     order: Order
     channels: str = REAL
     documents: Documents | None = None
+    # Of query and views, where a compiler traces them.
+    offsets: tuple[Array, ...] = ()
 
     def problem(self, scale: float) -> Problem:
         """What a plan needs to know of them."""
@@ -177,10 +179,10 @@ def with_channels(inputs: Inputs, channels: Any) -> Inputs:
 
 
 def with_documents(inputs: Inputs, offsets: Any) -> Inputs:
-    """The inputs with the documents that `offsets` says, if they are given."""
+    """The inputs with the documents that `offsets` says, if they are given, or with the offsets where a program will read them."""
     if offsets is None:
         return inputs
-    names = ["query", *(f"keys[{i}]" for i in range(inputs.views))]
+    names = _sides(inputs.views)
     if isinstance(offsets, (list, tuple)):
         if any(isinstance(x, (int, np.integer)) for x in offsets):
             raise TypeError(
@@ -191,42 +193,67 @@ def with_documents(inputs: Inputs, offsets: Any) -> Inputs:
                 f"offsets should be one array, or {len(names)} of them, for query and each of the {inputs.views} views, "
                 f"got {len(offsets)}"
             )
-        arrays = [
-            _checked_offsets(f"offsets[{i}]", own, (name, n), inputs.backend)
-            for i, (own, name, n) in enumerate(zip(offsets, names, inputs.lengths, strict=True))
-        ]
+        arrays = tuple(offsets)
+        for i, own in enumerate(arrays):
+            _check_offsets(f"offsets[{i}]", own, inputs.backend)
     else:
-        own = _checked_offsets("offsets", offsets, ("query", inputs.lengths[0]), inputs.backend)
+        _check_offsets("offsets", offsets, inputs.backend)
         for name, n in zip(names, inputs.lengths, strict=True):
             if n != inputs.lengths[0]:
                 raise ValueError(
                     f"offsets should be {len(names)} arrays, for query and each view, since {name} has {n} rows and query "
                     f"{inputs.lengths[0]}, got one"
                 )
-        arrays = [own] * len(names)
+        arrays = (offsets,) * len(names)
+    if any(_are_traced(own, inputs.backend) for own in arrays):
+        return inputs._replace(offsets=arrays)
+    return inputs._replace(documents=documents_of(arrays, inputs.lengths, inputs.order, inputs.backend))
+
+
+def _sides(views: int) -> list[str]:
+    """Names of what has rows."""
+    return ["query", *(f"keys[{i}]" for i in range(views))]
+
+
+def documents_of(offsets: Sequence[Array], lengths: Sequence[int], order: Order, backend: Backend) -> Documents:
+    """The documents that offsets of query and every view say, which may be one array; ValueError for what does not fit."""
+    names, shared = _sides(len(offsets) - 1), all(own is offsets[0] for own in offsets)
+    arrays = [
+        _read_offsets("offsets" if shared else f"offsets[{i}]", own, (names[i], n), backend)
+        for i, (own, n) in enumerate(zip(offsets, lengths, strict=True))
+    ]
     for i, own in enumerate(arrays[1:]):
         if len(own) != len(arrays[0]):
             raise ValueError(
                 f"offsets[{i + 1}] should have as many documents as offsets[0], {len(arrays[0]) - 1}, got {len(own) - 1}"
             )
         shorter = np.diff(own) < np.diff(arrays[0])
-        if inputs.order.causal and shorter.any():
+        if order.causal and shorter.any():
             which = int(np.argmax(shorter))
             raise ValueError(
                 f"offsets[{i + 1}] should give a document at least as many rows as offsets[0] where attention is causal, since "
                 f"the last rows are aligned, got {np.diff(own)[which]} and {np.diff(arrays[0])[which]} for document {which}"
             )
-    return inputs._replace(documents=Documents.of(arrays))
+    return Documents.of(arrays)
 
 
-def _checked_offsets(name: str, offsets: Any, of: tuple[str, int], backend: Backend) -> np.ndarray:
-    """Offsets 0 … n on the host, of an array that is named and has n rows."""
+def _are_traced(offsets: Any, backend: Backend) -> bool:
+    return backend.is_traced([offsets]) or checked_array("offsets", offsets).is_traced([offsets])
+
+
+def unread_offsets(name: str = "offsets") -> TypeError:
+    """What to raise where offsets would have to be read, and cannot."""
+    return TypeError(
+        f"{name} should be numbers that are known when the call is made, got ones that are traced: leave the call out of "
+        "what is compiled, or give offsets that are no argument of it"
+    )
+
+
+def _check_offsets(name: str, offsets: Any, backend: Backend) -> None:
+    """TypeError or ValueError for offsets that are no array of whole numbers, or that nobody will be able to read."""
     found = checked_array(name, offsets)
-    if backend.is_traced([offsets]) or found.is_traced([offsets]):
-        raise TypeError(
-            f"{name} should be numbers that are known when the call is made, got ones that are traced: leave the call out of "
-            "what is compiled, or give offsets that are no argument of it"
-        )
+    if _are_traced(offsets, backend) and not (backend.takes_whole() and found.is_array(offsets)):
+        raise unread_offsets(name)
     dtype = found.dtype_name(offsets.dtype)
     if not dtype.removeprefix("u").startswith("int"):
         raise TypeError(f"{name} should hold whole numbers, got dtype {dtype}")
@@ -234,7 +261,11 @@ def _checked_offsets(name: str, offsets: Any, of: tuple[str, int], backend: Back
         raise ValueError(
             f"{name} should be an array (documents + 1,) of at least two numbers, got shape {tuple(offsets.shape)}"
         )
-    numbers = found.integers(offsets)
+
+
+def _read_offsets(name: str, offsets: Array, of: tuple[str, int], backend: Backend) -> np.ndarray:
+    """Offsets 0 … n on the host, of an array that is named and has n rows."""
+    numbers = checked_array(name, offsets).integers(offsets)
     rows, n = of
     if numbers[0] != 0 or numbers[-1] != n:
         raise ValueError(f"{name} should go from 0 to {n}, the rows of {rows}, got {numbers[0]} to {numbers[-1]}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from math import prod
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -160,16 +161,18 @@ def _changes(of_rows: np.ndarray) -> list[int]:
 
 
 class Piece:
-    """The rows of one group: taken out of arrays (..., n, k) as batches (..., documents, L, k)."""
+    """The rows of one group: taken out of arrays (..., n, k) as batches (..., documents, L, k).
 
-    def __init__(
-        self, group: Group, sides: Sequence[int], rows: Sequence[tuple[Array, Array]], backend: Backend
-    ) -> None:
-        self.group, self._sides, self._rows, self._backend = group, sides, rows, backend
+    `of` are starts and counts of its documents, as in `Places`.
+    """
+
+    def __init__(self, group: Group, sides: Sequence[int], of: tuple[Array, Array], backend: Backend) -> None:
+        self.group, self._sides, self._of, self._backend = group, sides, of, backend
+        self._rows: dict[int, tuple[Array, Array]] = {}
 
     def taken(self, x: Array, of: int) -> Array:
         """Rows of the query, `of` 0, or of view `of` − 1; where there are too few, the first of a document once more."""
-        xp, index = self._backend.xp, self._rows[self._sides[of]][0]
+        xp, index = self._backend.xp, self._numbers(of)[0]
         found = xp.take(x, xp.reshape(index, (-1,)), axis=-2)
         return xp.reshape(found, (*x.shape[:-2], *index.shape, x.shape[-1]))
 
@@ -191,7 +194,7 @@ class Piece:
 
     def places(self, of: int, problems: int, n: int) -> Array:
         """Where the rows stand in so many problems of n rows one after another, or behind all of these where they are not there."""
-        xp, (index, real) = self._backend.xp, self._rows[self._sides[of]]
+        xp, (index, real) = self._backend.xp, self._numbers(of)
         if self.group.padded[of]:
             index = xp.where(real, index, problems * n)
         if problems > 1:
@@ -210,25 +213,65 @@ class Piece:
 
     def _real(self, of: int) -> Array:
         """Which rows are there (documents, L, 1)."""
-        return self._rows[self._sides[of]][1][..., None]
+        return self._numbers(of)[1][..., None]
+
+    def _numbers(self, of: int) -> tuple[Array, Array]:
+        """Which rows of all they are, and which of them are there (documents, L)."""
+        side, xp = self._sides[of], self._backend.xp
+        if side not in self._rows:
+            starts, counts = (x[:, side : side + 1] for x in self._of)
+            length = self.group.lengths[of]
+            place = xp.arange(length, dtype=starts.dtype, device=self._backend.device(starts)) - (length - counts)
+            real = place >= 0
+            self._rows[side] = starts + xp.where(real, place, xp.zeros_like(place)), real
+        return self._rows[side]
 
 
 def pieces(layout: Layout, places: Places, backend: Backend) -> Iterator[Piece]:
     """The groups, one after another."""
-    xp = backend.xp
-    first = 0
-    for group in layout.groups:
-        stop = first + group.documents
-        rows: dict[int, tuple[Array, Array]] = {}
-        for side, length in zip(layout.sides, group.lengths, strict=True):
-            if side in rows:
-                continue
-            starts, counts = (x[first:stop, side : side + 1] for x in places[:2])
-            place = xp.arange(length, dtype=starts.dtype, device=backend.device(starts)) - (length - counts)
-            real = place >= 0
-            rows[side] = starts + xp.where(real, place, xp.zeros_like(place)), real
-        yield Piece(group, layout.sides, [rows[side] for side in sorted(rows)], backend)
-        first = stop
+    ends = accumulate((group.documents for group in layout.groups), initial=0)
+    for group, (first, stop) in zip(layout.groups, pairwise(ends), strict=True):
+        yield Piece(group, layout.sides, (places.starts[first:stop, :], places.counts[first:stop, :]), backend)
+
+
+class Block(NamedTuple):
+    """Documents of some groups that stand together: the rows of query and every view from the first of them to the last, and of
+    every document where its rows begin and how many there are (documents, m + 1).
+
+    Rows are counted from the first of the query on, and behind the query's those of the first view, and so on.
+    """
+
+    rows: tuple[slice, ...]
+    begins: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def apart(self) -> np.ndarray:
+        """How far it is from every document of the query to the next, (documents,)."""
+        first, last = self.begins[:, 0], self.rows[0].stop - self.rows[0].start
+        return np.diff(first, append=last)
+
+
+def blocks(layout: Layout, places: Places, chosen: Sequence[bool], most: int, backend: Backend) -> list[Block]:
+    """The documents of the chosen groups as they stand, in blocks of `most` rows where they are shorter; reads values."""
+    own = np.repeat(chosen, [group.documents for group in layout.groups])
+    starts, lengths = (backend.integers(x)[own][:, list(layout.sides)] for x in places[:2])
+    order = np.argsort(starts[:, 0])
+    starts, lengths = starts[order], lengths[order]
+    stops = np.maximum.accumulate(starts + lengths, axis=0)
+    found, first = [], 0
+    while first < len(starts):
+        fitting = [
+            np.searchsorted(of_side, begin + most, "right")
+            for of_side, begin in zip(stops.T, starts[first], strict=True)
+        ]
+        last = max(first + 1, int(min(fitting)))
+        begin, end = starts[first], np.maximum(starts[first], stops[last - 1])
+        before = np.cumsum(end - begin) - (end - begin)
+        rows = tuple(slice(int(a), int(b)) for a, b in zip(begin, end, strict=True))
+        found.append(Block(rows, starts[first:last] - begin + before, lengths[first:last]))
+        first = last
+    return found
 
 
 def together(x: Array, backend: Backend) -> Array:
@@ -247,21 +290,35 @@ class Returned:
         self._side = layout.sides[of]
         self._found: list[Array] = []
         self._whole: Array = None
+        # Threads put rows.
+        self._lock = Lock()
 
     def add(self, piece: Piece, x: Array) -> None:
         """Rows of the next group (..., documents, L, k)."""
         if not self._backend.writable:
             self._found.append(together(x, self._backend))
             return
+        n, k = self._layout.rows[self._side], x.shape[-1]
+        whole = self._of_all(x, x.shape[:-3])
+        places = piece.places(self._of, prod(x.shape[:-3]), n)
+        self._backend.write_rows(whole, places, self._backend.xp.reshape(x, (-1, k)))
+
+    def put(self, rows: slice, x: Array) -> None:
+        """Rows (..., stop − start, k) from one to another, those of groups before these are added; where arrays are writable."""
         xp, n, k = self._backend.xp, self._layout.rows[self._side], x.shape[-1]
-        problems = prod(x.shape[:-3])
-        if self._whole is None:
-            make = xp.zeros if self._layout.missing[self._side] else xp.empty
-            # The last is for rows that are not there.
-            self._whole = make((problems * n + 1, k), dtype=x.dtype, device=self._backend.device(x))
-            self._leading = x.shape[:-3]
-        places = piece.places(self._of, problems, n)
-        self._backend.write_rows(self._whole, places, xp.reshape(x, (-1, k)))
+        whole = self._of_all(x, x.shape[:-2])
+        xp.reshape(whole[:-1, :], (*x.shape[:-2], n, k))[..., rows, :] = x
+
+    def _of_all(self, x: Array, leading: tuple[int, ...]) -> Array:
+        """Room for the rows of all problems, like some of these."""
+        xp, n = self._backend.xp, self._layout.rows[self._side]
+        with self._lock:
+            if self._whole is None:
+                make = xp.zeros if self._layout.missing[self._side] else xp.empty
+                # The last is for rows that are not there.
+                self._whole = make((prod(leading) * n + 1, x.shape[-1]), dtype=x.dtype, device=self._backend.device(x))
+                self._leading = leading
+            return self._whole
 
     def rows(self) -> Array:
         """Those of all groups."""

@@ -25,6 +25,7 @@ from tattn.backends import compiled, kernels
 from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import (
     CHAIN,
+    OF_DOCUMENTS,
     OF_ROWS,
     OF_TUPLES,
     OF_WINDOWS,
@@ -390,10 +391,15 @@ def test_scores_of_turned_rows_do_not_depend_on_where_they_stand(views, used):
 @pytest.fixture
 def passes(loops: Any) -> Iterator[Names]:
     """Tells of every time that a loop over all rows runs, which calls of all sizes use."""
-    compile_for(*OF_ROWS)
+    compile_for(*OF_ROWS, *OF_DOCUMENTS)
     every = compiled.kernels_for(BACKEND, lambda *arrays: True, pays=lambda *size: True)
-    with BACKEND.using(kernels=every), calls_of(compiled._over_rows) as seen:
+    watched = compiled._over_rows, compiled.read_documents, compiled.pull_documents
+    with BACKEND.using(kernels=every), calls_of(*watched) as seen:
         yield Names(seen)
+
+
+# Loops over documents that stand in the rows.
+IN_PLACE = {"read_documents", "pull_documents"}
 
 
 @pytest.mark.grid("numpy")
@@ -502,15 +508,65 @@ def packed(dtype: str, leading: str, masked: bool, more: Sequence[int] = (0, 0))
 def test_passes_over_packed_documents_compute_what_the_array_form_does(
     dtype, leading, masked, more, passes, monkeypatch
 ):
+    """Where they stand, and in groups, which are what weights of keys are left to."""
     call, own = packed(dtype, leading, masked, more)
-    plan = through_features(plan_of(call, 5, causal=False))
-    for given in (plan, plan_of(call, 5, causal=False)):
+    weights = [np.ones(k.shape[:-1], k.dtype) for k in call["keys"]]
+    for given in (through_features(plan_of(call, 5, causal=False)), plan_of(call, 5, causal=False)):
         passes.clear()
-        found = computed(call, causal=False, plan=given, offsets=own)
-        assert set(passes) == {"_over_rows"}
+        found = [computed(call, causal=False, plan=given, offsets=own)]
+        assert set(passes) == IN_PLACE
+        if not masked:
+            passes.clear()
+            weighed = {**call, "key_weights": weights}
+            found.append(computed(weighed, causal=False, plan=given, offsets=own)[: len(found[0])])
+            assert set(passes) == {"_over_rows"}
         monkeypatch.setenv(compiled.SWITCH, "0")
-        assert_documents(found, call, own, given)
+        for each in found:
+            assert_documents(each, call, own, given)
         monkeypatch.delenv(compiled.SWITCH)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_packed_documents_that_are_long_or_spoiled(views, passes, monkeypatch):
+    """Those of more rows than sums go without compensation are shared out by rows, and so are documents of three views."""
+    counts = [40, 4200, 64, 4097, 4096, 30, 70, 30]
+    ends = np.cumsum([0, *counts])
+    call = drawn(int(ends[-1]), views, "float64", dim=2)
+    for name in ("keys", "values"):
+        call[name] = [x[: ends[-1]] for x in call[name]]
+    # A number that is none, rows far beyond what was promised, and channels that are 0 everywhere or beside large ones.
+    call["query"][ends[2], 0] = np.nan
+    call["values"][0][ends[3] + 5, 1] = np.inf
+    call["keys"][0][ends[5] : ends[5] + 3] *= 1e30
+    call["keys"][0][ends[6] : ends[7], 0] = 0
+    call["query"][ends[7] :] *= 1e-30
+    call["keys"][0][ends[7] :] *= 1e30
+    plan = through_features(plan_of(call, 3, causal=False))
+    passes.clear()
+    found = computed(call, causal=False, plan=plan, offsets=ends)
+    assert set(passes) == {"_over_rows", *(IN_PLACE if views < 3 else ())}
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = computed(call, causal=False, plan=plan, offsets=ends)
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        for start, stop in pairwise(ends):
+            got, wanted = x[start:stop], y[start:stop]
+            finite = np.isfinite(wanted)
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+            largest = np.max(np.abs(wanted[finite]), initial=0.0)
+            np.testing.assert_allclose(got[finite], wanted[finite], rtol=1e-9, atol=1e-11 * largest)
+
+
+def test_packed_documents_tell_how_far_they_are(passes):
+    call, own = packed("float64", "one", False)
+    told: list[tuple[int, int]] = []
+    given = call["query"], call["keys"], call["values"]
+    plan = through_features(plan_of(call, 5, causal=False))
+    with BACKEND.using(workspace=1 << 12):
+        tattn.tensor_attention(*given, plan=plan, offsets=own, progress=lambda *rows: told.append(rows))
+    assert len(passes) > 1
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (len(call["query"]),) * 2
 
 
 def assert_documents(found: list[Any], call: dict[str, Any], offsets: Sequence[Any], plan: tattn.Plan) -> None:
@@ -543,14 +599,51 @@ def test_threads_share_documents(passes):
             for name, x in call.items()}  # fmt: skip
     own = np.concatenate([offsets[0], *(offsets[0][1:] + i * offsets[0][-1] for i in range(1, 12))])
     plan = through_features(plan_of(call, 6, causal=False))
-    tasks = code_within(compiled._over_rows, "compute")
-    with calls_of(tasks) as alone:
-        expected = computed(call, causal=False, plan=plan, offsets=own)
-    with BACKEND.using(threads=lambda: 2), calls_of(tasks) as shared:
-        found = computed(call, causal=False, plan=plan, offsets=own)
-    assert len(shared) > len(alone)
-    for x, y in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+    for weights, tasks in ((None, compiled.read_documents), ([np.ones(k.shape[:-1]) for k in call["keys"]],
+                                                             code_within(compiled._over_rows, "compute"))):  # fmt: skip
+        given = {**call, "key_weights": weights}
+        with calls_of(tasks) as alone:
+            expected = computed(given, causal=False, plan=plan, offsets=own)
+        with BACKEND.using(threads=lambda: 2), calls_of(tasks) as shared:
+            found = computed(given, causal=False, plan=plan, offsets=own)
+        assert len(shared) > len(alone)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.libraries("torch")
+def test_packed_documents_of_torch(loops):
+    """Only gradients that are asked for are computed, and a second derivative needs no loops."""
+    import torch
+
+    compile_for(*OF_DOCUMENTS)
+    rng, offsets = np.random.default_rng(0), torch.tensor([0, 300, 301, 700, 8600])
+    arrays = [torch.tensor(rng.uniform(-1, 1, (8600, d)).astype(np.float32)) for d in (3, 3, 3, 2, 2)]
+    plan = tattn.plan_for(n=8600, dim=3, value_dim=2, bound=1.0, degree=10, order=3, method="polynomial")
+
+    def gradients(asked: Sequence[int], graph: bool = False) -> list[Any]:
+        given = [x.clone().requires_grad_(i in asked) for i, x in enumerate(arrays)]
+        out = tattn.tensor_attention(given[0], given[1:3], given[3:], plan=plan, offsets=offsets)
+        wanted = [given[i] for i in asked]
+        found = torch.autograd.grad((out**2).sum(), wanted, create_graph=graph)
+        return [out.detach(), *found]
+
+    with calls_of(compiled.read_documents, compiled.pull_documents) as seen:
+        out, *every = gradients(range(5))
+        for asked in ((0,), (2,), (3, 1)):
+            for i, found in zip(asked, gradients(asked)[1:], strict=True):
+                torch.testing.assert_close(found, every[i], rtol=0, atol=0)
+    assert {call.name for call in seen} == IN_PLACE
+    assert {call.given["spans"].wanted for call in seen if call.name == "pull_documents"} == {
+        (True, True), (False, False), (False, True), (True, False),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(compiled.SWITCH, "0")
+        for x, y in zip([out, *every], gradients(range(5)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+    _, twice = gradients([4], graph=True)
+    torch.testing.assert_close(twice.detach(), every[4], rtol=1e-4, atol=1e-5 * float(every[4].abs().max()))
+    assert twice.grad_fn is not None
 
 
 def test_sums_of_long_documents_are_kept_for_the_gradient(passes):
@@ -558,8 +651,8 @@ def test_sums_of_long_documents_are_kept_for_the_gradient(passes):
     counts = [3, 40, 300, 310]
     call, offsets = drawn(sum(counts), 1, "float64", dim=3), np.concatenate([[0], np.cumsum(counts)])
     plan, upstream = plan_of(call, 5, causal=False), (call["grad_out"], call["grad_lse"])
-    given = call["query"], call["keys"], call["values"]
-    _, pullback = tattn.tensor_attention_vjp(*given, plan=plan, offsets=offsets, return_lse=True)
+    given, weights = (call["query"], call["keys"], call["values"]), [np.ones(sum(counts))]
+    _, pullback = tattn.tensor_attention_vjp(*given, key_weights=weights, plan=plan, offsets=offsets, return_lse=True)
     forward = len(passes)
     pullback(*upstream)
     # Of query and of keys and values; none again for the sums.
@@ -591,10 +684,13 @@ def test_no_error_of_passes_exceeds_the_plan(dtype, passes):
             )
             if not np.isfinite(plan.error):
                 continue
-            found = ratios_of_repeated(call, plan, 40, scale, {"plan": plan})
-            assert max(found) <= 1, (seed, kind, found, str(plan))
-            worst = max(worst, *found)
-    assert set(passes) == {"_over_rows"}
+            # Some as a packed call of one document.
+            ends = [np.asarray([0, n]) for n in (len(call.query), *(40 * len(k) for k in call.keys))]
+            for options in ({}, {"offsets": ends})[: 1 + (seed % 4 == 0)]:
+                found = ratios_of_repeated(call, plan, 40, scale, {"plan": plan, **options})
+                assert max(found) <= 1, (seed, kind, found, str(plan))
+                worst = max(worst, *found)
+    assert set(passes) == {"_over_rows", *IN_PLACE}
     assert worst > 0.1
 
 
@@ -1355,7 +1451,14 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     found = kernels()
     assert found.on
     names = "prefix_read", "prefix_pull", "step"
-    assert found.operations == (*OF_ROWS, *OF_TUPLES, *names, *OF_WINDOWS, *(f"complex_{name}" for name in names))
+    assert found.operations == (
+        *OF_ROWS,
+        *OF_DOCUMENTS,
+        *OF_TUPLES,
+        *names,
+        *OF_WINDOWS,
+        *(f"complex_{name}" for name in names),
+    )
     assert str(found) == f"kernels: numba {found.version}: {', '.join(found.operations)}"
     monkeypatch.setenv("TATTN_KERNELS", "0")
     assert not kernels().on

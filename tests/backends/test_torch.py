@@ -892,6 +892,69 @@ def test_compiled_calls_take_every_length_in_two_graphs(name: str, dynamic: bool
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.parametrize("sides", [3, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "name", ["causal", *(pytest.param(name, marks=pytest.mark.thorough) for name in FUNCTION_PLANS if name != "causal")]
+)
+def test_compiled_packed_calls_take_all_offsets_in_two_graphs(name: str, sides: int) -> None:
+    """As many documents as there are, of query and views alike or of each their own, with masks and weights of keys."""
+    plan = FUNCTION_PLANS[name]
+
+    def call(q: Any, a: Any, u: Any, mask: Any, weights: Any, *offsets: Any) -> Any:
+        return tattn.tensor_attention(
+            q, [a, a], [u, u], plan=plan, causal=plan.causal, window=plan.window, key_masks=[mask, None],
+            key_weights=None if name == "causal" else [None, weights],
+            offsets=offsets[0] if len(offsets) == 1 else list(offsets), return_lse=True, return_error=True,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for lengths in ([12, 18], [20, 11, 9], [5, 9, 30, 21], [7, 31, 6, 40, 8, 3]):
+        n, rng = sum(lengths), torch.Generator().manual_seed(sum(lengths))
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        q, a, u = (torch.randn(2, n, 3, generator=rng).clamp(-1, 1) for _ in range(3))
+        mask, weights = torch.arange(n) % 5 > 0, torch.rand(n, generator=rng)
+        results = []
+        for of in (compiled, call):
+            x = [t.clone().requires_grad_() for t in (q, a, u)]
+            out, lse, error = of(*x, mask, weights, *(offsets.clone() for _ in range(sides)))
+            assert not error.requires_grad
+            results.append((out, lse, error, *torch.autograd.grad(out.sin().sum() + lse.sum(), x)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_packed_calls_read_offsets_when_they_run() -> None:
+    """They say what does not fit then, and at once where no program will read them."""
+    x, offsets = torch.rand(9, 3), torch.tensor([0, 4, 9])
+
+    def compiled(plan: Any, pulled: bool = False, **options: Any) -> Any:
+        def call(q: Any, o: Any) -> Any:
+            def of(q: Any) -> Any:
+                return tattn.tensor_attention(q, [x], [x], plan=plan, offsets=o, **options).sum()
+
+            return torch.func.grad(of)(q) if pulled else of(q)
+
+        return torch.compile(call, fullgraph=True, backend="aot_eager")
+
+    plan = tattn.plan_for(n=9, dim=3, bound=1.0, degree=3, order=2)
+    attend = compiled(plan)
+    torch.testing.assert_close(
+        attend(x, offsets), tattn.tensor_attention(x, [x], [x], plan=plan, offsets=offsets).sum()
+    )
+    with pytest.raises(ValueError, match="offsets should go from 0 to 9, the rows of query, got 0 to 8"):
+        attend(x, offsets - torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="offsets should not descend, got 4 before 3"):
+        compiled(plan)(x, torch.tensor([0, 4, 3, 9]))
+    for refused in (compiled(plan, pulled=True), compiled(None, method="exact")):
+        with pytest.raises(Exception, match="offsets should be numbers that are known when the call is made"):
+            refused(x, offsets)
+    with pytest.raises(Exception, match="offsets should hold whole numbers, got dtype float32"):
+        attend(x, offsets.float())
+
+
 @pytest.mark.parametrize("name", ["polynomial", "causal", "banded"])
 def test_exported_calls_take_every_length_and_hold_their_plan(name: str) -> None:
     import io

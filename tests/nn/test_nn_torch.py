@@ -530,8 +530,30 @@ def test_packed_documents_and_contexts() -> None:
     assert turned(x.float(), (x.float(),) * 2, offsets=offsets[0]).shape == (9, 8)
 
 
-def test_compiled_calls_refuse_offsets() -> None:
-    layer, x, offsets = tattn.nn.TensorAttention(8, 2), torch.randn(9, 8), torch.tensor([0, 4, 9])
-    compiled = torch.compile(lambda x, o: layer(x, offsets=o), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="offsets should be numbers that are known when the call is made"):
-        compiled(x, offsets)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *(
+            pytest.param(x, marks=pytest.mark.thorough)
+            for x in ({"causal": True, "decay": "alibi"}, {"positions": "rotary"})
+        ),
+    ],
+    ids=str,
+)
+def test_compiled_layers_take_packed_documents_in_two_graphs(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = tattn.nn.TensorAttention(8, 2, **changes)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ([4, 9], [12, 3, 8], [5, 9, 3, 11], [1, 30, 2, 2, 2]):
+        x, offsets = torch.randn(sum(lengths), 8), torch.tensor([0, *lengths]).cumsum(0)
+        found = []
+        for of in (compiled, layer):
+            layer.zero_grad()
+            of(x, offsets=offsets).square().sum().backward()
+            found.append([of(x, offsets=offsets), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

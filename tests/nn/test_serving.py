@@ -186,3 +186,23 @@ def test_layers_without_a_state() -> None:
         for call in (layer_of(**options).prefill, layer_of(**options).step):
             with pytest.raises(ValueError, match=f"^prefill and step {message}"):
                 call(x)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("changes", [{"order": 2}, {}, {"decay": "alibi"}, {"positions": "rotary"}], ids=str)
+def test_compiled_steps_take_all_lengths_in_two_graphs(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = tattn.nn.TensorAttention(8, 2, causal=True, **changes)
+    x = torch.randn(7, 8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer.step, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected, (_, state) = layer(x), layer.prefill(x[:3])
+        for i in range(3, 7):
+            out, state = compiled(x[i : i + 1], state)
+            torch.testing.assert_close(out, expected[i : i + 1], rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    # What it returns serves calls that are not compiled.
+    assert state.length == 7
+    assert layer.step(x[:1], state)[1].length == 8

@@ -465,6 +465,10 @@ class Backend:
         result: tuple[Array, ...] = self.run(forward, call, arrays)
         return result
 
+    def takes_whole(self) -> bool:
+        """Whether a compiler is at work that may take a program as one operator, by `whole`."""
+        return False
+
     def whole(self, program: str, described: tuple[Any, ...], arrays: Sequence[Array | None]) -> Any:
         """Outputs of a program of `operations.PROGRAMS` as one operator; None where no compiler that takes it is at work."""
         return None

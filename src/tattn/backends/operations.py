@@ -14,6 +14,11 @@ prefix_read    ``(block, sums)``, a `Prefix` and compensated sums of every view 
 prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) before it, compensated sums of the gradients
                behind it, and gradients (..., n, dv + 1) of the numerators → the sums behind with its rows, and gradients of
                q, all keys, all shares and, where keys decay, all factors (..., 1, 1)
+size_documents ``(spans, x)``, a `Spans` and rows (..., N, d) of query and all views, one after another → the largest |entry|
+               of each channel of each document's query and views, (..., documents, m + 1, d), NaN where one is not finite
+read_documents ``(spans, x, z, units)``, columns (..., N − n, c) of the views' rows and units (..., documents, m + 1, d) → with
+               A = Φ(a)ᵀ z over a's number of rows, and so on for the other views, Φ(q) (w · A ∘ B), (..., n, c)
+pull_documents ``(spans, x, z, upstream, units)`` → gradients of x, and of the first columns of z, (..., N − n, c')
 attend_tuples  ``(tuples, s, left, right)``, a `Tuples`, query rows (..., d, n), and two sides: keys (..., d, N), values and ones
                (..., c, N), and which of them are seen (..., 1, N) or None for all; of the left one None, or all pairs of both are
                tuples, whose keys and values k and v are products → Σ w v over tuples, (..., c, n), for weights
@@ -50,11 +55,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
+OF_DOCUMENTS = ("size_documents", "read_documents", "pull_documents")
 OF_TUPLES = ("attend_tuples", "pull_tuples")
 OF_WINDOWS = ("window_read", "window_pull")
 OPERATIONS = (
     "moments",
     *OF_ROWS,
+    *OF_DOCUMENTS,
     *OF_TUPLES,
     *OF_WINDOWS,
     *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")),
@@ -109,8 +116,8 @@ def at_once(factor: float, dtype: str, windowed: bool) -> int:
 class Kernel(NamedTuple):
     """One operation in compiled code: ``function`` takes what the operation does, for arrays where ``takes`` is true of them.
 
-    ``takes`` gets what `moments` does; a `Rows` and the arrays of a pass, its rows first; a `Tuples`, query and keys; or query,
-    keys and values, of a causal call or of tokens, and the arrays by which these decay.
+    ``takes`` gets what `moments` does; a `Rows` or `Spans` and the arrays of a pass, its rows first; a `Tuples`, query and keys; or
+    query, keys and values, of a causal call or of tokens, and the arrays by which these decay.
     """
 
     operation: str
@@ -132,6 +139,25 @@ class Rows(NamedTuple):
     runs: Any
     problems: int = 1
     read: int = 0
+    in_all: int = 0
+
+
+class Spans(NamedTuple):
+    """Documents of several rows each, which are taken where they stand, and what a pass over them multiplies with.
+
+    `begins` and `lengths` (documents, m + 1), of NumPy: where the rows of a document's query and views begin in the array of all,
+    those of the query first, and how many there are. Weights w (r,) in the dtype of the computation, and runs as in `Prefix`, of
+    NumPy; how many columns there are, and how many of them need a gradient; of which views gradients are wanted, () of all; and how
+    many rows the whole call has.
+    """
+
+    begins: Any
+    lengths: Any
+    w: Any
+    runs: Any
+    columns: int
+    read: int
+    wanted: tuple[bool, ...] = ()
     in_all: int = 0
 
 

@@ -241,8 +241,11 @@ class TorchBackend(Backend):
         result: tuple[Array, ...] = function.apply((forward, backward, call), *arrays)
         return result
 
+    def takes_whole(self) -> bool:
+        return torch.compiler.is_compiling() and not transformed()
+
     def whole(self, program: str, described: tuple[Any, ...], arrays: Sequence[Array | None]) -> Any:
-        if not torch.compiler.is_compiling() or transformed():
+        if not self.takes_whole():
             return None
         text = _text_of(program, *described)
         return operator(program, text, arrays) if text else None

@@ -52,20 +52,36 @@ def shared_units(operands: Operands, causal: bool = False) -> list[Array]:
     def paired(top: Array) -> Array:
         return alike(top, backend) if operands.paired else top
 
-    if backend.reads:
-        # Few calls need a second look, and fewer a third.
-        tops = [paired(channel_tops(x, m, backend)) for x, m in zip(rows, present, strict=True)]
-        units = _usual_units(tops, rows, scale, backend)
-        if units is not None:
-            return units
-        if float(xp.max(prod_of(tops))) * scale <= 2.0**_MOST:
-            return units_of(tops, rows, scale, backend)
-    tops = [paired(channel_tops(x, m, backend, True)) for x, m in zip(rows, present, strict=True)]
+    def found(finite: bool) -> list[Array]:
+        return [paired(channel_tops(x, m, backend, finite)) for x, m in zip(rows, present, strict=True)]
+
+    units = _read_units(found(False), rows, scale, backend) if backend.reads else None
+    if units is not None:
+        return units
+    tops = found(True)
     if causal:
         reach = sum_of([xp.log2(top) for top in tops]) + log2(scale)
         usual = [paired(_usual_tops(x, m, top, backend)) for x, m, top in zip(rows[1:], masks, tops[1:], strict=True)]
         tops[1:] = [xp.where(reach > _MOST, u, top) for u, top in zip(usual, tops[1:], strict=True)]
     return units_of(_limited_tops(tops, rows, scale, backend), rows, scale, backend)
+
+
+def units_of_each(tops: Sequence[Array], scale: float, backend: Backend) -> list[Array]:
+    """`shared_units` from the largest entries (..., 1, d) of query and keys, which can be read, in the same leading dimensions.
+
+    They may be NaN where query rows are not finite, and where keys are not: then every query row sees such a key.
+    """
+    units = _read_units(tops, tops, scale, backend)
+    return units_of(_limited_tops(tops, tops, scale, backend), tops, scale, backend) if units is None else units
+
+
+def _read_units(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array] | None:
+    """`units_of` where all is finite and nothing beyond what was promised; else None."""
+    # Few calls need a second look, and fewer a third.
+    units = _usual_units(tops, views, scale, backend)
+    if units is None and float(backend.xp.max(prod_of(tops))) * scale <= 2.0**_MOST:
+        return units_of(tops, views, scale, backend)
+    return units
 
 
 def _usual_units(tops: Sequence[Array], views: Sequence[Array], scale: float, backend: Backend) -> list[Array] | None:

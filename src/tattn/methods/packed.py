@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from math import inf, prod
+from threading import Event
 from typing import ClassVar
 
 from ..arrays import sum_of, times_power
 from ..backends import Array, Backend
-from ..documents import Layout, Piece, Places, Returned, pieces, together
+from ..backends.progress import told
+from ..backends.threads import MOST_THREADS
+from ..documents import Block, Layout, Piece, Places, Returned, blocks, pieces, together
+from ..engines.in_place import MOST_ROWS, InPlace
 from ..features.balance import over_largest, raised
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
 from . import method
 from .gradient_bounds import told_error
+from .polynomial import Polynomial
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,16 @@ class Packed:
         """Output, lse, and kept: what `inner` keeps of every row, with the error stated for it behind if it is to `certify`; and
         what it keeps besides of every group, one after another.
         """
-        backend, rests = self._backend(operands), []
+        backend, rests = self._backend(operands), list[list[Array]]()
         call, found = self._call(operands, certify), [self._returned(operands, 0) for _ in range(3)]
-        for piece in self._pieces(operands):
+        # A certificate is told of each document of a group.
+        standing, in_place = self._standing(operands, certify)
+        if in_place is not None:
+            self._share(in_place.forward, standing, in_place.rows, [(0, whole) for whole in found], operands)
+        for piece, stands in zip(self._pieces(operands), standing, strict=True):
+            if stands:
+                rests.append([])
+                continue
             arrays, powers = self._arrays(piece, operands)
             out, lse, first, *rest = method.forward(call, backend, arrays)
             lse = raised(lse, powers) if powers else lse
@@ -60,9 +74,16 @@ class Packed:
             # Behind what `inner` keeps stands the error that is stated.
             first = first[..., :1]
         backend, count = self._backend(operands), len(rest) // len(self.layout.groups)
+        standing, in_place = self._standing(operands)
+        wholes = self._wholes(operands, 1 + 2 * len(operands.views)) if in_place is not None else []
+        if in_place is not None:
+            of_block = partial(in_place.backward, attended=Attended(attended.out, None, (first,)), upstream=upstream)
+            self._share(of_block, standing, in_place.rows, wholes, operands)
 
         def of_groups() -> Iterator[tuple[Piece, tuple[Array, ...]]]:
-            for number, piece in enumerate(self._pieces(operands)):
+            for number, (piece, stands) in enumerate(zip(self._pieces(operands), standing, strict=True)):
+                if stands:
+                    continue
                 # Rows that are not there repeat one that is, and add nothing to gradients.
                 of_rows = [*(piece.taken(x, 0) for x in (attended.out, first)), *(piece.cleaned(x) for x in upstream)]
                 kept = [x for x in rest[number * count : (number + 1) * count] if x.shape[-2]]
@@ -72,7 +93,7 @@ class Packed:
                 flat = method.backward(self._call(operands), backend, arrays)
                 yield piece, self._of_weights(flat, powers, operands)
 
-        return self._gradients(of_groups(), operands)
+        return self._gradients(of_groups(), operands, wholes)
 
     def gradient_bounds(
         self, operands: Operands, attended: Attended, upstream: Upstream, stated: tuple[float, float]
@@ -147,17 +168,69 @@ class Packed:
         count = piece.group.documents
         return operands.backend.xp.reshape(x, (*x.shape[:-2], count, x.shape[-2] // count, x.shape[-1]))
 
-    def _gradients(self, of_groups: Iterator[tuple[Piece, tuple[Array, ...]]], operands: Operands) -> Gradients:
-        """Gradients of all rows, or bounds of these, from those of the groups."""
-        m = len(operands.views)
-        wholes: list[Returned] = []
+    def _standing(self, operands: Operands, certify: bool = False) -> tuple[list[bool], InPlace | None]:
+        """Which groups consist of documents that loops compute where they stand, and these loops if there are any such."""
+        groups, inner = self.layout.groups, self.inner
+        none: tuple[list[bool], None] = [False] * len(groups), None
+        if certify or not isinstance(inner, Polynomial):
+            return none
+        found = InPlace.of(operands, inner.expansion, sum(group.documents for group in groups))
+        if found is None:
+            return none
+        dims = operands.query.shape[-1], operands.values[0].shape[-1]
+        standing = [max(g.lengths) <= MOST_ROWS and not inner.by_scores(g.lengths, *dims) for g in groups]
+        return standing, found if any(standing) else None
+
+    def _share(
+        self,
+        of_block: Callable[[Block], Sequence[Array]],
+        standing: Sequence[bool],
+        most: int,
+        wholes: Sequence[tuple[int, Returned]],
+        operands: Operands,
+    ) -> None:
+        """Put what is computed `of_block` in its places, of the documents of some groups, by several threads."""
+        backend, stop = operands.backend, Event()
+        found = blocks(self.layout, Places(*operands.extra), standing, most, backend)
+
+        def put(block: Block, _: Array) -> None:
+            for (of, whole), x in zip(wholes, of_block(block), strict=True):
+                whole.put(block.rows[of], x)
+
+        body = told(put, sum(block.rows[0].stop - block.rows[0].start for block in found))
+
+        def some(own: Sequence[Block]) -> None:
+            for block in own:
+                if not stop.is_set():
+                    body(block, operands.query[..., block.rows[0], :])
+
+        count = max(1, min(len(found), MOST_THREADS, backend.threads()))
+        ends = pairwise(len(found) * i // count for i in range(count + 1))
+        tasks = [partial(some, found[first:last]) for first, last in ends]
+        if count > 1:
+            backend.share(tasks, stop)
+        else:
+            tasks[0]()
+
+    def _wholes(self, operands: Operands, count: int) -> list[tuple[int, Returned]]:
+        """Room for so many gradients: of which rows each is, those of the query, 0, or of a view from 1 on."""
+        sides = [1 + (i - 1) % len(operands.views) if i else 0 for i in range(count)]
+        return [(of, self._returned(operands, of)) for of in sides]
+
+    def _gradients(
+        self,
+        of_groups: Iterator[tuple[Piece, tuple[Array, ...]]],
+        operands: Operands,
+        wholes: list[tuple[int, Returned]] | None = None,
+    ) -> Gradients:
+        """Gradients of all rows, or bounds of these, from those of the groups, and from what is in `wholes` already."""
         of_decays = []
         for piece, flat in of_groups:
             of_rows = len(flat) - len(operands.decays)
-            wholes = wholes or [self._returned(operands, 1 + (i - 1) % m if i else 0) for i in range(of_rows)]
-            for whole, x in zip(wholes, flat, strict=False):
+            wholes = wholes or self._wholes(operands, of_rows)
+            for (_, whole), x in zip(wholes, flat, strict=False):
                 whole.add(piece, x)
             of_decays.append([x[..., 0, :, :] for x in flat[of_rows:]])
         # Documents share the factors by which keys decay.
         decays = (sum_of(of_all) for of_all in zip(*of_decays, strict=True))
-        return Gradients.of([*(whole.rows() for whole in wholes), *decays], m)
+        return Gradients.of([*(whole.rows() for _, whole in wholes or ()), *decays], len(operands.views))

@@ -131,7 +131,7 @@ def _decoding(plan: Plan, tensors: tuple[Tensor, ...]) -> DecodingState:
 def check_state(state: Any, config: AttentionConfig, owner: object, x: Tensor, dtype: torch.dtype) -> None:
     """TypeError or ValueError unless rows `x` may go on from a state."""
     checked_kind("state", state, ServingState, "what prefill or step of this layer returned")
-    if state.config != config or state.owner not in (None, owner):
+    if state.config != config or (state.owner is not None and state.owner is not owner):
         whose = (
             "the same sizes and options" if state.config != config else "prefill, step or restored of this very layer"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, prod
 from typing import Any, NamedTuple
@@ -9,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..approximation.pruning import sums_of, weights_of
-from ..backends import Array
+from ..backends import Array, Backend
 from ..bounds.score_range import Ranges
 from ..checks import Inputs, PlanError, checked_finite
-from ..documents import rows_at_once
+from ..documents import Documents, rows_at_once
 from ..methods import Banded, Call, Exact, Packed, Polynomial, Recomputed, forward
 from ..methods import gradient_bounds as bounds_of_gradients
 from ..operands import Upstream
@@ -232,17 +233,24 @@ def work_of(inputs: Inputs, plan: Plan, certify: bool = False) -> Work:
     call = _call(inputs, plan, certify)
     if inputs.documents is None:
         return Work(call, inputs.arrays, plan)
+    return Work(*packed(call, plan, inputs.documents, inputs.backend, inputs.arrays), plan)
+
+
+def packed(
+    call: Call, plan: Plan, documents: Documents, backend: Backend, arrays: Sequence[Array | None]
+) -> tuple[Call, tuple[Array | None, ...]]:
+    """A call for every document, and its arrays."""
     # What is computed at a time are whole documents.
-    like, backend = inputs.arrays[0], inputs.backend
-    numbers, blocks = max(1, plan.rank), 1
-    if isinstance(call.method, Polynomial) and call.method.compiled(call.operands(backend, inputs.arrays)[0]):
+    operands = call.operands(backend, arrays)[0]
+    like, numbers, blocks = operands.query, max(1, plan.rank), 1
+    if isinstance(call.method, Polynomial) and call.method.compiled(operands):
         # Compiled loops hold no features.
-        numbers, blocks = (inputs.views + 1) * (inputs.dim + plan.problem.value_dim + 1), _BLOCKS
-    rows = rows_at_once(numbers, inputs.leading, like.dtype, backend, blocks)  # type: ignore[union-attr]
-    layout, places = inputs.documents.laid_out(like, rows, backend, least=max(1, plan.bands))
+        dims = like.shape[-1] + operands.values[0].shape[-1]
+        numbers, blocks = (call.views + 1) * (dims + 1), _BLOCKS
+    rows = rows_at_once(numbers, operands.leading, like.dtype, backend, blocks)
+    layout, places = documents.laid_out(like, rows, backend, least=max(1, plan.bands))
     stated = (plan.error, plan.grad_error) if plan.certified else (inf, inf)
-    method = Packed(call.method, layout, stated)
-    return Work(call._replace(method=method), (*inputs.arrays, *places), plan)
+    return call._replace(method=Packed(call.method, layout, stated)), (*arrays, *places)
 
 
 def stated_call(work: Work) -> Call:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..arrays import broadcast_leading
 from ..backends import Array, Backend
 from ..backends.operations import HOSTED, PROGRAMS, Hosted, Program
+from ..checks import documents_of
 from ..methods import Banded, Call, Exact, Polynomial, backward, forward, told_error
 from ..methods.certificate import COLUMNS, ERROR
 from ..plans import Plan
 from ..stored import plan_of_facts
+from .choice import packed
 
-ATTENTION = "attention"
+ATTENTION, PACKED = "attention", "packed attention"
 
 
 @lru_cache(maxsize=256)
@@ -74,6 +76,47 @@ def _shapes(call: Call, arrays: Sequence[Array | None]) -> Sequence[tuple[int, .
     return (*rows, values.shape[-1]), (*rows, 1), (*rows, columns)  # type: ignore[union-attr]
 
 
+class _Packed(NamedTuple):
+    """A call for every document, and its plan."""
+
+    call: Call
+    plan: Plan
+
+    def parts(self, arrays: Sequence[Array | None]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """The arrays of the call, offsets of query and every view, and what follows."""
+        first = 1 + self.call.groups * self.call.views
+        last = first + 1 + self.call.views
+        return arrays[:first], arrays[first:last], arrays[last:]
+
+    def work(self, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Call, tuple[Array | None, ...]]:
+        """What to compute, once offsets can be read."""
+        given, offsets, behind = self.parts(arrays)
+        lengths = [x.shape[-2] for x in given[: 1 + self.call.views]]
+        documents = documents_of(offsets, lengths, self.call.order, backend)
+        call, found = packed(self.call, self.plan, documents, backend, given)
+        return call, (*found, *behind)
+
+
+@lru_cache(maxsize=256)
+def _read_packed(text: str) -> _Packed:
+    return _Packed(read(text), plan_of_facts(json.loads(text)[1]))
+
+
+def _forward_packed(of: _Packed, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    call, given = of.work(backend, arrays)
+    return forward(call, backend, given)[:3]
+
+
+def _backward_packed(of: _Packed, backend: Backend, arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+    call, given = of.work(backend, arrays)
+    return backward(call, backend, given)
+
+
+def _shapes_packed(of: _Packed, arrays: Sequence[Array | None]) -> Sequence[tuple[int, ...]]:
+    return _shapes(of.call, of.parts(arrays)[0])
+
+
+PROGRAMS[PACKED] = Program(written, _read_packed, _forward_packed, _backward_packed, _shapes_packed)
 PROGRAMS[ATTENTION] = Program(written, read, _forward, _backward, _shapes)
 
 

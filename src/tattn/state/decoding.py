@@ -164,6 +164,8 @@ class _Known(NamedTuple):
         backend, call, dtype = backend_of(query), call_of(plan), computed_in(plan.dtype)
         if backend is None or not backend.reads or plan.dtype != dtype or call.views > 2:
             return None
+        if backend.is_traced((query, *keys, *values)):
+            return None
         leading = tuple(query.shape[:-2])
         if any(tuple(x.shape[:-2]) != leading for x in (*keys, *values, *summary.sums, *summary.rests)):
             return None

@@ -17,7 +17,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..operations import CHAIN, OF_ROWS, OF_TUPLES, OF_WINDOWS, ROWS, Kernel, Prefix, Rows, Token, Tuples, rows_together
+from ..operations import (
+    CHAIN,
+    OF_DOCUMENTS,
+    OF_ROWS,
+    OF_TUPLES,
+    OF_WINDOWS,
+    ROWS,
+    Kernel,
+    Prefix,
+    Rows,
+    Spans,
+    Token,
+    Tuples,
+    rows_together,
+)
 from ..threads import MOST_THREADS
 
 Array = Any
@@ -28,7 +42,12 @@ OF_CHANNELS = {
     "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
     "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
 }
-OPERATIONS = (*OF_ROWS, *OF_TUPLES, *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind))
+OPERATIONS = (
+    *OF_ROWS,
+    *OF_DOCUMENTS,
+    *OF_TUPLES,
+    *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind),
+)
 # Switches kernels off where it is "0".
 SWITCH = "TATTN_KERNELS"
 # (major, minor) of numba: older ones know no NumPy 2.
@@ -119,7 +138,7 @@ def warm_up(dtypes: Sequence[str] = ("float32",), channels: Sequence[str] = ("re
     for kind in channels:
         if kind not in tuple(OF_CHANNELS):
             raise ValueError(f"channels should be 'real' or 'complex', got {kind!r}")
-    wanted = [*OF_ROWS, *OF_TUPLES, *(operation for kind in channels for operation in OF_CHANNELS[kind])]
+    wanted = [*OF_ROWS, *OF_DOCUMENTS, *OF_TUPLES, *(operation for kind in channels for operation in OF_CHANNELS[kind])]
     return not why_not() and not any(_fails(operation, dtype) for dtype in dtypes for operation in wanted)
 
 
@@ -185,6 +204,8 @@ def _fails(operation: str, dtype: str) -> bool:
             found = _of_complex_numbers(operation, dtype)
         elif operation in OF_ROWS:
             found = _of_one_row(operation, ones)
+        elif operation in OF_DOCUMENTS:
+            found = _of_one_document(operation, ones)
         elif operation in OF_WINDOWS:
             found = _of_windows(operation, block)
         elif operation in OF_TUPLES:
@@ -237,6 +258,20 @@ def _of_one_row(operation: str, ones: np.ndarray) -> Any:
     given = {"sum_rows": (ones,), "read_rows": (both / 2,)}.get(operation, (ones, both))
     found = _ROW_OPERATIONS[operation](rows, ones, *given, _alone)
     return np.sum(found[0]) - np.sum(found[1]) if isinstance(found, tuple) else np.mean(found)
+
+
+def _of_one_document(operation: str, ones: np.ndarray) -> Any:
+    """What an operation computes of one row of query, keys and values 1, and weights 1/2 of 1 and x."""
+    spans = Spans(
+        np.asarray([[0, 1]]), np.ones((1, 2), int), np.full(2, 0.5, ones.dtype), np.asarray([[0, 1, 2, 0]]), 1, 1
+    )
+    x, units = np.concatenate([ones, ones], axis=-2), np.ones((1, 1, 2, 1), ones.dtype)
+    if operation == "size_documents":
+        return np.mean(size_documents(spans, x))
+    if operation == "read_documents":
+        return read_documents(spans, x, ones, units)
+    dx, dz = pull_documents(spans, x, ones, ones, units)
+    return np.sum(dx) * np.sum(dz)
 
 
 def _of_two_tuples(operation: str, ones: np.ndarray) -> Any:
@@ -318,13 +353,26 @@ def kernels_for(
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
+    def takes_documents(operation: str, spans: Spans, *arrays: Array) -> bool:
+        # As many rows as there are on average.
+        rows = Rows(len(spans.w), spans.columns, spans.runs, in_all=spans.in_all)
+        itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
+        return worth(rows, int(spans.lengths.mean()), itemsize) and taken(operation, *arrays)
+
+    def run_documents(operation: Callable[..., Any], spans: Spans, *given: Array) -> Any:
+        return back(operation(spans, *as_numpy(given)))
+
     def takes_tuples(operation: str, tuples: Tuples, *arrays: Array) -> bool:
         return tuples_worth(tuples) and taken(operation, *arrays)
 
     def run_tuples(operation: Callable[..., Any], tuples: Tuples, *given: Any) -> Any:
         return back(operation(tuples, *as_numpy(given)))
 
-    chosen = dict.fromkeys(OF_ROWS, takes_rows) | dict.fromkeys(OF_TUPLES, takes_tuples)
+    chosen = (
+        dict.fromkeys(OF_ROWS, takes_rows)
+        | dict.fromkeys(OF_DOCUMENTS, takes_documents)
+        | dict.fromkeys(OF_TUPLES, takes_tuples)
+    )
     functions: dict[str, Callable[..., Any]] = {
         "attend_tuples": partial(run_tuples, attend_tuples),
         "pull_tuples": partial(run_tuples, pull_tuples),
@@ -335,6 +383,7 @@ def kernels_for(
     functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
     functions |= {"window_read": partial(run, window_read), "window_pull": partial(run, window_pull)}
     functions |= {operation: partial(run_rows, function) for operation, function in _ROW_OPERATIONS.items()}
+    functions |= {f.__name__: partial(run_documents, f) for f in (size_documents, read_documents, pull_documents)}
     return tuple(
         Kernel(operation, functions[operation], partial(chosen.get(operation, taken), operation))
         for operation in OPERATIONS
@@ -411,6 +460,45 @@ def _over_rows(
     sums = np.swapaxes(sums[:, : rows.columns, : rows.rank], -1, -2)
     found, read, pulled_back = (a.reshape(*leading, *a.shape[1:]) for a in (sums, out, gradient))
     return found, read, pulled_back
+
+
+def size_documents(spans: Spans, x: np.ndarray) -> np.ndarray:
+    """The operation `size_documents` for NumPy arrays."""
+    leading, (documents, sides), dim = x.shape[:-2], spans.begins.shape, x.shape[-1]
+    tops = np.empty((prod(leading), documents, sides, dim), x.dtype)
+    _loaded()[0].rows.size(_together(x, leading), spans.begins, spans.lengths, tops)
+    return tops.reshape(*leading, documents, sides, dim)
+
+
+def read_documents(spans: Spans, x: np.ndarray, z: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """The operation `read_documents` for NumPy arrays."""
+    leading, given = _of_documents(spans, x, z, units)
+    # Rows of no document are 0.
+    out = np.zeros((prod(leading), x.shape[-2] - z.shape[-2], z.shape[-1]), x.dtype)
+    _loaded()[0].rows.read(*given, out)
+    return out.reshape(*leading, *out.shape[1:])
+
+
+def pull_documents(
+    spans: Spans, x: np.ndarray, z: np.ndarray, upstream: np.ndarray, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The operation `pull_documents` for NumPy arrays."""
+    leading, (own, columns, *given) = _of_documents(spans, x, z, units)
+    wanted = np.asarray(spans.wanted or [True] * (spans.begins.shape[1] - 1))
+    dx, dz = np.zeros_like(own), np.zeros((*columns.shape[:-1], spans.read), x.dtype)
+    _loaded()[0].rows.pull(own, columns, _together(upstream, leading), *given, wanted, dx, dz)
+    return dx.reshape(*leading, *dx.shape[1:]), dz.reshape(*leading, *dz.shape[1:])
+
+
+def _of_documents(spans: Spans, x: np.ndarray, z: np.ndarray, units: np.ndarray) -> tuple[tuple[int, ...], list[Any]]:
+    """The leading shape, and what loops over documents take: rows and columns (P, N, ·), units (P, documents, m + 1, d)."""
+    leading = np.broadcast_shapes(x.shape[:-2], z.shape[:-2], units.shape[:-3])
+    w = np.zeros(-(-len(spans.w) // (few := _loaded()[0].rows.FEW)) * few, x.dtype)
+    w[: len(spans.w)] = spans.w
+    shape = *spans.begins.shape, x.shape[-1]
+    of_all = np.broadcast_to(units, (*leading, *shape)).reshape(prod(leading), *shape)
+    rows = _together(x, leading), _together(z, leading)
+    return leading, [*rows, w, spans.runs, spans.begins, spans.lengths, _writable(of_all)]
 
 
 def attend_tuples(

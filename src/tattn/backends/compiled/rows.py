@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..operations import CHAIN
 from .causal import _room
 from .jit import compiled
@@ -253,6 +255,63 @@ def _pull(x: Any, runs: Any, phi: Any, slopes: Any, part: Any, dx: Any, steps: i
             _end(part, found, steps)
 
 
+@compiled(FAST)
+def _in_units(rows: Any, unit: Any, steps: int) -> None:
+    """Every channel of rows (d ROWS,) times its factor (d,)."""
+    for e in range(unit.shape[0]):
+        own = rows[e * ROWS : (e + 1) * ROWS]
+        for i in range(STEP * steps):
+            own[i] *= unit[e]
+
+
+@compiled(leaf=False)
+def _rooms(dim: int, columns: int, r: int, like: Any) -> Any:
+    """Room for what `_pass` holds: rows, columns, what it finds, a part of that, monomials and their gradients."""
+    found = -(-max(columns, dim) // COLUMNS) * COLUMNS * ROWS
+    return (
+        _room(dim * ROWS, like), _room(columns * ROWS, like), _room(found, like), _room(COLUMNS * ROWS, like),
+        _room(r * ROWS, like), _room(r * ROWS, like),
+    )  # fmt: skip
+
+
+@compiled()
+def _pass(
+    x: Any,
+    z: Any,
+    first: int,
+    of_z: int,
+    n: int,
+    unit: Any,
+    m: Any,
+    runs: Any,
+    sums: Any,
+    out: Any,
+    dx: Any,
+    rooms: Any,
+) -> None:
+    """What `compute` does, of n rows of one problem times units (d,): from the `first` one on, of z and out from `of_z` on."""
+    own, given, found, part, phi, slopes = rooms
+    dim, of_out = x.shape[1], -(-out.shape[1] // COLUMNS) * COLUMNS
+    for low in range(0, n, ROWS):
+        there = min(ROWS, n - low)
+        steps = -(-there // STEP)
+        _turn(x, first + low, there, own, steps)
+        _in_units(own, unit, steps)
+        _features(own, runs, phi, steps)
+        if sums.shape[1] or dx.shape[1]:
+            _turn(z, of_z + low, there, given, steps)
+        if sums.shape[1]:
+            _sum(phi, given, sums, steps)
+        if of_out:
+            _read(phi, m, part, found[: of_out * ROWS], steps)
+            _turn_back(found, of_z + low, there, out)
+        if dx.shape[1]:
+            _slopes(m, given, slopes, steps)
+            _pull(own, runs, phi, slopes, part, found[: dim * ROWS], steps)
+            _in_units(found, unit, steps)
+            _turn_back(found, first + low, there, dx)
+
+
 @compiled(leaf=False)
 def compute(x: Any, z: Any, m: Any, runs: Any, sums: Any, out: Any, dx: Any) -> None:
     """Φᵀ z joins sums (P, c, r); the first columns of Φ Mᵀ go to out (P, n, c'); and Σ_e z_e ∂(Φ Mᵀ)_e/∂x to dx (P, n, d).
@@ -260,24 +319,127 @@ def compute(x: Any, z: Any, m: Any, runs: Any, sums: Any, out: Any, dx: Any) -> 
     What has no columns is not computed. r and c are filled up to whole `FEW` and `COLUMNS`, but for those of z and out.
     """
     problems, n, dim = x.shape
-    r, columns = max(m.shape[2], sums.shape[2]), max(m.shape[1], sums.shape[1])
-    of_out = -(-out.shape[2] // COLUMNS) * COLUMNS
-    phi, part = _room(r * ROWS, x), _room(COLUMNS * ROWS, x)
-    own, given, found = _room(dim * ROWS, x), _room(columns * ROWS, x), _room(max(of_out, dim) * ROWS, x)
-    slopes = _room(r * ROWS if dx.shape[2] else 0, x)
+    rooms = _rooms(dim, max(m.shape[1], sums.shape[1]), max(m.shape[2], sums.shape[2]), x)
+    unit = np.ones(dim, x.dtype)
     for p in range(problems):
-        for begin in range(0, n, ROWS):
-            there = min(ROWS, n - begin)
-            steps = -(-there // STEP)
-            _turn(x[p], begin, there, own, steps)
-            _features(own, runs, phi, steps)
-            _turn(z[p], begin, there, given, steps)
-            if sums.shape[2]:
-                _sum(phi, given, sums[p], steps)
-            if of_out:
-                _read(phi, m[p], part, found[: of_out * ROWS], steps)
-                _turn_back(found, begin, there, out[p])
-            if dx.shape[2]:
-                _slopes(m[p], given, slopes, steps)
-                _pull(own, runs, phi, slopes, part, found[: dim * ROWS], steps)
-                _turn_back(found, begin, there, dx[p])
+        _pass(x[p], z[p], 0, 0, n, unit, m[p], runs, sums[p], out[p], dx[p], rooms)
+
+
+@compiled()
+def _size(x: Any, first: int, n: int, tops: Any, room: Any) -> None:
+    """The largest |entry| of each channel (d,) of n rows, NaN where one is not finite; room (2, STEP d)."""
+    dim, most, lost, flat = x.shape[1], room[0], room[1], x.reshape(x.size)
+    for j in range(STEP * dim):
+        most[j] = lost[j] = 0
+    # The last rows may be fewer than a step.
+    for low in range(first, first + n, STEP):
+        rows = flat[low * dim : min(low + STEP, first + n) * dim]
+        for j in range(rows.size):
+            size = abs(rows[j])
+            most[j] = size if size > most[j] else most[j]
+            # 0, or NaN for what is not finite.
+            lost[j] += rows[j] * 0
+    for e in range(dim):
+        tops[e] = none = x.dtype.type(0)
+        for j in range(e, STEP * dim, dim):
+            tops[e] = max(tops[e], most[j])
+            none += lost[j]
+        tops[e] += none
+
+
+@compiled(leaf=False)
+def size(x: Any, begins: Any, lengths: Any, tops: Any) -> None:
+    """The largest |entry| of each channel (P, D, m + 1, d) in documents whose rows stand in (P, N, d), as in `read`."""
+    room = np.empty((2, STEP * x.shape[2]), x.dtype)
+    for p in range(x.shape[0]):
+        for j in range(begins.shape[0]):
+            for side in range(begins.shape[1]):
+                _size(x[p], begins[j, side], lengths[j, side], tops[p, j, side], room)
+
+
+@compiled(FAST)
+def _times(target: Any, source: Any) -> None:
+    for a in range(target.shape[0]):
+        target[a] *= source[a]
+
+
+@compiled(FAST)
+def _times_number(target: Any, factor: Any) -> None:
+    for a in range(target.shape[0]):
+        target[a] *= factor
+
+
+@compiled()
+def _product(sums: Any, w: Any, less: int, found: Any) -> None:
+    """What is found (c, r) times the weights and the sums (m, c, r) of all views, or of those but one."""
+    for e in range(found.shape[0]):
+        _times(found[e], w)
+        for view in range(sums.shape[0]):
+            if view != less:
+                _times(found[e], sums[view, e])
+
+
+@compiled()
+def _sum_views(
+    x: Any, z: Any, begins: Any, lengths: Any, units: Any, runs: Any, none: Any, shares: Any, sums: Any, rooms: Any
+) -> None:
+    """Φᵀ z of every view of one document (m, c, r), over its number of rows, 1 / that in `shares` (m,)."""
+    of_query = x.shape[0] - z.shape[0]
+    for view in range(sums.shape[0]):
+        own, first = sums[view], begins[view + 1]
+        own[:] = 0
+        _pass(x, z, first, first - of_query, lengths[view + 1], units[view + 1], none, runs, own, none, none, rooms)
+        for e in range(own.shape[0]):
+            _times_number(own[e], shares[view])
+
+
+@compiled(leaf=False)
+def read(x: Any, z: Any, w: Any, runs: Any, begins: Any, lengths: Any, units: Any, out: Any) -> None:
+    """Numerators (P, n, c) of documents, whose rows stand among those of query and all views, one after another (P, N, d).
+
+    z (P, N − n, c) of the views; of every document where rows begin, and how many there are (D, m + 1), and units (P, D, m + 1, d).
+    w (r,) is filled up to whole `FEW`.
+    """
+    (problems, _, dim), views, columns = x.shape, begins.shape[1] - 1, -(-z.shape[2] // COLUMNS) * COLUMNS
+    rooms, none = _rooms(dim, columns, w.shape[0], x), np.empty((0, 0), x.dtype)
+    sums, combined = np.empty((views, columns, w.shape[0]), x.dtype), np.empty((columns, w.shape[0]), x.dtype)
+    shares = np.empty(views, x.dtype)
+    for p in range(problems):
+        for j in range(begins.shape[0]):
+            shares[:] = 1 / np.maximum(1, lengths[j, 1:])
+            _sum_views(x[p], z[p], begins[j], lengths[j], units[p, j], runs, none, shares, sums, rooms)
+            combined[:] = 1
+            _product(sums, w, -1, combined)
+            first = begins[j, 0]
+            _pass(x[p], none, first, first, lengths[j, 0], units[p, j, 0], combined, runs, none, out[p], none, rooms)
+
+
+@compiled(leaf=False)
+def pull(
+    x: Any, z: Any, g: Any, w: Any, runs: Any, begins: Any, lengths: Any, units: Any, wanted: Any, dx: Any, dz: Any
+) -> None:
+    """From gradients (P, n, c) of what `read` finds those of all rows (P, N, d) and of the first columns of z, (P, N − n, c').
+
+    Of views that are not wanted nothing is written.
+    """
+    (problems, _, dim), views, columns = x.shape, begins.shape[1] - 1, -(-z.shape[2] // COLUMNS) * COLUMNS
+    rooms, none = _rooms(dim, columns, w.shape[0], x), np.empty((0, 0), x.dtype)
+    sums = np.empty((views, columns, w.shape[0]), x.dtype)
+    matrices, shares = np.empty((3, columns, w.shape[0]), x.dtype), np.empty(views, x.dtype)
+    combined, of_query, own = matrices[0], matrices[1], matrices[2]
+    for p in range(problems):
+        for j in range(begins.shape[0]):
+            shares[:] = 1 / np.maximum(1, lengths[j, 1:])
+            unit, n, first = units[p, j], lengths[j], begins[j, 0]
+            _sum_views(x[p], z[p], begins[j], n, unit, runs, none, shares, sums, rooms)
+            combined[:] = 1
+            _product(sums, w, -1, combined)
+            of_query[:] = 0
+            _pass(x[p], g[p], first, first, n[0], unit[0], combined, runs, of_query, none, dx[p], rooms)
+            for view in range(views):
+                if wanted[view]:
+                    own[:] = of_query * shares[view]
+                    _product(sums, w, view, own)
+                    first = begins[j, view + 1]
+                    of_z = first - (x.shape[1] - z.shape[1])
+                    _pass(x[p], z[p], first, of_z, n[view + 1], unit[view + 1], own, runs, none, dz[p], dx[p], rooms)
