@@ -169,8 +169,8 @@ def test_long_calls_over_all_rows(method, arrays, without):
     def of(*x):
         return tattn.tensor_attention(x[0], x[1:3], x[3:], plan=plan, return_lse=True)
 
-    heads = 2 if method == "exact" else 400
-    for n, expected in ((16, False), (128, True)):
+    heads = 2 if method == "exact" else 40
+    for n, expected in ((4, False), (128, True)):
         given = [jnp.asarray(x) for x in rng.uniform(-1, 1, (5, heads, n, 4))]
         assert uses_loops(of, *given) == expected
     same(of(*given), without(jax.jit(lambda *x: of(*x)), *given))
