@@ -259,6 +259,8 @@ def blocks(layout: Layout, places: Places, chosen: Sequence[bool], most: int, ba
     order = np.argsort(starts[:, 0])
     starts, lengths = starts[order], lengths[order]
     stops = np.maximum.accumulate(starts + lengths, axis=0)
+    # A document without rows behind all others is said to start at the last row of theirs.
+    starts = np.where(lengths > 0, starts, stops)
     found, first = [], 0
     while first < len(starts):
         fitting = [

@@ -557,6 +557,37 @@ def test_packed_documents_that_are_long_or_spoiled(views, passes, monkeypatch):
             np.testing.assert_allclose(got[finite], wanted[finite], rtol=1e-9, atol=1e-11 * largest)
 
 
+def test_packed_documents_at_the_end_may_be_without_keys(passes, monkeypatch):
+    """They take nothing from the gradients of the document before, of which they are blocks apart."""
+    call = drawn(290, 2, "float64")
+    offsets = [np.asarray(own) for own in ([0, 200, 280], [0, 290, 290], [0, 210, 290])]
+    call |= {name: call[name][:280] for name in ("query", "grad_out", "grad_lse")}
+    call["keys"], call["values"] = [x[:290] for x in call["keys"]], [x[:290] for x in call["values"]]
+    plan = through_features(plan_of(call, 4, causal=False))
+    with BACKEND.using(workspace=1 << 12):
+        found = computed(call, causal=False, plan=plan, offsets=offsets)
+    assert len(passes) == 4
+    assert set(passes) == IN_PLACE
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for x, y in zip(found, computed(call, causal=False, plan=plan, offsets=offsets), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-13)
+
+
+def test_gradients_of_packed_documents_do_not_depend_on_whether_errors_are_told(passes):
+    call, offsets = packed("float64", "one", True, (1, 7))
+    plan = plan_of(call, 5, causal=False)
+    given = {name: x for name, x in call.items() if not name.startswith("grad")}
+    expected = computed(call, causal=False, plan=plan, offsets=offsets)
+    assert set(passes) == IN_PLACE
+    result, pullback = tattn.tensor_attention_vjp(
+        **given, plan=plan, offsets=offsets, return_lse=True, return_error=True
+    )
+    dquery, *of_views = pullback(call["grad_out"], call["grad_lse"])
+    found = [*result[:2], dquery, *(x for several in of_views for x in several)]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-13)
+
+
 def test_packed_documents_tell_how_far_they_are(passes):
     call, own = packed("float64", "one", False)
     told: list[tuple[int, int]] = []
