@@ -462,7 +462,7 @@ def test_threads_born_meanwhile_have_their_number(
 def test_operations_between_shared_passes_take_no_threads(
     library: Any, torch: Any, backend: Backend, shared: list[int]
 ) -> None:
-    """OpenMP has some, which would wait actively beside ours. Other threads keep theirs, and a call that ends leaves all as it was."""
+    """Those of OpenMP would wait actively beside ours. Other threads keep theirs, and a call leaves all as it was."""
     seen: list[Any] = []
 
     def body(carry: int, block: Any) -> Any:
