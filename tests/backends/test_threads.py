@@ -458,6 +458,31 @@ def test_threads_born_meanwhile_have_their_number(
     assert seen == [2] * 3
 
 
+@pytest.mark.libraries("torch")
+def test_operations_between_shared_passes_take_no_threads(
+    library: Any, torch: Any, backend: Backend, shared: list[int]
+) -> None:
+    """Those of OpenMP would wait actively beside ours. Other threads keep theirs, and a call leaves all as it was."""
+    seen: list[Any] = []
+
+    def body(carry: int, block: Any) -> Any:
+        return carry, (block,)
+
+    def look(failing: bool, backend: Backend, arrays: Any) -> None:
+        for _ in range(2):
+            seen.append((torch.get_num_threads(), type(backend).threads(backend), in_a_new_thread(backend)))
+            backend.share_rows(body, 0, arrays, 10, 10)
+        if failing:
+            raise ArithmeticError
+
+    rows = (library.array(np.zeros((30, 2))),)
+    backend.run(look, False, rows)
+    with pytest.raises(ArithmeticError):
+        backend.run(look, True, rows)
+    assert seen == [(1, 2, 2)] * 4
+    assert torch.get_num_threads() == 2
+
+
 def test_what_is_computed_once_may_be_asked_for_by_several_threads() -> None:
     """Results that are dropped meanwhile, too."""
     square = memoized(lambda i: i * i, most=2)

@@ -97,8 +97,8 @@ def _mapped(
 ) -> tuple[list[Array], list[int]]:
     """The operation of arrays that have one more axis, which becomes the first of all."""
     size = next(a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None)
-    if not isinstance(size, int):
-        # A batch of any size, which is exported.
+    if not isinstance(size, int) or any(jnp.issubdtype(a.dtype, jnp.integer) for a in arrays):
+        # A batch of any size, which is exported; or places of rows, which have no leading dimensions.
         form = partial(_by_operations, shapes=shapes, **options)
         return jax.vmap(form, tuple(axes))(*arrays), [0] * len(shapes)
     dims = max(a.ndim - (axis is not None) for a, axis in zip(arrays, axes, strict=True))

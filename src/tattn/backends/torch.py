@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from threading import Event, Lock, Semaphore
+from functools import cache
+from threading import Event, Lock, Semaphore, local
 from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
@@ -136,10 +137,10 @@ class TorchBackend(Backend):
         if not self.reads:
             return 1
         # Who looks at operations looks at those of this thread.
-        return 1 if _watched() else torch.get_num_threads()
+        return 1 if _watched() else _limited.threads or torch.get_num_threads()
 
     def in_threads(self, tasks: Sequence[Callable[[], Any]], stop: Event) -> list[Any]:
-        inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+        inference, threads = torch.is_inference_mode_enabled(), _limited.threads or torch.get_num_threads()
         ready = Semaphore(0)
 
         def alone(task: Callable[[], Any]) -> Any:
@@ -154,6 +155,8 @@ class TorchBackend(Backend):
             for _ in range(count):
                 ready.acquire()
             torch.set_num_threads(threads)
+            if _limited.threads:
+                _set_openmp(1)
 
         try:
             return run_threads(tasks, stop, alone, started)
@@ -220,7 +223,7 @@ class TorchBackend(Backend):
         full = device == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device))
         with nullcontext() if full else torch.autocast(device, enabled=False):
             if not torch.compiler.is_compiling():
-                with _full_precision():
+                with _full_precision(), _without_openmp() if device == "cpu" else nullcontext():
                     return function(call, self.for_arrays(arrays), tuple(arrays))
             narrow = _narrow()
             if narrow is not None:
@@ -261,6 +264,48 @@ class TorchBackend(Backend):
 
 # Tensors that are nothing else.
 _OWN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class _Limited(local):
+    """How many threads operations of this thread used before a call that is running took OpenMP's from them; 0 outside of such."""
+
+    threads = 0
+
+
+_limited = _Limited()
+
+
+@contextmanager
+def _without_openmp() -> Iterator[None]:
+    """Operations of this thread alone: after each one that takes others, these wait actively in the place of ours."""
+    threads = torch.get_num_threads()
+    if threads == 1 or _limited.threads:
+        yield
+        return
+    _limited.threads = threads
+    _set_openmp(1)
+    try:
+        yield
+    finally:
+        _set_openmp(threads)
+        _limited.threads = 0
+
+
+def _set_openmp(threads: int) -> None:
+    """How many threads operations of this thread use; those of other threads go on as they do."""
+    for library in _openmp():
+        library.set_num_threads(threads)
+
+
+@cache
+def _openmp() -> Any:
+    """The libraries that operations share their work by."""
+    # Calls on one thread have no need of it.
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="openmp").lib_controllers
+
+
 _MODES: Any = torch._C._TorchDispatchModeKey
 _RECORDERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 

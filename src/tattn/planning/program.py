@@ -11,7 +11,7 @@ from ..arrays import broadcast_leading
 from ..backends import Array, Backend
 from ..backends.operations import HOSTED, PROGRAMS, Hosted, Program
 from ..checks import documents_of
-from ..methods import Banded, Call, Exact, Polynomial, backward, forward, told_error
+from ..methods import Banded, Call, Exact, Packed, Polynomial, backward, forward, told_error
 from ..methods.certificate import COLUMNS, ERROR
 from ..plans import Plan
 from ..stored import plan_of_facts
@@ -122,11 +122,14 @@ PROGRAMS[ATTENTION] = Program(written, read, _forward, _backward, _shapes)
 
 def _compiled(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> bool:
     """Whether compiled loops compute most of it."""
-    return isinstance(call.method, (Exact, Polynomial)) and call.method.compiled(call.operands(backend, arrays)[0])
+    method = call.method.inner if isinstance(call.method, Packed) else call.method
+    return isinstance(method, (Exact, Polynomial)) and method.compiled(call.operands(backend, arrays)[0])
 
 
 def _outputs(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[tuple[int, ...], Any]]:
-    return [(shape, None) for shape in _shapes(call._replace(certify=False), arrays)]
+    # The error of a row that is stated for all is kept where documents differ in it.
+    told = call.certify and isinstance(call.method, Packed)
+    return [(shape, None) for shape in _shapes(call._replace(certify=told), arrays)]
 
 
 def _gradients(call: Call, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[tuple[int, ...], Any]]:
