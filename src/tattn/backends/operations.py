@@ -17,7 +17,7 @@ prefix_pull    ``(block, starts, behind, upstream)``, the sums (..., dv + 1, r) 
 size_documents ``(spans, x)``, a `Spans` and rows (..., N, d) of query and all views, one after another → the largest |entry|
                of each channel of each document's query and views, (..., documents, m + 1, d), NaN where one is not finite
 read_documents ``(spans, x, z, units)``, columns (..., N − n, c) of the views' rows and units (..., documents, m + 1, d) → with
-               A = Φ(a)ᵀ z over a's number of rows, and so on for the other views, Φ(q) (w · A ∘ B), (..., n, c)
+               A = Φ(a)ᵀ z over a's count, and so on for the other views, Φ(q) (w · A ∘ B), (..., n, c)
 pull_documents ``(spans, x, z, upstream, units)`` → gradients of x, and of the first columns of z, (..., N − n, c')
 attend_tuples  ``(tuples, s, left, right)``, a `Tuples`, query rows (..., d, n), and two sides: keys (..., d, N), values and ones
                (..., c, N), and which of them are seen (..., 1, N) or None for all; of the left one None, or all pairs of both are
@@ -145,14 +145,15 @@ class Rows(NamedTuple):
 class Spans(NamedTuple):
     """Documents of several rows each, which are taken where they stand, and what a pass over them multiplies with.
 
-    `begins` and `lengths` (documents, m + 1), of NumPy: where the rows of a document's query and views begin in the array of all,
-    those of the query first, and how many there are. Weights w (r,) in the dtype of the computation, and runs as in `Prefix`, of
-    NumPy; how many columns there are, and how many of them need a gradient; of which views gradients are wanted, () of all; and how
-    many rows the whole call has.
+    `begins`, `lengths` and `counts` (documents, m + 1), of NumPy: where the rows of a document's query and views begin in the array
+    of all, those of the query first; how many there are; and what sums over them are divided by. Weights w (r,) in the dtype of the
+    computation, and runs as in `Prefix`, of NumPy; how many columns there are, and how many of them need a gradient; of which views
+    gradients are wanted, () of all; and how many rows the whole call has.
     """
 
     begins: Any
     lengths: Any
+    counts: Any
     w: Any
     runs: Any
     columns: int

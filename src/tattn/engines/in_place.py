@@ -63,7 +63,7 @@ class InPlace:
         wanted = tuple(operands.wants(number) for number in range(len(views)))
         usual = np.asarray([operands.lengths]) // documents
         rows = max(operands.lengths) * prod(operands.leading)
-        spans = Spans(usual, usual, w, runs, dv + 1, dv, wanted, rows)
+        spans = Spans(usual, usual, usual, w, runs, dv + 1, dv, wanted, rows)
         given = spans, q, *operands.keys, *operands.values
         found = [backend.kernel(operation, *given) for operation in OF_DOCUMENTS]
         return None if None in found else cls(operands, spans, *found)  # type: ignore[arg-type]
@@ -80,11 +80,11 @@ class InPlace:
         return int(max(1, min(fitting, max(of_thread, MOST_ROWS // problems))))
 
     def forward(self, block: Block) -> tuple[Array, Array, Array]:
-        """Output, lse and the normaliser over the number of pairs, of the query's rows of a block (..., n, ·)."""
+        """Output, lse and the normaliser over the number of pairs of its group, of the query's rows of a block (..., n, ·)."""
         ready, backend = self._ready(block), self.operands.backend
         numerators = self.read(ready.spans, ready.x, ready.z, ready.units)
         out, normaliser = divided(numerators, self.operands.leading, backend)
-        pairs = np.repeat(np.log(np.maximum(block.lengths[:, 1:], 1)).sum(axis=1), block.apart)
+        pairs = np.repeat(np.log(block.padded[:, 1:]).sum(axis=1), block.apart)
         more = backend.uploaded(pairs[:, None], normaliser, normaliser.dtype)
         return out, log_normaliser(normaliser, (), backend) + more, normaliser
 
@@ -111,7 +111,10 @@ class InPlace:
 
     def _ready(self, block: Block) -> _Ready:
         """A block, ready for the loops."""
-        operands, spans = self.operands, self.spans._replace(begins=block.begins, lengths=block.lengths)
+        operands, spans = (
+            self.operands,
+            self.spans._replace(begins=block.begins, lengths=block.lengths, counts=block.padded),
+        )
         backend, dtype, leading = operands.backend, operands.dtype, operands.leading
         xp, (own, *others) = backend.xp, block.rows
         views = tuple(view.rows(r.start, r.stop) for view, r in zip(operands.views, others, strict=True))

@@ -70,13 +70,11 @@ class Packed:
     def backward(self, operands: Operands, attended: Attended, upstream: Upstream) -> Gradients:
         """The exact derivative of `forward`."""
         first, *rest = attended.kept
-        certified = first.shape[-1] > 1 and self.inner.row_errors(first) is None
-        if certified:
+        if first.shape[-1] > 1 and self.inner.row_errors(first) is None:
             # Behind what `inner` keeps stands the error that is stated.
             first = first[..., :1]
         backend, count = self._backend(operands), len(rest) // len(self.layout.groups)
-        # As in the forward pass: the normaliser is over the rows of a group, or those of a document where it stands.
-        standing, in_place = self._standing(operands, certified)
+        standing, in_place = self._standing(operands)
         wholes = self._wholes(operands, 1 + 2 * len(operands.views)) if in_place is not None else []
         if in_place is not None:
             of_block = partial(in_place.backward, attended=Attended(attended.out, None, (first,)), upstream=upstream)

@@ -262,9 +262,8 @@ def _of_one_row(operation: str, ones: np.ndarray) -> Any:
 
 def _of_one_document(operation: str, ones: np.ndarray) -> Any:
     """What an operation computes of one row of query, keys and values 1, and weights 1/2 of 1 and x."""
-    spans = Spans(
-        np.asarray([[0, 1]]), np.ones((1, 2), int), np.full(2, 0.5, ones.dtype), np.asarray([[0, 1, 2, 0]]), 1, 1
-    )
+    one, w, runs = np.ones((1, 2), int), np.full(2, 0.5, ones.dtype), np.asarray([[0, 1, 2, 0]])
+    spans = Spans(np.asarray([[0, 1]]), one, one, w, runs, 1, 1)
     x, units = np.concatenate([ones, ones], axis=-2), np.ones((1, 1, 2, 1), ones.dtype)
     if operation == "size_documents":
         return np.mean(size_documents(spans, x))
@@ -498,7 +497,7 @@ def _of_documents(spans: Spans, x: np.ndarray, z: np.ndarray, units: np.ndarray)
     shape = *spans.begins.shape, x.shape[-1]
     of_all = np.broadcast_to(units, (*leading, *shape)).reshape(prod(leading), *shape)
     rows = _together(x, leading), _together(z, leading)
-    return leading, [*rows, w, spans.runs, spans.begins, spans.lengths, _writable(of_all)]
+    return leading, [*rows, w, spans.runs, spans.begins, spans.lengths, spans.counts, _writable(of_all)]
 
 
 def attend_tuples(

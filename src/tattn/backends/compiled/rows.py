@@ -383,7 +383,7 @@ def _product(sums: Any, w: Any, less: int, found: Any) -> None:
 def _sum_views(
     x: Any, z: Any, begins: Any, lengths: Any, units: Any, runs: Any, none: Any, shares: Any, sums: Any, rooms: Any
 ) -> None:
-    """Φᵀ z of every view of one document (m, c, r), over its number of rows, 1 / that in `shares` (m,)."""
+    """Φᵀ z of every view of one document (m, c, r), times its share (m,)."""
     of_query = x.shape[0] - z.shape[0]
     for view in range(sums.shape[0]):
         own, first = sums[view], begins[view + 1]
@@ -394,11 +394,11 @@ def _sum_views(
 
 
 @compiled(leaf=False)
-def read(x: Any, z: Any, w: Any, runs: Any, begins: Any, lengths: Any, units: Any, out: Any) -> None:
+def read(x: Any, z: Any, w: Any, runs: Any, begins: Any, lengths: Any, counts: Any, units: Any, out: Any) -> None:
     """Numerators (P, n, c) of documents, whose rows stand among those of query and all views, one after another (P, N, d).
 
-    z (P, N − n, c) of the views; of every document where rows begin, and how many there are (D, m + 1), and units (P, D, m + 1, d).
-    w (r,) is filled up to whole `FEW`.
+    z (P, N − n, c) of the views; of every document where rows begin, how many there are, and what sums over them are divided by
+    (D, m + 1), and units (P, D, m + 1, d). w (r,) is filled up to whole `FEW`.
     """
     (problems, _, dim), views, columns = x.shape, begins.shape[1] - 1, -(-z.shape[2] // COLUMNS) * COLUMNS
     rooms, none = _rooms(dim, columns, w.shape[0], x), np.empty((0, 0), x.dtype)
@@ -406,7 +406,7 @@ def read(x: Any, z: Any, w: Any, runs: Any, begins: Any, lengths: Any, units: An
     shares = np.empty(views, x.dtype)
     for p in range(problems):
         for j in range(begins.shape[0]):
-            shares[:] = 1 / np.maximum(1, lengths[j, 1:])
+            shares[:] = 1 / counts[j, 1:]
             _sum_views(x[p], z[p], begins[j], lengths[j], units[p, j], runs, none, shares, sums, rooms)
             combined[:] = 1
             _product(sums, w, -1, combined)
@@ -416,7 +416,18 @@ def read(x: Any, z: Any, w: Any, runs: Any, begins: Any, lengths: Any, units: An
 
 @compiled(leaf=False)
 def pull(
-    x: Any, z: Any, g: Any, w: Any, runs: Any, begins: Any, lengths: Any, units: Any, wanted: Any, dx: Any, dz: Any
+    x: Any,
+    z: Any,
+    g: Any,
+    w: Any,
+    runs: Any,
+    begins: Any,
+    lengths: Any,
+    counts: Any,
+    units: Any,
+    wanted: Any,
+    dx: Any,
+    dz: Any,
 ) -> None:
     """From gradients (P, n, c) of what `read` finds those of all rows (P, N, d) and of the first columns of z, (P, N − n, c').
 
@@ -429,7 +440,7 @@ def pull(
     combined, of_query, own = matrices[0], matrices[1], matrices[2]
     for p in range(problems):
         for j in range(begins.shape[0]):
-            shares[:] = 1 / np.maximum(1, lengths[j, 1:])
+            shares[:] = 1 / counts[j, 1:]
             unit, n, first = units[p, j], lengths[j], begins[j, 0]
             _sum_views(x[p], z[p], begins[j], n, unit, runs, none, shares, sums, rooms)
             combined[:] = 1
