@@ -483,6 +483,25 @@ def test_operations_between_shared_passes_take_no_threads(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.libraries("torch")
+def test_other_libraries_of_openmp_keep_their_number_of_threads(
+    torch: Any, backend: Backend, shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tattn.backends import torch as module
+
+    class Other:
+        num_threads = 7
+
+        def set_num_threads(self, count: int) -> None:
+            self.num_threads = count
+
+    other = Other()
+    every = [*module._openmp(), other]
+    monkeypatch.setattr(module, "_openmp", lambda: every)
+    assert backend.run(lambda *given: other.num_threads, None, (torch.zeros(1),)) == 1
+    assert (other.num_threads, torch.get_num_threads()) == (7, 2)
+
+
 def test_what_is_computed_once_may_be_asked_for_by_several_threads() -> None:
     """Results that are dropped meanwhile, too."""
     square = memoized(lambda i: i * i, most=2)

@@ -282,12 +282,15 @@ def _without_openmp() -> Iterator[None]:
     if threads == 1 or _limited.threads:
         yield
         return
+    # Other libraries than torch's may be among them, each with a number of its own.
+    before = [(library, library.num_threads) for library in _openmp()]
     _limited.threads = threads
     _set_openmp(1)
     try:
         yield
     finally:
-        _set_openmp(threads)
+        for library, number in before:
+            library.set_num_threads(number)
         _limited.threads = 0
 
 
