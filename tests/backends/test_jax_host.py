@@ -118,6 +118,12 @@ def test_maps_over_documents(arrays):
     same(jax.tree.map(lambda g: g[1], mapped), gradients(of)(*(x[1] for x in some)))
 
 
+def test_maps_over_no_problems(arrays):
+    of, (first, *others) = attention(return_lse=True), arrays
+    found = jax.vmap(lambda q: (of(q, *others), gradients(of)(q, *others)))(first[None][:0])
+    assert [x.shape for x in jax.tree.leaves(found)] == [(0, N, DIM), (0, N), *[(0, N, DIM)] * 5]
+
+
 def test_second_derivatives(arrays, without):
     of, direction = attention(return_lse=True), [0.3 + jnp.cos(a) for a in arrays]
 

@@ -101,6 +101,8 @@ def _mapped(
         # A batch of any size, which is exported; or places of rows, which have no leading dimensions.
         form = partial(_by_operations, shapes=shapes, **options)
         return jax.vmap(form, tuple(axes))(*arrays), [0] * len(shapes)
+    if size == 0:
+        return [jnp.zeros((0, *shape), options["dtype"]) for shape in shapes], [0] * len(shapes)
     dims = max(a.ndim - (axis is not None) for a, axis in zip(arrays, axes, strict=True))
 
     def first(a: Array, axis: Any) -> Array:
