@@ -19,7 +19,7 @@ import numpy as np
 from .operations import CHAIN, Kernel
 from .progress import told
 from .tables import Tables, memoized
-from .threads import MOST_THREADS, SHARING, Memory
+from .threads import MOST_THREADS, SHARING, Memory, even_parts
 
 Array = Any
 # Bytes of a block of rows on a processor, of the library that makes the largest.
@@ -427,8 +427,7 @@ class Backend:
         body = told(body, n)
         whole, stop = _Whole(n, self), Event()
         scan = partial(self._scan_into, whole, body, carry, rows, stop=stop)
-        ends = pairwise(n * i // count for i in range(count + 1))
-        tasks = [partial(scan, range(first, last, block)) for first, last in ends]
+        tasks = [partial(scan, range(first, last, block)) for first, last in even_parts(n, count)]
         return self.share(tasks, stop), whole.arrays
 
     def share(self, tasks: Sequence[Callable[[], Any]], stop: Event | None = None) -> list[Any]:

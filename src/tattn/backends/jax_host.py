@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 
-from .base import Backend
 from .numpy import BACKEND as NUMPY
 from .operations import HOSTED
 
@@ -30,7 +29,6 @@ except (ImportError, AttributeError):
     # Older versions lack one of the two, and compute by array operations.
     _primitive = _call_back = None
 
-LOOPS: Backend = NUMPY
 Array = Any
 # A function of `HOSTED` by array operations: (function, call, arrays).
 Operations = Callable[[Callable[..., Any], Any, Sequence[Array | None]], Sequence[Array]]

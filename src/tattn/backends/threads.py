@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from threading import Event, Lock, Thread, local
 from typing import Any
 
@@ -14,6 +15,11 @@ SHARING = Lock()
 
 class Memory(local):
     """Arrays that are written over again, of each thread its own."""
+
+
+def even_parts(count: int, parts: int) -> Iterable[tuple[int, int]]:
+    """Where parts of about equal length begin and end."""
+    return pairwise(count * i // parts for i in range(parts + 1))
 
 
 def run_threads(

@@ -156,7 +156,7 @@ class TorchBackend(Backend):
                 ready.acquire()
             torch.set_num_threads(threads)
             if _limited.threads:
-                _set_openmp(1)
+                _take_openmp()
 
         try:
             return run_threads(tasks, stop, alone, started)
@@ -285,7 +285,7 @@ def _without_openmp() -> Iterator[None]:
     # Other libraries than torch's may be among them, each with a number of its own.
     before = [(library, library.num_threads) for library in _openmp()]
     _limited.threads = threads
-    _set_openmp(1)
+    _take_openmp()
     try:
         yield
     finally:
@@ -294,10 +294,10 @@ def _without_openmp() -> Iterator[None]:
         _limited.threads = 0
 
 
-def _set_openmp(threads: int) -> None:
-    """How many threads operations of this thread use; those of other threads go on as they do."""
+def _take_openmp() -> None:
+    """Operations of this thread use no other from now on; those of other threads go on as they do."""
     for library in _openmp():
-        library.set_num_threads(threads)
+        library.set_num_threads(1)
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from math import inf, prod
 from threading import Event
 from typing import ClassVar
@@ -13,7 +12,7 @@ from typing import ClassVar
 from ..arrays import sum_of, times_power
 from ..backends import Array, Backend
 from ..backends.progress import told
-from ..backends.threads import MOST_THREADS
+from ..backends.threads import MOST_THREADS, even_parts
 from ..documents import Block, Layout, Piece, Places, Returned, blocks, pieces, together
 from ..engines.in_place import MOST_ROWS, InPlace
 from ..features.balance import over_largest, raised
@@ -205,8 +204,7 @@ class Packed:
                     body(block, operands.query[..., block.rows[0], :])
 
         count = max(1, min(len(found), MOST_THREADS, backend.threads()))
-        ends = pairwise(len(found) * i // count for i in range(count + 1))
-        tasks = [partial(some, found[first:last]) for first, last in ends]
+        tasks = [partial(some, found[first:last]) for first, last in even_parts(len(found), count)]
         if count > 1:
             backend.share(tasks, stop)
         else:

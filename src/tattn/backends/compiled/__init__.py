@@ -7,10 +7,9 @@ are no kernels, and `why_not` says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from ..operations import (
     Tuples,
     rows_together,
 )
-from ..threads import MOST_THREADS
+from ..threads import MOST_THREADS, even_parts
 
 Array = Any
 # Runs a task for parts of the problems and columns of a `Work`, in threads or here.
@@ -345,9 +344,11 @@ def kernels_for(
         out, lse, *found = operation(token, values(query), *rows, decays, *turned)
         return wrapped(out), wrapped(lse), *([*map(wrapped, each)] for each in found)
 
+    def takes_some(operation: str, rows: Rows, n: int, *arrays: Array) -> bool:
+        return worth(rows, n, max(4, arrays[0].dtype.itemsize)) and taken(operation, *arrays)
+
     def takes_rows(operation: str, rows: Rows, *arrays: Array) -> bool:
-        itemsize = max(4, arrays[0].dtype.itemsize)
-        return worth(rows, arrays[0].shape[-2], itemsize) and taken(operation, *arrays)
+        return takes_some(operation, rows, arrays[0].shape[-2], *arrays)
 
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
@@ -355,8 +356,7 @@ def kernels_for(
     def takes_documents(operation: str, spans: Spans, *arrays: Array) -> bool:
         # As many rows as there are on average.
         rows = Rows(len(spans.w), spans.columns, spans.runs, in_all=spans.in_all)
-        itemsize = 8 if str(arrays[0].dtype).endswith("float64") else 4
-        return worth(rows, int(spans.lengths.mean()), itemsize) and taken(operation, *arrays)
+        return takes_some(operation, rows, int(spans.lengths.mean()), *arrays)
 
     def run_documents(operation: Callable[..., Any], spans: Spans, *given: Array) -> Any:
         return back(operation(spans, *as_numpy(given)))
@@ -901,12 +901,7 @@ def _spread(backend: Any, task: Callable[[slice, slice], Any], work: Work) -> li
         by_problems, by_columns = 1, count
     tasks = [
         partial(task, slice(*of_problems), slice(*of_columns))
-        for of_problems in _even(work.problems, by_problems)
-        for of_columns in _even(work.columns, by_columns)
+        for of_problems in even_parts(work.problems, by_problems)
+        for of_columns in even_parts(work.columns, by_columns)
     ]
     return [tasks[0]()] if len(tasks) == 1 else backend.share(tasks)
-
-
-def _even(count: int, parts: int) -> Iterable[tuple[int, int]]:
-    """Where parts of about equal length begin and end."""
-    return pairwise(count * i // parts for i in range(parts + 1))
