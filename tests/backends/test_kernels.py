@@ -22,6 +22,9 @@ from watching import Seen, calls_of, code_within
 
 import tattn
 from tattn.backends import compiled, kernels
+from tattn.backends.compiled.loading import loaded, loops_over_tuples
+from tattn.backends.compiled.operations.rows import over_rows
+from tattn.backends.compiled.trials import fails
 from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import (
     CHAIN,
@@ -52,12 +55,12 @@ def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def loops() -> Any:
     """The compiled loops, which only numba makes."""
     pytest.importorskip("numba")
-    return compiled._loaded()[0].causal
+    return loaded()[0].causal
 
 
 def compile_for(*operations: str) -> None:
     """Compile these alone, before calls are watched: two processes that compile all at once do so twice."""
-    assert not any(compiled._fails(operation, dtype) for dtype in ("float32", "float64") for operation in operations)
+    assert not any(fails(operation, dtype) for dtype in ("float32", "float64") for operation in operations)
 
 
 @pytest.fixture
@@ -220,7 +223,7 @@ def assert_the_same(call: dict[str, Any], plan: tattn.Plan, used: Names, monkeyp
     used.clear()
     causal = plan.causal
     got = computed(call, causal, plan=plan)
-    assert set(used) == ({"read", "pull"} if causal else {"_over_rows"})
+    assert set(used) == ({"read", "pull"} if causal else {"over_rows"})
     used.clear()
     monkeypatch.setenv(compiled.SWITCH, "0")
     expected = computed(call, causal, plan=plan)
@@ -396,7 +399,7 @@ def passes(loops: Any) -> Iterator[Names]:
     """Tells of every time that a loop over all rows runs, which calls of all sizes use."""
     compile_for(*OF_ROWS, *OF_DOCUMENTS)
     every = compiled.kernels_for(BACKEND, lambda *arrays: True, pays=lambda *size: True)
-    watched = compiled._over_rows, compiled.read_documents, compiled.pull_documents
+    watched = over_rows, compiled.read_documents, compiled.pull_documents
     with BACKEND.using(kernels=every), calls_of(*watched) as seen:
         yield Names(seen)
 
@@ -462,7 +465,7 @@ def test_passes_over_weighted_and_spoiled_rows(passes, monkeypatch):
         return [out, dquery, *(x for of_kind in of_views for x in of_kind)]
 
     found = weighted()
-    assert set(passes) == {"_over_rows"}
+    assert set(passes) == {"over_rows"}
     monkeypatch.setenv(compiled.SWITCH, "0")
     for x, y in zip(found, weighted(), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-11 * np.abs(y).max())
@@ -522,7 +525,7 @@ def test_passes_over_packed_documents_compute_what_the_array_form_does(
             passes.clear()
             weighed = {**call, "key_weights": weights}
             found.append(computed(weighed, causal=False, plan=given, offsets=own)[: len(found[0])])
-            assert set(passes) == {"_over_rows"}
+            assert set(passes) == {"over_rows"}
         monkeypatch.setenv(compiled.SWITCH, "0")
         for each in found:
             assert_documents(each, call, own, given)
@@ -547,7 +550,7 @@ def test_packed_documents_that_are_long_or_spoiled(views, passes, monkeypatch):
     plan = through_features(plan_of(call, 3, causal=False))
     passes.clear()
     found = computed(call, causal=False, plan=plan, offsets=ends)
-    assert set(passes) == {"_over_rows", *(IN_PLACE if views < 3 else ())}
+    assert set(passes) == {"over_rows", *(IN_PLACE if views < 3 else ())}
     monkeypatch.setenv(compiled.SWITCH, "0")
     expected = computed(call, causal=False, plan=plan, offsets=ends)
     for x, y in zip(found, expected, strict=True):
@@ -634,7 +637,7 @@ def test_threads_share_documents(passes):
     own = np.concatenate([offsets[0], *(offsets[0][1:] + i * offsets[0][-1] for i in range(1, 12))])
     plan = through_features(plan_of(call, 6, causal=False))
     for weights, tasks in ((None, compiled.read_documents), ([np.ones(k.shape[:-1]) for k in call["keys"]],
-                                                             code_within(compiled._over_rows, "compute"))):  # fmt: skip
+                                                             code_within(over_rows, "compute"))):  # fmt: skip
         given = {**call, "key_weights": weights}
         with calls_of(tasks) as alone:
             expected = computed(given, causal=False, plan=plan, offsets=own)
@@ -724,7 +727,7 @@ def test_no_error_of_passes_exceeds_the_plan(dtype, passes):
                 found = ratios_of_repeated(call, plan, 40, scale, {"plan": plan, **options})
                 assert max(found) <= 1, (seed, kind, found, str(plan))
                 worst = max(worst, *found)
-    assert set(passes) == {"_over_rows", *IN_PLACE}
+    assert set(passes) == {"over_rows", *IN_PLACE}
     assert worst > 0.1
 
 
@@ -737,7 +740,7 @@ def test_sums_of_passes_over_long_sequences_do_not_drift(passes):
     assert np.max(np.abs(out / float(np.float32(0.7)) ** 2 - 1)) <= plan.error < 2e-5
     _, _, dvalues = pullback(np.ones_like(out))
     assert np.max(np.abs(dvalues[0] / float(np.float32(0.7)) - 1)) <= plan.error
-    assert set(passes) == {"_over_rows"}
+    assert set(passes) == {"over_rows"}
 
 
 def test_passes_take_the_sizes_that_they_are_faster_for(loops):
@@ -783,7 +786,7 @@ def test_code_for_passes_serves_arrays_of_all_layouts_and_flags(passes):
                 _each(lambda array: array.setflags(write=False), x)
         for x, y in zip(computed(turned, causal=False, plan=plan), expected, strict=True):
             np.testing.assert_array_equal(x, y)
-    assert len(compiled._loaded()[0].rows.compute.signatures) == 2
+    assert len(loaded()[0].rows.compute.signatures) == 2
 
 
 @pytest.fixture
@@ -906,7 +909,7 @@ def test_tuples_of_weighted_keys(scale, scores, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_exponentials_of_all_numbers(dtype, loops):
     """Two units of rounding at most; what vanishes is 0, what is too large infinite, and no number stays none."""
-    code, (low, high) = compiled._loops_over_tuples(), (-86.5, 88.7) if dtype == "float32" else (-707.9, 709.7)
+    code, (low, high) = loops_over_tuples(), (-86.5, 88.7) if dtype == "float32" else (-707.9, 709.7)
     x = np.random.default_rng(0).uniform(low, high, 40 * code.LANES).astype(dtype)
     x[:9] = [0.0, -0.0, 1e-30, -1e-30, low, high, 1.0, -1.0, 0.5]
     shift = np.zeros(code.LANES, dtype)
@@ -1458,7 +1461,7 @@ def test_compiled_code_serves_arrays_of_all_layouts_and_flags(loops):
         of_real = [types for types in loop.signatures if "none" in map(str, types)]
         assert len(of_real) <= 2
         assert len(loop.signatures) - len(of_real) <= 2
-    of_windows = compiled._loaded()[0].windows
+    of_windows = loaded()[0].windows
     assert len(of_windows.read.signatures) <= 2
     assert len(of_windows.pull.signatures) <= 2
 
@@ -1468,10 +1471,10 @@ def test_code_for_complex_channels_is_compiled_by_those_who_use_them(loops):
     code = """
         import numpy as np
         import tattn
-        from tattn.backends import compiled
+        from tattn.backends.compiled.loading import loaded
 
         rows = np.ones((5, 2), np.float32)
-        loops = compiled._loaded()[0]
+        loops = loaded()[0]
         for channels in ("real", "complex"):
             plan = tattn.plan_for(n=5, dim=2, bound=2.0, degree=3, causal=True, channels=channels)
             tattn.tensor_attention(rows, [rows, rows], [rows, rows], plan=plan, causal=True)
@@ -1893,7 +1896,7 @@ class TestTorch:
             {name: _each(torch.from_numpy, x) for name, x in arrays.items()},
         )
         found = computed(call, causal=False, plan=plan)
-        assert set(passes) == {"_over_rows"}
+        assert set(passes) == {"over_rows"}
         for x, y in zip(found, computed(arrays, causal=False, plan=plan), strict=True):
             tolerance = 1e-5 if dtype == "float32" else 1e-13
             np.testing.assert_allclose(x.numpy(), y, rtol=tolerance, atol=tolerance * np.abs(y).max())
@@ -1906,7 +1909,7 @@ class TestTorch:
         )
         passes.clear()
         torch.autograd.backward(outputs, (call["grad_out"], call["grad_lse"]))
-        assert set(passes) == {"_over_rows"}
+        assert set(passes) == {"over_rows"}
         for x, gradient in zip(inputs, found[2:], strict=True):
             torch.testing.assert_close(x.grad, gradient)
 

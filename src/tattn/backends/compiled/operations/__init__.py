@@ -1,0 +1,1 @@
+"""The operations of `tattn.backends.operations` for NumPy arrays, by compiled loops."""
