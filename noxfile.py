@@ -119,7 +119,8 @@ def libraries(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["everything"])
 def kernels(session: nox.Session) -> None:
     """Compiled code, and NumPy's tests of what it computes; without numba these are part of `tests`."""
-    run(session, "pytest", *SPREAD, "--library=numpy", "tests/backends/test_kernels.py", *COMPILED, *session.posargs)
+    loops = "tests/backends/test_kernels.py", "tests/backends/test_mixed.py"
+    run(session, "pytest", *SPREAD, "--library=numpy", *loops, *COMPILED, *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["everything"])

@@ -648,10 +648,9 @@ def test_threads_share_documents(passes):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.libraries("torch")
 def test_packed_documents_of_torch(loops):
     """Only gradients that are asked for are computed, and a second derivative needs no loops."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     compile_for(*OF_DOCUMENTS)
     rng, offsets = np.random.default_rng(0), torch.tensor([0, 300, 301, 700, 8600])
@@ -957,10 +956,8 @@ def test_tuples_are_spread_over_threads(scores):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * np.abs(y).max())
 
 
-@pytest.mark.libraries("torch")
 def test_tuples_of_tensors_with_gradients(loops, monkeypatch):
-    import torch
-
+    torch = pytest.importorskip("torch")
     call = drawn(128, 2, "float32", "heads", masked=True)
     given = [torch.tensor(x, requires_grad=True) for x in (call["query"], *call["keys"], *call["values"])]
     masks = [torch.tensor(call["key_masks"][0]), None]
