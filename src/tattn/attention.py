@@ -28,7 +28,7 @@ from .planning import exact_plan, plan_inputs
 from .planning.choice import Work, check_plan, chosen_work, for_lengths, gradient_bounds, stated_call, work_of
 from .planning.limits import check_flops, checked_most
 from .planning.program import ATTENTION, PACKED
-from .planning.selection import NAMES, Wish, may_be_unknown
+from .planning.selection import NAMES, Unread, Wish, may_be_unknown
 from .plans import Plan
 from .weights import Weights, with_weights
 
@@ -184,6 +184,7 @@ def tensor_attention(
     filled = filled_batch(given)
     sees = causal, window, offsets, decay
     inputs, weights, _ = _checked(filled.given if filled else given, sees, channels, asked)
+    asked = _of_any_length(inputs, scale, asked)
     with telling(reporter(progress)):
         work = _chosen(inputs, scale, asked)
         result = _computed(work, inputs, weights, asked)
@@ -327,10 +328,30 @@ def _checked(
     return inputs, weights, decays
 
 
+def _of_any_length(inputs: Inputs, scale: Any, asked: _Asked) -> _Asked:
+    """With a plan for all lengths, where a compiler takes calls with plans as one operator and the method needs no range of the
+    scores.
+    """
+    if asked.plan is not None or not inputs.traced or not inputs.backend.takes_whole():
+        return asked
+    if asked.max_flops is not None or asked.returns_plan:
+        # These are about this length.
+        return asked
+    checked_method(asked.method, NAMES)
+    number = checked_options(scale, inputs.dim, asked.tol, inputs.views, inputs.dtype)
+    if not may_be_unknown(inputs.order, Wish(asked.tol, asked.method)):
+        return asked
+    shapes = inputs.views, inputs.dim, inputs.value_dim, inputs.dtype
+    causal, window, _ = inputs.order
+    unread = Unread(shapes, number, causal, window, inputs.backend.chain, inputs.channels, asked.method)
+    return asked._replace(plan=unread)
+
+
 def _chosen(inputs: Inputs, scale: Any, asked: _Asked) -> Work:
     """What to compute for them."""
     tol, method, plan = asked[:3]
     certify = bool(asked.error)
+    plan = plan.plan() if isinstance(plan, Unread) else plan
     if isinstance(plan, Plan) and scale is None:
         scale = plan.scale
     checked_method(method, NAMES)
@@ -375,7 +396,9 @@ def _computed(work: Work, inputs: Inputs, weights: Weights | None, asked: _Asked
 def _of_divided(work: Work, inputs: Inputs, asked: _Asked | None) -> tuple[Array, ...]:
     """`_computed` for weights as they stand in the place of masks."""
     if inputs.traced and asked is not None and asked.plan is not None and inputs.documents is None:
-        described = asked.plan, asked.error, inputs.order.decays
+        # torch takes no tuples with names for constants.
+        plan = tuple(asked.plan) if isinstance(asked.plan, Unread) else asked.plan
+        described = plan, asked.error, inputs.order.decays
         program, arrays = (PACKED if inputs.offsets else ATTENTION), (*work.arrays, *inputs.offsets)
         whole = inputs.backend.whole(program, described, arrays)
         if whole is not None:

@@ -262,12 +262,35 @@ def test_checkpoints_of_rows_that_are_recomputed() -> None:
     same(slopes(lambda *arrays: checkpoint(attended, *arrays, use_reentrant=False), of), slopes(attended, of))
 
 
-@pytest.mark.parametrize("called", ["window", "unplanned exact", "unplanned causal"], indirect=True)
-@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "called",
+    ["unplanned causal", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("window", "unplanned exact"))],
+    indirect=True,
+)
 def test_compile_without_a_plan(called: Callable[..., Any], tensors: list[Any]) -> None:
+    """In two graphs for all lengths."""
     torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
-    same(compiled(*tensors), called(*tensors))
+    for repeated in (1, 2, 3):
+        given = [torch.cat([x.detach()] * repeated, dim=-2).requires_grad_() for x in tensors]
+        found = [[x, *torch.autograd.grad(x.sin().sum(), given)] for x in (of(*given) for of in (compiled, called))]
+        for x, y in zip(*found, strict=True):
+            same(x, y)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2
+
+
+@pytest.mark.thorough
+def test_compile_of_what_is_asked_of_a_plan_without_one(tensors: list[Any]) -> None:
+    """The plan, and how many operations it may take, are those of the length at hand."""
+    torch._dynamo.reset()
+    q, a, b, u, v = tensors
+
+    def called(q: Any, **options: Any) -> Any:
+        return tattn.tensor_attention(q, [a, b], [u, v], method="exact", causal=True, **options)
+
+    compiled = torch.compile(called, fullgraph=True, backend="eager")
+    same(compiled(q, max_flops=1e9), called(q))
 
 
 @pytest.mark.parametrize(
@@ -948,7 +971,16 @@ def test_compiled_packed_calls_read_offsets_when_they_run() -> None:
         attend(x, offsets - torch.tensor([0, 0, 1]))
     with pytest.raises(ValueError, match="offsets should not descend, got 4 before 3"):
         compiled(plan)(x, torch.tensor([0, 4, 3, 9]))
-    for refused in (compiled(plan, pulled=True), compiled(None, method="exact")):
+    # The exact method needs no plan, unless something is asked of that.
+    exact = compiled(None, method="exact")
+    for n in (9, 12):
+        given = torch.rand(n, 3)
+        x = torch.rand(n, 3)
+        places = torch.tensor([0, 4, n])
+        expected = tattn.tensor_attention(given, [x], [x], method="exact", offsets=places).sum()
+        torch.testing.assert_close(exact(given, places), expected)
+    x = torch.rand(9, 3)
+    for refused in (compiled(plan, pulled=True), compiled(None, method="exact", max_flops=1e9)):
         with pytest.raises(Exception, match="offsets should be numbers that are known when the call is made"):
             refused(x, offsets)
     with pytest.raises(Exception, match="offsets should hold whole numbers, got dtype float32"):

@@ -189,7 +189,19 @@ def test_layers_without_a_state() -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("changes", [{"order": 2}, {}, {"decay": "alibi"}, {"positions": "rotary"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": 2},
+        {},
+        {"decay": "alibi"},
+        {"positions": "rotary"},
+        {"method": "exact"},
+        {"method": "exact", "decay": "alibi", "positions": "rotary"},
+        {"method": "exact", "bound": None},
+    ],
+    ids=str,
+)
 def test_compiled_steps_take_all_lengths_in_two_graphs(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layer = tattn.nn.TensorAttention(8, 2, causal=True, **changes)

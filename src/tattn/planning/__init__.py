@@ -38,12 +38,10 @@ from ..weights import with_weights
 from .banded import asked_banded, banded_plan, is_banded
 from .estimated import estimated_plan
 from .limits import check_cost, check_flops, checked_most
-from .selection import NAMES, Wish, check_rank, choose, may_be_unknown, plan_with, why_overflows
+from .selection import ANY, NAMES, Wish, check_rank, choose, may_be_unknown, plan_with, why_overflows
 
 # Methods that hold all that a plan needs, without the range of any scores.
 _COMPLETE = (Exact, Polynomial, Banded)
-# Scores of which nothing is known.
-_ANY = ScoreRange(inf, -inf, "promise")
 
 
 def plan(
@@ -260,7 +258,7 @@ def _planned(inputs: Inputs, scale: float, wish: Wish, bound: float | str | None
         return choose(problem, _promised(bound), wish)
     if inputs.traced:
         if bound is None and may_be_unknown(inputs.order, wish):
-            return choose(problem, _ANY, wish)
+            return choose(problem, ANY, wish)
         raise PlanError(
             "the arrays are traced and their range cannot be read: give a bound that you promise, bound=..."
         )
@@ -309,7 +307,7 @@ def exact_plan(inputs: Inputs, scale: float) -> Plan:
 @memoized
 def _exact_of(problem: Problem) -> Plan:
     """The exact method's plan for scores of any size: the same for calls of the same shapes."""
-    return choose(problem, _ANY, Wish(inf, "exact"))
+    return choose(problem, ANY, Wish(inf, "exact"))
 
 
 def measured(inputs: Inputs, scale: float) -> Ranges:
@@ -347,6 +345,6 @@ def _of_method(method: Exact | Polynomial | Banded, problem: Problem, **without_
     if isinstance(method, Banded):
         return replace(banded_plan(problem, method), reason=reason)
     if isinstance(method, Exact):
-        return plan_with(method, problem, _ANY, reason)
+        return plan_with(method, problem, ANY, reason)
     check_rank(problem, method.degree)
     return plan_with(method, problem, _promised(method.bound), reason)

@@ -16,13 +16,17 @@ from ..methods.certificate import COLUMNS, ERROR
 from ..plans import Plan
 from ..stored import plan_of_facts
 from .choice import packed
+from .selection import Unread
 
 ATTENTION, PACKED = "attention", "packed attention"
 
 
 @lru_cache(maxsize=256)
-def written(plan: Plan, certify: bool, decays: bool = False) -> str:
-    """A plan, whether errors of rows are asked for and whether keys decay, as text; "" for a method that a text does not tell."""
+def written(plan: Plan | tuple[Any, ...], certify: bool, decays: bool = False) -> str:
+    """A plan or the fields of an `Unread`, whether errors of rows are asked for and whether keys decay, as text; "" for a method
+    that a text does not tell.
+    """
+    plan = Unread(*plan).plan() if isinstance(plan, tuple) else plan
     facts = plan.facts()
     try:
         told = plan_of_facts(facts)

@@ -25,6 +25,8 @@ from .settings import settings
 
 # What `method=` may be: the cheapest method that meets `tol`, or one by name.
 NAMES = ("auto", *METHODS)
+# Scores of which nothing is known.
+ANY = ScoreRange(inf, -inf, "promise")
 # Exponents of all monomials in all channels, which are a table.
 _MAX_EXPONENTS = 1 << 28
 # Operations that take longer than to look for a pruned basis.
@@ -51,6 +53,27 @@ class Wish(NamedTuple):
         if not isinstance(self.method, str):
             return self.method
         return None if self.method in ("auto", "polynomial") else METHODS[self.method]()
+
+
+class Unread(NamedTuple):
+    """What a plan needs that is for calls of any length, of a method that needs no range of the scores: numbers and words alone.
+
+    A compiler knows these of a call whose lengths and values it does not know. Others as in `Problem`, `Order` and `Wish`.
+    """
+
+    shapes: tuple[int, int, int, str]
+    scale: float
+    causal: bool
+    window: tuple[int, ...] | None
+    chain: int
+    channels: str
+    method: str
+
+    def plan(self) -> Plan:
+        """It states no error."""
+        shapes = *self.shapes, (1,) * (1 + self.shapes[0]), 1
+        problem = Problem(*shapes, self.scale, Order(self.causal, self.window), self.chain, self.channels)
+        return choose(problem, ANY, Wish(inf, self.method))
 
 
 def choose(problem: Problem, scores: ScoreRange, wish: Wish) -> Plan:
