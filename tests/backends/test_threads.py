@@ -18,8 +18,8 @@ import pytest
 import tattn
 from tattn.backends import backend_of
 from tattn.backends.base import Backend
-from tattn.backends.numpy import _blas
 from tattn.backends.tables import memoized
+from tattn.backends.threads import libraries
 from tattn.engines.features import joined
 
 N, KEYS = 300, (290, 200)
@@ -85,7 +85,7 @@ def shared(library: Any, backend: Backend) -> Iterator[list[int]]:
 def real_threads(backend: Backend) -> int:
     """Threads that the library uses for an operation just now, or would if it were not watched."""
     if backend.name == "NumPy":
-        return min(blas.num_threads for blas in _blas().lib_controllers)
+        return min(blas.num_threads for blas in libraries("blas").lib_controllers)
     return type(backend).threads(backend)
 
 
@@ -95,7 +95,7 @@ def set_threads(library: Any, count: int) -> None:
 
         torch.set_num_threads(count)
     else:
-        for blas in _blas().lib_controllers:
+        for blas in libraries("blas").lib_controllers:
             blas.set_num_threads(count)
 
 
@@ -487,8 +487,6 @@ def test_operations_between_shared_passes_take_no_threads(
 def test_other_libraries_of_openmp_keep_their_number_of_threads(
     torch: Any, backend: Backend, shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tattn.backends import torch as module
-
     class Other:
         num_threads = 7
 
@@ -496,8 +494,8 @@ def test_other_libraries_of_openmp_keep_their_number_of_threads(
             self.num_threads = count
 
     other = Other()
-    every = [*module._openmp(), other]
-    monkeypatch.setattr(module, "_openmp", lambda: every)
+    openmp = libraries("openmp")
+    monkeypatch.setattr(openmp, "lib_controllers", [*openmp.lib_controllers, other])
     assert backend.run(lambda *given: other.num_threads, None, (torch.zeros(1),)) == 1
     assert (other.num_threads, torch.get_num_threads()) == (7, 2)
 

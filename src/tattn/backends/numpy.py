@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from threading import Event
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from . import compiled
 from .base import Array, Backend, name_of
-from .threads import run_threads
+from .threads import libraries, run_threads, take_threads
 
 # NumPy makes the name of a dtype anew whenever it is asked, and a call asks many times.
 _name_of = lru_cache(maxsize=64)(name_of)
@@ -85,7 +85,8 @@ class NumpyBackend(Backend):
         return np.multiply(x, weights, out=x)
 
     def threads(self) -> int:
-        return self._limited or min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
+        blas = () if self._limited else libraries("blas").lib_controllers
+        return self._limited or min((library.num_threads or 1 for library in blas), default=1)
 
     def in_threads(self, tasks: Sequence[Callable[[], Any]], stop: Event) -> list[Any]:
         # A context holds the settings for errors, and may be entered once at a time.
@@ -93,14 +94,12 @@ class NumpyBackend(Backend):
         tasks = [partial(context.run, task) for context, task in zip(contexts, tasks, strict=True)]
 
         def alone(task: Callable[[], Any]) -> Any:
-            # With OpenMP each thread has a number of its own.
-            for library in _blas().lib_controllers:
-                library.set_num_threads(1)
+            take_threads("blas")
             return task()
 
         self._limited = self.threads()
         try:
-            with _blas().limit(limits=1):
+            with libraries("blas").limit(limits=1):
                 return run_threads(tasks, stop, alone)
         finally:
             self._limited = 0
@@ -117,15 +116,6 @@ class NumpyBackend(Backend):
         # A row that is one element is written twice as fast.
         row = np.dtype((np.void, rows.itemsize * rows.shape[1]))
         target.view(row)[places] = np.ascontiguousarray(rows).view(row)
-
-
-@cache
-def _blas() -> Any:
-    """The libraries that matrix products run in."""
-    # Small calls have no need of it.
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas")
 
 
 BACKEND = NumpyBackend(xp)

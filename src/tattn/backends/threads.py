@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from threading import Event, Lock, Thread, local
 from typing import Any
@@ -20,6 +21,21 @@ class Memory(local):
 def even_parts(count: int, parts: int) -> Iterable[tuple[int, int]]:
     """Where parts of about equal length begin and end."""
     return pairwise(count * i // parts for i in range(parts + 1))
+
+
+@cache
+def libraries(kind: str) -> Any:
+    """The libraries, "blas" or "openmp", that share work of one thread among others, which they count and limit."""
+    # Calls on one thread have no need of it.
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api=kind)
+
+
+def take_threads(kind: str) -> None:
+    """Operations of this thread use no other from now on; with OpenMP each thread has a number of its own."""
+    for library in libraries(kind).lib_controllers:
+        library.set_num_threads(1)
 
 
 def run_threads(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from threading import Event, Lock, Semaphore, local
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from . import compiled
 from .base import MOST_POWER, Array, Backend, powers_of_two
 from .operations import PROGRAMS
 from .tables import Tables, memoized
-from .threads import run_threads
+from .threads import libraries, run_threads, take_threads
 
 
 class TorchBackend(Backend):
@@ -156,7 +155,7 @@ class TorchBackend(Backend):
                 ready.acquire()
             torch.set_num_threads(threads)
             if _limited.threads:
-                _take_openmp()
+                take_threads("openmp")
 
         try:
             return run_threads(tasks, stop, alone, started)
@@ -283,30 +282,15 @@ def _without_openmp() -> Iterator[None]:
         yield
         return
     # Other libraries than torch's may be among them, each with a number of its own.
-    before = [(library, library.num_threads) for library in _openmp()]
+    before = [(library, library.num_threads) for library in libraries("openmp").lib_controllers]
     _limited.threads = threads
-    _take_openmp()
+    take_threads("openmp")
     try:
         yield
     finally:
         for library, number in before:
             library.set_num_threads(number)
         _limited.threads = 0
-
-
-def _take_openmp() -> None:
-    """Operations of this thread use no other from now on; those of other threads go on as they do."""
-    for library in _openmp():
-        library.set_num_threads(1)
-
-
-@cache
-def _openmp() -> Any:
-    """The libraries that operations share their work by."""
-    # Calls on one thread have no need of it.
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="openmp").lib_controllers
 
 
 _MODES: Any = torch._C._TorchDispatchModeKey
