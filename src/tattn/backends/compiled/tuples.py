@@ -41,6 +41,8 @@ _WHOLE = {4: 1.5 * 2.0**23, 8: 1.5 * 2.0**52}
 # Below the first e^x counts as 0, above the last as infinite. The first is at twice the smallest normal number, so that the least
 # sum that `features.balance` takes for right is so to a unit in the last place, and not to half of one.
 _RANGE = {4: (-86.6, 88.7228317), 8: (-708.0, 709.782712893384)}
+# Terms of Taylor's sum.
+_TERMS = {4: 8, 8: 14}
 _TAYLOR = [1 / factorial(t) for t in range(14)]
 
 
@@ -59,48 +61,32 @@ def _half_power(context: Any, shifted: Any) -> Any:
 
 @cache
 def exponents(dtype: Any) -> tuple[Any, ...]:
-    """Numbers of a dtype that the loops take exponentials with."""
+    """Numbers of a dtype that the loops take exponentials with, Taylor's coefficients from the seventh on."""
     size, number = np.dtype(dtype).itemsize, np.dtype(dtype).type
-    return tuple(number(x) for x in (_PER_LN_2, _WHOLE[size], *_LN_2[size], *_RANGE[size], *_TAYLOR[2:]))
+    return tuple(number(x) for x in (_PER_LN_2, _WHOLE[size], *_LN_2[size], *_RANGE[size], *_TAYLOR[: _TERMS[size]]))
+
+
+@compiled({"contract"}, inline=True)
+def _parts(x: Any, numbers: Any) -> Any:
+    """e^r and 2^(n − 1) of x = r + n ln 2. Taylor's sum is off by a tenth of a unit of rounding."""
+    shifted = x * numbers[0] + numbers[1]
+    n = shifted - numbers[1]
+    r = (x - n * numbers[2]) - n * numbers[3]
+    p = numbers[len(numbers) - 1]
+    for t in range(len(numbers) - 2, 7, -1):
+        p = p * r + numbers[t]
+    return (p * (r * r) + r) + numbers[6], _half_power(shifted)
 
 
 @compiled({"contract"})
 def _exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
-    """Replace x by e^(x − shift), for float32, where Taylor's sum up to r⁷ is off by a tenth of a unit of rounding."""
-    rows = LANES * len(lanes)
-    per, whole, high, low, lowest, most = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
-    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
-    zero, one, two, infinite = x.dtype.type(0), x.dtype.type(1), x.dtype.type(2), x.dtype.type(np.inf)
+    """Replace x by e^(x − shift)."""
+    rows, lowest, most = LANES * len(lanes), numbers[4], numbers[5]
+    zero, two, infinite = x.dtype.type(0), x.dtype.type(2), x.dtype.type(np.inf)
     for i in range(rows):
         y = x[i] - shift[i]
-        z = min(max(y, lowest), most)
-        shifted = z * per + whole
-        n = shifted - whole
-        r = (z - n * high) - n * low
-        p = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        p = ((p * (r * r) + r) + one) * _half_power(shifted) * two
-        p = infinite if y > most else p
-        p = zero if y < lowest else p
-        x[i] = p if y == y else y
-
-
-@compiled({"contract"})
-def _long_exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
-    """The same for float64, up to r¹³."""
-    rows = LANES * len(lanes)
-    per, whole, high, low, lowest, most = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
-    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
-    c8, c9, c10, c11, c12, c13 = numbers[12], numbers[13], numbers[14], numbers[15], numbers[16], numbers[17]
-    zero, one, two, infinite = x.dtype.type(0), x.dtype.type(1), x.dtype.type(2), x.dtype.type(np.inf)
-    for i in range(rows):
-        y = x[i] - shift[i]
-        z = min(max(y, lowest), most)
-        shifted = z * per + whole
-        n = shifted - whole
-        r = (z - n * high) - n * low
-        p = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
-        p = ((((p * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        p = ((p * (r * r) + r) + one) * _half_power(shifted) * two
+        p, half = _parts(min(max(y, lowest), most), numbers)
+        p = p * half * two
         p = infinite if y > most else p
         p = zero if y < lowest else p
         x[i] = p if y == y else y
@@ -108,34 +94,11 @@ def _long_exponential(x: Any, shift: Any, lanes: Any, numbers: Any) -> None:
 
 @compiled({"contract"})
 def _of_small(x: Any, lanes: Any, numbers: Any) -> None:
-    """Replace x by e^x where nothing is large, for float32: half of the operations."""
-    rows = LANES * len(lanes)
-    per, whole, high, low = numbers[0], numbers[1], numbers[2], numbers[3]
-    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
-    one, two = x.dtype.type(1), x.dtype.type(2)
+    """Replace x by e^x where nothing is large: half of the operations."""
+    rows, two = LANES * len(lanes), x.dtype.type(2)
     for i in range(rows):
-        shifted = x[i] * per + whole
-        n = shifted - whole
-        r = (x[i] - n * high) - n * low
-        p = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        x[i] = ((p * (r * r) + r) + one) * (_half_power(shifted) * two)
-
-
-@compiled({"contract"})
-def _long_of_small(x: Any, lanes: Any, numbers: Any) -> None:
-    """The same for float64."""
-    rows = LANES * len(lanes)
-    per, whole, high, low = numbers[0], numbers[1], numbers[2], numbers[3]
-    c2, c3, c4, c5, c6, c7 = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10], numbers[11]
-    c8, c9, c10, c11, c12, c13 = numbers[12], numbers[13], numbers[14], numbers[15], numbers[16], numbers[17]
-    one, two = x.dtype.type(1), x.dtype.type(2)
-    for i in range(rows):
-        shifted = x[i] * per + whole
-        n = shifted - whole
-        r = (x[i] - n * high) - n * low
-        p = (((((c13 * r + c12) * r + c11) * r + c10) * r + c9) * r + c8) * r + c7
-        p = ((((p * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-        x[i] = ((p * (r * r) + r) + one) * (_half_power(shifted) * two)
+        p, half = _parts(x[i], numbers)
+        x[i] = p * (half * two)
 
 
 @compiled()
@@ -144,15 +107,10 @@ def _weights(x: Any, shift: Any, less: Any, lanes: Any, numbers: Any) -> None:
     rows = LANES * len(lanes)
     for t in range(0, x.shape[0], rows):
         own = x[t : t + rows]
-        if x.itemsize == 4:
-            if less:
-                _exponential(own, shift, lanes, numbers)
-            else:
-                _of_small(own, lanes, numbers)
-        elif less:
-            _long_exponential(own, shift, lanes, numbers)
+        if less:
+            _exponential(own, shift, lanes, numbers)
         else:
-            _long_of_small(own, lanes, numbers)
+            _of_small(own, lanes, numbers)
 
 
 @compiled(FAST)
