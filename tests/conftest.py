@@ -30,6 +30,14 @@ class Library:
     is_array: Callable[[Any], bool]
     device: Callable[[Any], Any]
 
+    @property
+    def backend(self) -> Any:
+        """What computes on its arrays, on their device."""
+        from tattn.backends import backend_of
+
+        array = self.array(np.zeros(1))
+        return backend_of(array).for_arrays([array])
+
     def arrays(self, *given: Any) -> Any:
         """NumPy arrays, or nested sequences of them and None, in this library."""
         moved = [

@@ -103,9 +103,8 @@ def test_many_problems_are_taken_in_parts(library: Any, method: str) -> None:
         "plan": through_features(tattn.plan_for(n=9, dim=3, bound=1.0, degree=3, dtype="float64"))
     }  # fmt: skip
     together, _ = run(library, call, **options)
-    query = library.array(call.query)
     # Two problems would have no room; the scores of one, about.
-    with backend_of(query).for_arrays([query]).using(workspace=1, cache=3000):
+    with library.backend.using(workspace=1, cache=3000):
         apart, _ = run(library, call, **options)
     assert_close(apart, together, 1e-13)
 

@@ -13,7 +13,6 @@ from conftest import Library, make_library
 from reference import Dense, dense, value_sizes
 
 import tattn
-from tattn.backends import backend_of
 
 # Rows of documents: of the query, and as many or more of each view, and numbers that have nothing to do with these.
 SELF = (5, 9, 0, 1, 12, 9, 6, 3, 9, 4, 5, 2)
@@ -162,9 +161,7 @@ def test_weights_of_keys(library: Library, method: str, causal: bool, masked: bo
 @pytest.fixture(params=["groups", "few groups"])
 def groups(request: pytest.FixtureRequest, library: Library) -> Iterator[None]:
     """As they come, and two at most, in which documents of very different lengths are padded."""
-    array = library.array(np.zeros(1))
-    backend = backend_of(array).for_arrays([array])
-    with backend.using(groups=2 if request.param == "few groups" else backend.groups):
+    with library.backend.using(groups=2 if request.param == "few groups" else library.backend.groups):
         yield
 
 

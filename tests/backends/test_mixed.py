@@ -12,7 +12,7 @@ from reference import through_features
 from watching import calls_of, code_within
 
 import tattn
-from tattn.backends import backend_of, compiled
+from tattn.backends import compiled
 from tattn.backends.compiled.operations.rows import over_rows
 
 pytest.importorskip("numba")
@@ -136,7 +136,7 @@ def every_kernel(library: Any) -> Any:
         from tattn.backends.torch import _numbers_of, _plain, torch
 
         given = _plain, _numbers_of, torch.from_numpy
-    backend = backend_of(library.array(np.ones(1)))
+    backend = library.backend
     always = {"pays": lambda *size: True, "tuples_pay": lambda call: True}
     return backend.using(kernels=compiled.kernels_for(backend, *given, **always))
 

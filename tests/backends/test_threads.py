@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import tattn
-from tattn.backends import backend_of
 from tattn.backends.base import Backend
 from tattn.backends.tables import memoized
 from tattn.backends.threads import libraries
@@ -48,9 +47,7 @@ def run(library: Any, given: tuple[Any, ...], **options: Any) -> list[np.ndarray
 @pytest.fixture
 def backend(library: Any) -> Backend:
     """What computes in threads; skips where the library does not."""
-    array = library.array(np.zeros(1))
-    found: Any = backend_of(array)
-    found = found.for_arrays([array])
+    found: Backend = library.backend
     if type(found).in_threads is Backend.in_threads or library.name not in ("numpy", "torch"):
         pytest.skip("operations of this library are not shared among threads")
     return found

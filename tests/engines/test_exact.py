@@ -24,8 +24,7 @@ from tattn.operands import Operands, Upstream
 
 def in_cache(library: Any, scores: int) -> Any:
     """Blocks of so many scores in float64: of 16, four query rows, four tuples and two to four rows of a view."""
-    array = library.array(np.zeros(1))
-    return backend_of(array).for_arrays([array]).using(cache=8 * scores)
+    return library.backend.using(cache=8 * scores)
 
 
 @pytest.mark.grid

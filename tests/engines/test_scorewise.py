@@ -12,7 +12,6 @@ from numpy.polynomial.polynomial import polyder, polyval
 from reference import Dense, dense, score_by_score, through_features, value_sizes
 
 import tattn
-from tattn.backends import backend_of
 from tattn.bounds.rounding import scores_round_less
 
 
@@ -26,8 +25,7 @@ def test_it_is_the_definition_with_its_polynomial(library: Any, case: dict[str, 
     call = draw(**case, seed=2 if blocks else 0)
     plan = tattn.plan_for(n=9, dim=3, order=case["views"] + 1, bound=1.0, degree=3 if blocks else 4, dtype="float64")
     plan = score_by_score(plan)
-    query = library.array(call.query)
-    with backend_of(query).for_arrays([query]).using(**blocks):
+    with library.backend.using(**blocks):
         got, _ = run(library, call, plan=plan)
     p = plan.coefficients
     expected = dense(

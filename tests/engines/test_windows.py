@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_library
 from reference import dense, value_sizes
 from test_causal import Arrays, assert_close, expected, polynomial_of, run
 
 import tattn
-from tattn.backends import backend_of
 
 # Rows, windows, how many keys come before the first row, and the workspace, which sets how rows are cut: blocks longer than a
 # window, segments of one block and of more, and windows over several segments and a part of one.
@@ -54,9 +54,9 @@ def plan_of(call: Arrays, window: tuple[int, ...], **options: Any) -> tattn.Plan
     return tattn.plan_for(n=lengths, dim=query.shape[-1], order=len(keys) + 1, value_dim=2, window=window, **options)
 
 
-def in_workspace(array: Any, workspace: int | None) -> Any:
-    """The backend of an array with so much room for a while; None as it is."""
-    backend = backend_of(array).for_arrays([array])
+def in_workspace(library: Any, workspace: int | None) -> Any:
+    """The backend with so much room for a while; None as it is."""
+    backend = library.backend
     return backend.using(workspace=backend.workspace if workspace is None else workspace)
 
 
@@ -68,7 +68,7 @@ def test_the_definition_with_the_polynomial(
 ) -> None:
     call = drawn(n, before, shared=shared and len(window) < 3)
     plan = plan_of(call, window)
-    with in_workspace(library.array(np.zeros(1)), workspace):
+    with in_workspace(library, workspace):
         found = run(library, call, plan=plan, window=window)
     assert_close(found, expected(call, window=window, **polynomial_of(plan)), 1e-11)
 
@@ -90,7 +90,7 @@ def test_keys_that_decay(
     if m == 3:
         decay = [x[0] for x in decay]
     plan = plan_of(call, window)
-    with in_workspace(library.array(np.zeros(1)), workspace):
+    with in_workspace(library, workspace):
         found = run(library, call, plan=plan, window=window, decay=decay)
     assert_close(found, expected(call, window=window, decay=decay, **polynomial_of(plan)), 1e-11)
 
@@ -103,7 +103,7 @@ def test_complex_channels(library: Any, views: int, decays: bool) -> None:
     call = drawn(40, (0, 12, 3)[:views], 4)
     plan = plan_of(call, window, channels="complex")
     options: Any = {"decay": [np.asarray(0.9)] * views} if decays else {}
-    with in_workspace(library.array(np.zeros(1)), 1 << 14):
+    with in_workspace(library, 1 << 14):
         found = run(library, call, plan=plan, window=window, **options)
     assert_close(found, expected(call, window=window, channels="complex", **options, **polynomial_of(plan)), 1e-11)
 
@@ -122,7 +122,7 @@ def test_exact_windows(library: Any, decays: bool) -> None:
     window, found = (40, 25), []
     plan = plan_of((query, keys, None, None, None, None), window, degree=9, bound=0.5, scale=0.1)  # type: ignore[arg-type]
     for options in ({"plan": plan}, {"method": "exact", "scale": 0.1}):
-        with in_workspace(library.array(np.zeros(1)), 1 << 14 if "plan" in options else None):
+        with in_workspace(library, 1 << 14 if "plan" in options else None):
             (out, lse), pullback = tattn.tensor_attention_vjp(
                 query, keys, values, key_weights=key_weights, window=window, return_lse=True, **options, **more
             )
@@ -250,7 +250,7 @@ def test_traced_calls() -> None:
     np.testing.assert_allclose(jax.jit(attend)(*arrays), exact, rtol=1e-12)
     with pytest.raises(tattn.PlanError, match="its values cannot be read"):
         jax.jit(lambda *arrays: attend(*arrays, method="polynomial"))(*arrays)
-    with in_workspace(arrays[0], 1 << 12):
+    with in_workspace(make_library("jax"), 1 << 12):
         text = jax.jit(lambda *arrays: attend(*arrays, plan=plan)).lower(*arrays).as_text()
         found = np.asarray(jax.jit(lambda *arrays: attend(*arrays, plan=plan))(*arrays))
     assert (np.abs(found - exact) <= plan.error * value_sizes(values)).all()

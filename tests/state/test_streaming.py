@@ -24,7 +24,6 @@ from reference import changed, dense, value_sizes
 from watching import calls_of
 
 import tattn
-from tattn.backends import backend_of
 from tattn.state.sums import sum_rows
 
 PLANS = {m: tattn.plan_for(n=9, dim=3, order=m + 1, bound=1.0, degree=4, dtype="float64") for m in (1, 2, 3)}
@@ -495,7 +494,7 @@ def test_many_problems_are_taken_in_parts(library: Any) -> None:
 
     together = everything()
     # Of which no two problems have room.
-    with backend_of(query).for_arrays([query]).using(workspace=1):
+    with library.backend.using(workspace=1):
         apart = everything()
     for a, b in zip(apart, together, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
