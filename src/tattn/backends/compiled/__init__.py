@@ -334,7 +334,10 @@ def kernels_for(
 
     def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
         w, q, keys, shares, decays = as_numpy((block.w, block.q, block.keys, block.shares, block.decays))
-        rows = Prefix(w, block.runs, q, keys, shares, block.half, decays)
+        documents = block.documents
+        if documents is not None:
+            documents = documents._replace(units=as_numpy(documents.units))
+        rows = Prefix(w, block.runs, q, keys, shares, block.half, decays, documents)
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
     def run_step(operation: Callable[..., Any], token: Token, query: Array, *given: Any) -> Any:
@@ -353,6 +356,9 @@ def kernels_for(
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
         return back(operation(rows, *as_numpy(given), partial(_spread, backend)))
 
+    def takes_sizes(operation: str, _: Spans, *arrays: Array) -> bool:
+        return taken(operation, *arrays)
+
     def takes_documents(operation: str, spans: Spans, *arrays: Array) -> bool:
         # As many rows as there are on average.
         rows = Rows(len(spans.w), spans.columns, spans.runs, in_all=spans.in_all)
@@ -370,6 +376,7 @@ def kernels_for(
     chosen = (
         dict.fromkeys(OF_ROWS, takes_rows)
         | dict.fromkeys(OF_DOCUMENTS, takes_documents)
+        | {"size_documents": takes_sizes}
         | dict.fromkeys(OF_TUPLES, takes_tuples)
     )
     functions: dict[str, Callable[..., Any]] = {
@@ -566,18 +573,20 @@ def prefix_read(block: Prefix, sums: Sequence[Sequence[np.ndarray]], spread: Cal
     """The operation `prefix_read` for NumPy arrays."""
     loops = _loaded()[0].causal
     problems = _Problems(block, [total for total, _ in sums])
-    total, lost = problems.views([s for s, _ in sums]), problems.views([s for _, s in sums])
-    out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
+    total, lost = (_sums(problems, [pair[i] for pair in sums], block, len(block.keys)) for i in (0, 1))
+    # Rows of no document are 0.
+    out = np.zeros((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
     w = _padded(block, loops)
 
     def read(p: slice, e: slice) -> None:
         cut = [total[p, :, e], lost[p, :, e], out[p, ..., e]]
         own = [_writable(x) for x in cut]
         z = _writable(problems.z[p, ..., e])
-        loops.read(problems.q[p], problems.k[p], z, w, block.runs, block.half, *problems.fading(p), *own)
+        which = *problems.fading(p), *problems.documents(p)
+        loops.read(problems.q[p], problems.k[p], z, w, block.runs, block.half, *which, *own)
         _put_back(own, cut)
 
-    spread(read, problems.work(total, _TO_READ))
+    (_alone if block.documents else spread)(read, problems.work(total, _TO_READ))
     return problems.of_views(total, lost, [s for s, _ in sums]), problems.whole(out)
 
 
@@ -591,17 +600,18 @@ def prefix_pull(
     """The operation `prefix_pull` for NumPy arrays."""
     loops = _loaded()[0].causal
     problems = _Problems(block, starts, upstream)
-    total = problems.views(starts)
-    after, missed = problems.views([s for s, _ in behind]), problems.views([s for _, s in behind])
+    total = _sums(problems, starts, block, len(block.keys))
+    after, missed = (_sums(problems, [pair[i] for pair in behind], block, len(block.keys)) for i in (0, 1))
     q, k, z, g = problems.q, problems.k, problems.z, problems.together(upstream)
-    dz = np.empty_like(z)
+    # Rows of no document are 0.
+    dz = np.zeros_like(z)
     w = _padded(block, loops)
 
     def pull(p: slice, e: slice) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray]:
         given = [_writable(x) for x in (z[p, ..., e], g[p, ..., e])]
         cut = [after[p, :, e], missed[p, :, e], dz[p, ..., e]]
         s, rest, found = own = [_writable(x) for x in cut]
-        of_q, of_k = np.empty_like(q[p]), np.empty_like(k[p])
+        of_q, of_k = np.zeros_like(q[p]), np.zeros_like(k[p])
         of_total = _writable(total[p, :, e])
         of_decays = np.zeros((len(of_q), len(block.decays)))
         loops.pull(
@@ -612,6 +622,7 @@ def prefix_pull(
             block.runs,
             block.half,
             *problems.fading(p),
+            *problems.documents(p),
             of_total,
             s,
             rest,
@@ -623,7 +634,7 @@ def prefix_pull(
         _put_back(own, cut)
         return p, of_q, of_k, of_decays
 
-    parts = spread(pull, problems.work(total, _TO_PULL))
+    parts = (_alone if block.documents else spread)(pull, problems.work(total, _TO_PULL))
     _, dq, dk, d_logs = parts[0]
     if len(parts) > 1:
         # What columns add to the gradients of queries and keys is added up in their order.
@@ -641,7 +652,7 @@ def window_read(block: Prefix, starts: Sequence[np.ndarray], spread: Callable[..
     """The operation `window_read` for NumPy arrays."""
     loops = _loaded()[0]
     problems = _Problems(block, starts)
-    total = _seen_by_all(problems, starts, block)
+    total = _sums(problems, starts, block, len(block.keys) // 2)
     out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
     w = _padded(block, loops.causal)
 
@@ -661,7 +672,7 @@ def window_pull(
     """The operation `window_pull` for NumPy arrays."""
     loops = _loaded()[0]
     problems = _Problems(block, starts, upstream)
-    total, g = _seen_by_all(problems, starts, block), problems.together(upstream)
+    total, g = _sums(problems, starts, block, len(block.keys) // 2), problems.together(upstream)
     q, k, z = problems.q, problems.k, problems.z
     w, m = _padded(block, loops.causal), total.shape[1]
     dq, dk, dz, of_total = (np.empty_like(x) for x in (q, k, z, total))
@@ -681,10 +692,11 @@ def window_pull(
     return problems.whole(dq), *views
 
 
-def _seen_by_all(problems: _Problems, starts: Sequence[np.ndarray], block: Prefix) -> np.ndarray:
-    """`starts` of every problem (P, m, dv + 1, r), or (0, …) if there are none."""
-    _, both, _, columns = problems.z.shape
-    return problems.views(starts) if starts else np.zeros((0, both // 2, columns, len(block.w)), problems.q.dtype)
+def _sums(problems: _Problems, given: Sequence[np.ndarray], block: Prefix, views: int) -> np.ndarray:
+    """Those of every problem and view (P, m, dv + 1, r), or (0, …) if there are none."""
+    return (
+        problems.views(given) if given else np.zeros((0, views, problems.z.shape[-1], len(block.w)), problems.q.dtype)
+    )
 
 
 def step(
@@ -835,10 +847,22 @@ class _Problems:
         if block.decays:
             self.decays = self.views(block.decays)[..., 0, 0].astype(np.float64)
             self.steps = rows_together(np.prod(self.decays, axis=1), str(self.q.dtype))
+        self._documents = block.documents
 
     def fading(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
         """Factors (P, m) by which keys decay, and rows of a chunk (P,)."""
         return self.decays[some], self.steps[some]
+
+    def documents(self, some: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Where documents begin, their rows, parts (D, m) and units (P, D, m + 1, d); all rows are one if there are none."""
+        (count, n, dim), views, dtype = self.q.shape, self.k.shape[1], self.q.dtype
+        if self._documents is None:
+            units = np.ones((count, 1, 1 + views, dim), dtype)
+            return np.zeros(1, np.int64), np.full(1, n), np.ones((1, views), dtype), units[some]
+        begins, lengths, counts, units = self._documents
+        units = np.broadcast_to(units, (*self.leading, *units.shape[-3:])).reshape(count, *units.shape[-3:])
+        parts = (1 / counts).astype(dtype)
+        return np.ascontiguousarray(begins), np.ascontiguousarray(lengths), parts, _writable(units[some])
 
     def together(self, x: np.ndarray) -> np.ndarray:
         """(..., n, k) → (P, n, k)."""
@@ -858,6 +882,8 @@ class _Problems:
 
     def of_views(self, total: np.ndarray, lost: np.ndarray, like: Sequence[np.ndarray]) -> list[Any]:
         """Compensated sums of every view, in the leading dimensions of those in `like`: the problems that share a view agree."""
+        if not like:
+            return []
         cuts = [tuple(slice(0, size) for size in s.shape[:-2]) for s in like]
         both = zip(self.whole_views(total), self.whole_views(lost), strict=True)
         return [tuple(_last(x, len(cut))[cut] for x in pair) for pair, cut in zip(both, cuts, strict=True)]
