@@ -434,11 +434,12 @@ def _powers(decays: Any, step: int, parts: Any, grown: Any, shrunk: Any) -> None
 
 
 @compiled(FAST)
-def _in_units(x: Any, begin: int, unit: Any, own: Any) -> None:
-    """Rows of (n, d) from one on, times a unit (d,), into own (rows, d)."""
-    for i in range(own.shape[0]):
+def _in_units(x: Any, begin: int, rows: int, unit: Any, own: Any) -> None:
+    """Rows of (n, d) from one on, times a unit (d,), into own (…, d), and zeros behind: what stood there may be no numbers."""
+    for i in range(rows):
         for e in range(own.shape[1]):
             own[i, e] = x[begin + i, e] * unit[e]
+    own[rows:] = 0
 
 
 @compiled(FAST)
@@ -694,11 +695,12 @@ def _read(
         begin, rows = first + low, min(step, n - low)
         # The sums are returned as they are at the last row.
         _set_fade(decays, step if low + step < n else rows - 1 - step // 2, fade)
-        _in_units(q, begin, units[0], scaled[:rows])
-        _make(scaled[:rows], runs, half, w, phi, 0, monomials)
+        whole = scaled[: (rows + FEW - 1) // FEW * FEW]
+        _in_units(q, begin, rows, units[0], whole)
+        _make(whole, runs, half, w, phi, 0, monomials)
         for v in range(views):
-            _in_units(k[v], begin, units[1 + v], scaled[:rows])
-            _make(scaled[:rows], runs, half, ones, phi, 1 + v, monomials)
+            _in_units(k[v], begin, rows, units[1 + v], whole)
+            _make(whole, runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
             _times_rows(grown[v], shares[v])
         for block in range(w.shape[0] // WIDTH):
@@ -1098,7 +1100,7 @@ def _sum_up(
     for chunk in range(starts.shape[0]):
         last = chunk == starts.shape[0] - 1
         for v in range(0 if last else views):
-            _in_units(k[v], begin, units[1 + v], scaled)
+            _in_units(k[v], begin, ROWS, units[1 + v], scaled)
             _make(scaled, runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, ROWS, shares[v])
             _times_rows(grown[v], shares[v])
@@ -1156,11 +1158,12 @@ def _pull(
         _set_fade(decays, step, fade)
         _turn(g, begin, rows, given)
         _times_rows(shrunk, given)
-        _in_units(q, begin, units[0], scaled[:rows])
-        _make(scaled[:rows], runs, half, w, phi, 0, monomials)
+        whole = scaled[: (rows + FEW - 1) // FEW * FEW]
+        _in_units(q, begin, rows, units[0], whole)
+        _make(whole, runs, half, w, phi, 0, monomials)
         for v in range(views):
-            _in_units(k[v], begin, units[1 + v], scaled[:rows])
-            _make(scaled[:rows], runs, half, ones, phi, 1 + v, monomials)
+            _in_units(k[v], begin, rows, units[1 + v], whole)
+            _make(whole, runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
             _times_rows(grown[v], shares[v])
         slopes[:] = 0
