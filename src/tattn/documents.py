@@ -236,7 +236,8 @@ def pieces(layout: Layout, places: Places, backend: Backend) -> Iterator[Piece]:
 
 class Block(NamedTuple):
     """Documents of some groups that stand together: the rows of query and every view from the first of them to the last, and of
-    every document where its rows begin, how many there are, and how many those of its group are padded to (documents, m + 1).
+    every document where its rows begin, how many there are, and how many those of its group are padded to (documents, m + 1); and
+    the number of its group (documents,).
 
     Rows are counted from the first of the query on, and behind the query's those of the first view, and so on.
     """
@@ -245,6 +246,7 @@ class Block(NamedTuple):
     begins: np.ndarray
     lengths: np.ndarray
     padded: np.ndarray
+    groups: np.ndarray
 
     @property
     def apart(self) -> np.ndarray:
@@ -255,13 +257,12 @@ class Block(NamedTuple):
 
 def blocks(layout: Layout, places: Places, chosen: Sequence[bool], most: int, backend: Backend) -> list[Block]:
     """The documents of the chosen groups as they stand, in blocks of `most` rows where they are shorter; reads values."""
-    own = np.repeat(chosen, [group.documents for group in layout.groups])
+    groups = np.repeat(range(len(layout.groups)), [group.documents for group in layout.groups])
+    groups = groups[own := np.asarray(chosen)[groups]]
     starts, lengths = (backend.integers(x)[own][:, list(layout.sides)] for x in places[:2])
-    padded = np.repeat(
-        [group.lengths for group in layout.groups], [group.documents for group in layout.groups], axis=0
-    )[own]
     order = np.argsort(starts[:, 0])
-    starts, lengths, padded = starts[order], lengths[order], padded[order]
+    starts, lengths, groups = starts[order], lengths[order], groups[order]
+    padded = np.asarray([group.lengths for group in layout.groups])[groups]
     stops = np.maximum.accumulate(starts + lengths, axis=0)
     # A document without rows behind all others is said to start at the last row of theirs.
     starts = np.where(lengths > 0, starts, stops)
@@ -275,7 +276,8 @@ def blocks(layout: Layout, places: Places, chosen: Sequence[bool], most: int, ba
         begin, end = starts[first], np.maximum(starts[first], stops[last - 1])
         before = np.cumsum(end - begin) - (end - begin)
         rows = tuple(slice(int(a), int(b)) for a, b in zip(begin, end, strict=True))
-        found.append(Block(rows, starts[first:last] - begin + before, lengths[first:last], padded[first:last]))
+        some = slice(first, last)
+        found.append(Block(rows, starts[some] - begin + before, lengths[some], padded[some], groups[some]))
         first = last
     return found
 

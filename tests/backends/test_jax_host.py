@@ -191,16 +191,17 @@ def test_long_calls_over_all_rows(method, arrays, without):
     same(gradients(of)(*given), without(jax.jit(lambda *x: gradients(of)(*x)), *given))
 
 
-def test_gradients_of_documents_map_over_upstream_ones_alone(monkeypatch):
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_gradients_of_documents_map_over_upstream_ones_alone(causal, monkeypatch):
     """Loops compute the output, of documents as they stand, and array operations its gradients, of padded groups."""
     monkeypatch.setattr(compiled, "_MANY", 1)
     rng, offsets, n = np.random.default_rng(0), np.asarray([0, 90, 190]), 190
     arrays = [jnp.asarray(x, jnp.float32) for x in rng.uniform(-1, 1, (3, n, DIM))]
     upstream = jnp.asarray(rng.normal(size=(2, n, DIM)), jnp.float32)
-    plan = tattn.plan_for(n=n, dim=DIM, bound=1.0, degree=2, order=2)
+    plan = tattn.plan_for(n=n, dim=DIM, bound=1.0, degree=2, order=2, causal=causal)
 
     def packed(q: Any, a: Any, u: Any) -> Any:
-        return tattn.tensor_attention(q, [a], [u], plan=plan, offsets=offsets)
+        return tattn.tensor_attention(q, [a], [u], plan=plan, offsets=offsets, causal=causal)
 
     assert uses_loops(packed, *arrays)
     _, pullback = jax.vjp(packed, *arrays)

@@ -620,7 +620,7 @@ def assert_documents(found: list[Any], call: dict[str, Any], offsets: Sequence[A
         masks = call["key_masks"] or [None, None]
         one["key_masks"] = [m if m is None else m[..., cut] for m, cut in zip(masks, cuts[1:], strict=True)]
         sides = (cuts[0], cuts[0], cuts[0], *cuts[1:], *cuts[1:])
-        for i, (x, y, cut) in enumerate(zip(found, computed(one, causal=False, plan=plan), sides, strict=True)):
+        for i, (x, y, cut) in enumerate(zip(found, computed(one, plan.causal, plan=plan), sides, strict=True)):
             got = x[..., cut] if i == 1 else x[..., cut, :]
             finite = np.isfinite(y)
             np.testing.assert_array_equal(got[~finite], y[~finite])
@@ -680,6 +680,220 @@ def test_packed_documents_of_torch(loops):
     _, twice = gradients([4], graph=True)
     torch.testing.assert_close(twice.detach(), every[4], rtol=1e-4, atol=1e-5 * float(every[4].abs().max()))
     assert twice.grad_fn is not None
+
+
+@pytest.fixture
+def prefixes(loops: Any) -> Iterator[list[Seen]]:
+    """The blocks of causal rows that loops compute."""
+    compile_for(
+        "size_documents", *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull"))
+    )
+    with calls_of(compiled.prefix_read, compiled.prefix_pull) as seen:
+        yield seen
+
+
+def where(seen: list[Seen]) -> dict[str, set[str]]:
+    """Of both operations how documents were computed: where they stand, or in groups."""
+    found: dict[str, set[str]] = {}
+    for call in seen:
+        way = "in groups" if call.given["block"].documents is None else "in place"
+        found.setdefault(call.name, set()).add(way)
+    seen.clear()
+    return found
+
+
+def everywhere(*ways: str) -> dict[str, set[str]]:
+    return {name: set(ways) for name in ("prefix_read", "prefix_pull")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("leading", "masked", "channels"),
+    [("one", False, "real"), ("heads", True, "real"), ("shared", True, "real"), ("shared", True, "complex")],
+)
+def test_causal_documents_are_computed_where_they_stand(dtype, leading, masked, channels, prefixes, monkeypatch):
+    """In one block and in several."""
+    call, own = packed(dtype, leading, masked)
+    plan = plan_of(call, 5, channels=channels)
+    found = [computed(call, plan=plan, offsets=own)]
+    assert where(prefixes) == everywhere("in place")
+    with BACKEND.using(workspace=1 << 14):
+        found.append(computed(call, plan=plan, offsets=own))
+        assert len(prefixes) > 2
+        assert where(prefixes) == everywhere("in place")
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for each in found:
+        assert_documents(each, call, own, plan)
+    assert where(prefixes) == {}
+
+
+@pytest.mark.parametrize("channels", ["real", "complex"])
+def test_causal_documents_of_one_view(channels, prefixes, monkeypatch):
+    call, own = packed("float64", "heads", True)
+    call |= {name: call[name][:1] for name in ("keys", "values", "key_masks")}
+    plan = plan_of(call, 5, channels=channels)
+    found = computed(call, plan=plan, offsets=own[:2])
+    assert where(prefixes) == everywhere("in place")
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert_documents(found, call, own[:2], plan)
+
+
+def test_causal_documents_of_pruned_monomials(prefixes, monkeypatch):
+    call, own = packed("float64", "one", False)
+    for x in (call["query"], *call["keys"]):
+        x[:, 1:] *= 0.1
+    given = call["query"], call["keys"], call["values"]
+    plan = tattn.plan(*given, method="polynomial", causal=True, tol=3e-2, scale=1.0, gradients=False)
+    assert plan.grading
+    found = computed(call, plan=plan, offsets=own)
+    assert where(prefixes) == everywhere("in place")
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert_documents(found, call, own, plan)
+
+
+def test_causal_documents_that_are_left_to_groups(prefixes, monkeypatch):
+    """Of views with rows in front, with weights of keys, and where errors of the rows are told."""
+    call, own = packed("float64", "one", False, (0, 3))
+    plan, ways = plan_of(call, 5), everywhere("in groups")
+    found = computed(call, plan=plan, offsets=own)
+    assert where(prefixes) == ways
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert_documents(found, call, own, plan)
+    monkeypatch.delenv(compiled.SWITCH)
+    call, own = packed("float64", "one", False)
+    weights = [np.ones(k.shape[:-1]) for k in call["keys"]]
+    expected = computed(call, plan=plan, offsets=own)
+    assert where(prefixes) == everywhere("in place")
+    found = computed({**call, "key_weights": weights}, plan=plan, offsets=own)[: len(expected)]
+    assert where(prefixes) == ways
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-13)
+    tattn.tensor_attention(
+        call["query"], call["keys"], call["values"], causal=True, plan=plan, offsets=own, return_error=True
+    )
+    assert where(prefixes) == {"prefix_read": {"in groups"}}
+
+
+@pytest.mark.parametrize("channels", ["real", "complex"])
+def test_causal_documents_that_are_long_or_spoiled(channels, prefixes, monkeypatch):
+    """These alone are computed in groups, and the rows that they do not spoil are what they are without them."""
+    counts = [40, 4200, 64, 30, 70, 30, 90, 200]
+    ends = np.cumsum([0, *counts])
+    call = drawn(int(ends[-1]), 2, "float64", dim=2)
+    for name in ("keys", "values"):
+        call[name] = [x[: ends[-1]] for x in call[name]]
+    plan = plan_of(call, 3, channels=channels)
+    usual = computed(call, plan=plan, offsets=ends)
+    assert where(prefixes) == everywhere("in place", "in groups")
+    # A number that is none, rows far beyond what was promised, and channels that are 0 everywhere or beside large ones.
+    call["query"][ends[2] + 20, 0] = np.nan
+    call["values"][0][ends[3] + 5, 1] = np.inf
+    call["grad_out"][ends[4] + 7, 0] = np.nan
+    call["keys"][0][ends[5] + 9 : ends[5] + 12] *= 1e30
+    call["keys"][0][ends[6] : ends[7], 0] = 0
+    call["query"][ends[7] :] *= 1e-30
+    call["keys"][0][ends[7] :] *= 1e30
+    prefixes.clear()
+    found = computed(call, plan=plan, offsets=ends)
+    rows = {name: {seen.given["block"].q.shape[-2] for seen in prefixes
+                   if seen.name == name and seen.given["block"].documents is None} for name in everywhere()}  # fmt: skip
+    assert rows == {"prefix_read": {64, 30, 4200}, "prefix_pull": {64, 30, 70, 4200}}
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = computed(call, plan=plan, offsets=ends)
+    for x, y, z in zip(found, expected, usual, strict=True):
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
+        for start, stop in pairwise(ends):
+            got, wanted = x[start:stop], y[start:stop]
+            finite = np.isfinite(wanted)
+            largest = np.max(np.abs(wanted[finite]), initial=0.0)
+            np.testing.assert_allclose(got[finite], wanted[finite], rtol=1e-9, atol=1e-11 * largest)
+        np.testing.assert_allclose(x[: ends[2]], z[: ends[2]], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("groups", [2, 24])
+def test_either_pass_over_documents_may_be_by_loops(causal, groups, passes, monkeypatch):
+    """What the first keeps serves the other: sums are over as many rows as a group is padded to, wherever they are made."""
+    call, own = packed("float64", "heads", True)
+    plan = through_features(plan_of(call, 5, causal=causal))
+    given = {name: x for name, x in call.items() if not name.startswith("grad")}
+    found, loops = [], (compiled.prefix_read, compiled.prefix_pull, compiled.read_documents, compiled.pull_documents)
+    with BACKEND.using(groups=groups), calls_of(*loops) as seen:
+        for ways in product("01", repeat=2):
+            seen.clear()
+            monkeypatch.setenv(compiled.SWITCH, ways[0])
+            _, pullback = tattn.tensor_attention_vjp(**given, causal=causal, plan=plan, offsets=own, return_lse=True)
+            monkeypatch.setenv(compiled.SWITCH, ways[1])
+            dquery, *of_views = pullback(call["grad_out"], call["grad_lse"])
+            assert [loop.name for loop in seen] == [
+                loops[i + 2 * (not causal)].__name__ for i in (0, 1) if ways[i] == "1"
+            ]
+            found.append([dquery, *(x for several in of_views for x in several)])
+    expected, *others = found
+    for each in others:
+        for x, y in zip(each, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_error_of_causal_documents_exceeds_the_plan(dtype, prefixes):
+    worst = 0.0
+    for seed in range(6):
+        rng, ends = np.random.default_rng(seed), np.cumsum([0, 70, 3, 64])
+        query, *keys = rng.uniform(-1, 1, (3, ends[-1], 3)).astype(dtype)
+        values = list(rng.normal(size=(2, ends[-1], 2)).astype(dtype))
+        plan = tattn.plan(query, keys, values, causal=True, degree=1 + seed)
+        out = tattn.tensor_attention(query, keys, values, causal=True, plan=plan, offsets=ends)
+        for start, stop in pairwise(ends):
+            own = query[start:stop], [k[start:stop] for k in keys], [v[start:stop] for v in values]
+            sizes = value_sizes(own[2])
+            share = np.abs(out[start:stop] - dense(*own, causal=True).out).max() / (plan.error * sizes.max())
+            assert share <= 1, (seed, share)
+            worst = max(worst, share)
+    assert where(prefixes) == {"prefix_read": {"in place"}}
+    assert worst > 0.01
+
+
+def test_threads_share_causal_documents(prefixes):
+    """Each document is one thread's: every number is what it is on one thread."""
+    call, (ends, *_) = packed("float64", "one", False)
+    call = {name: x if x is None else _each(lambda x: np.concatenate([x] * 12, axis=-1 - (x.ndim > 1)), x)
+            for name, x in call.items()}  # fmt: skip
+    own = np.concatenate([ends, *(ends[1:] + i * ends[-1] for i in range(1, 12))])
+    plan = plan_of(call, 4)
+    expected, alone = computed(call, plan=plan, offsets=own), len(prefixes)
+    prefixes.clear()
+    with BACKEND.using(threads=lambda: 2):
+        found = computed(call, plan=plan, offsets=own)
+    assert len(prefixes) > alone
+    assert where(prefixes) == everywhere("in place")
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_causal_documents_of_torch(dtype, prefixes, monkeypatch):
+    import torch
+
+    rng, offsets = np.random.default_rng(0), torch.tensor([0, 150, 151, 400])
+    arrays = [torch.tensor(rng.uniform(-1, 1, (400, d)), dtype=getattr(torch, dtype)) for d in (3, 3, 3, 2, 2)]
+    plan = tattn.plan_for(n=400, dim=3, value_dim=2, bound=1.0, degree=4, order=3, causal=True, dtype=dtype)
+
+    def gradients() -> list[Any]:
+        given = [x.clone().requires_grad_() for x in arrays]
+        out = tattn.tensor_attention(given[0], given[1:3], given[3:], plan=plan, causal=True, offsets=offsets)
+        return [out.detach(), *torch.autograd.grad((out**2).sum(), given)]
+
+    found = gradients()
+    assert where(prefixes) == everywhere("in place")
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    expected = gradients()
+    assert where(prefixes) == {}
+    close = 1e-4 if dtype == "float32" else 2e-2
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=close, atol=0.1 * close * float(y.abs().max()))
 
 
 def test_sums_of_long_documents_are_kept_for_the_gradient(passes):

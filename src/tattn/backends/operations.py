@@ -192,13 +192,27 @@ class Token(NamedTuple):
     pairs: Any = None
 
 
+class Documents(NamedTuple):
+    """Documents among the rows of a causal block.
+
+    Where each begins and how many rows it has (documents,), and what sums over its rows are divided by (documents, m), of NumPy;
+    and units of query and keys (..., documents, m + 1, d).
+    """
+
+    begins: Any
+    lengths: Any
+    counts: Any
+    units: Any
+
+
 class Prefix(NamedTuple):
     """A block of rows of causal attention, in the dtype of the computation.
 
     Weights w (r,); which monomials are a channel times others, `features.monomials.Run` as rows (count, 4) of integers; query and
     keys in units (..., n, d); values and ones times shares (..., n, dv + 1); and `half`, how many complex monomials there are, None
     for real channels. `decays` are factors (..., 1, 1) of each view by which keys decay, with products that `rows_together` has
-    rows for; none if they do not.
+    rows for; none if they do not. `documents`, if the rows are such: each begins anew, no sums are before it and none are returned,
+    and query, keys, values and ones are as they are given, to be multiplied by the units and shares of each.
     """
 
     w: Any
@@ -208,6 +222,7 @@ class Prefix(NamedTuple):
     shares: Sequence[Any]
     half: int | None = None
     decays: Sequence[Any] = ()
+    documents: Documents | None = None
 
 
 class Program(NamedTuple):

@@ -26,7 +26,7 @@ from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from ..arrays import clean, sum_to_leading, unweighed
-from ..backends import Array
+from ..backends import Array, Backend
 from ..backends.operations import CHAIN, Prefix, at_once, of_channels
 from ..features.balance import balanced_values, least_sum, with_one, with_powers
 from ..features.basis import Basis
@@ -126,7 +126,7 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
     return out, normaliser
 
 
-def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
+def loops(operation: str, operands: Operands) -> Callable[..., Any] | None:
     """What takes the place of the loops over chunks to `read` or `pull`, if anything does for these arrays."""
     operation = f"{'window' if is_windowed(operands) else 'prefix'}_{operation}"
     operation = of_channels(operation, operands.paired, len(operands.keys))
@@ -135,7 +135,7 @@ def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
 
 def compiled(operands: Operands) -> bool:
     """Whether compiled loops take the place of those over chunks, as far as that does not depend on windows and decays."""
-    return _kernel("read", operands) is not None
+    return loops("read", operands) is not None
 
 
 def _read_by(setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]) -> tuple[Array, Array]:
@@ -202,7 +202,7 @@ def _backward(
     if kernel is not None:
         of_block = _adjoint_by
         carried = [(*setting.leading, *shape[-2:]) for shape in shapes]
-        block = _rows_to_pull(setting, n, sum(prod(shape[-2:]) for shape in shapes))
+        block = rows_to_pull(n, sum(prod(shape[-2:]) for shape in shapes), dtype, backend)
     blocks = -(-n // block)
     segments = -(-blocks // (isqrt(blocks - 1) + 1))
     if kernel is not None and blocks <= _FEW_BLOCKS:
@@ -242,10 +242,9 @@ def _backward(
     return _with_sums(setting, operands, found, behind, start)
 
 
-def _rows_to_pull(setting: Setting, n: int, size: int) -> int:
+def rows_to_pull(n: int, size: int, dtype: Any, backend: Backend) -> int:
     """Rows of a block of the adjoint by a kernel, which keeps sums of so many numbers for every 64 of them."""
-    itemsize = setting.backend.itemsize(setting.w.dtype)
-    most = max(64, min(2 * setting.backend.workspace // (size * itemsize) * 64, _KERNEL_ROWS))
+    most = max(64, min(int(2 * backend.workspace // (size * backend.itemsize(dtype))) * 64, _KERNEL_ROWS))
     # Blocks of one length, so that few rows stand behind the last.
     return -(-n // -(-n // most))
 
@@ -345,7 +344,7 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
     windowed = is_windowed(operands)
-    kernel = _kernel(operation, operands)
+    kernel = loops(operation, operands)
     most = _KERNEL_ROWS
     if kernel is not None and operands.decays:
         most = at_once(operands.steepest, backend.dtype_name(operands.dtype), windowed)
@@ -371,7 +370,7 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
         whole = backend.among(max(backend.rows_in_all, q.shape[-2] * prod(leading)))
         setting = Setting(degree, grading, w, units, shares, 1, 1, leading, whole, forms, kernel, operands.decays, seen)
         count = w.shape[0] * sum(v.shape[-1] + 1 for v in values)
-        block = min(most, _rows_to_pull(setting, q.shape[-2], count))
+        block = min(most, rows_to_pull(q.shape[-2], count, w.dtype, backend))
         if window_blocks.fits(setting, block, operands):
             return setting, block
         kernel = None

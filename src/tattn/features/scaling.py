@@ -25,7 +25,7 @@ from ..operands import Operands, View
 # Rows that are looked at together, at least.
 _FEWEST = 128
 # log2 of scores that no polynomial serves, by far: a row that gives such scores is beyond what was promised.
-_MOST = 10.0
+MOST_SCORE = 10.0
 # |log2| of entries and of a scale that no unit leaves the range of any dtype for.
 _USUAL = 40
 # Pieces that a view is cut into for the usual size of its entries, at most.
@@ -62,7 +62,7 @@ def shared_units(operands: Operands, causal: bool = False) -> list[Array]:
     if causal:
         reach = sum_of([xp.log2(top) for top in tops]) + log2(scale)
         usual = [paired(_usual_tops(x, m, top, backend)) for x, m, top in zip(rows[1:], masks, tops[1:], strict=True)]
-        tops[1:] = [xp.where(reach > _MOST, u, top) for u, top in zip(usual, tops[1:], strict=True)]
+        tops[1:] = [xp.where(reach > MOST_SCORE, u, top) for u, top in zip(usual, tops[1:], strict=True)]
     return units_of(_limited_tops(tops, rows, scale, backend), rows, scale, backend)
 
 
@@ -79,7 +79,7 @@ def _read_units(tops: Sequence[Array], views: Sequence[Array], scale: float, bac
     """`units_of` where all is finite and nothing beyond what was promised; else None."""
     # Few calls need a second look, and fewer a third.
     units = _usual_units(tops, views, scale, backend)
-    if units is None and float(backend.xp.max(prod_of(tops))) * scale <= 2.0**_MOST:
+    if units is None and float(backend.xp.max(prod_of(tops))) * scale <= 2.0**MOST_SCORE:
         return units_of(tops, views, scale, backend)
     return units
 
@@ -93,7 +93,7 @@ def _usual_units(tops: Sequence[Array], views: Sequence[Array], scale: float, ba
     logs = xp.round(xp.log2(_stacked(tops, views, backend)))
     score = xp.sum(logs, axis=-2, keepdims=True) + exponent
     # Each of them is rounded by a half at most.
-    most = _MOST - len(tops) / 2
+    most = MOST_SCORE - len(tops) / 2
     if not float(xp.max(xp.concat([xp.abs(logs), score + (_USUAL - most)], axis=-2))) <= _USUAL:
         return None
     powers = xp.round(score * (1 / len(tops)) - logs)
@@ -137,7 +137,7 @@ def _limited_tops(tops: Sequence[Array], views: Sequence[Array], scale: float, b
     """The same, and of the query what gives scores that some polynomial serves: rows beyond must not make the others vanish."""
     xp = backend.xp
     alike = [max_to_leading(t, tuple(x.shape[:-2]), backend) for t, x in zip(tops, views, strict=True)]
-    power = _MOST - log2(scale) - sum_of([xp.log2(top) for top in shared_leading(alike, backend)[1:]])
+    power = MOST_SCORE - log2(scale) - sum_of([xp.log2(top) for top in shared_leading(alike, backend)[1:]])
     most = xp.exp(power * log(2.0))
     return [xp.where(tops[0] < most, tops[0], most), *tops[1:]]
 

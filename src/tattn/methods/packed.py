@@ -14,7 +14,7 @@ from ..backends import Array, Backend
 from ..backends.progress import told
 from ..backends.threads import MOST_THREADS, even_parts
 from ..documents import Block, Layout, Piece, Places, Returned, blocks, pieces, together
-from ..engines.in_place import MOST_ROWS, InPlace
+from ..engines.in_place import Found, InPlace
 from ..features.balance import over_largest, raised
 from ..operands import Attended, Gradients, Operands, Upstream
 from ..problem import Cost, Guarantee, Problem, ScoreRange
@@ -46,7 +46,8 @@ class Packed:
         # A certificate is told of each document of a group.
         standing, in_place = self._standing(operands, certify)
         if in_place is not None:
-            self._share(in_place.forward, standing, in_place.rows, [(0, whole) for whole in found], operands)
+            wholes = [(0, whole) for whole in found]
+            standing = self._share(in_place.forward, standing, in_place.rows, wholes, operands)
         for piece, stands in zip(self._pieces(operands), standing, strict=True):
             if stands:
                 rests.append([])
@@ -77,7 +78,7 @@ class Packed:
         wholes = self._wholes(operands, 1 + 2 * len(operands.views)) if in_place is not None else []
         if in_place is not None:
             of_block = partial(in_place.backward, attended=Attended(attended.out, None, (first,)), upstream=upstream)
-            self._share(of_block, standing, in_place.rows, wholes, operands)
+            standing = self._share(of_block, standing, in_place.rows, wholes, operands)
 
         def of_groups() -> Iterator[tuple[Piece, tuple[Array, ...]]]:
             for number, (piece, stands) in enumerate(zip(self._pieces(operands), standing, strict=True)):
@@ -173,27 +174,32 @@ class Packed:
         none: tuple[list[bool], None] = [False] * len(groups), None
         if certify or not isinstance(inner, Polynomial):
             return none
-        found = InPlace.of(operands, inner.expansion, sum(group.documents for group in groups))
+        found = InPlace.of(operands, inner.expansion, self.layout)
         if found is None:
             return none
-        dims = operands.query.shape[-1], operands.values[0].shape[-1]
-        standing = [max(g.lengths) <= MOST_ROWS and not inner.by_scores(g.lengths, *dims) for g in groups]
+        dims, causal = (operands.query.shape[-1], operands.values[0].shape[-1]), operands.order.causal
+        standing = [max(g.lengths) <= found.most and (causal or not inner.by_scores(g.lengths, *dims)) for g in groups]
         return standing, found if any(standing) else None
 
     def _share(
         self,
-        of_block: Callable[[Block], Sequence[Array]],
+        of_block: Callable[[Block], Found],
         standing: Sequence[bool],
         most: int,
         wholes: Sequence[tuple[int, Returned]],
         operands: Operands,
-    ) -> None:
-        """Put what is computed `of_block` in its places, of the documents of some groups, by several threads."""
-        backend, stop = operands.backend, Event()
+    ) -> list[bool]:
+        """Put what is computed `of_block` in its places, of the documents of some groups, by several threads.
+
+        Back comes which of the groups need nothing else.
+        """
+        backend, stop, lost = operands.backend, Event(), set[int]()
         found = blocks(self.layout, Places(*operands.extra), standing, most, backend)
 
         def put(block: Block, _: Array) -> None:
-            for (of, whole), x in zip(wholes, of_block(block), strict=True):
+            found = of_block(block)
+            lost.update(found.lost)
+            for (of, whole), x in zip(wholes, found.rows, strict=True):
                 whole.put(block.rows[of], x)
 
         body = told(put, sum(block.rows[0].stop - block.rows[0].start for block in found))
@@ -209,6 +215,7 @@ class Packed:
             backend.share(tasks, stop)
         else:
             tasks[0]()
+        return [stands and group not in lost for group, stands in enumerate(standing)]
 
     def _wholes(self, operands: Operands, count: int) -> list[tuple[int, Returned]]:
         """Room for so many gradients: of which rows each is, those of the query, 0, or of a view from 1 on."""

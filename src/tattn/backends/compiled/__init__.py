@@ -165,7 +165,10 @@ def kernels_for(
 
     def run(operation: Callable[..., Any], block: Prefix, *given: Any) -> Any:
         w, q, keys, shares, decays = as_numpy((block.w, block.q, block.keys, block.shares, block.decays))
-        rows = Prefix(w, block.runs, q, keys, shares, block.half, decays)
+        documents = block.documents
+        if documents is not None:
+            documents = documents._replace(units=as_numpy(documents.units))
+        rows = Prefix(w, block.runs, q, keys, shares, block.half, decays, documents)
         return back(operation(rows, *as_numpy(given), partial(in_parts, backend)))
 
     def run_step(operation: Callable[..., Any], token: Token, query: Array, *given: Any) -> Any:
@@ -184,6 +187,9 @@ def kernels_for(
     def run_rows(operation: Callable[..., Any], rows: Rows, *given: Array) -> Any:
         return back(operation(rows, *as_numpy(given), partial(in_parts, backend)))
 
+    def takes_sizes(operation: str, _: Spans, *arrays: Array) -> bool:
+        return taken(operation, *arrays)
+
     def takes_documents(operation: str, spans: Spans, *arrays: Array) -> bool:
         # As many rows as there are on average.
         rows = Rows(len(spans.w), spans.columns, spans.runs, in_all=spans.in_all)
@@ -201,6 +207,7 @@ def kernels_for(
     chosen = (
         dict.fromkeys(OF_ROWS, takes_rows)
         | dict.fromkeys(OF_DOCUMENTS, takes_documents)
+        | {"size_documents": takes_sizes}
         | dict.fromkeys(OF_TUPLES, takes_tuples)
     )
     functions: dict[str, Callable[..., Any]] = {

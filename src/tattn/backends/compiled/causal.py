@@ -4,6 +4,10 @@ Symbols, for each of P problems: q (n, d) and k (m, n, d) in units, z = [v, 1] t
 with zeros behind, and `runs` (count, 4) of `features.monomials.Run`. Sums, and what rounding took from them, are (m, c, r).
 All arrays are contiguous, and of one dtype.
 
+The rows of a problem are one or more documents, which see nothing of each other: `begins` and `counts` (D,) say where each stands,
+and q, k and z are those given times `units` (P, D, m + 1, d) and `parts` (D, m) of the documents. Sums before and behind the rows
+are (P, m, c, r), or (0, m, c, r) if there are none: then each document begins with zeros.
+
 Channels are complex where `half` is the number of complex monomials, and not None: numba compiles either kind when it is asked
 for. Then `runs` are those of `features.complex_channels.Pairs`, and the monomials are that many real parts and as many imaginary
 ones. A product of monomials Φ(q), w times conjugate, and sums S, T is their complex one, of which the real part counts:
@@ -416,14 +420,34 @@ def _join_views(sums: Any, lost: Any) -> None:
 
 
 @compiled()
-def _powers(decays: Any, step: int, grown: Any, shrunk: Any) -> None:
-    """λ^(c − j) of every view (m, ROWS), and the product of all λ^(i − c) (ROWS,), for rows counted anew after each step."""
+def _powers(decays: Any, step: int, parts: Any, grown: Any, shrunk: Any) -> None:
+    """Parts (m,) times λ^(c − j) of every view (m, ROWS), and the product of all λ^(i − c) (ROWS,), for rows counted anew after
+    each step.
+    """
     shrunk[:] = 1
     for v in range(decays.shape[0]):
-        for i in range(ROWS):
+        grown[v] = parts[v]
+        for i in range(ROWS if decays[v] != 1 else 0):
             apart = i % step - step // 2
-            grown[v, i] = decays[v] ** -apart
+            grown[v, i] *= decays[v] ** -apart
             shrunk[i] *= decays[v] ** apart
+
+
+@compiled(FAST)
+def _in_units(x: Any, begin: int, rows: int, unit: Any, own: Any) -> None:
+    """Rows of (n, d) from one on, times a unit (d,), into own (…, d), and zeros behind: what stood there may be no numbers."""
+    for i in range(rows):
+        for e in range(own.shape[1]):
+            own[i, e] = x[begin + i, e] * unit[e]
+    own[rows:] = 0
+
+
+@compiled(FAST)
+def _times_unit(x: Any, unit: Any) -> None:
+    """Channels (d, ROWS) times a unit (d,)."""
+    for e in range(x.shape[0]):
+        for i in range(ROWS):
+            x[e, i] *= unit[e]
 
 
 @compiled()
@@ -622,14 +646,15 @@ def _room_for(dim: int, r: int, half: Any) -> int:
 
 @compiled(leaf=False)
 def read(
-    q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, decays: Any, steps: Any, total: Any, lost: Any, out: Any
-) -> None:
+    q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, decays: Any, steps: Any, begins: Any, counts: Any, parts: Any,
+    units: Any, total: Any, lost: Any, out: Any,
+) -> None:  # fmt: skip
     """Numerators (P, n, c) of rows that see the sums and all rows up to their own; sums (P, m, c, r) then hold all rows.
 
     λ (P, m), and rows of a step (P,).
     """
     problems, views, _, columns = z.shape
-    blocks = w.shape[0] // WIDTH
+    blocks, kept = w.shape[0] // WIDTH, total.shape[0] > 0
     phi, ones, product = _room(_room_for(q.shape[2], w.shape[0], half), w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
     ones[:] = 1
     monomials = _room(blocks * (1 + views) * SLOT, w).reshape((blocks, (1 + views) * SLOT))
@@ -637,34 +662,45 @@ def read(
     rests = _room(blocks * columns * views * WIDTH, w).reshape((blocks, columns, views * WIDTH))
     shares, found = np.zeros((views, columns, ROWS), w.dtype), np.zeros((columns, ROWS), w.dtype)
     grown, shrunk, fade = np.ones((views, ROWS), w.dtype), np.ones(ROWS, w.dtype), np.ones((2, views), w.dtype)
+    scaled = np.empty((ROWS, q.shape[2]), w.dtype)
     for p in range(problems):
-        _pack(total[p], half, 2 * WIDTH, sums)
-        _pack(lost[p], half, WIDTH, rests)
-        _powers(decays[p], steps[p], grown, shrunk)
-        _set_fade(decays[p], 1 + steps[p] // 2, fade)
-        _fade_all(sums, rests, fade)
-        _read(
-            q[p], k[p], z[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, sums, rests,
-            shares, found, product, out[p],
-        )  # fmt: skip
-        _unpack(sums, half, 2 * WIDTH, total[p])
-        _unpack(rests, half, WIDTH, lost[p])
+        for j in range(begins.shape[0]):
+            _powers(decays[p], steps[p], parts[j], grown, shrunk)
+            if kept:
+                _pack(total[p], half, 2 * WIDTH, sums)
+                _pack(lost[p], half, WIDTH, rests)
+                _set_fade(decays[p], 1 + steps[p] // 2, fade)
+                _fade_all(sums, rests, fade)
+            else:
+                sums[:] = 0
+                rests[:] = 0
+            _read(
+                q[p], k[p], z[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, sums, rests,
+                shares, found, product, scaled, units[p, j], begins[j], counts[j], out[p],
+            )  # fmt: skip
+            if kept:
+                _unpack(sums, half, 2 * WIDTH, total[p])
+                _unpack(rests, half, WIDTH, lost[p])
 
 
 @compiled()
 def _read(
     q: Any, k: Any, z: Any, w: Any, runs: Any, half: Any, decays: Any, step: int, grown: Any, shrunk: Any, fade: Any,
-    ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any, found: Any, product: Any, out: Any,
+    ones: Any, phi: Any, monomials: Any, sums: Any, rests: Any, shares: Any, found: Any, product: Any, scaled: Any, units: Any,
+    first: int, n: int, out: Any,
 ) -> None:  # fmt: skip
-    """`read` for one problem, with room for all that it needs."""
-    views, n, columns = z.shape
-    for begin in range(0, n, step):
-        rows = min(step, n - begin)
+    """`read` for the n rows of one document from the first on, with room for all that it needs."""
+    views, _, columns = z.shape
+    for low in range(0, n, step):
+        begin, rows = first + low, min(step, n - low)
         # The sums are returned as they are at the last row.
-        _set_fade(decays, step if begin + step < n else rows - 1 - step // 2, fade)
-        _make(q[begin : begin + rows], runs, half, w, phi, 0, monomials)
+        _set_fade(decays, step if low + step < n else rows - 1 - step // 2, fade)
+        whole = scaled[: (rows + FEW - 1) // FEW * FEW]
+        _in_units(q, begin, rows, units[0], whole)
+        _make(whole, runs, half, w, phi, 0, monomials)
         for v in range(views):
-            _make(k[v, begin : begin + rows], runs, half, ones, phi, 1 + v, monomials)
+            _in_units(k[v], begin, rows, units[1 + v], whole)
+            _make(whole, runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
             _times_rows(grown[v], shares[v])
         for block in range(w.shape[0] // WIDTH):
@@ -985,16 +1021,18 @@ def _pull_few(
 
 @compiled(leaf=False)
 def pull(
-    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, steps: Any, total: Any, behind: Any,
-    missed: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
+    q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, steps: Any, begins: Any,
+    counts: Any, parts: Any, units: Any, total: Any, behind: Any, missed: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
 ) -> None:  # fmt: skip
     """Gradients of q, k and z from those of the numerators, g (P, n, c); `total` are the sums before these rows.
 
     `behind` (P, m, c, r) are the sums of the gradients behind these rows, with what rounding took, `missed`; then also of them.
     `of_decays` gets the gradients of log λ (P, m), or is (P, 0).
     """
-    problems, views, n, columns = z.shape
-    dim, blocks, chunks = q.shape[2], w.shape[0] // WIDTH, (n + ROWS - 1) // ROWS
+    problems, views, _, columns = z.shape
+    dim, blocks, kept, chunks = q.shape[2], w.shape[0] // WIDTH, total.shape[0] > 0, 0
+    for j in range(counts.shape[0]):
+        chunks = max(chunks, (counts[j] + ROWS - 1) // ROWS)
     phi, ones, product = _room(_room_for(dim, w.shape[0], half), w), _room(w.shape[0], w), _room(FEW * WIDTH, w)
     ones[:] = 1
     monomials = _room(blocks * (1 + views) * SLOT, w).reshape((blocks, (1 + views) * SLOT))
@@ -1009,27 +1047,38 @@ def pull(
     turned, of_turned = _room(w.shape[0] * ROWS, w).reshape((-1, ROWS)), _room(w.shape[0] * ROWS, w).reshape((-1, ROWS))
     x, dx, found = np.zeros((dim, ROWS), w.dtype), np.zeros((dim, ROWS), w.dtype), np.zeros((2, ROWS), w.dtype)
     shares, of_shares = np.zeros((views, columns, ROWS), w.dtype), np.zeros((views, columns, ROWS), w.dtype)
-    given = np.zeros((columns, ROWS), w.dtype)
+    given, scaled = np.zeros((columns, ROWS), w.dtype), np.empty((ROWS, dim), w.dtype)
     grown, shrunk, fade = np.ones((views, ROWS), w.dtype), np.ones(ROWS, w.dtype), np.ones((2, views), w.dtype)
     for p in range(problems):
-        sums[:] = 0
-        rests[:] = 0
-        _pack(total[p], half, 2 * WIDTH, sums)
-        _powers(decays[p], steps[p], grown, shrunk)
-        _set_fade(decays[p], 1 + steps[p] // 2, fade)
-        _fade_all(sums, rests, fade)
-        _set_fade(decays[p], steps[p], fade)
-        _sum_up(k[p], z[p], runs, half, steps[p], grown, fade, ones, phi, monomials, sums, rests, shares, starts)
-        rests[:] = 0
-        _pack(behind[p], half, 2 * WIDTH, after)
-        _pack(missed[p], half, WIDTH, rests)
-        _pull(
-            q[p], k[p], z[p], g[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, slopes,
-            after, rests, starts, running, befores, of_views, product, turned, of_turned, x, dx, found, shares, of_shares, given,
-            dq[p], dk[p], dz[p], of_decays[p],
-        )  # fmt: skip
-        _unpack(after, half, 2 * WIDTH, behind[p])
-        _unpack(rests, half, WIDTH, missed[p])
+        for j in range(begins.shape[0]):
+            first, n = begins[j], counts[j]
+            some = starts[: (n + ROWS - 1) // ROWS]
+            sums[:] = 0
+            rests[:] = 0
+            _powers(decays[p], steps[p], parts[j], grown, shrunk)
+            if kept:
+                _pack(total[p], half, 2 * WIDTH, sums)
+                _set_fade(decays[p], 1 + steps[p] // 2, fade)
+                _fade_all(sums, rests, fade)
+            _set_fade(decays[p], steps[p], fade)
+            _sum_up(
+                k[p], z[p], runs, half, steps[p], grown, fade, ones, phi, monomials, sums, rests, shares, some, scaled, units[p, j],
+                first,
+            )  # fmt: skip
+            rests[:] = 0
+            if kept:
+                _pack(behind[p], half, 2 * WIDTH, after)
+                _pack(missed[p], half, WIDTH, rests)
+            else:
+                after[:] = 0
+            _pull(
+                q[p], k[p], z[p], g[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, slopes,
+                after, rests, some, running, befores, of_views, product, turned, of_turned, x, dx, found, shares, of_shares, given,
+                scaled, units[p, j], first, n, dq[p], dk[p], dz[p], of_decays[p],
+            )  # fmt: skip
+            if kept:
+                _unpack(after, half, 2 * WIDTH, behind[p])
+                _unpack(rests, half, WIDTH, missed[p])
 
 
 @compiled(FAST, inline=True)
@@ -1044,14 +1093,15 @@ def _add_eight(part: Any, f: Any, z: Any) -> None:
 @compiled()
 def _sum_up(
     k: Any, z: Any, runs: Any, half: Any, step: int, grown: Any, fade: Any, ones: Any, phi: Any, monomials: Any, sums: Any,
-    rests: Any, shares: Any, starts: Any,
+    rests: Any, shares: Any, starts: Any, scaled: Any, units: Any, begin: int,
 ) -> None:  # fmt: skip
-    """The sums before every chunk of `ROWS` rows into `starts`, for one problem."""
+    """The sums before every chunk of `ROWS` rows into `starts`, for one document, which begins there."""
     views, _, columns = z.shape
     for chunk in range(starts.shape[0]):
-        last, begin = chunk == starts.shape[0] - 1, chunk * ROWS
+        last = chunk == starts.shape[0] - 1
         for v in range(0 if last else views):
-            _make(k[v, begin : begin + ROWS], runs, half, ones, phi, 1 + v, monomials)
+            _in_units(k[v], begin, ROWS, units[1 + v], scaled)
+            _make(scaled, runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, ROWS, shares[v])
             _times_rows(grown[v], shares[v])
         for block in range(sums.shape[0]):
@@ -1073,6 +1123,7 @@ def _sum_up(
                     for e in range(left, right):
                         _join_views(sums[block, e], rests[block, e])
                         _fade_views(sums[block, e], rests[block, e], fade)
+        begin += ROWS
 
 
 @compiled()
@@ -1093,13 +1144,12 @@ def _pull(
     q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, step: int, grown: Any, shrunk: Any,
     fade: Any, ones: Any, phi: Any, monomials: Any, slopes: Any, after: Any, rests: Any, starts: Any, running: Any,
     befores: Any, of_views: Any, product: Any, turned: Any, of_turned: Any, x: Any, dx: Any, found: Any, shares: Any,
-    of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
+    of_shares: Any, given: Any, scaled: Any, units: Any, first: int, n: int, dq: Any, dk: Any, dz: Any, of_decays: Any,
 ) -> None:  # fmt: skip
-    """`pull` for one problem, chunk by chunk from the last, with room for all that it needs."""
-    views, n, columns = z.shape
+    """`pull` for one document, chunk by chunk from the last, with room for all that it needs."""
+    views, _, columns = z.shape
     for chunk in range(starts.shape[0] - 1, -1, -1):
-        begin = chunk * ROWS
-        rows = min(ROWS, n - begin)
+        begin, rows = first + chunk * ROWS, min(ROWS, n - chunk * ROWS)
         # The gradients behind are of sums as the last row of all has them, or as the next chunk does.
         last = chunk == starts.shape[0] - 1
         tail = (rows - 1) // step * step if last else rows
@@ -1108,9 +1158,12 @@ def _pull(
         _set_fade(decays, step, fade)
         _turn(g, begin, rows, given)
         _times_rows(shrunk, given)
-        _make(q[begin : begin + rows], runs, half, w, phi, 0, monomials)
+        whole = scaled[: (rows + FEW - 1) // FEW * FEW]
+        _in_units(q, begin, rows, units[0], whole)
+        _make(whole, runs, half, w, phi, 0, monomials)
         for v in range(views):
-            _make(k[v, begin : begin + rows], runs, half, ones, phi, 1 + v, monomials)
+            _in_units(k[v], begin, rows, units[1 + v], whole)
+            _make(whole, runs, half, ones, phi, 1 + v, monomials)
             _turn(z[v], begin, rows, shares[v])
             _times_rows(grown[v], shares[v])
         slopes[:] = 0
@@ -1142,11 +1195,15 @@ def _pull(
                                 _fade_views(after[block, e], rests[block, e], fade)
         _of_decays(monomials, slopes, shares, of_shares, rows, step, tail, of_decays)
         _turn(q, begin, rows, x)
+        _times_unit(x, units[0])
         _pull_made(x, runs, half, w, turned, of_turned, 0, slopes, dx, found)
+        _times_unit(dx, units[0])
         _turn_back(dx, begin, rows, dq)
         for v in range(views):
             _turn(k[v], begin, rows, x)
+            _times_unit(x, units[1 + v])
             _pull_made(x, runs, half, ones, turned, of_turned, 1 + v, slopes, dx, found)
+            _times_unit(dx, units[1 + v])
             _turn_back(dx, begin, rows, dk[v])
             _times_rows(grown[v], of_shares[v])
             _turn_back(of_shares[v], begin, rows, dz[v])

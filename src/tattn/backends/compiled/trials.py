@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..operations import OF_DOCUMENTS, OF_ROWS, OF_TUPLES, OF_WINDOWS, Prefix, R
 from .loading import failed, told
 from .operations.causal import prefix_pull, prefix_read
 from .operations.documents import pull_documents, read_documents, size_documents
-from .operations.problems import Work
+from .operations.problems import alone
 from .operations.rows import ROW_OPERATIONS
 from .operations.tokens import complex_step, step
 from .operations.tuples import attend_tuples, pull_tuples
@@ -37,12 +36,12 @@ def fails(operation: str, dtype: str) -> bool:
         elif operation in OF_TUPLES:
             found = _of_two_tuples(operation, ones)
         elif operation == "prefix_read":
-            found = prefix_read(block, zero, _alone)[1]
+            found = prefix_read(block, zero, alone)[1]
         elif operation == "step":
             sums = [np.zeros((1, 1, 2), dtype)]
             found = step(Token(np.ones(2, dtype), block.runs, 1.0, 1.0, 1.0), ones, [ones], [ones], sums, sums)[0]
         else:
-            found = prefix_pull(block, [zero[0][0]], zero, ones, _alone)[1][2][0]
+            found = prefix_pull(block, [zero[0][0]], zero, ones, alone)[1][2][0]
         if found != 1:
             raise ArithmeticError(f"{operation} of ones should be 1, got {found}")
     except Exception as error:
@@ -64,8 +63,8 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
     block = Prefix(w, runs, q, [q, b], [ones, ones], 2)
     zeros = [np.zeros((1, 1, 4), dtype)] * 2
     if operation == "complex_prefix_read":
-        return prefix_read(block, [zeros, zeros], _alone)[1]
-    of_a = prefix_pull(block, zeros, [zeros, zeros], ones, _alone)[1][1][0]
+        return prefix_read(block, [zeros, zeros], alone)[1]
+    of_a = prefix_pull(block, zeros, [zeros, zeros], ones, alone)[1][1][0]
     return of_a[..., 1] - of_a[..., 0]
 
 
@@ -74,15 +73,15 @@ def _of_windows(operation: str, block: Prefix) -> Any:
     nothing = [np.zeros_like(block.q)]
     block = block._replace(keys=[*block.keys, *nothing], shares=[*block.shares, *nothing])
     if operation == "window_read":
-        return window_read(block, [], _alone)
-    return window_pull(block, [], block.q, _alone)[2][0]
+        return window_read(block, [], alone)
+    return window_pull(block, [], block.q, alone)[2][0]
 
 
 def _of_one_row(operation: str, ones: np.ndarray) -> Any:
     """What an operation computes of 1 and x = 1: their mean, or their sum, 2, less its derivative, 1."""
     rows, both = Rows(2, 1, np.asarray([[0, 1, 2, 0]], np.int64), read=1), np.repeat(ones, 2, axis=-2)
     given = {"sum_rows": (ones,), "read_rows": (both / 2,)}.get(operation, (ones, both))
-    found = ROW_OPERATIONS[operation](rows, ones, *given, _alone)
+    found = ROW_OPERATIONS[operation](rows, ones, *given, alone)
     return np.sum(found[0]) - np.sum(found[1]) if isinstance(found, tuple) else np.mean(found)
 
 
@@ -107,8 +106,3 @@ def _of_two_tuples(operation: str, ones: np.ndarray) -> Any:
         return np.round(total - np.exp(-1) + top - 2, 5)
     ds, _, (dk, dv) = pull_tuples(tuples, ones, ones, 2 * ones, None, (keys, both, None))
     return np.round((ds - 2 + np.sum(dk + dv, axis=-1) - 2) / 3 - np.exp(-1) + 1, 5)
-
-
-def _alone(task: Callable[[slice, slice], Any], work: Work) -> list[Any]:
-    """What the task returns for all problems and columns, done here."""
-    return [task(slice(0, work.problems), slice(0, work.columns))]

@@ -53,10 +53,22 @@ class Problems:
         if block.decays:
             self.decays = self.views(block.decays)[..., 0, 0].astype(np.float64)
             self.steps = rows_together(np.prod(self.decays, axis=1), str(self.q.dtype))
+        self._documents, self._rank = block.documents, len(block.w)
 
     def fading(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
         """Factors (P, m) by which keys decay, and rows of a chunk (P,)."""
         return self.decays[some], self.steps[some]
+
+    def documents(self, some: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Where documents begin, their rows, parts (D, m) and units (P, D, m + 1, d); all rows are one if there are none."""
+        (count, n, dim), views, dtype = self.q.shape, self.k.shape[1], self.q.dtype
+        if self._documents is None:
+            units = np.ones((count, 1, 1 + views, dim), dtype)
+            return np.zeros(1, np.int64), np.full(1, n), np.ones((1, views), dtype), units[some]
+        begins, lengths, counts, units = self._documents
+        units = np.broadcast_to(units, (*self.leading, *units.shape[-3:])).reshape(count, *units.shape[-3:])
+        parts = (1 / counts).astype(dtype)
+        return np.ascontiguousarray(begins), np.ascontiguousarray(lengths), parts, writable(units[some])
 
     def together(self, x: np.ndarray) -> np.ndarray:
         """(..., n, k) → (P, n, k)."""
@@ -65,6 +77,10 @@ class Problems:
     def views(self, xs: Sequence[np.ndarray]) -> np.ndarray:
         """(..., n, k) for every view → (P, m, n, k), a copy."""
         return np.stack([self.together(x) for x in xs], axis=1)
+
+    def sums(self, given: Sequence[np.ndarray], views: int) -> np.ndarray:
+        """Those of every problem and view (P, m, dv + 1, r), or (0, …) if there are none."""
+        return self.views(given) if given else np.zeros((0, views, self.z.shape[-1], self._rank), self.q.dtype)
 
     def whole(self, x: np.ndarray) -> np.ndarray:
         """The reverse of `together`."""
@@ -76,6 +92,8 @@ class Problems:
 
     def of_views(self, total: np.ndarray, lost: np.ndarray, like: Sequence[np.ndarray]) -> list[Any]:
         """Compensated sums of every view, in the leading dimensions of those in `like`: the problems that share a view agree."""
+        if not like:
+            return []
         cuts = [tuple(slice(0, size) for size in s.shape[:-2]) for s in like]
         both = zip(self.whole_views(total), self.whole_views(lost), strict=True)
         return [tuple(_last(x, len(cut))[cut] for x in pair) for pair, cut in zip(both, cuts, strict=True)]
@@ -106,6 +124,11 @@ def padded(block: Prefix, loops: Any) -> np.ndarray:
     w = np.zeros(blocks * loops.WIDTH, block.w.dtype)
     loops.spread_out(writable(block.w), block.half, w)
     return w
+
+
+def alone(task: Callable[[slice, slice], Any], work: Work) -> list[Any]:
+    """What the task returns for all problems and columns, done here."""
+    return [task(slice(0, work.problems), slice(0, work.columns))]
 
 
 def in_parts(backend: Any, task: Callable[[slice, slice], Any], work: Work) -> list[Any]:

@@ -16,7 +16,7 @@ def window_read(block: Prefix, starts: Sequence[np.ndarray], spread: Callable[..
     """The operation `window_read` for NumPy arrays."""
     loops = loaded()[0]
     problems = Problems(block, starts)
-    total = _seen_by_all(problems, starts, block)
+    total = problems.sums(starts, len(block.keys) // 2)
     out = np.empty((*problems.q.shape[:-1], problems.z.shape[-1]), problems.q.dtype)
     w = padded(block, loops.causal)
 
@@ -36,7 +36,7 @@ def window_pull(
     """The operation `window_pull` for NumPy arrays."""
     loops = loaded()[0]
     problems = Problems(block, starts, upstream)
-    total, g = _seen_by_all(problems, starts, block), problems.together(upstream)
+    total, g = problems.sums(starts, len(block.keys) // 2), problems.together(upstream)
     q, k, z = problems.q, problems.k, problems.z
     w, m = padded(block, loops.causal), total.shape[1]
     dq, dk, dz, of_total = (np.empty_like(x) for x in (q, k, z, total))
@@ -54,9 +54,3 @@ def window_pull(
     spread(pull_windows, problems.work(total, dz.shape[-1] + 1))
     views = (problems.whole_views(x) for x in (dk, dz, of_total if starts else total[:, :0]))
     return problems.whole(dq), *views
-
-
-def _seen_by_all(problems: Problems, starts: Sequence[np.ndarray], block: Prefix) -> np.ndarray:
-    """`starts` of every problem (P, m, dv + 1, r), or (0, …) if there are none."""
-    _, both, _, columns = problems.z.shape
-    return problems.views(starts) if starts else np.zeros((0, both // 2, columns, len(block.w)), problems.q.dtype)
