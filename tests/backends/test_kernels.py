@@ -26,6 +26,7 @@ from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import (
     CHAIN,
     OF_DOCUMENTS,
+    OF_PREFIXES,
     OF_ROWS,
     OF_TUPLES,
     OF_WINDOWS,
@@ -683,9 +684,7 @@ def test_packed_documents_of_torch(loops):
 @pytest.fixture
 def prefixes(loops: Any) -> Iterator[list[Seen]]:
     """The blocks of causal rows that loops compute."""
-    compile_for(
-        "size_documents", *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull"))
-    )
+    compile_for("size_documents", *(kind + name for kind in ("", "complex_") for name in OF_PREFIXES))
     with calls_of(compiled.prefix_read, compiled.prefix_pull) as seen:
         yield seen
 
@@ -1698,7 +1697,7 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     call = drawn(9, 1, "float64")
     found = kernels()
     assert found.on
-    names = "prefix_read", "prefix_pull", "step"
+    names = *OF_PREFIXES, "step"
     assert found.operations == (
         *OF_ROWS,
         *OF_DOCUMENTS,

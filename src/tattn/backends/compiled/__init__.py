@@ -19,10 +19,12 @@ import numpy as np
 from ..operations import (
     CHAIN,
     OF_DOCUMENTS,
+    OF_PREFIXES,
     OF_ROWS,
     OF_TUPLES,
     OF_WINDOWS,
     ROWS,
+    Documents,
     Kernel,
     Prefix,
     Rows,
@@ -38,8 +40,8 @@ Array = Any
 Spread = Callable[..., list[Any]]
 # By the channels that they are for.
 OF_CHANNELS = {
-    "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
-    "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
+    "real": (*OF_PREFIXES, "step", *OF_WINDOWS),
+    "complex": tuple(f"complex_{operation}" for operation in (*OF_PREFIXES, "step")),
 }
 OPERATIONS = (
     *OF_ROWS,
@@ -209,13 +211,12 @@ def _fails(operation: str, dtype: str) -> bool:
             found = _of_windows(operation, block)
         elif operation in OF_TUPLES:
             found = _of_two_tuples(operation, ones)
-        elif operation == "prefix_read":
-            found = prefix_read(block, zero, _alone)[1]
         elif operation == "step":
             sums = [np.zeros((1, 1, 2), dtype)]
             found = step(Token(np.ones(2, dtype), block.runs, 1.0, 1.0, 1.0), ones, [ones], [ones], sums, sums)[0]
         else:
-            found = prefix_pull(block, [zero[0][0]], zero, ones, _alone)[1][2][0]
+            found = _of_prefix(operation, block, zero)
+            found = found[1] if "read" in operation else found[1][2][0]
         if found != 1:
             raise ArithmeticError(f"{operation} of ones should be 1, got {found}")
     except Exception as error:
@@ -236,10 +237,22 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
         return out + lse
     block = Prefix(w, runs, q, [q, b], [ones, ones], 2)
     zeros = [np.zeros((1, 1, 4), dtype)] * 2
-    if operation == "complex_prefix_read":
-        return prefix_read(block, [zeros, zeros], _alone)[1]
-    of_a = prefix_pull(block, zeros, [zeros, zeros], ones, _alone)[1][1][0]
+    found = _of_prefix(operation, block, [(x, x) for x in zeros])
+    if "read" in operation:
+        return found[1]
+    of_a = found[1][1][0]
     return of_a[..., 1] - of_a[..., 0]
+
+
+def _of_prefix(operation: str, block: Prefix, sums: Sequence[Any]) -> Any:
+    """What an operation returns of a block with one row, for upstream 1; one document of it where that is asked for."""
+    if operation.endswith("documents"):
+        one, sides = np.ones((1, len(block.keys)), np.int64), 1 + len(block.keys)
+        units = np.ones((1, 1, sides, block.q.shape[-1]), block.q.dtype)
+        block, sums = block._replace(documents=Documents(np.zeros(1, np.int64), one[:, 0], one, units)), ()
+    if "read" in operation:
+        return prefix_read(block, sums, _alone)
+    return prefix_pull(block, [total for total, _ in sums], sums, np.ones_like(block.shares[0]), _alone)
 
 
 def _of_windows(operation: str, block: Prefix) -> Any:
@@ -385,8 +398,9 @@ def kernels_for(
         "step": partial(run_step, step),
         "complex_step": partial(run_step, complex_step),
     }
-    functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
-    functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
+    for operation in OF_PREFIXES:
+        function = partial(run, prefix_read if "read" in operation else prefix_pull)
+        functions |= {operation: function, f"complex_{operation}": function}
     functions |= {"window_read": partial(run, window_read), "window_pull": partial(run, window_pull)}
     functions |= {operation: partial(run_rows, function) for operation, function in _ROW_OPERATIONS.items()}
     functions |= {f.__name__: partial(run_documents, f) for f in (size_documents, read_documents, pull_documents)}
