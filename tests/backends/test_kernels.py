@@ -29,6 +29,7 @@ from tattn.backends.numpy import BACKEND
 from tattn.backends.operations import (
     CHAIN,
     OF_DOCUMENTS,
+    OF_PREFIXES,
     OF_ROWS,
     OF_TUPLES,
     OF_WINDOWS,
@@ -685,9 +686,7 @@ def test_packed_documents_of_torch(loops):
 @pytest.fixture
 def prefixes(loops: Any) -> Iterator[list[Seen]]:
     """The blocks of causal rows that loops compute."""
-    compile_for(
-        "size_documents", *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull"))
-    )
+    compile_for("size_documents", *(kind + name for kind in ("", "complex_") for name in OF_PREFIXES))
     with calls_of(compiled.prefix_read, compiled.prefix_pull) as seen:
         yield seen
 
@@ -777,19 +776,19 @@ def test_causal_documents_that_are_left_to_groups(prefixes, monkeypatch):
 @pytest.mark.parametrize("channels", ["real", "complex"])
 def test_causal_documents_that_are_long_or_spoiled(channels, prefixes, monkeypatch):
     """These alone are computed in groups, and the rows that they do not spoil are what they are without them."""
-    counts = [40, 4200, 64, 30, 70, 30, 90, 200]
+    counts = [40, 4200, 64, 20, 70, 30, 90, 200]
     ends = np.cumsum([0, *counts])
     call = drawn(int(ends[-1]), 2, "float64", dim=2)
     for name in ("keys", "values"):
         call[name] = [x[: ends[-1]] for x in call[name]]
-    plan = plan_of(call, 3, channels=channels)
+    plan = plan_of(call, 4, channels=channels)
     usual = computed(call, plan=plan, offsets=ends)
     assert where(prefixes) == everywhere("in place", "in groups")
     # A number that is none, rows far beyond what was promised, and channels that are 0 everywhere or beside large ones.
     call["query"][ends[2] + 20, 0] = np.nan
     call["values"][0][ends[3] + 5, 1] = np.inf
     call["grad_out"][ends[4] + 7, 0] = np.nan
-    call["keys"][0][ends[5] + 9 : ends[5] + 12] *= 1e30
+    call["keys"][0][ends[5] + 9 : ends[5] + 12] *= 1e5
     call["keys"][0][ends[6] : ends[7], 0] = 0
     call["query"][ends[7] :] *= 1e-30
     call["keys"][0][ends[7] :] *= 1e30
@@ -797,7 +796,7 @@ def test_causal_documents_that_are_long_or_spoiled(channels, prefixes, monkeypat
     found = computed(call, plan=plan, offsets=ends)
     rows = {name: {seen.given["block"].q.shape[-2] for seen in prefixes
                    if seen.name == name and seen.given["block"].documents is None} for name in everywhere()}  # fmt: skip
-    assert rows == {"prefix_read": {64, 30, 4200}, "prefix_pull": {64, 30, 70, 4200}}
+    assert rows == {"prefix_read": {64, 20, 30, 4200}, "prefix_pull": {64, 20, 70, 30, 4200}}
     monkeypatch.setenv(compiled.SWITCH, "0")
     expected = computed(call, plan=plan, offsets=ends)
     for x, y, z in zip(found, expected, usual, strict=True):
@@ -1698,7 +1697,7 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
     call = drawn(9, 1, "float64")
     found = kernels()
     assert found.on
-    names = "prefix_read", "prefix_pull", "step"
+    names = *OF_PREFIXES, "step"
     assert found.operations == (
         *OF_ROWS,
         *OF_DOCUMENTS,

@@ -42,6 +42,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "masks of documents": ({"offsets": OFFSETS, "masked": True}, "documents"),
     "weights of documents": ({"offsets": OFFSETS, "weighted": True}, "rows"),
     "causal documents": ({"offsets": OFFSETS, "causal": True}, "causal"),
+    "masks of causal documents": ({"offsets": OFFSETS, "masked": True, "causal": True}, "causal"),
     "causal documents with decay": ({"offsets": OFFSETS, "causal": True, "decaying": True}, "causal"),
     "windows in documents": ({"offsets": OFFSETS, "window": WINDOWS}, "windows"),
     "exact": ({"method": "exact"}, "tuples"),

@@ -37,6 +37,9 @@ step           ``(token, query, keys, values, sums, rests, decays)``, a `Token`,
                output (..., n, dv), lse (..., n), sums and rests with the tokens
 =============  =====================================================================================================
 
+``prefix_read_documents`` and ``prefix_pull_documents`` are ``prefix_read`` and ``prefix_pull`` of a block with documents.
+No sums are before and behind it: these are (), given and returned.
+
 Where channels are complex, a name begins with "complex": there monomials, sums of prefixes and weights are those of
 `features.pairs`. ``complex_step`` takes, and returns with the token, sums of these beside the others,
 (..., dv + 1, r).
@@ -58,13 +61,14 @@ OF_ROWS = ("sum_rows", "read_rows", "sum_and_pull", "read_and_pull")
 OF_DOCUMENTS = ("size_documents", "read_documents", "pull_documents")
 OF_TUPLES = ("attend_tuples", "pull_tuples")
 OF_WINDOWS = ("window_read", "window_pull")
+OF_PREFIXES = ("prefix_read", "prefix_pull", "prefix_read_documents", "prefix_pull_documents")
 OPERATIONS = (
     "moments",
     *OF_ROWS,
     *OF_DOCUMENTS,
     *OF_TUPLES,
     *OF_WINDOWS,
-    *(kind + name for kind in ("", "complex_") for name in ("prefix_read", "prefix_pull", "step")),
+    *(kind + name for kind in ("", "complex_") for name in (*OF_PREFIXES, "step")),
 )
 # Terms in a chain of additions of the array form.
 CHAIN = 128

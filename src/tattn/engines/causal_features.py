@@ -126,7 +126,7 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
     return out, normaliser
 
 
-def loops(operation: str, operands: Operands) -> Callable[..., Any] | None:
+def _kernel(operation: str, operands: Operands) -> Callable[..., Any] | None:
     """What takes the place of the loops over chunks to `read` or `pull`, if anything does for these arrays."""
     operation = f"{'window' if is_windowed(operands) else 'prefix'}_{operation}"
     operation = of_channels(operation, operands.paired, len(operands.keys))
@@ -135,7 +135,7 @@ def loops(operation: str, operands: Operands) -> Callable[..., Any] | None:
 
 def compiled(operands: Operands) -> bool:
     """Whether compiled loops take the place of those over chunks, as far as that does not depend on windows and decays."""
-    return loops("read", operands) is not None
+    return _kernel("read", operands) is not None
 
 
 def _read_by(setting: Setting, sums: tuple[Sum, ...], rows: Sequence[Array | None]) -> tuple[Array, Array]:
@@ -344,7 +344,7 @@ def _setting(operation: str, operands: Operands, expansion: Expansion, start: St
     degree, grading, m = expansion.degree, expansion.grading, len(keys)
     units = list(start.units if start else shared_units(operands, causal=True))
     windowed = is_windowed(operands)
-    kernel = loops(operation, operands)
+    kernel = _kernel(operation, operands)
     most = _KERNEL_ROWS
     if kernel is not None and operands.decays:
         most = at_once(operands.steepest, backend.dtype_name(operands.dtype), windowed)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..arrays import alike, clean, prod_of, sum_to_leading, unweighed, with_leading
 from ..backends import Array
-from ..backends.operations import CHAIN, OF_DOCUMENTS, Documents, Prefix, Spans
+from ..backends.operations import CHAIN, OF_DOCUMENTS, Documents, Prefix, Spans, of_channels
 from ..documents import Block, Layout
 from ..features.balance import MANY
 from ..features.basis import FEW_CHAINS
@@ -76,7 +76,10 @@ class InPlace:
         given = spans, q, *operands.keys, *operands.values
         size, *passes = (backend.kernel(operation, *given) for operation in OF_DOCUMENTS)
         if causal:
-            passes = [causal_features.loops(operation, operands) for operation in ("read", "pull")]
+            operations = (
+                of_channels(f"prefix_{name}_documents", operands.paired, len(views)) for name in ("read", "pull")
+            )
+            passes = [backend.kernel(operation, *given[1:]) for operation in operations]
         if size is None or None in passes:
             return None
         return (Causal if causal else cls)(operands, expansion, spans, size, *passes)  # type: ignore[arg-type]

@@ -13,7 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..operations import CHAIN, OF_DOCUMENTS, OF_ROWS, OF_TUPLES, OF_WINDOWS, Kernel, Prefix, Rows, Spans, Token, Tuples
+from ..operations import (
+    CHAIN,
+    OF_DOCUMENTS,
+    OF_PREFIXES,
+    OF_ROWS,
+    OF_TUPLES,
+    OF_WINDOWS,
+    Kernel,
+    Prefix,
+    Rows,
+    Spans,
+    Token,
+    Tuples,
+)
 
 # The name of the switch is for those who set it.
 from .loading import SWITCH as SWITCH
@@ -30,8 +43,8 @@ from .trials import fails
 Array = Any
 # By the channels that they are for.
 OF_CHANNELS = {
-    "real": ("prefix_read", "prefix_pull", "step", *OF_WINDOWS),
-    "complex": ("complex_prefix_read", "complex_prefix_pull", "complex_step"),
+    "real": (*OF_PREFIXES, "step", *OF_WINDOWS),
+    "complex": tuple(f"complex_{operation}" for operation in (*OF_PREFIXES, "step")),
 }
 OPERATIONS = (
     *OF_ROWS,
@@ -216,8 +229,9 @@ def kernels_for(
         "step": partial(run_step, step),
         "complex_step": partial(run_step, complex_step),
     }
-    functions |= {f"{kind}prefix_read": partial(run, prefix_read) for kind in ("", "complex_")}
-    functions |= {f"{kind}prefix_pull": partial(run, prefix_pull) for kind in ("", "complex_")}
+    for operation in OF_PREFIXES:
+        function = partial(run, prefix_read if "read" in operation else prefix_pull)
+        functions |= {operation: function, f"complex_{operation}": function}
     functions |= {"window_read": partial(run, window_read), "window_pull": partial(run, window_pull)}
     functions |= {operation: partial(run_rows, function) for operation, function in ROW_OPERATIONS.items()}
     functions |= {f.__name__: partial(run_documents, f) for f in (size_documents, read_documents, pull_documents)}

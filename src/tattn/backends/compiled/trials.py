@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ..operations import OF_DOCUMENTS, OF_ROWS, OF_TUPLES, OF_WINDOWS, Prefix, Rows, Spans, Token, Tuples
+from ..operations import OF_DOCUMENTS, OF_ROWS, OF_TUPLES, OF_WINDOWS, Documents, Prefix, Rows, Spans, Token, Tuples
 from .loading import failed, told
 from .operations.causal import prefix_pull, prefix_read
 from .operations.documents import pull_documents, read_documents, size_documents
@@ -35,13 +36,12 @@ def fails(operation: str, dtype: str) -> bool:
             found = _of_windows(operation, block)
         elif operation in OF_TUPLES:
             found = _of_two_tuples(operation, ones)
-        elif operation == "prefix_read":
-            found = prefix_read(block, zero, alone)[1]
         elif operation == "step":
             sums = [np.zeros((1, 1, 2), dtype)]
             found = step(Token(np.ones(2, dtype), block.runs, 1.0, 1.0, 1.0), ones, [ones], [ones], sums, sums)[0]
         else:
-            found = prefix_pull(block, [zero[0][0]], zero, ones, alone)[1][2][0]
+            found = _of_prefix(operation, block, zero)
+            found = found[1] if "read" in operation else found[1][2][0]
         if found != 1:
             raise ArithmeticError(f"{operation} of ones should be 1, got {found}")
     except Exception as error:
@@ -62,10 +62,22 @@ def _of_complex_numbers(operation: str, dtype: str) -> Any:
         return out + lse
     block = Prefix(w, runs, q, [q, b], [ones, ones], 2)
     zeros = [np.zeros((1, 1, 4), dtype)] * 2
-    if operation == "complex_prefix_read":
-        return prefix_read(block, [zeros, zeros], alone)[1]
-    of_a = prefix_pull(block, zeros, [zeros, zeros], ones, alone)[1][1][0]
+    found = _of_prefix(operation, block, [(x, x) for x in zeros])
+    if "read" in operation:
+        return found[1]
+    of_a = found[1][1][0]
     return of_a[..., 1] - of_a[..., 0]
+
+
+def _of_prefix(operation: str, block: Prefix, sums: Sequence[Any]) -> Any:
+    """What an operation returns of a block with one row, for upstream 1; one document of it where that is asked for."""
+    if operation.endswith("documents"):
+        one, sides = np.ones((1, len(block.keys)), np.int64), 1 + len(block.keys)
+        units = np.ones((1, 1, sides, block.q.shape[-1]), block.q.dtype)
+        block, sums = block._replace(documents=Documents(np.zeros(1, np.int64), one[:, 0], one, units)), ()
+    if "read" in operation:
+        return prefix_read(block, sums, alone)
+    return prefix_pull(block, [total for total, _ in sums], sums, np.ones_like(block.shares[0]), alone)
 
 
 def _of_windows(operation: str, block: Prefix) -> Any:
