@@ -210,6 +210,27 @@ def test_blocks_of_causal_rows_are_whole_chunks(decay: Any) -> None:
             np.testing.assert_allclose(got, like, rtol=1e-11, atol=1e-12)
 
 
+def test_float64_where_it_is_switched_off() -> None:
+    """JAX would go on in float32, whatever the plan says."""
+    jax.config.update("jax_enable_x64", True)
+    rows = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (9, 3)))
+    plan = PLANS["causal polynomial"]
+
+    def attend(x: Any) -> Any:
+        return tattn.tensor_attention(x, [x, x], [x, x], plan=plan, causal=True)
+
+    jax.config.update("jax_enable_x64", False)
+    try:
+        for call in (attend, jax.jit(attend)):
+            with pytest.raises(
+                TypeError, match="query should be an array, got one of float64 while jax_enable_x64 is off"
+            ):
+                call(rows)
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    assert attend(rows).dtype == jnp.float64
+
+
 def test_bfloat16() -> None:
     rng = np.random.default_rng(3)
     wide = [rng.uniform(-1, 1, (32, 4)) for _ in range(5)]

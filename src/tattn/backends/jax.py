@@ -57,6 +57,8 @@ class JaxBackend(Backend):
         return devices if len(devices) > 1 else devices[0]
 
     def why_refused(self, array: Array) -> str | None:
+        if array.dtype == jnp.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            return "one of float64 while jax_enable_x64 is off: switch it on, or use array.astype('float32')"
         symbols = [str(length) for length in array.shape if not isinstance(length, (int, np.integer))]
         if not symbols:
             return None
