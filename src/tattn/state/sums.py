@@ -322,7 +322,7 @@ def _next_hosted(call: SumCall, backend: Backend, arrays: Sequence[Array | None]
     operands, _ = _continued(call, backend, arrays)
     if 0 in operands.query.shape or not causal_features.compiled(operands):
         return False
-    return prod(operands.leading) * operands.query.shape[-2] * prod(operands.extra[0].shape[-2:]) >= _HOSTED
+    return bool(prod(operands.leading) * operands.query.shape[-2] * prod(operands.extra[0].shape[-2:]) >= _HOSTED)
 
 
 def _shapes_of_next(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[Any, None]]:
