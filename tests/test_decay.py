@@ -201,6 +201,23 @@ def test_long_sums_in_float32(order: dict[str, Any], factor: float, n: int) -> N
     assert np.abs(got - truth).max() <= plan.error + wide.error
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)
+@pytest.mark.libraries("torch")
+def test_narrow_dtypes_compute_in_float32(order: dict[str, Any], dtype: str) -> None:
+    """In calls long enough to be asked whether compiled loops serve them."""
+    import torch
+
+    narrow = [
+        torch.tensor(x[0]).to(getattr(torch, dtype)) for x in np.random.default_rng(0).uniform(-1, 1, (5, 1, 170, 4))
+    ]
+    wide = [x.float() for x in narrow]
+    for decay in (0.9, 1e-3):
+        got, like = (tattn.tensor_attention(x[0], x[1:3], x[3:], **order, decay=[decay, None]) for x in (narrow, wide))
+        assert got.dtype == narrow[0].dtype
+        torch.testing.assert_close(got.float(), like, rtol=1e-2, atol=4e-3)
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_sizes_of_blocks_change_nothing(views: int) -> None:
     """Rows in one block, and in blocks and segments of blocks."""

@@ -73,8 +73,9 @@ class Inputs(NamedTuple):
         operation = of_channels(operation, self.channels == COMPLEX, self.views)
         if self.backend.for_arrays(rows).loops.kernel(operation, *rows) is None:
             return False
+        computed = self.backend.dtype_name(self.backend.compute_dtype(rows[0].dtype))
         windowed = self.order.window is not None
-        return not self.order.decays or bool(at_once(self.operands().steepest, self.dtype, windowed))
+        return not self.order.decays or bool(at_once(self.operands().steepest, computed, windowed))
 
     def operands(self, scale: float = 1.0) -> Operands:
         """The arrays by their names."""

@@ -97,7 +97,8 @@ class Plan:
         Operations of a forward call by either method; a call with its gradient takes three times as many. Those of the
         polynomial are counted for products with all monomials. For values of few channels there are up to dg/(d + g −
         1) times as many, which take less time. Where there are fewer scores than features it takes about `flops_exact`
-        (`by_scores`).
+        (`by_scores`). In windows those of the exact method count scores that are computed beside the ones that are seen,
+        and twice, since they take longer.
     bytes_exact, bytes_polynomial : float
         Approximate memory of a forward call on a processor, beyond inputs and outputs: summaries, the normaliser of
         every row, and a block of rows. A gradient takes up to twice as much, each further thread has its own block, and

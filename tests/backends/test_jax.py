@@ -190,6 +190,47 @@ def test_settings_go_by_where_arrays_are(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen == [backend._ON_GPU, backend.BACKEND]
 
 
+@pytest.mark.parametrize("decay", [None, (0.98, 0.9)], ids=str)
+def test_blocks_of_causal_rows_are_whole_chunks(decay: Any) -> None:
+    """Blocks of one length leave no rest, but each would count the rows that fill its last chunk."""
+    from tattn.backends.jax import BACKEND
+    from tattn.backends.numpy import BACKEND as NUMPY
+
+    jax.config.update("jax_enable_x64", True)
+    # The longest equal blocks of 256 rows at most are no whole chunks, and the longest of whole chunks.
+    for n in (350, 480):
+        rows = np.random.default_rng(0).uniform(-1, 1, (5, n, 2))
+        plan = tattn.plan_for(n=n, dim=2, bound=1.0, degree=2, dtype="float64", causal=True)
+        options: dict[str, Any] = {"plan": plan, "causal": True, "decay": decay, "return_lse": True}
+        expected = tattn.tensor_attention(rows[0], list(rows[1:3]), list(rows[3:]), **options)
+        arrays = [jnp.asarray(x) for x in rows]
+        with NUMPY.using(kernels=()), BACKEND.using(workspace=36 << 10):
+            found = tattn.tensor_attention(arrays[0], arrays[1:3], arrays[3:], **options)
+        for got, like in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, like, rtol=1e-11, atol=1e-12)
+
+
+def test_float64_where_it_is_switched_off() -> None:
+    """JAX would go on in float32, whatever the plan says."""
+    jax.config.update("jax_enable_x64", True)
+    rows = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (9, 3)))
+    plan = PLANS["causal polynomial"]
+
+    def attend(x: Any) -> Any:
+        return tattn.tensor_attention(x, [x, x], [x, x], plan=plan, causal=True)
+
+    jax.config.update("jax_enable_x64", False)
+    try:
+        for call in (attend, jax.jit(attend)):
+            with pytest.raises(
+                TypeError, match="query should be an array, got one of float64 while jax_enable_x64 is off"
+            ):
+                call(rows)
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    assert attend(rows).dtype == jnp.float64
+
+
 def test_bfloat16() -> None:
     rng = np.random.default_rng(3)
     wide = [rng.uniform(-1, 1, (32, 4)) for _ in range(5)]

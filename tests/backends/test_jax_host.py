@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -217,3 +218,35 @@ def test_plans_price_calls_by_what_computes_them(arrays, without):
 
     whole = tattn.plan(rows[0], rows[1:3], rows[3:], method="polynomial").flops_polynomial
     assert price(*rows) == 1.5 * whole
+
+
+@pytest.mark.parametrize("name", ["decay", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("lse", "masks"))])
+def test_states_take_many_rows(name, arrays, without):
+    """Those of a prompt, and those that follow it."""
+    n, plan = 1100, tattn.plan_for(n=1100, dim=5, bound=1.0, degree=4, dtype="float64", causal=True)
+    rows = [jnp.asarray(x) for x in np.random.default_rng(0).uniform(-1, 1, (5, n, 5))]
+    seen = jnp.arange(n) % 5 != 0
+    prompt, following = {
+        "lse": ({}, {"return_lse": True}),
+        "masks": ({"key_masks": [seen, None]}, {"key_masks": [None, seen]}),
+        "decay": ({"decay": [0.9, 0.99]}, {"decay": [0.9, 0.99]}),
+    }[name]
+
+    def begun(_, a, b, u, v):
+        return tattn.summarize([a, b], [u, v], plan, **prompt)
+
+    def gone_on(summary, q, a, b, u, v):
+        out, state = tattn.DecodingState(plan, summary).step(q, [b, a], [v, u], **following)
+        return out, state.summary.sums
+
+    def of(*rows):
+        return gone_on(begun(*rows), *rows)
+
+    def mapped(q, a, b, u, v):
+        return jax.vmap(of, in_axes=(0, None, None, 1, None))(
+            jnp.stack([q, -q]), a, b, jnp.stack([u, 2 * u], axis=1), v
+        )
+
+    assert uses_loops(begun, *rows) and uses_loops(partial(gone_on, begun(*rows)), *rows)
+    for form in (of, mapped) if name == "decay" else (of,):
+        same(jax.jit(form)(*rows), without(jax.jit(lambda *x, form=form: form(*x)), *rows))

@@ -225,6 +225,15 @@ def test_the_cheaper_method_is_chosen() -> None:
     assert "windows of (4096, 4096)" in str(long)
 
 
+def test_short_windows_by_compiled_loops_are_cheaper_than_exact() -> None:
+    """Exact scores of short windows take longer than their number says: five times here."""
+    pytest.importorskip("numba")
+    query, *keys = np.random.default_rng(0).uniform(-1, 1, (3, 4096, 8)).astype(np.float32)
+    values = [np.ones((4096, 8), np.float32)] * 2
+    assert tattn.plan(query, keys, values, window=(32, 32)).method == "polynomial"
+    assert tattn.plan(query, keys, values, window=(2, 2)).method == "exact"
+
+
 def test_refusals() -> None:
     query, keys, values, *_ = drawn(40, (0, 0))
     plan = tattn.plan(query, keys, degree=3, window=(20, 20))

@@ -353,7 +353,7 @@ class Backend:
         target[places] = rows
 
     def scan_rows(
-        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int
+        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int, chunk: int = 1
     ) -> tuple[Any, tuple[Array, ...]]:
         """Run `body` over blocks of rows, carrying a state and collecting outputs.
 
@@ -366,7 +366,9 @@ class Backend:
         rows : sequence of arrays (..., n, k), or None
             Cut along the last axis but one. All have the same n.
         block : int
-            Rows in a block.
+            Rows in a block. A library may take fewer, so that the last block is as long as the others.
+        chunk : int
+            What divides `block`, and has to divide the rows of every block but the last.
         """
         n = _length(rows)
         if n <= block:

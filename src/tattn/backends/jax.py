@@ -57,6 +57,8 @@ class JaxBackend(Backend):
         return devices if len(devices) > 1 else devices[0]
 
     def why_refused(self, array: Array) -> str | None:
+        if array.dtype == jnp.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            return "one of float64 while jax_enable_x64 is off: switch it on, or use array.astype('float32')"
         symbols = [str(length) for length in array.shape if not isinstance(length, (int, np.integer))]
         if not symbols:
             return None
@@ -103,12 +105,12 @@ class JaxBackend(Backend):
         return tuple(None if a is None else jax.lax.stop_gradient(a) for a in arrays)
 
     def scan_rows(
-        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int
+        self, body: Body, carry: Any, rows: Sequence[Array | None], block: int, chunk: int = 1
     ) -> tuple[Any, tuple[Array, ...]]:
         n = next(r.shape[-2] for r in rows if r is not None)
         if n <= block:
             return body(carry, *rows)
-        block = _even(n, block)
+        block = _even(n, block, chunk)
         whole = n // block
 
         def step(state: Any, index: Array) -> tuple[Any, tuple[Array, ...]]:
@@ -148,10 +150,10 @@ class JaxBackend(Backend):
         _register(cls, tuple(arrays), tuple(constants))
 
 
-def _even(n: int, block: int) -> int:
-    """Rows of a block, or down to half of them, so that n rows are whole blocks: a rest is compiled once more."""
+def _even(n: int, block: int, chunk: int) -> int:
+    """Rows of a block, or down to half of them, in whole chunks, so that n rows are whole blocks: a rest is compiled once more."""
     fewest = max(CHAIN, -(-block // 2))
-    found = [rows for rows in range(block, fewest - 1, -1) if n % rows == 0]
+    found = [rows for rows in range(block, fewest - 1, -1) if n % rows == 0 and rows % chunk == 0]
     return next((rows for rows in found if rows % CHAIN == 0), found[0]) if found else block
 
 

@@ -122,7 +122,7 @@ def _read_rows(setting: Setting, block: int, start: Start | None, operands: Oper
         found = backend.xp.matrix_transpose(numerator(setting, chunks)[..., :here])
         return carry, divided(found, setting.leading, backend)
 
-    _, (out, normaliser) = backend.scan_rows(body, sums, (operands.query, *views), block)
+    _, (out, normaliser) = backend.scan_rows(body, sums, (operands.query, *views), block, setting.chunk)
     return out, normaliser
 
 

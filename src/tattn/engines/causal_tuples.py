@@ -132,11 +132,11 @@ class _Folding(NamedTuple):
 
     @classmethod
     def of(cls, operands: Operands) -> _Folding:
-        """Runs short beside the windows, but not so short that a long window is held many times."""
+        """Those of a call in windows."""
         n, *lengths = operands.lengths
         window = tuple(min(w, length) for w, length in zip(operands.order.window or (), lengths, strict=True))
-        rows = min(n, max(16, -(-min(window) // 4), -(-max(window) // 16)))
-        return cls(n, rows, -(-n // rows), tuple(-(-(w - 1) // rows) for w in window), window)
+        rows, before = tuples.runs_in_windows(n, window)
+        return cls(n, rows, -(-n // rows), before, window)
 
     @property
     def limits(self) -> tuples.Limits:

@@ -335,6 +335,12 @@ def compiled(operands: Operands, expansion: Expansion) -> bool:
     )
 
 
+def sums_compiled(view: View, monomials: Monomials, backend: Backend) -> bool:
+    """Whether compiled loops sum up the rows of a view."""
+    rows = rows_of(view.keys, monomials, view.values.shape[-1] + 1, view.leading)
+    return _compiled("sum_rows", rows, (view.keys, view.values), backend) is not None
+
+
 def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend) -> Array:
     """ĝ = [g, −r] / l with r = Σ g o − g_lse, and 0 where l is: (..., rows, dv + 1)."""
     xp = backend.xp

@@ -59,6 +59,8 @@ _TOGETHER = 8
 _FEW = 4
 # The unit of rows that are computed with as they are.
 _NO_UNIT = None
+# Time of a score in short blocks, which is compared with both ends of a window, over that of others: 1.1 in long windows to 3.
+_IN_WINDOWS = 2
 # A place after all others.
 _NEVER = 1 << 30
 
@@ -258,19 +260,30 @@ def cost(problem: Problem) -> Cost:
 
 
 def _scores(problem: Problem) -> float:
-    """Scores of a problem, those that the order of rows leaves out not counted."""
+    """Scores of a problem, as many as take its time: those in the future are not counted, and those of runs in windows are."""
     n, *lengths = problem.lengths
     if not problem.order.causal:
         return prod([float(length) for length in problem.lengths])
-    windows = problem.order.window or lengths
-    return _seen_on_average(n, tuple(lengths), tuple(windows)) * n
+    windows = [min(pair) for pair in zip(problem.order.window or lengths, lengths, strict=True)]
+    if windows == lengths:
+        return _seen_on_average(n, tuple(lengths)) * n
+    rows, before = runs_in_windows(n, windows)
+    return _IN_WINDOWS * float(n) * prod([float((b + 1) * rows) for b in before])
+
+
+def runs_in_windows(n: int, windows: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Rows of a run of query rows, and runs of keys of every view before its own: short beside the windows, but not so short that
+    a long window is held many times.
+    """
+    rows = min(n, max(16, -(-min(windows) // 4), -(-max(windows) // 16)))
+    return rows, tuple(-(-(w - 1) // rows) for w in windows)
 
 
 @memoized
-def _seen_on_average(n: int, lengths: tuple[int, ...], windows: tuple[int, ...]) -> float:
+def _seen_on_average(n: int, lengths: tuple[int, ...]) -> float:
     """Tuples that a query row out of n sees: the mean over the middles of 64 parts."""
     rows = [(part + 0.5) / 64 * n for part in range(64)]
-    return float(sum(prod(min(w, k - n + i) for w, k in zip(windows, lengths, strict=True)) for i in rows)) / 64
+    return float(sum(prod(k - n + i for k in lengths) for i in rows)) / 64
 
 
 def at_a_time(operands: Operands) -> int:

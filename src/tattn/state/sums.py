@@ -24,14 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import log, log2
+from math import log, log2, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import are_weights, in_parts, sum_of, sum_to_leading
 from ..backends import Array, Backend
-from ..backends.operations import CHAIN, Token
+from ..backends.operations import CHAIN, HOSTED, Hosted, Token
 from ..backends.tables import memoized
 from ..engines import causal_features
 from ..engines.features import (
@@ -41,6 +41,7 @@ from ..engines.features import (
     query_adjoint,
     read_out,
     summed_rows,
+    sums_compiled,
     weight_table,
     weights,
 )
@@ -48,7 +49,7 @@ from ..engines.spoiled import sees_some
 from ..features.balance import least_sum
 from ..features.basis import Basis
 from ..features.complex_channels import Turn, as_factors, product
-from ..features.monomials import Expansion, run_table
+from ..features.monomials import Expansion, rank, run_table
 from ..features.pairs import Pairs, pair_weights
 from ..operands import COMPLEX, EVERY_ROW, REAL, Attended, Operands, Upstream, View
 
@@ -72,6 +73,8 @@ class SumCall(NamedTuple):
         return Turn(dim, self.expansion.degree, self.expansion.grading) if self.channels == COMPLEX else None
 
 
+# Multiplications of further rows with their sums that take longer than a call of the loops.
+_HOSTED = 1 << 18
 # log2 of eps over the smallest normal number.
 _RANGE = {"float32": 103, "float64": 970}
 
@@ -301,3 +304,31 @@ def _in_range(call: SumCall, x: Array, backend: Backend) -> Array:
 def _limit(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> int:
     """How many problems to take side by side; `arrays` begin with rows (..., n, d) and what has dv or dv + 1 columns."""
     return problems(call.expansion, call.views, arrays[0].shape[-1], arrays[1].shape[-1] + 1, backend)  # type: ignore[union-attr]
+
+
+def _sums_hosted(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> bool:
+    k, v, mask = arrays
+    return 0 not in k.shape and sums_compiled(View(k, v, mask), call.expansion.monomials, backend)  # type: ignore[union-attr]
+
+
+def _shapes_of_sums(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[Any, None]]:
+    k, v, mask = arrays
+    leading = View(k, v, mask).leading
+    of_sums = *leading, rank(k.shape[-1], *call.expansion.monomials), v.shape[-1] + 1  # type: ignore[union-attr]
+    return [(of_sums, None), ((*leading, 1, 1), None), (of_sums, None)]
+
+
+def _next_hosted(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> bool:
+    operands, _ = _continued(call, backend, arrays)
+    if 0 in operands.query.shape or not causal_features.compiled(operands):
+        return False
+    return bool(prod(operands.leading) * operands.query.shape[-2] * prod(operands.extra[0].shape[-2:]) >= _HOSTED)
+
+
+def _shapes_of_next(call: SumCall, backend: Backend, arrays: Sequence[Array | None]) -> list[tuple[Any, None]]:
+    operands, _ = _continued(call, backend, arrays)
+    rows = *operands.leading, operands.query.shape[-2]
+    return [((*rows, columns), None) for columns in (operands.values[0].shape[-1], 1, 1)]
+
+
+HOSTED[sum_rows], HOSTED[read_next] = Hosted(_sums_hosted, _shapes_of_sums), Hosted(_next_hosted, _shapes_of_next)
