@@ -14,9 +14,9 @@ Monomials are taken `WIDTH` at a time and rows `FEW` at a time. With S the sums 
 
     S_i = S + the products z Φ(k) of these rows up to i,
 
-one after the other; what is added here does not outlive the few rows. What they add to the sums is added up apart for `ROWS`
-rows, and then joins the sums with Kahan's compensation. So a chain has at most ROWS / FEW + FEW + 1 terms. A read-out has `WIDTH`
-terms in any order, and then one for every `WIDTH` monomials. Nothing is ever subtracted.
+one after the other. What is added to the sums is added up apart for `ROWS` rows, and then joins them with Kahan's compensation;
+until then each row adds what is there to S for itself. So a chain has at most ROWS + 1 terms. A read-out has `WIDTH` terms in any order, and then one
+for every `WIDTH` monomials. Nothing is ever subtracted.
 
 Where keys decay, by λ (m,) from row to row, sums T are those that row c = step / 2 of the next `step` rows takes of what is before
 these, and z of row j of them is multiplied by λ^(c − j), and what row i reads by λ^(i − c):
@@ -35,7 +35,8 @@ Behind the last row l of all are sums as this has them. There Σ a_i + ⟨dT', T
 
 A compiler vectorizes loops of constant length over few arrays, whose parts are at constant places: so arrays are cut to one
 dimension, with `WIDTH` from one part to the next. It may reorder sums and fuse products with additions (`FAST`), but not where
-sums are compensated.
+sums are compensated. Real monomials of two views, the usual case, are taken in vectors (`lanes`): such loops go from column to
+column with what all columns share in registers, and are bounded by what they read and write, which this is least of.
 """
 
 from __future__ import annotations
@@ -1148,8 +1149,8 @@ def pull(
         _pack(missed[p], half, WIDTH, rests)
         _pull(
             q[p], k[p], z[p], g[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, slopes,
-            after, rests, starts, running, befores, of_views, product, products, numbers, turned, of_turned, x, dx, found, shares, of_shares,
-            given, dq[p], dk[p], dz[p], of_decays[p],
+            after, rests, starts, running, befores, of_views, product, products, numbers, turned, of_turned, x, dx, found,
+            shares, of_shares, given, dq[p], dk[p], dz[p], of_decays[p],
         )  # fmt: skip
         _unpack(after, half, 2 * WIDTH, behind[p])
         _unpack(rests, half, WIDTH, missed[p])
@@ -1215,8 +1216,8 @@ def _begin(kept: Any, s: Any) -> None:
 def _pull(
     q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, step: int, grown: Any, shrunk: Any,
     fade: Any, ones: Any, phi: Any, monomials: Any, slopes: Any, after: Any, rests: Any, starts: Any, running: Any,
-    befores: Any, of_views: Any, product: Any, products: Any, numbers: Any, turned: Any, of_turned: Any, x: Any, dx: Any, found: Any, shares: Any,
-    of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
+    befores: Any, of_views: Any, product: Any, products: Any, numbers: Any, turned: Any, of_turned: Any, x: Any, dx: Any,
+    found: Any, shares: Any, of_shares: Any, given: Any, dq: Any, dk: Any, dz: Any, of_decays: Any,
 ) -> None:  # fmt: skip
     """`pull` for one problem, chunk by chunk from the last, with room for all that it needs."""
     views, n, columns = z.shape
@@ -1255,7 +1256,17 @@ def _pull(
                     before = befores[i // FEW]
                     if half is None and views == 2:
                         _pull_two(
-                            before, after[block, left:right], f, given, shares, left, i, of_f, of_shares, numbers, products
+                            before,
+                            after[block, left:right],
+                            f,
+                            given,
+                            shares,
+                            left,
+                            i,
+                            of_f,
+                            of_shares,
+                            numbers,
+                            products,
                         )
                     for e in range(left, right):
                         if half is not None or views != 2:

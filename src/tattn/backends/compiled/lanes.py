@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding as llvm
-from llvmlite import ir  # type: ignore[import-untyped]
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
-# Bytes of a vector: of the processor's widest, or two of its vectors where these are short.
-BYTES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32
+# Numbers of lanes, in instructions.
+_NUMBER = ir.IntType(32)
 
 
-class Lanes(types.Type):  # type: ignore[misc]
+def _bytes() -> int:
+    """Of a vector: the widest of the processor, or as many as two of its short ones have."""
+    try:
+        return 64 if llvm.get_host_cpu_features().get("avx512f") else 32
+    except RuntimeError:
+        # What the processor can do is not known.
+        return 32
+
+
+BYTES = _bytes()
+
+
+class Lanes(types.Type):
     """A vector of numbers of a dtype."""
 
     def __init__(self, dtype: Any) -> None:
@@ -32,20 +44,18 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc]
 def lanes(_: Any, x: Any) -> Any:
     """How many numbers of an array's dtype a vector has."""
     count = Lanes(x.dtype).count
-    return types.intp(x), lambda *__: ir.Constant(ir.IntType(types.intp.bitwidth), count)
+    return types.intp(x), lambda context, *__: context.get_constant(types.intp, count)
 
 
 def _place(context: Any, builder: Any, kinds: Any, given: Any, vector: Any) -> Any:
     """The address of a vector that begins at an entry of an array of one dimension."""
     array = context.make_array(kinds[0])(context, builder, given[0])
-    first = builder.gep(array.data, [given[1]])
-    return builder.bitcast(first, vector.as_pointer())
+    return builder.bitcast(builder.gep(array.data, [given[1]]), vector.as_pointer())
 
 
-def _picked(builder: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+def _picked(builder: Any, x: Any, y: Any, numbers: Sequence[int]) -> Any:
     """Lanes of two vectors, one behind the other."""
-    numbers = ir.VectorType(ir.IntType(32), len(lanes))
-    return builder.shuffle_vector(x, y, ir.Constant(numbers, list(lanes)))
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_NUMBER, len(numbers)), list(numbers)))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -78,22 +88,22 @@ def spread(_: Any, x: Any) -> Any:
     kind = Lanes(x)
 
     def generate(context: Any, builder: Any, __: Any, given: Any) -> Any:
-        vector = context.get_value_type(kind)
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), given[0], ir.Constant(ir.IntType(32), 0))
-        return _picked(builder, one, one, [0] * kind.count)
+        nothing = ir.Constant(context.get_value_type(kind), ir.Undefined)
+        one = builder.insert_element(nothing, given[0], ir.Constant(_NUMBER, 0))
+        return _picked(builder, one, nothing, [0] * kind.count)
 
     return kind(x), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def plus(_: Any, x: Any, y: Any) -> Any:
-    """x + y."""
+    """The sum x + y."""
     return x(x, x), lambda context, builder, signature, given: builder.fadd(*given)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def times(_: Any, x: Any, y: Any) -> Any:
-    """x y."""
+    """The product x y."""
     return x(x, x), lambda context, builder, signature, given: builder.fmul(*given)
 
 
@@ -105,14 +115,13 @@ def add_totals(_: Any, x: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         count = a.count
 
         def joined(one: Any, other: Any, of_four: Sequence[int]) -> Any:
-            """Lanes of one and of the other side by side, of each four the first two and then the last two, added up."""
-            lanes = [four + lane for four in range(0, count, 4) for lane in of_four]
-            return builder.fadd(
-                _picked(builder, one, other, lanes), _picked(builder, one, other, [lane + 2 for lane in lanes])
-            )
+            """Lanes of one and of the other side by side, of each four these and then those two behind them, added up."""
+            numbers = [four + lane for four in range(0, count, 4) for lane in of_four]
+            firsts, lasts = numbers, [number + 2 for number in numbers]
+            return builder.fadd(_picked(builder, one, other, firsts), _picked(builder, one, other, lasts))
 
-        pairs = [joined(one, other, (0, count, 1, count + 1)) for one, other in (given[2:4], given[4:6])]
-        found = joined(*pairs, (0, 1, count, count + 1))
+        first, last = (joined(given[i], given[i + 1], (0, count, 1, count + 1)) for i in (2, 4))
+        found = joined(first, last, (0, 1, count, count + 1))
         while count > 4:
             count //= 2
             low, high = range(count), range(count, 2 * count)
