@@ -15,8 +15,8 @@ Monomials are taken `WIDTH` at a time and rows `FEW` at a time. With S the sums 
     S_i = S + the products z Φ(k) of these rows up to i,
 
 one after the other. What is added to the sums is added up apart for `ROWS` rows, and then joins them with Kahan's compensation;
-until then each row adds what is there to S for itself. So a chain has at most ROWS + 1 terms. A read-out has `WIDTH` terms in any order, and then one
-for every `WIDTH` monomials. Nothing is ever subtracted.
+until then each row adds what is there to S for itself. So a chain has at most ROWS + 1 terms. A read-out has `WIDTH` terms in any
+order, and then one for every `WIDTH` monomials. Nothing is ever subtracted.
 
 Where keys decay, by λ (m,) from row to row, sums T are those that row c = step / 2 of the next `step` rows takes of what is before
 these, and z of row j of them is multiplied by λ^(c − j), and what row i reads by λ^(i − c):
