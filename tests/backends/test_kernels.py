@@ -1728,8 +1728,20 @@ def test_kernels_are_switched_by_the_environment(used, monkeypatch):
 def test_what_does_not_compile_or_computes_nonsense_is_left_out(broken, problem, tmp_path):
     """With a numba that leaves functions as they are, but for one, which fails or does nothing."""
     (tmp_path / "numba").mkdir()
-    of_products = "def intrinsic(function):\n    return lambda x, y, z: x * y + z\n"
-    (tmp_path / "numba" / "extending.py").write_text(of_products)
+    (tmp_path / "numba" / "core").mkdir()
+    (tmp_path / "numba" / "core" / "__init__.py").write_text("class types:\n    Type = object\n\ncgutils = None\n")
+    (tmp_path / "numba" / "extending.py").write_text(
+        dedent("""
+            class models:
+                PrimitiveModel = object
+
+            def intrinsic(function):
+                return lambda x, y, z: x * y + z
+
+            def register_model(kind):
+                return lambda model: model
+        """)
+    )
     (tmp_path / "numba" / "__init__.py").write_text(
         dedent(f"""
             __version__ = "0.99.0"
@@ -2008,6 +2020,64 @@ def run(code: str, *folders: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+# Vectors as a processor with long ones has them, or with short ones.
+VECTORS = """
+    import llvmlite.binding as llvm
+    import numba
+    import numpy as np
+
+    known, llvm.get_host_cpu_features = llvm.get_host_cpu_features, lambda: {{"avx512f": {long}}}
+    from tattn.backends.compiled.lanes import BYTES, add_totals, lanes, load, plus, spread, store, times
+
+    llvm.get_host_cpu_features = known
+    assert BYTES == (64 if {long} else 32)
+"""
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_vectors_of_both_lengths(long):
+    code = """
+    @numba.njit
+    def compute(x, found):
+        n = lanes(x)
+        a, b, c, d = load(x, 1), load(x, 1 + n), load(x, 1 + 2 * n), load(x, 1 + 3 * n)
+        add_totals(found, 3, a, b, times(c, spread(x[0])), plus(d, a))
+        store(found, 8, d)
+
+    for dtype in "float32", "float64":
+        x, found = np.arange(2, 67, dtype=dtype), np.ones(30, dtype)
+        compute(x, found)
+        n = BYTES // x.itemsize
+        a, b, c, d = x[1 : 1 + 4 * n].reshape(4, n)
+        expected = np.ones_like(found)
+        expected[3:7] += [a.sum(), b.sum(), 2 * c.sum(), d.sum() + a.sum()]
+        expected[8 : 8 + n] = d
+        print((found == expected).all())
+    """
+    assert run(dedent(VECTORS.format(long=long)) + dedent(code)) == ["True", "True"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("long", [False, True])
+def test_causal_calls_by_vectors_of_both_lengths(long, tmp_path):
+    code = """
+    import tattn
+
+    rng = np.random.default_rng(0)
+    for dtype in "float32", "float64":
+        x = [rng.uniform(-1, 1, (70, 3)).astype(dtype) for _ in range(5)]
+        out, pullback = tattn.tensor_attention_vjp(x[0], x[1:3], x[3:], method="polynomial", causal=True)
+        query, keys, values = pullback(np.ones_like(out))
+        print([float(np.sum(g * np.cos(g.size + np.arange(g.size).reshape(g.shape)))) for g in (out, query, *keys, *values)])
+    print(tattn.backends.kernels().on)
+    """
+    code = dedent(VECTORS.format(long=long)) + dedent(code)
+    (*found, on), (*expected, off) = (run(code, NUMBA_CACHE_DIR=str(tmp_path), TATTN_KERNELS=on) for on in "10")
+    assert (on, off) == ("True", "False")
+    for x, y, tolerance in zip(found, expected, (2e-4, 1e-12), strict=True):
+        np.testing.assert_allclose(eval(x), eval(y), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -2018,7 +2088,7 @@ def run(code: str, *folders: Path, **environment: str) -> list[str]:
             for case in (
                 ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
                 ("__version__ = '0.60.2'", "numba should be 0.61 or newer, got 0.60.2"),
-                ("__version__ = '0.99.0'", "ModuleNotFoundError: No module named 'numba.extending'"),
+                ("__version__ = '0.99.0'", "ModuleNotFoundError: No module named 'numba.core'"),
             )
         ),
     ],

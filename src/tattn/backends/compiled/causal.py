@@ -18,9 +18,9 @@ Monomials are taken `WIDTH` at a time and rows `FEW` at a time. With S the sums 
 
     S_i = S + the products z Φ(k) of these rows up to i,
 
-one after the other; what is added here does not outlive the few rows. What they add to the sums is added up apart for `ROWS`
-rows, and then joins the sums with Kahan's compensation. So a chain has at most ROWS / FEW + FEW + 1 terms. A read-out has `WIDTH`
-terms in any order, and then one for every `WIDTH` monomials. Nothing is ever subtracted.
+one after the other. What is added to the sums is added up apart for `ROWS` rows, and then joins them with Kahan's compensation;
+until then each row adds what is there to S for itself. So a chain has at most ROWS + 1 terms. A read-out has `WIDTH` terms in any
+order, and then one for every `WIDTH` monomials. Nothing is ever subtracted.
 
 Where keys decay, by λ (m,) from row to row, sums T are those that row c = step / 2 of the next `step` rows takes of what is before
 these, and z of row j of them is multiplied by λ^(c − j), and what row i reads by λ^(i − c):
@@ -39,7 +39,8 @@ Behind the last row l of all are sums as this has them. There Σ a_i + ⟨dT', T
 
 A compiler vectorizes loops of constant length over few arrays, whose parts are at constant places: so arrays are cut to one
 dimension, with `WIDTH` from one part to the next. It may reorder sums and fuse products with additions (`FAST`), but not where
-sums are compensated.
+sums are compensated. Real monomials of two views, the usual case, are taken in vectors (`lanes`): such loops go from column to
+column with what all columns share in registers, and are bounded by what they read and write, which this is least of.
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ import numpy as np
 # The loops below are written for four rows at a time.
 from ..operations import FEW, ROWS
 from .jit import compiled, fused
+from .lanes import add_totals, lanes, load, plus, spread, store, times
 
 WIDTH = 128
 # Complex monomials in as many numbers.
 HALF = WIDTH // 2
+# Rows that are turned to columns at once.
+STEP = 16
 # Rows whose complex monomials are made side by side.
 LANES = 32
 # Columns of the values whose sums are gone over for one few rows after another: they stay in the first cache.
-COLUMNS = 17
+COLUMNS = 16
 # From the monomials of one slot, the query's or a view's, to the next: by no power of two, or they displace each other in caches.
 SLOT = (ROWS + FEW) * WIDTH
 # Terms that a gradient of a row is added up of before it is added up further.
@@ -355,22 +359,57 @@ def _contract(s: Any, f: Any, z: Any, x: Any) -> Any:
     return n0, n1, n2, n3
 
 
-@compiled(FAST, inline=True)
-def _contract_two(s: Any, f: Any, y: Any, z: Any) -> Any:
-    """`_multiply` and `_contract` in one for two views with shares y and z; f has all three slots."""
-    n0 = n1 = n2 = n3 = s.dtype.type(0)
-    for a in range(WIDTH):
-        j = f[SLOT + a], f[SLOT + WIDTH + a], f[SLOT + 2 * WIDTH + a], f[SLOT + 3 * WIDTH + a]
-        k = f[2 * SLOT + a], f[2 * SLOT + WIDTH + a], f[2 * SLOT + 2 * WIDTH + a], f[2 * SLOT + 3 * WIDTH + a]
-        t, u = s[WIDTH + a], s[3 * WIDTH + a]
-        s0, s1, s2, s3 = _ahead(y, j, s[a] + t)
-        v0, v1, v2, v3 = _ahead(z, k, s[2 * WIDTH + a] + u)
-        n0 += f[a] * s0 * v0
-        n1 += f[WIDTH + a] * s1 * v1
-        n2 += f[2 * WIDTH + a] * s2 * v2
-        n3 += f[3 * WIDTH + a] * s3 * v3
-        s[WIDTH + a], s[3 * WIDTH + a] = _ahead(y, j, t)[3], _ahead(z, k, u)[3]
-    return n0, n1, n2, n3
+@compiled(inline=True)
+def _contract_two(s0: Any, s1: Any, f: Any, shares: Any, e: int, i: int, found: Any) -> None:
+    """`_multiply` and `_contract` in one, of two views, for columns e and e + 1 or, where the sums s1 of this are None, one.
+
+    f has all three slots. What is read of a part of all monomials joins `found` (columns, ROWS).
+    """
+    of_y, of_z = shares[0, e], shares[1, e]
+    y0, y1, y2, y3 = spread(of_y[i]), spread(of_y[i + 1]), spread(of_y[i + 2]), spread(of_y[i + 3])
+    z0, z1, z2, z3 = spread(of_z[i]), spread(of_z[i + 1]), spread(of_z[i + 2]), spread(of_z[i + 3])
+    n0 = n1 = n2 = n3 = spread(s0.dtype.type(0))
+    if s1 is not None:
+        of_b, of_c = shares[0, e + 1], shares[1, e + 1]
+        b0, b1, b2, b3 = spread(of_b[i]), spread(of_b[i + 1]), spread(of_b[i + 2]), spread(of_b[i + 3])
+        c0, c1, c2, c3 = spread(of_c[i]), spread(of_c[i + 1]), spread(of_c[i + 2]), spread(of_c[i + 3])
+        m0 = m1 = m2 = m3 = n0
+    for a in range(0, WIDTH, lanes(f)):
+        total, t, other, u = load(s0, a), load(s0, WIDTH + a), load(s0, 2 * WIDTH + a), load(s0, 3 * WIDTH + a)
+        if s1 is not None:
+            first, p, last, q = load(s1, a), load(s1, WIDTH + a), load(s1, 2 * WIDTH + a), load(s1, 3 * WIDTH + a)
+        x, j, k = load(f, a), load(f, SLOT + a), load(f, 2 * SLOT + a)
+        t, u = fused(y0, j, t), fused(z0, k, u)
+        n0 = fused(times(plus(total, t), plus(other, u)), x, n0)
+        if s1 is not None:
+            p, q = fused(b0, j, p), fused(c0, k, q)
+            m0 = fused(times(plus(first, p), plus(last, q)), x, m0)
+        x, j, k = load(f, WIDTH + a), load(f, SLOT + WIDTH + a), load(f, 2 * SLOT + WIDTH + a)
+        t, u = fused(y1, j, t), fused(z1, k, u)
+        n1 = fused(times(plus(total, t), plus(other, u)), x, n1)
+        if s1 is not None:
+            p, q = fused(b1, j, p), fused(c1, k, q)
+            m1 = fused(times(plus(first, p), plus(last, q)), x, m1)
+        x, j, k = load(f, 2 * WIDTH + a), load(f, SLOT + 2 * WIDTH + a), load(f, 2 * SLOT + 2 * WIDTH + a)
+        t, u = fused(y2, j, t), fused(z2, k, u)
+        n2 = fused(times(plus(total, t), plus(other, u)), x, n2)
+        if s1 is not None:
+            p, q = fused(b2, j, p), fused(c2, k, q)
+            m2 = fused(times(plus(first, p), plus(last, q)), x, m2)
+        x, j, k = load(f, 3 * WIDTH + a), load(f, SLOT + 3 * WIDTH + a), load(f, 2 * SLOT + 3 * WIDTH + a)
+        t, u = fused(y3, j, t), fused(z3, k, u)
+        n3 = fused(times(plus(total, t), plus(other, u)), x, n3)
+        if s1 is not None:
+            p, q = fused(b3, j, p), fused(c3, k, q)
+            m3 = fused(times(plus(first, p), plus(last, q)), x, m3)
+        store(s0, WIDTH + a, t)
+        store(s0, 3 * WIDTH + a, u)
+        if s1 is not None:
+            store(s1, WIDTH + a, p)
+            store(s1, 3 * WIDTH + a, q)
+    add_totals(found[e], i, n0, n1, n2, n3)
+    if s1 is not None:
+        add_totals(found[e + 1], i, m0, m1, m2, m3)
 
 
 @compiled(FAST, inline=True)
@@ -565,40 +604,81 @@ def spread_out(w: Any, half: Any, padded: Any) -> None:
 
 
 @compiled()
+def _move(given: Any, half: Any, low: int, packed: Any, back: bool) -> None:
+    """Sums (r,) into `WIDTH` entries of every row (blocks, ·), from `low` on, or back from there."""
+    r = given.shape[0]
+    if half is None:
+        for block in range(packed.shape[0]):
+            begin = block * WIDTH
+            count = min(WIDTH, r - begin)
+            own, of_block = given[begin : begin + count], packed[block, low : low + count]
+            for a in range(count):
+                if back:
+                    own[a] = of_block[a]
+                else:
+                    of_block[a] = own[a]
+        return
+    for a in range(r):
+        block, at = _place(a, half)
+        if back:
+            given[a] = packed[block, low + at]
+        else:
+            packed[block, low + at] = given[a]
+
+
+@compiled()
 def _pack(given: Any, half: Any, step: int, packed: Any) -> None:
     """Sums (m, c, r) into (blocks, c, m step), the first `WIDTH` of each step."""
-    views, columns, r = given.shape
-    for v in range(views):
-        for e in range(columns):
-            for a in range(r):
-                block, at = _place(a, half)
-                packed[block, e, v * step + at] = given[v, e, a]
+    for v in range(given.shape[0]):
+        for e in range(given.shape[1]):
+            _move(given[v, e], half, v * step, packed[:, e], False)
 
 
 @compiled()
 def _unpack(packed: Any, half: Any, step: int, given: Any) -> None:
     """The reverse of `_pack`."""
-    views, columns, r = given.shape
-    for v in range(views):
-        for e in range(columns):
-            for a in range(r):
-                block, at = _place(a, half)
-                given[v, e, a] = packed[block, e, v * step + at]
+    for v in range(given.shape[0]):
+        for e in range(given.shape[1]):
+            _move(given[v, e], half, v * step, packed[:, e], True)
+
+
+@compiled()
+def _turn_some(x: Any, columns: int, low: int, turned: Any) -> None:
+    """`STEP` rows (STEP columns,) as columns (c, ROWS), from row `low` of these on."""
+    for e in range(columns):
+        own, to = x[e:], turned[e, low : low + STEP]
+        for i in range(STEP):
+            to[i] = own[i * columns]
 
 
 @compiled()
 def _turn(x: Any, begin: int, rows: int, turned: Any) -> None:
     """Rows of (n, c) as (c, ROWS), with zeros behind."""
-    for e in range(x.shape[1]):
-        for i in range(ROWS):
+    columns, flat, whole = x.shape[1], x.reshape(x.size), rows // STEP * STEP
+    for low in range(0, whole, STEP):
+        _turn_some(flat[(begin + low) * columns :], columns, low, turned)
+    for e in range(columns if whole < ROWS else 0):
+        for i in range(whole, ROWS):
             turned[e, i] = x[begin + i, e] if i < rows else 0
+
+
+@compiled()
+def _turn_some_back(turned: Any, columns: int, low: int, x: Any) -> None:
+    """The reverse of `_turn_some`."""
+    for e in range(columns):
+        own, of = x[e:], turned[e, low : low + STEP]
+        for i in range(STEP):
+            own[i * columns] = of[i]
 
 
 @compiled()
 def _turn_back(turned: Any, begin: int, rows: int, x: Any) -> None:
     """The reverse of `_turn`, and zeros in place of what was there."""
-    for e in range(x.shape[1]):
-        for i in range(rows):
+    columns, flat, whole = x.shape[1], x.reshape(x.size), rows // STEP * STEP
+    for low in range(0, whole, STEP):
+        _turn_some_back(turned, columns, low, flat[(begin + low) * columns :])
+    for e in range(columns):
+        for i in range(whole, rows):
             x[begin + i, e] = turned[e, i]
         turned[e] = 0
 
@@ -618,11 +698,12 @@ def _get_in(x: Any, i: int, four: Any) -> None:
 
 @compiled(inline=True)
 def _read_few(sums: Any, f: Any, half: Any, shares: Any, e: int, i: int, product: Any) -> Any:
-    """Numerators of four rows in column e from the sums (m 2 WIDTH,) of it, and a part of all monomials, f."""
+    """Numerators of four rows in column e from the sums (m 2 WIDTH,) of it, and a part of all monomials, f.
+
+    Not those of two views and real monomials, which `_contract_two` takes.
+    """
     views = shares.shape[0]
-    if views == 2:
-        if half is None:
-            return _contract_two(sums, f, _four(shares[0, e], i), _four(shares[1, e], i))
+    if half is not None and views == 2:
         return _complex_contract_two(sums, f, _four(shares[0, e], i), _four(shares[1, e], i))
     x = f[: FEW * WIDTH]
     for v in range(views - 1):
@@ -707,8 +788,15 @@ def _read(
             for left in range(0, columns, COLUMNS):
                 for i in range(0, rows, FEW):
                     f = monomials[block, i * WIDTH :]
-                    for e in range(left, min(left + COLUMNS, columns)):
-                        _get_in(found[e], i, _read_few(sums[block, e], f, half, shares, e, i, product))
+                    right = min(left + COLUMNS, columns)
+                    if half is None and views == 2:
+                        for e in range(left, right - 1, 2):
+                            _contract_two(sums[block, e], sums[block, e + 1], f, shares, e, i, found)
+                        if (right - left) % 2:
+                            _contract_two(sums[block, right - 1], None, f, shares, right - 1, i, found)
+                    else:
+                        for e in range(left, right):
+                            _get_in(found[e], i, _read_few(sums[block, e], f, half, shares, e, i, product))
                 for e in range(left, min(left + COLUMNS, columns)):
                     _join_views(sums[block, e], rests[block, e])
                     _fade_views(sums[block, e], rests[block, e], fade)
@@ -716,13 +804,15 @@ def _read(
         _turn_back(found, begin, rows, out)
 
 
-@compiled(FAST, inline=True)
+@compiled(inline=True)
 def _add(s: Any, f: Any, z: Any, before: Any) -> None:
     """The monomials f of four rows join the part of the sums s; `before` gets the sums without them."""
-    for a in range(WIDTH):
-        four, part = (f[a], f[WIDTH + a], f[2 * WIDTH + a], f[3 * WIDTH + a]), s[WIDTH + a]
-        before[a] = s[a] + part
-        s[WIDTH + a] = _ahead(z, four, part)[3]
+    z0, z1, z2, z3 = spread(z[0]), spread(z[1]), spread(z[2]), spread(z[3])
+    for a in range(0, WIDTH, lanes(s)):
+        part = load(s, WIDTH + a)
+        store(before, a, plus(load(s, a), part))
+        part = fused(z1, load(f, WIDTH + a), fused(z0, load(f, a), part))
+        store(s, WIDTH + a, fused(z3, load(f, 3 * WIDTH + a), fused(z2, load(f, 2 * WIDTH + a), part)))
 
 
 @compiled(inline=True)
@@ -865,42 +955,82 @@ def _others(own: int, half: Any, running: Any, product: Any) -> None:
                 _complex_times(product, running[v])
 
 
-@compiled(FAST, inline=True)
-def _behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
-    """`_run`, `_slope` and `_behind` in one for two views with shares y and z; f and slopes have all three slots."""
-    n0 = n1 = n2 = n3 = m0 = m1 = m2 = m3 = s.dtype.type(0)
-    for a in range(WIDTH):
-        j = f[SLOT + a], f[SLOT + WIDTH + a], f[SLOT + 2 * WIDTH + a], f[SLOT + 3 * WIDTH + a]
-        k = f[2 * SLOT + a], f[2 * SLOT + WIDTH + a], f[2 * SLOT + 2 * WIDTH + a], f[2 * SLOT + 3 * WIDTH + a]
-        s0, s1, s2, s3 = _ahead(y, j, before[a])
-        v0, v1, v2, v3 = _ahead(z, k, before[WIDTH + a])
-        slopes[a] += g[0] * (s0 * v0)
-        slopes[WIDTH + a] += g[1] * (s1 * v1)
-        slopes[2 * WIDTH + a] += g[2] * (s2 * v2)
-        slopes[3 * WIDTH + a] += g[3] * (s3 * v3)
-        # From the last row to the first.
-        h = g[3] * f[3 * WIDTH + a], g[2] * f[2 * WIDTH + a], g[1] * f[WIDTH + a], g[0] * f[a]
-        t, u, of_t, of_u = s[WIDTH + a], s[3 * WIDTH + a], (v3, v2, v1, v0), (s3, s2, s1, s0)
-        s[WIDTH + a], s[3 * WIDTH + a] = _ahead(h, of_t, t)[3], _ahead(h, of_u, u)[3]
-        s3, s2, s1, s0 = _ahead(h, of_t, s[a] + t)
-        v3, v2, v1, v0 = _ahead(h, of_u, s[2 * WIDTH + a] + u)
-        slopes[SLOT + a] += y[0] * s0
-        slopes[SLOT + WIDTH + a] += y[1] * s1
-        slopes[SLOT + 2 * WIDTH + a] += y[2] * s2
-        slopes[SLOT + 3 * WIDTH + a] += y[3] * s3
-        slopes[2 * SLOT + a] += z[0] * v0
-        slopes[2 * SLOT + WIDTH + a] += z[1] * v1
-        slopes[2 * SLOT + 2 * WIDTH + a] += z[2] * v2
-        slopes[2 * SLOT + 3 * WIDTH + a] += z[3] * v3
-        n0 += j[0] * s0
-        n1 += j[1] * s1
-        n2 += j[2] * s2
-        n3 += j[3] * s3
-        m0 += k[0] * v0
-        m1 += k[1] * v1
-        m2 += k[2] * v2
-        m3 += k[3] * v3
-    return (n0, n1, n2, n3), (m0, m1, m2, m3)
+@compiled(inline=True)
+def _behind_two(before: Any, after: Any, numbers: Any, f: Any, ahead: Any, slopes: Any, products: Any) -> None:
+    """`_run`, `_slope` and `_behind` in one, for two of four rows, two views and some columns.
+
+    f and slopes, which have all three slots, begin with these two rows. They are the last two where `ahead` is f of all four, and
+    else, where it is None, the first. `numbers` (columns, 3 FEW) are gradients of numerators and shares of both views. Products
+    (columns * 2 FEW * lanes,) of monomials and gradients of sums are to be added up, of four rows for each view.
+    """
+    width, row = lanes(f), 0 if ahead is None else 2
+    for a in range(0, WIDTH, width):
+        x0, x1 = load(f, a), load(f, WIDTH + a)
+        j0, j1 = load(f, SLOT + a), load(f, SLOT + WIDTH + a)
+        k0, k1 = load(f, 2 * SLOT + a), load(f, 2 * SLOT + WIDTH + a)
+        of_x0, of_x1 = load(slopes, a), load(slopes, WIDTH + a)
+        of_j0, of_j1 = load(slopes, SLOT + a), load(slopes, SLOT + WIDTH + a)
+        of_k0, of_k1 = load(slopes, 2 * SLOT + a), load(slopes, 2 * SLOT + WIDTH + a)
+        for e in range(before.shape[0]):
+            b, s, number, at = before[e], after[e], numbers[e], (2 * FEW * e + row) * width
+            s0, v0 = load(b, a), load(b, WIDTH + a)
+            if ahead is not None:
+                s0 = fused(spread(number[FEW]), load(ahead, SLOT + a), s0)
+                s0 = fused(spread(number[FEW + 1]), load(ahead, SLOT + WIDTH + a), s0)
+                v0 = fused(spread(number[2 * FEW]), load(ahead, 2 * SLOT + a), v0)
+                v0 = fused(spread(number[2 * FEW + 1]), load(ahead, 2 * SLOT + WIDTH + a), v0)
+            g0, g1 = spread(number[row]), spread(number[row + 1])
+            y0, y1 = spread(number[FEW + row]), spread(number[FEW + row + 1])
+            z0, z1 = spread(number[2 * FEW + row]), spread(number[2 * FEW + row + 1])
+            s0, v0 = fused(y0, j0, s0), fused(z0, k0, v0)
+            s1, v1 = fused(y1, j1, s0), fused(z1, k1, v0)
+            of_x0, of_x1 = fused(g0, times(s0, v0), of_x0), fused(g1, times(s1, v1), of_x1)
+            # From the last row to the first.
+            h0, h1 = times(g0, x0), times(g1, x1)
+            t1, u1 = fused(h1, v1, load(s, WIDTH + a)), fused(h1, s1, load(s, 3 * WIDTH + a))
+            t0, u0 = fused(h0, v0, t1), fused(h0, s0, u1)
+            store(s, WIDTH + a, t0)
+            store(s, 3 * WIDTH + a, u0)
+            total, other = load(s, a), load(s, 2 * WIDTH + a)
+            t0, t1, u0, u1 = plus(total, t0), plus(total, t1), plus(other, u0), plus(other, u1)
+            of_j0, of_j1 = fused(y0, t0, of_j0), fused(y1, t1, of_j1)
+            of_k0, of_k1 = fused(z0, u0, of_k0), fused(z1, u1, of_k1)
+            last = at + FEW * width
+            store(products, at, fused(j0, t0, load(products, at)))
+            store(products, at + width, fused(j1, t1, load(products, at + width)))
+            store(products, last, fused(k0, u0, load(products, last)))
+            store(products, last + width, fused(k1, u1, load(products, last + width)))
+        store(slopes, a, of_x0)
+        store(slopes, WIDTH + a, of_x1)
+        store(slopes, SLOT + a, of_j0)
+        store(slopes, SLOT + WIDTH + a, of_j1)
+        store(slopes, 2 * SLOT + a, of_k0)
+        store(slopes, 2 * SLOT + WIDTH + a, of_k1)
+
+
+@compiled()
+def _pull_two(
+    before: Any, after: Any, f: Any, given: Any, shares: Any, e: int, i: int, slopes: Any, of_shares: Any, numbers: Any,
+    products: Any,
+) -> None:  # fmt: skip
+    """Gradients of four rows through columns from e on, of real monomials of two views, with room for numbers and products.
+
+    `before` (columns, 2 WIDTH) and `after` (columns, 4 WIDTH) are those of `_pull_few`.
+    """
+    width, columns = lanes(f), after.shape[0]
+    for c in range(columns):
+        for row in range(FEW):
+            numbers[c, row] = given[e + c, i + row]
+            numbers[c, FEW + row] = shares[0, e + c, i + row]
+            numbers[c, 2 * FEW + row] = shares[1, e + c, i + row]
+    products[:] = 0
+    _behind_two(before[:columns], after, numbers, f[2 * WIDTH :], f, slopes[2 * WIDTH :], products)
+    _behind_two(before[:columns], after, numbers, f, None, slopes, products)
+    for c in range(columns):
+        for view in range(2):
+            own = products[(2 * c + view) * FEW * width :]
+            four = load(own, 0), load(own, width), load(own, 2 * width), load(own, 3 * width)
+            add_totals(of_shares[view, e + c], i, four[0], four[1], four[2], four[3])
 
 
 @compiled(FAST, inline=True)
@@ -977,14 +1107,6 @@ def _complex_behind_two(before: Any, s: Any, f: Any, g: Any, y: Any, z: Any, slo
 
 
 @compiled(inline=True)
-def _pull_two(before: Any, after: Any, f: Any, half: Any, g: Any, y: Any, z: Any, slopes: Any) -> Any:
-    """`_behind_two` of either kind."""
-    if half is None:
-        return _behind_two(before, after, f, g, y, z, slopes)
-    return _complex_behind_two(before, after, f, g, y, z, slopes)
-
-
-@compiled(inline=True)
 def _pull_few(
     before: Any, after: Any, f: Any, half: Any, slope: Any, shares: Any, e: int, i: int, slopes: Any, of_shares: Any,
     running: Any, product: Any,
@@ -995,7 +1117,8 @@ def _pull_few(
     """
     views = shares.shape[0]
     if views == 2:
-        both = _pull_two(before, after, f, half, slope, _four(shares[0, e], i), _four(shares[1, e], i), slopes)
+        # Of complex numbers: `_pull_two` is for real ones.
+        both = _complex_behind_two(before, after, f, slope, _four(shares[0, e], i), _four(shares[1, e], i), slopes)
         _get_in(of_shares[0, e], i, both[0])
         _get_in(of_shares[1, e], i, both[1])
         return
@@ -1043,6 +1166,7 @@ def pull(
     starts = _room(chunks * blocks * columns * views * WIDTH, w).reshape((chunks, blocks, columns, views * WIDTH))
     befores = _room(ROWS // FEW * COLUMNS * views * WIDTH, w).reshape((ROWS // FEW, COLUMNS, views * WIDTH))
     running = _room(COLUMNS * views * 2 * WIDTH, w).reshape((COLUMNS, views * 2 * WIDTH))
+    products, numbers = _room(COLUMNS * views * FEW * lanes(w), w), np.zeros((COLUMNS, 3 * FEW), w.dtype)
     of_views = _room(views * FEW * WIDTH, w).reshape((views, FEW * WIDTH))
     turned, of_turned = _room(w.shape[0] * ROWS, w).reshape((-1, ROWS)), _room(w.shape[0] * ROWS, w).reshape((-1, ROWS))
     x, dx, found = np.zeros((dim, ROWS), w.dtype), np.zeros((dim, ROWS), w.dtype), np.zeros((2, ROWS), w.dtype)
@@ -1073,8 +1197,8 @@ def pull(
                 after[:] = 0
             _pull(
                 q[p], k[p], z[p], g[p], w, runs, half, decays[p], steps[p], grown, shrunk, fade, ones, phi, monomials, slopes,
-                after, rests, some, running, befores, of_views, product, turned, of_turned, x, dx, found, shares, of_shares, given,
-                scaled, units[p, j], first, n, dq[p], dk[p], dz[p], of_decays[p],
+                after, rests, some, running, befores, of_views, product, products, numbers, turned, of_turned, x, dx, found,
+                shares, of_shares, given, scaled, units[p, j], first, n, dq[p], dk[p], dz[p], of_decays[p],
             )  # fmt: skip
             if kept:
                 _unpack(after, half, 2 * WIDTH, behind[p])
@@ -1143,8 +1267,9 @@ def _begin(kept: Any, s: Any) -> None:
 def _pull(
     q: Any, k: Any, z: Any, g: Any, w: Any, runs: Any, half: Any, decays: Any, step: int, grown: Any, shrunk: Any,
     fade: Any, ones: Any, phi: Any, monomials: Any, slopes: Any, after: Any, rests: Any, starts: Any, running: Any,
-    befores: Any, of_views: Any, product: Any, turned: Any, of_turned: Any, x: Any, dx: Any, found: Any, shares: Any,
-    of_shares: Any, given: Any, scaled: Any, units: Any, first: int, n: int, dq: Any, dk: Any, dz: Any, of_decays: Any,
+    befores: Any, of_views: Any, product: Any, products: Any, numbers: Any, turned: Any, of_turned: Any, x: Any, dx: Any,
+    found: Any, shares: Any, of_shares: Any, given: Any, scaled: Any, units: Any, first: int, n: int, dq: Any, dk: Any,
+    dz: Any, of_decays: Any,
 ) -> None:  # fmt: skip
     """`pull` for one document, chunk by chunk from the last, with room for all that it needs."""
     views, _, columns = z.shape
@@ -1182,15 +1307,31 @@ def _pull(
                         _add_few(running[e - left], f, shares, e, i, befores[i // FEW, e - left])
                 for i in range((rows - 1) // FEW * FEW, -1, -FEW):
                     f, of_f = monomials[block, i * WIDTH :], slopes[block, i * WIDTH :]
+                    before = befores[i // FEW]
+                    if half is None and views == 2:
+                        _pull_two(
+                            before,
+                            after[block, left:right],
+                            f,
+                            given,
+                            shares,
+                            left,
+                            i,
+                            of_f,
+                            of_shares,
+                            numbers,
+                            products,
+                        )
                     for e in range(left, right):
-                        _pull_few(
-                            befores[i // FEW, e - left], after[block, e], f, half, _four(given[e], i), shares, e, i,
-                            of_f, of_shares, of_views, product,
-                        )  # fmt: skip
+                        if half is not None or views != 2:
+                            _pull_few(
+                                before[e - left], after[block, e], f, half, _four(given[e], i), shares, e, i, of_f, of_shares,
+                                of_views, product,
+                            )  # fmt: skip
                         if i % step == 0:
                             _join_views(after[block, e], rests[block, e])
                             apart = (step if i or chunk else 1) + (rows - 1 - tail if i == tail else 0)
-                            _of_sums(apart, after[block, e], befores[i // FEW, e - left], of_decays)
+                            _of_sums(apart, after[block, e], before[e - left], of_decays)
                             if i:
                                 _fade_views(after[block, e], rests[block, e], fade)
         _of_decays(monomials, slopes, shares, of_shares, rows, step, tail, of_decays)

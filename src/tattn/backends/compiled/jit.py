@@ -7,6 +7,7 @@ from typing import Any
 
 import numba
 from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 
@@ -19,7 +20,10 @@ def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
 
     def generate(_: Any, builder: Any, __: Any, given: Any) -> Any:
         kind = given[0].type
-        function = builder.module.declare_intrinsic("llvm.fmuladd", [kind], ir.FunctionType(kind, [kind] * 3))
+        number = kind.element if isinstance(kind, ir.VectorType) else kind
+        lanes = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
+        name = f"llvm.fmuladd.{lanes}{number.intrinsic_name}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, given)
 
     return z(z, z, z), generate
