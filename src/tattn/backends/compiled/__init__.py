@@ -52,7 +52,7 @@ OPERATIONS = (
     *OF_TUPLES,
     *(operation for of_kind in OF_CHANNELS.values() for operation in of_kind),
 )
-# Monomials of all rows from which some hundred calls with the gradient make up for loading numba; its loops are faster for any number.
+# Monomials of all rows from which some hundred calls with the gradient make up for loading numba; loops are faster for any number.
 _MANY = 1 << 16
 # Bytes of the monomials of a row, of which a tile of the loops has 128.
 _MOST_BYTES = 1 << 16
