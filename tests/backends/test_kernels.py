@@ -2078,6 +2078,23 @@ def test_causal_calls_by_vectors_of_both_lengths(long, tmp_path):
         np.testing.assert_allclose(eval(x), eval(y), rtol=tolerance, atol=tolerance)
 
 
+def test_code_on_disk_is_of_all_files_of_loops(tmp_path):
+    code = """
+    from tattn.backends.compiled import jit
+
+    def double(x):
+        return 2 * x
+
+    for changed in False, False, True:
+        jit.SOURCES = (*jit.SOURCES, changed) if changed else jit.SOURCES
+        kept = jit.compiled()(double)
+        kept(1.0)
+        print(sum(kept.stats.cache_hits.values()))
+    """
+    (tmp_path / "loops.py").write_text(dedent(code), encoding="utf-8")
+    assert run("import loops", tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "kept")) == ["0", "1", "0"]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+# The files of loops: code on disk is of these.
+SOURCES = tuple(
+    (file.name, (found := file.stat()).st_mtime_ns, found.st_size)
+    for file in sorted(Path(__file__).parent.glob("*.py"))
+)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -52,8 +60,11 @@ def compiled(
 def _kept(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """A function compiled with these options, on disk if that may be."""
     try:
-        found: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+        found = numba.njit(cache=True, **options)(function)
     except RuntimeError:
         # There is no folder that can be written to.
-        found = numba.njit(**options)(function)
-    return found
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+    # numba compiles anew what stands in a file that was changed, and not what calls it from another one.
+    with suppress(AttributeError):
+        found._cache._cache_file._source_stamp = SOURCES
+    return found  # type: ignore[no-any-return]
