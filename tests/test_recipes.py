@@ -292,7 +292,7 @@ def test_the_journey_of_a_call():
     listed = re.search(r"## The journey of one call\n.*?```text\n(.*?)```", text, re.DOTALL)
     assert listed
     package = Path(tattn.__file__).parent
-    query, *views = np.random.default_rng(0).uniform(-1, 1, (5, 1000, 4))
+    query, *views = np.random.default_rng(0).uniform(-1, 1, (5, 900, 4))
     entered: dict[str, None] = {}
 
     def enter(frame, event, _):
