@@ -246,3 +246,18 @@ def test_torch_where_operations_are_recorded() -> None:
         rows = [changed(call, "query", 0, entry).query for entry in (None, np.nan)]
         expected, got = (torch.func.grad(loss)(torch.tensor(query)).numpy() for query in rows)
         close(got, expected, np.arange(60) != BAD)
+
+
+@pytest.mark.parametrize("offsets", [None, np.asarray([0, 20, 40])], ids=["one", "documents"])
+def test_sums_that_overflow_beside_small_values_are_no_numbers(offsets: np.ndarray | None) -> None:
+    """Numerators are finite then, and their quotient by infinity would be 0."""
+    query, key = (30 * np.random.default_rng(0).uniform(0.5, 1, (2, 40, 1))).astype(np.float32)
+    value = np.full((40, 1), 1e-20, np.float32)
+    plan = tattn.plan_for(n=40, dim=1, value_dim=1, bound=1.0, degree=24, order=2, causal=True, scale=1.0)
+    with np.errstate(all="ignore"):
+        (out, lse), pullback = tattn.tensor_attention_vjp(
+            query, [key], [value], plan=plan, causal=True, offsets=offsets, return_lse=True
+        )
+        dquery, (dkey,), (dvalue,) = pullback(np.ones_like(out))
+    for x in (out, lse, dquery, dkey, dvalue):
+        assert np.isnan(x[15]).all()

@@ -210,6 +210,8 @@ def divided(numerator: Array, leading: tuple[int, ...], backend: Backend) -> tup
     """Output (..., rows, dv) and normaliser (..., rows, 1) from numerators (..., rows, dv + 1)."""
     xp = backend.xp
     normaliser = numerator[..., -1:]
+    # Numerators of small values are finite where it overflows, and their quotients would be 0.
+    normaliser = xp.where(normaliser == xp.inf, xp.nan, normaliser)
     # Where every pair is masked the normaliser is exactly 0; a negative one means that P was used beyond its
     # range, and NaN says so.
     inverse = 1 / xp.where(normaliser == 0, xp.inf, xp.where(normaliser < 0, xp.nan, normaliser))
