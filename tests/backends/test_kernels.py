@@ -2078,6 +2078,14 @@ def test_causal_calls_by_vectors_of_both_lengths(long, tmp_path):
         np.testing.assert_allclose(eval(x), eval(y), rtol=tolerance, atol=tolerance)
 
 
+def test_a_token_whose_sums_overflow_has_no_output(loops):
+    from tattn.backends.compiled import decoding
+
+    out, lse = np.zeros(1, np.float32), np.zeros(1, np.float32)
+    decoding._divide(np.array([1, np.inf], np.float32), np.float64(0), out, lse)
+    assert np.isnan([out[0], lse[0]]).all()
+
+
 def test_code_on_disk_is_of_all_files_of_loops(tmp_path):
     code = """
     from tattn.backends.compiled import jit

@@ -287,8 +287,8 @@ def _divide(found: Any, power: Any, out: Any, lse: Any) -> None:
     """Output (dv,) and log-sum-exp (1,) from numerators (c,)."""
     columns = found.shape[0]
     normaliser = found[columns - 1]
-    # Where every row is masked it is exactly 0; a negative one means scores beyond the plan's bound.
-    inverse = 1 / normaliser if normaliser > 0 else (0.0 if normaliser == 0 else nan)
+    # Where every row is masked it is exactly 0; a negative one, or ∞, means scores beyond the plan's bound.
+    inverse = 1 / normaliser if 0 < normaliser < inf else (0.0 if normaliser == 0 else nan)
     for e in range(columns - 1):
         out[e] = found[e] * found.dtype.type(inverse)
-    lse[0] = log(normaliser) + power * log(2.0) if normaliser > 0 else (-inf if normaliser == 0 else nan)
+    lse[0] = log(normaliser) + power * log(2.0) if 0 < normaliser < inf else (-inf if normaliser == 0 else nan)
