@@ -459,15 +459,21 @@ def test_threads_born_meanwhile_have_their_number(
 def test_operations_between_shared_passes_take_no_threads(
     library: Any, torch: Any, backend: Backend, shared: list[int]
 ) -> None:
-    """Those of OpenMP would wait actively beside ours. Other threads keep theirs, and a call leaves all as it was."""
+    """Those of OpenMP and MKL would wait actively beside ours. Other threads keep theirs, and a call leaves all as it was."""
+    from tattn.backends.torch import _of_mkl
+
     seen: list[Any] = []
+    # None of torch without MKL.
+    before = _of_mkl()(2)
 
     def body(carry: int, block: Any) -> Any:
         return carry, (block,)
 
     def look(failing: bool, backend: Backend, arrays: Any) -> None:
         for _ in range(2):
-            seen.append((torch.get_num_threads(), type(backend).threads(backend), in_a_new_thread(backend)))
+            seen.append(
+                (torch.get_num_threads(), type(backend).threads(backend), in_a_new_thread(backend), _of_mkl()(1))
+            )
             backend.share_rows(body, 0, arrays, 10, 10)
         if failing:
             raise ArithmeticError
@@ -476,8 +482,8 @@ def test_operations_between_shared_passes_take_no_threads(
     backend.run(look, False, rows)
     with pytest.raises(ArithmeticError):
         backend.run(look, True, rows)
-    assert seen == [(1, 2, 2)] * 4
-    assert torch.get_num_threads() == 2
+    assert seen == [(1, 2, 2, min(before, 1))] * 4
+    assert (torch.get_num_threads(), _of_mkl()(2)) == (2, before)
 
 
 @pytest.mark.libraries("torch")

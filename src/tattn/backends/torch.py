@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from threading import Event, Lock, Semaphore, local
 from typing import Any, ClassVar
 
@@ -155,7 +157,7 @@ class TorchBackend(Backend):
                 ready.acquire()
             torch.set_num_threads(threads)
             if _limited.threads:
-                take_threads("openmp")
+                _take_threads()
 
         try:
             return run_threads(tasks, stop, alone, started)
@@ -274,6 +276,22 @@ class _Limited(local):
 _limited = _Limited()
 
 
+@cache
+def _of_mkl() -> Callable[[int], int]:
+    """Sets how many threads MKL uses in operations of this thread, and returns how many it used; 0 if torch is without MKL."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(torch._C.__file__).MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):
+        return lambda count: 0
+    return found
+
+
+def _take_threads() -> int:
+    """Operations of this thread use no other from now on; how many MKL used, which computes exponentials, roots and logarithms."""
+    take_threads("openmp")
+    return _of_mkl()(1)
+
+
 @contextmanager
 def _without_openmp() -> Iterator[None]:
     """Operations of this thread alone: after each one that takes others, these wait actively in the place of ours."""
@@ -284,12 +302,13 @@ def _without_openmp() -> Iterator[None]:
     # Other libraries than torch's may be among them, each with a number of its own.
     before = [(library, library.num_threads) for library in libraries("openmp").lib_controllers]
     _limited.threads = threads
-    take_threads("openmp")
+    of_mkl = _take_threads()
     try:
         yield
     finally:
         for library, number in before:
             library.set_num_threads(number)
+        _of_mkl()(of_mkl)
         _limited.threads = 0
 
 
@@ -492,6 +511,19 @@ class _Adjoint(torch.autograd.Function):
 
 class _Attention(_Adjoint):
     """For eager calls and torch.func."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _Adjoint.setup_context(ctx, inputs, output)
+        ctx.shapes = [x.shape for x in output[:2]]
+        # Zeros for what has no gradient, and for all that is kept, would be as large as that.
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Array | None) -> tuple[Array | None, ...]:
+        given = next(g for g in grads[:2] if g is not None)
+        both = zip(grads, ctx.shapes, strict=False)
+        return _Adjoint.backward(ctx, *(given.new_zeros(()).expand(shape) if g is None else g for g, shape in both))
 
     @staticmethod
     def forward(method: Any, *arrays: Array | None) -> tuple[Array, ...]:
