@@ -521,7 +521,9 @@ class _Attention(_Adjoint):
 
     @staticmethod
     def backward(ctx: Any, *grads: Array | None) -> tuple[Array | None, ...]:
-        given = next(g for g in grads[:2] if g is not None)
+        given = next((g for g in grads[:2] if g is not None), None)
+        if given is None:
+            return tuple(None for _ in range(1 + ctx.count))
         both = zip(grads, ctx.shapes, strict=False)
         return _Adjoint.backward(ctx, *(given.new_zeros(()).expand(shape) if g is None else g for g, shape in both))
 
