@@ -38,6 +38,7 @@ from tattn.backends.operations import (
     rows_in_range,
     rows_together,
 )
+from tattn.engines import causal_features
 from tattn.engines.features import rows_of
 from tattn.engines.window_blocks import cut_of
 from tattn.features.monomials import Monomials, features
@@ -309,6 +310,24 @@ def test_keys_that_decay_as_fast_as_may_be(n, factor, used, monkeypatch):
     assert_the_same(call, plan, used, monkeypatch)
     with BACKEND.using(workspace=1 << 10):
         assert_the_same(call, plan, used, monkeypatch)
+
+
+@pytest.mark.parametrize("decaying", [False, True])
+def test_what_a_block_of_causal_rows_begins_with_is_summed_up_by_loops(decaying, loops, monkeypatch):
+    compile_for("prefix_read", "prefix_pull", "sum_rows")
+    monkeypatch.setattr(causal_features, "_KERNEL_ROWS", 64)
+    call = drawn(300, 2, "float64", "shared", True)
+    call = with_decay(call, 0.9, "shared") if decaying else call
+    every = compiled.kernels_for(BACKEND, lambda *arrays: True, pays=lambda *size: True)
+    with BACKEND.using(kernels=every), calls_of(over_rows, code_within(compiled.prefix_pull, "pull")) as seen:
+        got = computed(call, plan=plan_of(call))
+    # Of each view for every block but the last, before this is pulled back.
+    names = [x.name for x in seen]
+    assert names.count("pull") == 5
+    assert names[: names.index("pull")].count("over_rows") >= 8
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    for x, y in zip(got, computed(call, plan=plan_of(call)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12 * np.max(np.abs(y[np.isfinite(y)])))
 
 
 @pytest.mark.parametrize("order", [{"causal": True}, {"window": (20, 30)}], ids=str)

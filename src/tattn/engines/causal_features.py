@@ -490,17 +490,20 @@ def _with_rows(setting: Setting, view: int, total: Sum, keys: Array, values: Arr
     columns = values.shape[-1] + 1
     basis = Basis.of(keys.shape[-1], setting.degree, columns, setting.grading, backend.compiles)
     monomials = basis.features(backend)
+    whole = features.rows_of(keys, setting.monomials, columns, setting.leading)
+    loops = features.compiled_pass("sum_rows", whole, (keys, values), backend) if setting.forms is None else None
 
     def body(carry: Sum, k: Array, v: Array, mask: Array | None) -> tuple[Sum, tuple[()]]:
-        phi = monomials(channels(clean(k, mask, backend), unit, dtype, backend))
+        x = channels(clean(k, mask, backend), unit, dtype, backend)
         z = with_ones(v, mask, dtype, backend) * setting.shares[view]
         if setting.decays:
             here, decay = z.shape[-2], setting.decays[view]
             carry = faded(carry, decay, here, backend)
             z = z * powers(decay, backend.xp.flip(numbers(here, decay, backend), axis=0)[:, None], backend)
-        return add(carry, backend.xp.matrix_transpose(setting.turned(basis.row_sums(phi, z, backend)))), ()
+        found = loops.compute(backend.xp.matrix_transpose(x), z) if loops else basis.row_sums(monomials(x), z, backend)
+        return add(carry, backend.xp.matrix_transpose(setting.turned(found))), ()
 
-    block = block_of(basis, columns, dtype, setting.leading, backend)
+    block = loops.together if loops else block_of(basis, columns, dtype, setting.leading, backend)
     result: Sum
     result, _ = backend.scan_rows(body, total, (keys, values, masks), block)
     return result

@@ -132,7 +132,7 @@ def summed_rows(in_units: Callable[[Array], Array], view: View, basis: Basis, ba
 
     shapes = [(basis.size, view.values.shape[-1] + 1)]
     whole = rows_of(view.keys, Monomials(basis.degree, basis.grading), shapes[0][1], view.leading)
-    found = _compiled("sum_rows", whole, (view.keys, view.values), backend)
+    found = compiled_pass("sum_rows", whole, (view.keys, view.values), backend)
     if found is None:
         return summed_products(prepare, products, shapes, view, basis, backend)[0]
 
@@ -188,7 +188,7 @@ def _reading(q: Array, combined: Array, monomials: Monomials, backend: Backend) 
     """Rows in units → Φ(x) C, (..., rows, dv + 1)."""
     xp = backend.xp
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
-    found = _compiled("read_rows", rows_of(q, monomials, combined.shape[-1], leading), (q, combined), backend)
+    found = compiled_pass("read_rows", rows_of(q, monomials, combined.shape[-1], leading), (q, combined), backend)
     if found is not None:
         return found._replace(compute=lambda x: found.compute(x, combined))
     basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading, backend.compiles)
@@ -239,7 +239,7 @@ def _pulling_queries(q: Array, combined: Array, monomials: Monomials, backend: B
     """Rows in units and ĝ (..., rows, dv + 1) → Φ(x)ᵀ ĝ, and the gradient of ĝ · Φ(x) C by x."""
     xp = backend.xp
     dtype, leading = backend.compute_dtype(q.dtype), broadcast_leading(q, combined)
-    found = _compiled("sum_and_pull", rows_of(q, monomials, combined.shape[-1], leading), (q, combined), backend)
+    found = compiled_pass("sum_and_pull", rows_of(q, monomials, combined.shape[-1], leading), (q, combined), backend)
     if found is not None:
         return found._replace(compute=lambda x, g_hat: found.compute(x, g_hat, combined))
     basis = Basis.of(q.shape[-1], monomials.degree, combined.shape[-1], monomials.grading, backend.compiles)
@@ -287,7 +287,7 @@ def _pulling_keys(view: View, own: Array, monomials: Monomials, backend: Backend
     columns = view.values.shape[-1] + 1
     read = columns if are_weights(view.mask, backend) else columns - 1
     rows = rows_of(view.keys, monomials, columns, leading)._replace(read=read)
-    found = _compiled("read_and_pull", rows, (view.keys, view.values, own), backend)
+    found = compiled_pass("read_and_pull", rows, (view.keys, view.values, own), backend)
     if found is not None:
         return found._replace(compute=lambda x, z: found.compute(x, z, own))
     # With derivatives, these give the values' share of the highest degree as well.
@@ -313,7 +313,7 @@ def rows_of(x: Array, monomials: Monomials, columns: int, leading: tuple[int, ..
     return Rows(rank(*which), columns, run_table(*which), prod(leading))
 
 
-def _compiled(operation: str, rows: Rows, arrays: Sequence[Array], backend: Backend) -> Pass | None:
+def compiled_pass(operation: str, rows: Rows, arrays: Sequence[Array], backend: Backend) -> Pass | None:
     """A pass over these arrays, the rows first, by a kernel, where there is one."""
     rows = rows._replace(in_all=backend.rows_in_all)
     kernel = backend.kernel(operation, rows, *arrays)
@@ -332,7 +332,7 @@ def compiled(operands: Operands, expansion: Expansion) -> bool:
     """Whether compiled loops pass over the rows of the query."""
     q, columns = operands.query, operands.values[0].shape[-1] + 1
     return (
-        _compiled("sum_rows", rows_of(q, expansion.monomials, columns, operands.leading), (q,), operands.backend)
+        compiled_pass("sum_rows", rows_of(q, expansion.monomials, columns, operands.leading), (q,), operands.backend)
         is not None
     )
 
@@ -340,7 +340,7 @@ def compiled(operands: Operands, expansion: Expansion) -> bool:
 def sums_compiled(view: View, monomials: Monomials, backend: Backend) -> bool:
     """Whether compiled loops sum up the rows of a view."""
     rows = rows_of(view.keys, monomials, view.values.shape[-1] + 1, view.leading)
-    return _compiled("sum_rows", rows, (view.keys, view.values), backend) is not None
+    return compiled_pass("sum_rows", rows, (view.keys, view.values), backend) is not None
 
 
 def scaled_gradient(o: Array, l: Array, g: Array, g_lse: Array, backend: Backend) -> Array:
