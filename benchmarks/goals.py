@@ -58,8 +58,8 @@ def _of_the_limit(measured: Table) -> Table:
     for value_dim, most in LIMITS.items():
         for row in where(measured, group="limit", gradient=True, dim=8, degree=4, value_dim=value_dim, threads=1):
             case = f"{row['library']}, dv = {value_dim}, n = {row['n']:,}"
-            most = LIMIT_OF_JAX if row["library"].startswith("jax") else most
-            found.append(_goal("over nine bare products, d = 8, degree 4, one thread", case, "≤", most, ratio(row)))
+            asked = LIMIT_OF_JAX if row["library"].startswith("jax") else most
+            found.append(_goal("over nine bare products, d = 8, degree 4, one thread", case, "≤", asked, ratio(row)))
     return found
 
 

@@ -184,6 +184,13 @@ def test_goals_and_crossings_are_those_of_the_times(content: dict[str, Any]) -> 
     assert crossing["crossing"] == pytest.approx(100, rel=1e-6)
 
 
+def test_what_is_asked_of_jax_is_asked_of_it_alone(content: dict[str, Any]) -> None:
+    rows, _ = report.rows_of([content])
+    (row, _) = where(rows, group="limit", gradient=True)
+    found = goals.goals([{**row, "library": name} for name in ("jax", "numpy")])
+    assert [x["asked"] for x in found if "nine bare products" in x["goal"]] == [1.8, 1.2]
+
+
 def test_rivals_that_took_turns_are_compared_by_those() -> None:
     problem = draw(128, 16, 16)
     cases = [
